@@ -1,0 +1,210 @@
+"""The configuration tree: every field, its default, its unit and what it means. Unknown keys are errors.
+
+The string under a field is its documentation; the reference page and ``megatron-rl check`` print it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_rl.config.section import Section
+from megatron_rl.loss import Correction, ReferenceKL
+from megatron_rl.objectives import AnyObjective, GRPO
+
+
+class Model(Section):
+    """The policy."""
+
+    path: str
+    """Folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights and activations. bfloat16 keeps float32 main weights in the optimizer."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations to drop in the forward pass and compute again in the backward pass."""
+    megatron: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Fields of megatron-core's TransformerConfig, passed on as they are; checked against its field names."""
+
+
+class Parallel(Section):
+    """Sizes of the mesh axes. Data parallel size follows from the number of ranks."""
+
+    tensor: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each matrix."""
+    pipeline: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share the layers."""
+    virtual_pipeline: Annotated[int, Field(ge=1)] = 1
+    """Model chunks on each pipeline rank; above 1 is the interleaved schedule."""
+    context: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each sequence, zig-zag."""
+    expert: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share the experts."""
+    expert_tensor: Annotated[int, Field(ge=1)] | None = None
+    """Ranks that share each expert's matrices; without a value: ``tensor`` if ``expert`` is 1, else 1."""
+    sequence: bool | None = None
+    """Sequence parallelism inside the tensor axis; without a value: on if ``tensor`` > 1."""
+    ranks: Annotated[int, Field(ge=1)] | None = None
+    """Trainer ranks to start on this machine; without a value: tensor * pipeline * context. torchrun and srun overrule it."""
+    distributed_optimizer: bool = True
+    """Share optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+
+
+class Task(Section):
+    """Where prompts come from and how answers are verified."""
+
+    name: str = "chained_arithmetic"
+    """``chained_arithmetic`` or ``jsonl``."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """The task's own options; checked against its fields."""
+
+
+class Sampling(Section):
+    """How responses are drawn."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature; the trainer's log-probs and entropies use the same."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus size. Anything below 1 makes the engine's log-probs differ from the trainer's."""
+    top_k: int = -1
+    """Keep the k most likely tokens; -1 keeps all."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Longest response, in tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Extra tokens that end a response; the tokenizer's end-of-sequence token always does."""
+
+
+class Rollout(Section):
+    """The fleet that samples."""
+
+    engine: Literal["embedded", "sglang", "vllm"] = "embedded"
+    """``embedded`` runs without a GPU and without another package; the others are separate servers, spoken to by HTTP."""
+    servers: Annotated[int, Field(ge=0)] = 1
+    """Servers to start on this machine; ignored when ``urls`` are given."""
+    urls: tuple[str, ...] = ()
+    """Running servers to use, such as ``http://10.0.0.7:30000``."""
+    sampling: Sampling = Sampling()
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """A request without an answer for this long is sent elsewhere."""
+    start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """A server that is not healthy this long after its start is an error."""
+    attempts: Annotated[int, Field(ge=1)] = 4
+    """Times a request is tried before the step fails."""
+    sglang: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options for the SGLang servers that this run starts, named as on SGLang's command line with underscores."""
+
+
+class Advantage(Section):
+    """From rewards to advantages."""
+
+    kind: Literal["zscore", "dr", "rloo"] = "zscore"
+    """``zscore``: (R - mean) / (std + 1e-6) per prompt; ``dr``: R - mean; ``rloo``: leave-one-out baseline."""
+
+
+class Optimizer(Section):
+    """Megatron's Adam."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class Train(Section):
+    """The loop."""
+
+    seed: int = 0
+    """Seeds prompts, sampling, shuffling. Same seed, same layout: same run."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """Rollout batches to train on."""
+    prompts_per_step: Annotated[int, Field(ge=1)] = 32
+    """Prompts in a rollout batch."""
+    group_size: Annotated[int, Field(ge=1)] = 8
+    """Responses to each prompt."""
+    updates_per_step: Annotated[int, Field(ge=1)] = 1
+    """Optimizer steps on each rollout batch; above 1 the later ones are off-policy."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] = 8192
+    """Longest packed row that one forward pass sees, over all context-parallel ranks together."""
+    packing: bool = True
+    """Put several sequences in a row; off: one sequence a row."""
+    deterministic: bool = True
+    """Use only algorithms that repeat bit for bit."""
+    resume: bool = False
+    """Continue the run in ``log.path`` from its newest checkpoint."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal (they are counted either way)."""
+    step_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """A collective that waits this long ends the run with an error."""
+
+
+class Evaluate(Section):
+    """Accuracy on held-out prompts."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations (step 0 and the last are always included); 0 switches evaluation off."""
+    prompts: Annotated[int, Field(ge=1)] = 512
+    """Held-out prompts."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """1 samples as in training; 0 is greedy."""
+
+
+class Checkpoint(Section):
+    """Training checkpoints, inside the run folder."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: only at the end and on an interrupt."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints to keep."""
+    export: bool = True
+    """Write the final weights as a Hugging Face checkpoint too."""
+
+
+class Weights(Section):
+    """How new weights reach the fleet."""
+
+    carrier: Literal["tensor", "disk"] = "tensor"
+    """``tensor``: in the body of an HTTP request; ``disk``: safetensors in the run folder, which the servers must see."""
+    bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
+    """Most bytes of weights sent at once."""
+
+
+class Log(Section):
+    """What a run leaves behind."""
+
+    path: str = "runs/latest"
+    """The run folder."""
+    rollouts: bool = True
+    """Write every sample to ``rollouts.jsonl``."""
+
+
+class Run(Section):
+    """A whole run."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    task: Task = Task()
+    rollout: Rollout = Rollout()
+    advantage: Advantage = Advantage()
+    objective: Annotated[AnyObjective, Field(discriminator="name")] = GRPO()
+    correction: Correction = Correction()
+    kl: ReferenceKL = ReferenceKL()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    weights: Weights = Weights()
+    log: Log = Log()

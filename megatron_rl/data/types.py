@@ -1,0 +1,173 @@
+"""What flows through a step: prompts, sampled responses, and the columns of a batch.
+
+Legend: T tokens of all sequences end to end (prompt and response), B responses.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+Columns = Mapping[str, Tensor]
+"""Named columns. A name ends in ``_T`` (one entry a token) or ``_B`` (one entry a response)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, tokenised once and never again."""
+
+    id: str
+    """Unique within the task and stable between runs."""
+    input_ids: tuple[int, ...]
+    text: str
+    answer: str
+    """What the verifier compares with; its meaning is the task's."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled answer, as token ids, with what the engine said about them."""
+
+    id: str
+    """Names the sample: run, step, prompt and index within the group. No two samples of a run share it."""
+    prompt_id: str
+    index: int
+    """Position within the group."""
+    output_ids: tuple[int, ...]
+    """Sampled tokens; the stop token, if there was one, is the last."""
+    logprobs: tuple[float, ...]
+    """The engine's own log-probability of each output token, in nats."""
+    text: str
+    finish_reason: str
+    """``stop``, ``length`` or ``abort``."""
+    weight_versions: tuple[tuple[int, int, int], ...]
+    """(version, start, end): which weights made which output tokens."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """All responses to one prompt."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole sequences laid end to end, with everything that does not depend on the weights as columns.
+
+    Token column ``x_T[t]`` belongs to token t itself: ``old_logprobs_T[t]`` is the log-probability of token t given the
+    tokens before it. ``loss_mask_T`` is True on the tokens that are trained.
+
+    Attributes:
+        lengths_B: int64, tokens of each sequence, prompt and response together.
+        columns: ``input_ids_T`` and ``loss_mask_T`` always; the others as they are added.
+    """
+
+    lengths_B: Tensor
+    columns: Columns
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths_B.sum())
+        for name, column in self.columns.items():
+            expected = {"T": total, "B": len(self.lengths_B)}[name.rpartition("_")[2]]
+            assert column.shape[:1] == (expected,), f"{name} has shape {tuple(column.shape)}, expected [{expected}, ...]"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def __len__(self) -> int:
+        return len(self.lengths_B)
+
+    @property
+    def response_ids_T(self) -> Tensor:
+        """Int64 [T]: the index within the batch of the response that each token belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths_B)
+
+    @property
+    def starts_B(self) -> Tensor:
+        """Int64 [B]: the position in T of each sequence's first token."""
+        return self.lengths_B.cumsum(0) - self.lengths_B
+
+    @property
+    def trainable_counts_B(self) -> Tensor:
+        """Int64 [B]: the number of trained tokens of each response (N_i of the spec)."""
+        counts_B = torch.zeros(len(self), dtype=torch.int64)
+        return counts_B.index_add_(0, self.response_ids_T, self["loss_mask_T"].long())
+
+    def add(self, columns: Columns) -> "Batch":
+        """Return the batch with more columns, or with some replaced."""
+        return replace(self, columns={**self.columns, **columns})
+
+    def select(self, response_ids: Sequence[int] | Tensor) -> "Batch":
+        """Return the batch of these responses, in this order, with all columns."""
+        chosen_B = torch.as_tensor(response_ids, dtype=torch.int64)
+        tokens = token_positions(self.starts_B[chosen_B], self.lengths_B[chosen_B])
+        columns = {n: c[tokens] if n.endswith("_T") else c[chosen_B] for n, c in self.columns.items()}
+        return Batch(self.lengths_B[chosen_B], columns)
+
+    def split(self, parts: int, seed: Iterable[int]) -> list["Batch"]:
+        """Deal the responses, shuffled by the seed, into mini-batches whose sizes differ by at most one."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(fold_seed(seed)))
+        return [self.select(order[part::parts]) for part in range(parts)]
+
+
+def token_positions(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
+    """Return the concatenation of ``arange(start, start + length)`` over all sequences, int64."""
+    offsets_B = starts_B - (lengths_B.cumsum(0) - lengths_B)
+    return torch.arange(int(lengths_B.sum())) + torch.repeat_interleave(offsets_B, lengths_B)
+
+
+def fold_seed(parts: Iterable[int]) -> int:
+    """Fold several integers into one 63-bit seed; different sequences give unrelated seeds (splitmix64 steps)."""
+    mask = (1 << 64) - 1
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & mask)) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+@dataclass(frozen=True)
+class Micro:
+    """The trained tokens of one packed micro-batch that this rank holds: the view that a loss gets.
+
+    Every column ``x_T`` has one entry a trained token of this rank, nothing is masked or padded.
+
+    Attributes:
+        columns: per-token columns gathered at the trained positions.
+        num_segments: segments in the whole row; ``segment_ids_T`` lies in ``[0, num_segments)``.
+        context_group: the ranks that hold the other tokens of the same row, or None.
+    """
+
+    columns: Columns
+    num_segments: int
+    context_group: torch.distributed.ProcessGroup | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means are formed at the very end."""
+
+    sums: Columns = field(default_factory=dict)
+    maxima: Columns = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise (already weighted by global counts: ranks and micro-batches just add up) and its metrics."""
+
+    value: Tensor
+    metrics: Metrics

@@ -1,0 +1,47 @@
+"""Collectives that are no-ops without a group, so that callers never ask whether they run in parallel."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def group_size(group: Group) -> int:
+    """Return the number of ranks in the group; 1 without one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    """Return this rank's position in the group; 0 without one."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+@torch.no_grad()
+def sum_over(group: Group, tensor: Tensor) -> Tensor:
+    """Return the sum over the group's ranks, without gradient. Same shape on every rank."""
+    if group_size(group) == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+@torch.no_grad()
+def max_over(group: Group, tensor: Tensor) -> Tensor:
+    """Return the element-wise maximum over the group's ranks, without gradient. Same shape on every rank."""
+    if group_size(group) == 1:
+        return tensor.detach()
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+@torch.no_grad()
+def gather_over(group: Group, tensor: Tensor) -> Tensor:
+    """Return the ranks' tensors stacked on a new first dimension, in rank order, without gradient. Equal shapes."""
+    if group_size(group) == 1:
+        return tensor.detach()[None]
+    stacked = tensor.new_empty(group_size(group), *tensor.shape)
+    dist.all_gather_into_tensor(stacked.flatten(0, 1) if tensor.dim() else stacked, tensor.detach().contiguous(), group=group)
+    return stacked
