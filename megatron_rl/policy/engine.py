@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rl.policy.rows import RankRow, rank_row
-from megatron_rl.policy.weights import export_weights, load_weights
+from megatron_rl.policy.upstream import repair
+from megatron_rl.policy.weights import export_weights, load_weights, mark_shards, shards_of
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 """(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
@@ -42,9 +44,11 @@ class Policy:
     """A megatron-core model, its optimizer and its schedule, on this rank's part of the mesh."""
 
     def __init__(self, run: Run, world: World, total_updates: int) -> None:
+        repair()
         self.family = family_of(read_hf_config(Path(run.model.path)))
         self.mesh = build_mesh(run, world)
         self.chunks = build_chunks(run, self.family, self.mesh)
+        mark_shards(shards_of(self.chunks, self.family, self.mesh))
         load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
@@ -83,12 +87,17 @@ class Policy:
         scored_2T = sum_over(torch.distributed.group.WORLD, scored_2T).cpu()
         return {"old_logprobs_T": scored_2T[0], "old_entropies_T": scored_2T[1]}
 
-    def accumulate(self, rows: Sequence[Row], loss_of: LossFunction) -> Metrics:
-        """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks."""
+    def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
+        """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks.
+
+        ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read them,
+        where the distributed optimizer would keep only its share.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = [loss for _, loss in self._run(rows, partial(_differentiable, loss_of), forward_only=False)]
+        step = partial(_differentiable, loss_of)
+        losses = [loss for _, loss in self._run(rows, step, forward_only=False, force_all_reduce=whole_gradients)]
         return self._reduce(losses)
 
     def step(self) -> StepReport:
@@ -102,8 +111,12 @@ class Policy:
         """Yield the whole model under Hugging Face names, on the main rank; other ranks take part and get nothing."""
         return export_weights(self.chunks, self.family, self.mesh, bucket_bytes)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named and handed out as ``weights`` is."""
+        return export_weights(self.chunks, self.family, self.mesh, 1 << 28, pick=attrgetter("main_grad"))
+
     def _run(
-        self, rows: Sequence[Row], loss_step: Callable, forward_only: bool
+        self, rows: Sequence[Row], loss_step: Callable, forward_only: bool, force_all_reduce: bool = False
     ) -> list[tuple[RankRow, Tensor | Loss]]:
         """Send this rank's rows through megatron's schedule; return (row, result) pairs on the last stage, else nothing."""
         mine = [rank_row(row, self.mesh) for row in rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]]
@@ -115,6 +128,7 @@ class Policy:
             seq_length=rows[0].length,
             micro_batch_size=1,
             forward_only=forward_only,
+            force_all_reduce=force_all_reduce,
         )
         return list(zip(mine, results, strict=True)) if self.mesh.is_last_stage else []
 

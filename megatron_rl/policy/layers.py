@@ -19,13 +19,19 @@ from torch import Tensor, nn
 from megatron_rl.policy.rows import Bucket, PackedRow
 
 
-def norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
-    """Build torch's RMSNorm or LayerNorm, marked so that megatron sums its gradient over sequence-parallel ranks."""
-    kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
-    module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-    for parameter in module.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
-    return module
+class Norm:
+    """Builds torch's RMSNorm or LayerNorm, marked so that megatron sums its gradient over sequence-parallel ranks.
+
+    A class and not a function, because megatron-core calls what a spec names only if it is a class.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
+        """Return the module."""
+        kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
+        module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return module
 
 
 class PackedAttention(nn.Module):
@@ -84,7 +90,7 @@ def block_spec(config: TransformerConfig, use_transformer_engine: bool, vp_stage
     )
     if use_transformer_engine:
         return spec
-    return dataclasses.replace(spec, layer_specs=[_local(s) for s in spec.layer_specs], layer_norm=norm)
+    return dataclasses.replace(spec, layer_specs=[_local(s) for s in spec.layer_specs], layer_norm=Norm)
 
 
 def _local(spec: ModuleSpec) -> ModuleSpec:
@@ -92,11 +98,11 @@ def _local(spec: ModuleSpec) -> ModuleSpec:
     inner = dataclasses.replace(attention.submodules, core_attention=PackedAttention)
     for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if "Norm" in getattr(getattr(inner, name, None), "__name__", ""):
-            inner = dataclasses.replace(inner, **{name: norm})
+            inner = dataclasses.replace(inner, **{name: Norm})
     submodules = dataclasses.replace(
         spec.submodules,
-        input_layernorm=norm,
-        pre_mlp_layernorm=norm,
+        input_layernorm=Norm,
+        pre_mlp_layernorm=Norm,
         self_attention=dataclasses.replace(attention, submodules=inner),
     )
     return dataclasses.replace(spec, submodules=submodules)

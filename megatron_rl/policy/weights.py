@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -86,6 +87,19 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
     return shards
 
 
+def mark_shards(shards: Sequence[Shard]) -> None:
+    """Tell megatron which parameters are cut over tensor-parallel ranks.
+
+    Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves its
+    shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
+    """
+    for shard in shards:
+        dim = shard.name.layout.dim
+        shard.parameter.tensor_model_parallel = dim is not None
+        shard.parameter.partition_dim = -1 if dim is None else dim
+        shard.parameter.partition_stride = 1
+
+
 @torch.no_grad()
 def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh, folder: Path) -> None:
     """Fill this rank's parameters from a Hugging Face checkpoint; every tensor must be there and fit.
@@ -154,18 +168,25 @@ def check_hf_tensors(files: Mapping[str, Path], family: Family, folder: Path) ->
 
 @torch.no_grad()
 def export_weights(
-    chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh, bucket_bytes: int
+    chunks: Sequence[DistributedDataParallel],
+    family: Family,
+    mesh: Mesh,
+    bucket_bytes: int,
+    pick: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under its Hugging Face name, on the CPU of the main rank; nothing on the others.
 
     Shards are gathered a bucket at a time within their tensor-parallel group, then sent to the main rank by the one rank
-    that speaks for them. Collective: every rank must exhaust it.
+    that speaks for them. ``pick`` chooses what to hand out of each parameter (its gradient, say). Collective: every rank
+    must exhaust it.
     """
     spoken_for = [shard for shard in shards_of(chunks, family, mesh) if shard.is_first_copy(mesh)]
     for owner in range(mesh.world.size):
         mine = [shard for shard in spoken_for if shard.speaker(mesh) == owner]
-        for bucket in _buckets(mine, bucket_bytes):
-            merged = _merge(bucket, mesh)
+        # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
+        dense, experts = ([s for s in mine if s.name.is_expert == expert] for expert in (False, True))
+        for bucket in chain(_buckets(dense, bucket_bytes), _buckets(experts, bucket_bytes)):
+            merged = _merge(bucket, mesh, pick)
             if mesh.world.rank == owner == 0:
                 yield from merged.items()
             elif mesh.world.rank == owner:
@@ -177,12 +198,12 @@ def export_weights(
 
 
 def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]]:
-    """Cut a list of shards of one gather group after another into runs whose whole tensors fit in a bucket."""
+    """Cut a list of shards into runs that fit in a bucket."""
     bucket: list[Shard] = []
     used = 0
     for shard in shards:
         size = shard.parameter.numel() * shard.parameter.element_size()
-        if bucket and (used + size > bucket_bytes or shard.name.is_expert != bucket[0].name.is_expert):
+        if bucket and used + size > bucket_bytes:
             yield bucket
             bucket, used = [], 0
         bucket.append(shard)
@@ -191,10 +212,10 @@ def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]
         yield bucket
 
 
-def _merge(bucket: Sequence[Shard], mesh: Mesh) -> dict[str, Tensor]:
+def _merge(bucket: Sequence[Shard], mesh: Mesh, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Gather one bucket over its group with one collective and undo the sharding."""
     group = bucket[0].group(mesh)
-    flat = torch.cat([shard.parameter.detach().flatten() for shard in bucket])
+    flat = torch.cat([pick(shard.parameter).flatten() for shard in bucket])
     gathered = gather_over(group, flat)
     merged, offset = {}, 0
     for shard in bucket:

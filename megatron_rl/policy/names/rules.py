@@ -15,6 +15,11 @@ from torch import Tensor
 class Layout(Protocol):
     """A rule between the Hugging Face tensors of one entry and the shards of one Megatron tensor."""
 
+    @property
+    def dim(self) -> int | None:
+        """The dimension that is cut over tensor-parallel ranks; None for a tensor that every rank holds whole."""
+        ...
+
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """Return the shard of tensor-parallel rank ``rank`` of ``size``."""
         ...
@@ -27,6 +32,8 @@ class Layout(Protocol):
 @dataclass(frozen=True)
 class Whole:
     """The same on every rank."""
+
+    dim: int | None = None
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """Return the tensor itself."""
@@ -57,6 +64,7 @@ class VocabularyRows:
     """Rows of the vocabulary, padded with zeros so that every rank holds equally many."""
 
     rows: int
+    dim: int = 0
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """Return this rank's rows of the padded matrix."""
@@ -76,6 +84,7 @@ class QKV:
     heads: int
     groups: int
     head_dim: int
+    dim: int = 0
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """Return the groups of this rank."""
@@ -92,6 +101,8 @@ class QKV:
 @dataclass(frozen=True)
 class GateUp:
     """Gate rows above up rows within each shard."""
+
+    dim: int = 0
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """Return this rank's gate rows, then its up rows."""
