@@ -71,3 +71,10 @@ def broadcast_json(value: object, source: int, device: torch.device) -> object:
     size = broadcast_tensor(torch.tensor([len(text)]) if is_source else None, (1,), torch.int64, source, device)
     sent = broadcast_tensor(text if is_source else None, (int(size),), torch.uint8, source, device)
     return json.loads(sent.numpy().tobytes())
+
+
+def gather_json(value: object, device: torch.device) -> list:
+    """Return every rank's JSON value, in rank order, on every rank."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return [broadcast_json(value if rank == source else None, source, device) for source in range(size)]

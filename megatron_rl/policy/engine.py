@@ -5,7 +5,7 @@ and expert exchange, and the split of rows over data-parallel ranks stay behind 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
+from megatron_rl.errors import DataError
 from megatron_rl.data.pack import Row, RowRules
 from megatron_rl.data.types import Columns, Loss, Metrics, Micro
 from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
@@ -23,7 +24,7 @@ from megatron_rl.parallel.mesh import World
 from megatron_rl.policy.groups import build_mesh
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.optimizer import build_optimizer, build_scheduler
+from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.upstream import repair
 from megatron_rl.policy.weights import export_weights, load_weights, mark_shards, shards_of
@@ -106,6 +107,36 @@ class Policy:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         return StepReport(float(grad_norm), lr)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return this rank's whole state: parameters, main parameters and Adam moments, shared with the policy."""
+        parameters = {
+            f"model.{number}.{name}": parameter.data
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.module.named_parameters()
+        }
+        return {**parameters, **optimizer_tensors(self.optimizer)}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Put back what ``state_tensors`` gave after ``updates`` optimizer steps.
+
+        Raises:
+            DataError: a tensor is missing or misshapen.
+        """
+        for name, tensor in self.state_tensors().items():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != tensor.shape:
+                found = "missing" if saved is None else f"{list(saved.shape)}"
+                raise DataError(f"the checkpoint's tensor {name} is {found}, expected {list(tensor.shape)}")
+            if name.startswith("model."):
+                tensor.copy_(saved)
+        load_optimizer_tensors(self.optimizer, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        self.scheduler.step(updates - self.updates)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken since the start of the run."""
+        return self.scheduler.num_steps
 
     def weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Yield the whole model under Hugging Face names, on the main rank; other ranks take part and get nothing."""
