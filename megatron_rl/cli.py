@@ -15,13 +15,13 @@ CONFIG_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; return its exit code. An error that a user can meet is one message and code 2."""
+    """Run a verb; return its exit code. An error that a user can meet is one message, and code 2 (``check``: 1)."""
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))
     except MegatronRLError as error:
         sys.stderr.write(f"megatron-rl {options.verb}: {error}\n")
-        return 2
+        return 1 if options.verb == "check" else 2
     except KeyboardInterrupt:
         sys.stderr.write(f"megatron-rl {options.verb}: interrupted\n")
         return 130

@@ -43,7 +43,7 @@ class Parallel(Section):
     sequence: bool | None = None
     """Sequence parallelism inside the tensor axis; without a value: on if ``tensor`` > 1."""
     ranks: Annotated[int, Field(ge=1)] | None = None
-    """Trainer ranks to start here; without a value: tensor * pipeline * context. torchrun and srun overrule it."""
+    """Trainer ranks to start here; without a value the fewest that the sizes allow. torchrun and srun overrule it."""
     distributed_optimizer: bool = True
     """Share optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
