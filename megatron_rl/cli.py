@@ -4,9 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.errors import MegatronRLError
+
+if TYPE_CHECKING:  # the tree needs torch, and help should not wait for it
+    from megatron_rl.config.schema import Run
 
 CONFIG_HELP = (
     "TOML files, later ones stronger, and settings such as train.steps=10, stronger than any file; "
@@ -56,7 +60,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in settings], settings
 
 
-def _load(words: Sequence[str]) -> "Loaded":
+def _load(words: Sequence[str]) -> "Loaded[Run]":
     from megatron_rl.config.schema import Run
 
     return load(Run, *split_words(words))

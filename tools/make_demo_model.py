@@ -88,7 +88,8 @@ def teach(expression: str, rng: random.Random) -> str:
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, step: int, rng: random.Random) -> dict[str, torch.Tensor]:
     """Return a padded batch whose labels cover the answers only."""
-    rows, labels = [], []
+    rows: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
     for i in range(BATCH):
         expression = make_expression("train", SEED, step * BATCH + i)
         prompt = tokenizer.encode(f"{expression}=", add_special_tokens=False)

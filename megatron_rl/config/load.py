@@ -69,8 +69,9 @@ def merge(model: type[BaseModel] | None, base: Mapping[str, object], over: Mappi
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             kind = _kind(field)
             if kind and value.get(kind[0], below.get(kind[0], kind[1])) != below.get(kind[0], kind[1]):
-                below = {}
-            merged[name] = merge(section_of(field), below, value)
+                merged[name] = dict(value)
+            else:
+                merged[name] = merge(section_of(field), below, value)
         else:
             merged[name] = value
     return merged

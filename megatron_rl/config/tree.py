@@ -14,17 +14,12 @@ def members(field: FieldInfo | None) -> dict[str, type[BaseModel]]:
     """Return the sections that a field can hold, by the value of its discriminator; ``""`` if there is only one."""
     if field is None:
         return {}
-    if get_origin(field.annotation) in (Union, types.UnionType):
-        sections = [part for part in get_args(field.annotation) if _is_section(part)]
-    else:
-        sections = [field.annotation] if _is_section(field.annotation) else []
+    is_union = get_origin(field.annotation) in (Union, types.UnionType)
+    parts = get_args(field.annotation) if is_union else (field.annotation,)
+    sections = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
     if not isinstance(field.discriminator, str):
         return {"": sections[0]} if sections else {}
     return {tag: section for section in sections for tag in _tags(section, field.discriminator)}
-
-
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _tags(section: type[BaseModel], discriminator: str) -> tuple[str, ...]:

@@ -85,7 +85,8 @@ class Journal:
         now = time.perf_counter()
         seconds = {name: round(value, 4) for name, value in self._seconds.items()}
         seconds["total"] = round(now - self._began, 4)
-        self._seconds, self._began = {}, now
+        self._seconds.clear()
+        self._began = now
         if self.board is None:
             return
         self._line(METRICS, {"step": step, **{k: _finite(v) for k, v in metrics.items()}, "seconds": seconds})
@@ -147,7 +148,7 @@ def _finite(value: Metric) -> Metric:
     return value if value is None or math.isfinite(value) else None
 
 
-def read_metrics(folder: Path) -> list[dict]:
+def read_metrics(folder: Path) -> list[dict[str, object]]:
     """Return the lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
