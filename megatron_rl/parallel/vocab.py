@@ -29,8 +29,8 @@ def vocab_logprobs_entropies(
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(logits / temperature) at the targets, and the entropy of that distribution in nats.
 
-    Both are differentiable and have the shape of ``targets``, in float32 (float64 for float64 logits). Ids that the model
-    lacks, such as the rows that pad a vocabulary, have the logit -inf: they count as probability 0.
+    Both are differentiable and have the shape of ``targets``, in float32 (float64 for float64 logits). Ids that the
+    model lacks, such as the rows that pad a vocabulary, have the logit -inf: they count as probability 0.
 
     Args:
         logits: [..., V], this rank's shard.
@@ -39,7 +39,9 @@ def vocab_logprobs_entropies(
         group: the ranks that share the vocabulary; one all-gather of four floats a token.
     """
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {list(logits.shape)} do not fit targets {list(targets.shape)}: expected [..., V] and [...]")
+        raise ValueError(
+            f"logits {list(logits.shape)} do not fit targets {list(targets.shape)}: expected [..., V] and [...]"
+        )
     shape = targets.shape
     logprobs, entropies = _VocabLogprobs.apply(logits.flatten(0, -2), targets.flatten(), temperature, group)
     return logprobs.view(shape), entropies.view(shape)
