@@ -37,9 +37,10 @@ def run_rank(loaded: Loaded[Run]) -> int:
     start = checkpoints.load() if run.train.resume else 0
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(Path(run.log.path) if world.is_main else None, run.train.steps, start))
-        sampler = _sampler(run, world, journal, tokenizer, stack)
-        if start:
-            sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
+        with journal.phase("start"):
+            sampler = _sampler(run, world, journal, tokenizer, stack)
+            if start:
+                sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
         done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
         finished = done == run.train.steps
         if finished:
