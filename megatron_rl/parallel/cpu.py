@@ -91,10 +91,16 @@ _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDi
 _RANDOM = "megatron.core.tensor_parallel.random"
 
 REPLACEMENTS = (
-    Replacement("torch.cuda:current_device", "about forty buffers are made on the current device", torch.cpu.current_device),
-    Replacement("torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", torch.cpu.synchronize),
+    Replacement(
+        "torch.cuda:current_device", "about forty buffers are made on the current device", torch.cpu.current_device
+    ),
+    Replacement(
+        "torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", torch.cpu.synchronize
+    ),
     Replacement(f"{_DISPATCHER}.cuda_dtoh_stream", "the dispatcher makes a CUDA stream otherwise", _NoStream()),
-    Replacement(f"{_DISPATCHER}._maybe_dtoh_and_synchronize", "it copies token counts with CUDA streams", _splits_on_host),
+    Replacement(
+        f"{_DISPATCHER}._maybe_dtoh_and_synchronize", "it copies token counts with CUDA streams", _splits_on_host
+    ),
     Replacement(f"{_RANDOM}:_get_cuda_rng_state", "recomputation saves the CUDA generator", _get_rng_state),
     Replacement(f"{_RANDOM}:_set_cuda_rng_state", "recomputation restores the CUDA generator", _set_rng_state),
     Replacement("torch.cuda:get_rng_state", "the random tracker reads the CUDA generator", _get_rng_state),

@@ -112,7 +112,9 @@ def _with_filler(row: Row) -> Tensor:
 def _micro(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> Micro:
     """Gather the columns at the trained tokens; segments are numbered within the row."""
     device = mesh.world.device
-    columns = {name: column[target_tokens_K].to(device) for name, column in row.batch.columns.items() if name.endswith("_T")}
+    columns = {
+        name: column[target_tokens_K].to(device) for name, column in row.batch.columns.items() if name.endswith("_T")
+    }
     num_segments = 0
     if "segment_ids_T" in row.batch:
         tokens_R = row.token_ids_R[row.token_ids_R >= 0]

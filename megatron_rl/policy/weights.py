@@ -65,7 +65,9 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
         DataError: a parameter has no entry in the table.
     """
     entries = {name.megatron: name for name in family.names}
-    first_expert = group_rank(mesh.expert) * (family.num_experts // group_size(mesh.expert)) if family.num_experts else 0
+    first_expert = (
+        group_rank(mesh.expert) * (family.num_experts // group_size(mesh.expert)) if family.num_experts else 0
+    )
     shards = []
     for chunk in unwrap_model(list(chunks)):
         for own_name, parameter in chunk.named_parameters():
@@ -154,7 +156,9 @@ def check_hf_tensors(files: Mapping[str, Path], family: Family, folder: Path) ->
     expected = family.hf_tensors()
     ignored = {"lm_head.weight"} if family.tied else set()
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in files]
-    problems += [f"extra: {name} (in {files[name].name})" for name in files if name not in expected and name not in ignored]
+    problems += [
+        f"extra: {name} (in {files[name].name})" for name in files if name not in expected and name not in ignored
+    ]
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (a safetensors reader is no mapping)

@@ -113,9 +113,7 @@ class Fleet:
 
     def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
         """Return the log-probs of each sequence's tokens but the first, at temperature 1, as the engine computes them."""
-        requests = [
-            SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)
-        ]
+        requests = [SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)]
         n = self.rows_per_request
         chunks = [requests[i : i + n] for i in range(0, len(requests), n)]
         answers = self._loop.call(self._ask_all(chunks, weight_version))
@@ -185,7 +183,9 @@ class Fleet:
                 member.leave(error, self.patience)
             finally:
                 self._changed.set()
-        raise RolloutError(f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors))
+        raise RolloutError(
+            f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
+        )
 
     async def _pick(self, version: str | None, errors: Sequence[str]) -> Member:
         """Return the ready server with the least to do, as soon as one has room."""

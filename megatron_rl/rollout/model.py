@@ -52,7 +52,9 @@ class ServedModel:
         staged, self._staged = self._staged, None
         for name, tensor in named_tensors:
             if name not in self.tensors:
-                raise BadRequest(f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}")
+                raise BadRequest(
+                    f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}"
+                )
             if tensor.shape != self.tensors[name].shape:
                 expected = list(self.tensors[name].shape)
                 raise BadRequest(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {expected}")

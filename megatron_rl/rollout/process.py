@@ -107,4 +107,6 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise RolloutError(f"cannot start a server on {host}:{port}: {error.strerror}; choose another port") from error
+            raise RolloutError(
+                f"cannot start a server on {host}:{port}: {error.strerror}; choose another port"
+            ) from error

@@ -121,7 +121,9 @@ def parse_work(raw: bytes) -> Work:
         body = GenerateBody.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]}") from error
+        raise BadRequest(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]}"
+        ) from error
     prompts = _prompts(body.input_ids)
     params = _per_prompt("sampling_params", body.sampling_params, len(prompts))
     rids = [None] * len(prompts) if body.rid is None else _per_prompt("rid", body.rid, len(prompts))

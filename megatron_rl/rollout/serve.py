@@ -58,7 +58,9 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:  # noqa: F821
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise
-        raise RolloutError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port") from error
+        raise RolloutError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
     log.info("serving %s on http://%s:%d, batching by %s", engine.model.path, host, port, engine.batching)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

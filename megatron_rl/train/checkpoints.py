@@ -59,7 +59,9 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the valid checkpoints, oldest first."""
-        return sorted(path.parent for path in self.folder.glob("step_*/meta.json") if re.fullmatch(r"step_\d+", path.parent.name))
+        return sorted(
+            path.parent for path in self.folder.glob("step_*/meta.json") if re.fullmatch(r"step_\d+", path.parent.name)
+        )
 
     def newest(self) -> Path | None:
         """Return the newest valid checkpoint, None without one."""
@@ -79,7 +81,7 @@ class Checkpoints:
         if meta["layout"] != self.layout:
             was = {key: value for key, value in meta["layout"].items() if self.layout.get(key) != value}
             raise ConfigError(
-                f"{newest} was written with another layout: {was}, this run has {({k: self.layout.get(k) for k in was})}; "
+                f"{newest} was written with another layout: {was}, this run has { ({k: self.layout.get(k) for k in was}) }; "
                 "resume with the layout that wrote it, or start a new run from an exported checkpoint (model.path)"
             )
         file = newest / _rank_file(self.world.rank)

@@ -22,7 +22,9 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     Columns: ``input_ids_T``; ``loss_mask_T``, True on response tokens; ``rollout_logprobs_T``, 0 on prompts;
     ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``; ``advantages_B``.
     """
-    responses = [(number, group.prompt, response) for number, group in enumerate(groups) for response in group.responses]
+    responses = [
+        (number, group.prompt, response) for number, group in enumerate(groups) for response in group.responses
+    ]
     input_ids, masks, logprobs, lengths = [], [], [], []
     for _, prompt, response in responses:
         input_ids += [*prompt.input_ids, *response.output_ids]
@@ -58,7 +60,9 @@ def drop_signalless(batch: Batch) -> Batch:
 def share(batch: Batch | None, world: World) -> Batch | None:
     """Return the main rank's batch on every rank; None, which means that there is none to come, likewise."""
     own: Mapping[str, Tensor] = {} if batch is None else {"lengths_B": batch.lengths_B, **batch.columns}
-    header = None if batch is None else [[n, list(c.shape), str(c.dtype).removeprefix("torch.")] for n, c in own.items()]
+    header = (
+        None if batch is None else [[n, list(c.shape), str(c.dtype).removeprefix("torch.")] for n, c in own.items()]
+    )
     header = broadcast_json(header, source=0, device=world.device)
     if header is None:
         return None

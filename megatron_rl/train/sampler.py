@@ -136,4 +136,3 @@ class FollowingSampler:
         """See ``Sampler``."""
         for _ in weights:
             pass
-

@@ -21,7 +21,9 @@ def read_hf_config(folder: Path) -> dict:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError(f"no config.json in {str(folder)!r} (model.path); give the folder of a Hugging Face checkpoint")
+        raise ConfigError(
+            f"no config.json in {str(folder)!r} (model.path); give the folder of a Hugging Face checkpoint"
+        )
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -36,7 +38,9 @@ def family_of(hf: Mapping) -> Family:
     """
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
-        raise ConfigError(f"model_type {model_type!r} of config.json is not supported; supported: {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"model_type {model_type!r} of config.json is not supported; supported: {', '.join(FAMILIES)}"
+        )
     try:
         return FAMILIES[model_type](hf)
     except KeyError as error:

@@ -22,7 +22,9 @@ def family(hf: Mapping) -> Family:
     dense = frozenset(n for n in range(layers) if n in hf.get("mlp_only_layers", ()) or (n + 1) % sparse_step)
     rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
     if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type {rope['rope_type']!r} of config.json is not supported for qwen3_moe; only default is")
+        raise ConfigError(
+            f"rope_type {rope['rope_type']!r} of config.json is not supported for qwen3_moe; only default is"
+        )
     fields = {
         "num_layers": layers,
         "hidden_size": hidden,
