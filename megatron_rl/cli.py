@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.rollout.serve import add_arguments as add_serve_arguments
+from megatron_rl.rollout.serve import serve
 
 if TYPE_CHECKING:  # the tree needs torch, and help should not wait for it
     from megatron_rl.config.schema import Run
@@ -44,13 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ranks", type=int, help="trainer ranks of the real run (default: parallel.ranks)")
     check.set_defaults(run=_check)
 
-    serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
-    serve.add_argument("model", type=Path, metavar="MODEL_DIR", help="folder of a Hugging Face checkpoint")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
-    )
-    serve.add_argument("--port", type=int, default=30000, help="port; 0 takes a free one (default: %(default)s)")
-    serve.set_defaults(run=_serve)
+    server = verbs.add_parser("serve", help="run the embedded rollout server alone")
+    add_serve_arguments(server)
+    server.set_defaults(run=serve)
     return parser
 
 
@@ -77,12 +75,6 @@ def _check(options: argparse.Namespace) -> int:
     from megatron_rl.launch.check import check
 
     return check(_load(options.config) if options.config else None, options.ranks)
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from megatron_rl.rollout.server import serve
-
-    return serve(options.model, host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

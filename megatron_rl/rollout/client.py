@@ -148,5 +148,7 @@ class Client:
         if response.status >= 500:
             raise ServerUnreachable(f"{self.url}{path} answered {response.status}: {raw[:300]!r}")
         if response.status >= 400:
-            raise RequestRefused(f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}")
+            raise RequestRefused(
+                f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
+            )
         return raw

@@ -41,7 +41,7 @@ class Fleet:
         carrier: Carrier,
         patience: Patience | None = None,
         rows_per_request: int = 256,
-        requests_per_server: int = 2,
+        requests_per_server: float = 2,
         keep_weights: bool = True,
     ) -> None:
         """Start the servers that are processes, and wait until all are healthy.
@@ -93,9 +93,8 @@ class Fleet:
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: Sampling,
-        seeds: Sequence[int],
+        seed: Sequence[int],
         weight_version: int | None = None,
-        temperature: float | None = None,
     ) -> list[Group]:
         """Return ``group_size`` responses to each prompt, in order.
 
@@ -103,19 +102,16 @@ class Fleet:
             prompts: what to answer.
             group_size: responses to each.
             sampling: how they are drawn.
-            seeds: (run seed, step), or whatever else makes this call's samples different from all others.
+            seed: (run seed, step), or whatever else makes this call's samples different from all others.
             weight_version: the weights that must make every token; None: any.
-            temperature: instead of that of ``sampling``; 0 is greedy.
         """
-        chunks = plan(prompts, group_size, sampling_params(sampling, temperature), seeds, self.rows_per_request)
+        chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request)
         answers = self._loop.call(self._ask_all([chunk.requests for chunk in chunks], weight_version))
         return [group for chunk, samples in zip(chunks, answers, strict=True) for group in groups(chunk, samples)]
 
     def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
-        """Return the log-probs of each sequence's tokens but the first, at temperature 1, as the engine computes them."""
-        requests = [
-            SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)
-        ]
+        """Return the engine's log-probs of each sequence's tokens but the first, at temperature 1."""
+        requests = [SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)]
         n = self.rows_per_request
         chunks = [requests[i : i + n] for i in range(0, len(requests), n)]
         answers = self._loop.call(self._ask_all(chunks, weight_version))
@@ -185,7 +181,9 @@ class Fleet:
                 member.leave(error, self.patience)
             finally:
                 self._changed.set()
-        raise RolloutError(f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors))
+        raise RolloutError(
+            f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
+        )
 
     async def _pick(self, version: str | None, errors: Sequence[str]) -> Member:
         """Return the ready server with the least to do, as soon as one has room."""

@@ -52,7 +52,9 @@ class ServedModel:
         staged, self._staged = self._staged, None
         for name, tensor in named_tensors:
             if name not in self.tensors:
-                raise BadRequest(f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}")
+                raise BadRequest(
+                    f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}"
+                )
             if tensor.shape != self.tensors[name].shape:
                 expected = list(self.tensors[name].shape)
                 raise BadRequest(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {expected}")
@@ -95,7 +97,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return every tensor of the checkpoint format by name, as a view into the model: writing to it changes the model."""
+    """Return every tensor of the checkpoint format by name, as a view: writing to it changes the model."""
     views: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, parameter in model.state_dict().items():

@@ -162,7 +162,9 @@ class _Reader:
         if kind not in ("stop", "length", "abort"):
             raise BadAnswer(f"{self.where}: finish_reason is {str(finish)[:80]}")
         if meta.get("completion_tokens") != count:
-            raise BadAnswer(f"{self.where}: {count} output tokens, but completion_tokens is {meta.get('completion_tokens')}")
+            raise BadAnswer(
+                f"{self.where}: {count} output tokens, but completion_tokens is {meta.get('completion_tokens')}"
+            )
         # A server may cut the length to what its context leaves; then it says so here.
         wrong = {
             "stop": not 0 < count <= request.max_new_tokens,
@@ -170,7 +172,9 @@ class _Reader:
             "abort": count > request.max_new_tokens,
         }
         if wrong[kind]:
-            raise BadAnswer(f"{self.where}: {count} output tokens of at most {request.max_new_tokens}, finished by {finish}")
+            raise BadAnswer(
+                f"{self.where}: {count} output tokens of at most {request.max_new_tokens}, finished by {finish}"
+            )
         return kind
 
     def logprobs(self, entries: Sequence[object], ids: Sequence[int]) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.data.types import fold_seed
 
-
 T = TypeVar("T")
 
 
@@ -72,7 +71,7 @@ class Work:
         """Rows that are not being decoded yet, or were sent back."""
         self.open = len(rows)
         self.done: Future[None] = Future()
-        self.done.set_running_or_notify_cancel()  # from here on a client that goes away cannot cancel it under the engine
+        self.done.set_running_or_notify_cancel()  # a client that goes away must not cancel it under the engine
         for index, row in enumerate(rows):
             row.work, row.index = self, index
 
@@ -121,7 +120,9 @@ def parse_work(raw: bytes) -> Work:
         body = GenerateBody.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]}") from error
+        raise BadRequest(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]}"
+        ) from error
     prompts = _prompts(body.input_ids)
     params = _per_prompt("sampling_params", body.sampling_params, len(prompts))
     rids = [None] * len(prompts) if body.rid is None else _per_prompt("rid", body.rid, len(prompts))

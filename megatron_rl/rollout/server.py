@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
 from typing import TypeVar, cast, get_args
 
 from aiohttp import web
@@ -111,7 +110,9 @@ class EmbeddedServer:
         """Limit a row to the context, or refuse it."""
         context, vocabulary = self.model.context_length, self.model.model.config.get_text_config().vocab_size
         if len(row.prompt) >= context:
-            raise BadRequest(f"the input ({len(row.prompt)} tokens) is longer than the model's context ({context} tokens)")
+            raise BadRequest(
+                f"the input ({len(row.prompt)} tokens) is longer than the model's context ({context} tokens)"
+            )
         if not 0 <= min(row.prompt) <= max(row.prompt) < vocabulary:
             raise BadRequest(f"input_ids has a token outside [0, {vocabulary}): {max(row.prompt, key=abs)}")
         if row.params.stop_strings and self.model.tokenizer is None:
@@ -193,7 +194,9 @@ class EmbeddedServer:
         if body.get("abort_all_requests"):
             await self._engine(lambda: self.engine.abort(None))
         change = self.engine.change_weights
-        message = await self._engine(lambda: change(lambda: self.model.load(path), None if version is None else str(version)))
+        message = await self._engine(
+            lambda: change(lambda: self.model.load(path), None if version is None else str(version))
+        )
         return _done(message, num_paused_requests=0)
 
     async def update_version(self, request: web.Request) -> web.Response:
@@ -228,7 +231,11 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except BadRequest as error:
-        body = {"error": {"message": str(error)}} if request.path == Path.GENERATE else {"success": False, "message": str(error)}
+        body = (
+            {"error": {"message": str(error)}}
+            if request.path == Path.GENERATE
+            else {"success": False, "message": str(error)}
+        )
         return web.json_response(body, status=400)
     except EngineStopped as error:
         return web.json_response({"error": {"message": str(error)}}, status=503)

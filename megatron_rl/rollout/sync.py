@@ -97,10 +97,10 @@ class WeightSync:
 
     async def release(self) -> None:
         """Let the members go on, whatever became of the push."""
-        paused, self._paused = self._paused, []
         try:
-            await asyncio.gather(*(self._resume(member) for member in paused if member.ready))
+            await asyncio.gather(*(self._resume(member) for member in self._paused if member.ready))
         finally:
+            self._paused = []
             if self._lock.locked():
                 self._lock.release()
 

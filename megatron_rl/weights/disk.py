@@ -50,7 +50,10 @@ class _DiskPush(Push):
         for name in _CONFIG_FILES:
             if (self.carrier.model_path / name).is_file():
                 shutil.copy(self.carrier.model_path / name, self.unfinished / name)
-        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": {t: f for f, ts in self.files.items() for t in ts}}
+        index = {
+            "metadata": {"total_size": self.num_bytes},
+            "weight_map": {t: f for f, ts in self.files.items() for t in ts},
+        }
         (self.unfinished / "model.safetensors.index.json").write_text(json.dumps(index))
         final = self.carrier.folder / f"version-{self.version}"
         shutil.rmtree(final, ignore_errors=True)
