@@ -48,6 +48,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: set[Future[object]] = set()
         self._closing = False
+        self.on_end: Callable[[], None] = lambda: None
+        """Called by the thread as its last act."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._seeds = (fold_seed((seed, i)) for i in itertools.count())
 
@@ -103,6 +105,7 @@ class Engine:
         finally:
             self._closing = True
             self._fail_open()
+            self.on_end()
 
     def _fail_open(self) -> None:
         for future in list(self._open):

@@ -26,7 +26,7 @@ from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.members import Member, Patience, wait_until_healthy, watch
 from megatron_rl.rollout.plan import groups, plan, sampling_params
 from megatron_rl.rollout.process import ServerProcess
-from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest
+from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
 from megatron_rl.rollout.sync import Carrier, NamedTensors, Report, WeightSync
 
 T = TypeVar("T")
@@ -75,7 +75,10 @@ class Fleet:
     def _member(self, server: ServerProcess | str) -> Member:
         process = None if isinstance(server, str) else server
         url = server if isinstance(server, str) else server.url
-        return Member(Client(url, self.patience.request_timeout_seconds, retries=2), process)
+        patience = self.patience
+        return Member(
+            Client(url, patience.request_timeout_seconds, patience.control_timeout_seconds, retries=2), process
+        )
 
     def __enter__(self) -> "Fleet":
         return self
@@ -134,9 +137,10 @@ class Fleet:
             self._loop.call(self.sync.release())
 
     def close(self) -> None:
-        """Stop the servers that this fleet started, and the thread."""
-        self._loop.call(self._close())
-        self._loop.close()
+        """Stop the servers that this fleet started, and the thread; more than once does no harm."""
+        if self._loop.is_open:
+            self._loop.call(self._close())
+            self._loop.close()
         for member in self.members:
             if member.process is not None:
                 member.process.stop()
@@ -161,9 +165,14 @@ class Fleet:
     async def _ask_all(self, chunks: Sequence[Sequence[SampleRequest]], version: int | None) -> list[list[Sample]]:
         wanted = None if version is None else str(version)
         if wanted is not None:
-            for member in [member for member in self.members if member.ready]:
-                await self.sync.require(member, wanted)
+            await together([self._require(member, wanted) for member in self.members if member.ready])
         return await together([self._ask(chunk, wanted) for chunk in chunks])
+
+    async def _require(self, member: Member, version: str) -> None:
+        try:
+            await self.sync.require(member, version)
+        except ServerUnreachable as error:
+            member.leave(error, self.patience)
 
     async def _ask(self, requests: Sequence[SampleRequest], version: str | None) -> list[Sample]:
         """Return the samples of one chunk, from whichever server gives them first."""

@@ -42,7 +42,8 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[li
     for part in _slices(sequences):
         ids_BT, inputs = padded_inputs(part)
         logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits[:, :-1]
-        logprobs_BT = logits_BTV.float().log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
+        exact = logits_BTV.dtype if logits_BTV.dtype == torch.float64 else torch.float32
+        logprobs_BT = logits_BTV.to(exact).log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
         rows = zip(logprobs_BT, part, strict=True)
         scores += [logprobs_T[len(logprobs_T) + 1 - len(ids) :].tolist() for logprobs_T, ids in rows]
     return scores
@@ -86,11 +87,11 @@ def _columns(rows: list[Row], eos: Sequence[int]) -> Columns:
         alive_B=torch.ones(len(rows), dtype=torch.bool),
         stops_BS=torch.tensor([ids + [-1] * (num_stops - len(ids)) for ids in stops]),
         outputs_BN=torch.zeros(len(rows), width, dtype=torch.int64),
-        logprobs_BN=torch.zeros(len(rows), width),
+        logprobs_BN=torch.zeros(len(rows), width, dtype=torch.float64),
     )
     for i, row in enumerate(rows):  # rows that were sent back bring the tokens they already have
         columns.outputs_BN[i, : len(row.output_ids)] = torch.tensor(row.output_ids, dtype=torch.int64)
-        columns.logprobs_BN[i, : len(row.logprobs)] = torch.tensor(row.logprobs)
+        columns.logprobs_BN[i, : len(row.logprobs)] = torch.tensor(row.logprobs, dtype=torch.float64)
     return columns
 
 

@@ -49,9 +49,9 @@ def serve(args: argparse.Namespace) -> int:
     engine.start()
     try:
         asyncio.run(_serve(engine, args.host, args.port))
+        return 0 if engine.is_alive() else 1
     finally:
         engine.close()
-    return 0
 
 
 async def _serve(engine: "Engine", host: str, port: int) -> None:
@@ -63,8 +63,11 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:
     runner = web.AppRunner(EmbeddedServer(engine).application(), handler_cancellation=True, access_log=None)
     await runner.setup()
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # A server without an engine is of no use: it ends, so that whoever started it sees it.
+    engine.on_end = lambda: _wake(loop, stop)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     try:
         await web.TCPSite(runner, host, port, shutdown_timeout=1.0).start()
         url = "http://{}:{}".format(*runner.addresses[0][:2])
@@ -78,6 +81,11 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:
         ) from error
     finally:
         await runner.cleanup()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(event.set)
 
 
 def main() -> int:

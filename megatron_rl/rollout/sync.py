@@ -71,10 +71,12 @@ class WeightSync:
         self._kept: list[NamedTensors] = []
         self._lock = asyncio.Lock()
         self._paused: list[Member] = []
+        self._pushing = False
 
     async def begin(self, members: Sequence[Member], version: int) -> Push:
         """Pause the ready members and open a push to them."""
         await self._lock.acquire()
+        self._pushing = True
         ready = [member for member in members if member.ready]
         await asyncio.gather(*(self._pause(member) for member in ready))
         self._paused = [member for member in ready if member.ready]
@@ -101,7 +103,8 @@ class WeightSync:
             await asyncio.gather(*(self._resume(member) for member in self._paused if member.ready))
         finally:
             self._paused = []
-            if self._lock.locked():
+            if self._pushing:
+                self._pushing = False
                 self._lock.release()
 
     async def catch_up(self, member: Member) -> None:
