@@ -1,6 +1,7 @@
 """The command line: ``megatron-rl train | check | serve``. The only place, with the console, that prints."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ranks", type=int, help="trainer ranks of the real run (default: parallel.ranks)")
     check.set_defaults(run=_check)
 
-    server = verbs.add_parser("serve", help="run the embedded rollout server alone")
-    add_serve_arguments(server)
-    server.set_defaults(run=serve)
+    serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
+    add_serve_arguments(serve)
+    serve.set_defaults(run=_serve)
     return parser
 
 
@@ -75,6 +76,11 @@ def _check(options: argparse.Namespace) -> int:
     from megatron_rl.launch.check import check
 
     return check(_load(options.config) if options.config else None, options.ranks)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return serve(options)
 
 
 if __name__ == "__main__":

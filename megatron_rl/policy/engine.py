@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import DataError
+from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.data.pack import Row, RowRules
 from megatron_rl.data.types import Columns, Loss, Metrics, Micro
 from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
@@ -51,12 +51,16 @@ class Policy:
         self.chunks = build_chunks(run, self.family, self.mesh)
         mark_shards(shards_of(self.chunks, self.family, self.mesh))
         load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
+        self._reference = self._copy() if run.kl.coefficient else None
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
         self.scheduler.step(0)
         self._packing = run.train.packing
         self._tokens = run.train.tokens_per_microbatch
         self._interleaved = run.parallel.virtual_pipeline > 1
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().cpu().clone() for chunk in self.chunks for parameter in chunk.parameters()]
 
     @property
     def row_rules(self) -> RowRules:
@@ -87,6 +91,21 @@ class Policy:
             scored_2T.zero_()
         scored_2T = sum_over(torch.distributed.group.WORLD, scored_2T).cpu()
         return {"old_logprobs_T": scored_2T[0], "old_entropies_T": scored_2T[1]}
+
+    def score_reference(self, rows: Sequence[Row]) -> Columns:
+        """Return ``ref_logprobs_T``: what the policy of the start of the run gave, as ``score`` does.
+
+        Raises:
+            TrainingError: no reference was kept.
+        """
+        if self._reference is None:
+            raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        current = [parameter.detach().clone() for parameter in parameters]
+        _overwrite(parameters, self._reference)
+        scored = self.score(rows)
+        _overwrite(parameters, current)
+        return {"ref_logprobs_T": scored["old_logprobs_T"]}
 
     def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
         """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks.
@@ -176,6 +195,12 @@ class Policy:
         totals = sum_over(world, torch.tensor(local_sums, dtype=torch.float64, device=device)).cpu()
         largest = max_over(world, torch.tensor(local_maxima, dtype=torch.float64, device=device)).cpu()
         return Metrics(dict(zip(sum_names, totals, strict=True)), dict(zip(max_names, largest, strict=True)))
+
+
+@torch.no_grad()
+def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _forward(loss_step: Callable, rows: Iterator[RankRow], model: torch.nn.Module) -> tuple[Tensor, Callable]:

@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Load the model, then answer until SIGTERM or SIGINT; return the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     import torch
 
     from megatron_rl.rollout.engine import Engine
@@ -90,6 +89,7 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 def main() -> int:
     """Run the verb on its own, as a child process of a run."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parser = argparse.ArgumentParser(prog="megatron-rl serve", description=__doc__)
     add_arguments(parser)
     try:

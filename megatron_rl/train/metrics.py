@@ -6,9 +6,9 @@ Legend: T tokens, B responses.
 import torch
 from torch import Tensor
 
-from megatron_rl.advantages import zero_variance_groups
+from megatron_rl.advantages import zero_variance
 from megatron_rl.data.types import Batch, Metrics
-from megatron_rl.loss import mismatch
+from megatron_rl.loss import mismatch, summary
 from megatron_rl.policy.engine import StepReport
 
 
@@ -17,7 +17,7 @@ class StepMetrics:
 
     def __init__(self, step: int) -> None:
         self._values: dict[str, float | int | None] = {"weight_version": step}
-        self._updates: list[tuple[Metrics, StepReport]] = []
+        self._updates: list[tuple[dict[str, float], StepReport]] = []
 
     def evaluated(self, result: tuple[float, int] | None) -> None:
         """Take an accuracy and the number of prompts behind it."""
@@ -34,19 +34,46 @@ class StepMetrics:
             "unverified_fraction": _mean(~verified_B),
             "response_tokens_mean": _mean(batch.trainable_counts_B),
             "truncated_fraction": _mean(batch["truncated_B"]),
-            "zero_variance_fraction": _mean(zero_variance_groups(batch["rewards_B"], batch["group_ids_B"], verified_B)),
+            "zero_variance_fraction": _mean(zero_variance(batch["rewards_B"], batch["group_ids_B"], verified_B)),
             "tokens": int(batch.lengths_B.sum()),
         }
 
     def scored(self, minibatches: list[Batch]) -> None:
         """Take the trainer's own log-probs and entropies."""
-        entropies = torch.cat([m["old_entropies_T"][m["loss_mask_T"]] for m in minibatches])
-        self._values |= {"entropy_mean": _mean(entropies), **mismatch(minibatches)}
+        scored = Batch.join(minibatches)
+        gap = mismatch(scored)
+        self._values |= {
+            "entropy_mean": _mean(scored["old_entropies_T"][scored["loss_mask_T"]]),
+            "mismatch_kl": gap.get("mismatch_kl"),
+            "mismatch_p99": gap.get("mismatch_abs_p99"),
+            "mismatch_max": gap.get("mismatch_abs_max"),
+        }
 
     def updated(self, summed: Metrics, report: StepReport) -> None:
         """Take one optimizer step."""
-        self._updates.append((summed, report))
+        self._updates.append((summary(summed), report))
 
     def summary(self) -> dict[str, float | int | None]:
-        """Return all keys of the line but ``step`` and ``seconds``."""
-        return self._values
+        """Return all keys of the line but ``step`` and ``seconds``: means over updates weigh each by its tokens."""
+        updates = [update for update, _ in self._updates]
+        tokens = sum(update["tokens"] for update in updates) or 1.0
+        means = {
+            name: sum(update[name] * update["tokens"] for update in updates) / tokens
+            for name in ("ratio_mean", "clipped_fraction", "policy_kl_mean", "reference_kl_mean", "correction_mean")
+            if name in updates[0]
+        }
+        responses = sum(update["responses"] for update in updates) or 1.0
+        return {
+            **self._values,
+            **means,
+            "loss": sum(update["loss"] for update in updates) / len(updates),
+            "ratio_max": max(update["ratio_max"] for update in updates),
+            "first_ratio_max": updates[0]["ratio_max"],
+            "segments_mean": sum(update["segments"] for update in updates) / responses,
+            "grad_norm": sum(report.grad_norm for _, report in self._updates) / len(updates),
+            "lr": self._updates[-1][1].lr,
+        }
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.double().mean()) if len(values) else None

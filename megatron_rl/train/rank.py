@@ -13,10 +13,10 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.parallel.mesh import World, start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.tasks import build_task
+from megatron_rl.tasks import make_task
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.export import export_hf
+from megatron_rl.train.fleet import open_fleet
 from megatron_rl.train.journal import Journal, farewell
 from megatron_rl.train.loop import train
 from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
@@ -53,8 +53,8 @@ def run_rank(loaded: Loaded[Run]) -> int:
 def _sampler(run: Run, world: World, journal: Journal, tokenizer: object, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
-    fleet = stack.enter_context(Fleet(run))
-    return MainSampler(run, world, fleet, build_task(run.task, tokenizer), journal)
+    fleet = stack.enter_context(open_fleet(run))
+    return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal)
 
 
 def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: Journal) -> None:

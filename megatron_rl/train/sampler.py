@@ -5,7 +5,6 @@ The two classes have the same methods, and each call is collective, so that the 
 
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -79,7 +78,7 @@ class MainSampler:
         try:
             self._sampling = True
             groups = self.fleet.generate(
-                prompts, train.group_size, self.run.rollout.sampling, seed=(train.seed, step), weight_version=step
+                prompts, train.group_size, self.run.rollout.sampling, seeds=(train.seed, step), weight_version=step
             )
         except StopRequested:
             return None
@@ -100,9 +99,8 @@ class MainSampler:
     def evaluate(self, step: int) -> tuple[float, int] | None:
         """See ``Sampler``."""
         settings = self.run.evaluate
-        sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
-        seed = (self.run.train.seed, step, EVALUATION)
-        groups = self.fleet.generate(self._heldout, 1, sampling, seed=seed, weight_version=step)
+        sampling, seeds = self.run.rollout.sampling, (self.run.train.seed, step, EVALUATION)
+        groups = self.fleet.generate(self._heldout, 1, sampling, seeds, step, temperature=settings.temperature)
         correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
 
@@ -139,7 +137,3 @@ class FollowingSampler:
         for _ in weights:
             pass
 
-
-def weights_folder(run: Run) -> Path:
-    """Return where the disk carrier puts weights."""
-    return Path(run.log.path) / "weights"
