@@ -80,8 +80,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    serve(options)
-    return 0
+    return serve(options)
 
 
 if __name__ == "__main__":

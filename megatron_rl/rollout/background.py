@@ -16,6 +16,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether coroutines can be run."""
+        return not self._loop.is_closed()
+
     def call(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run the coroutine there and wait for its result; if the wait is interrupted, it is cancelled."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -25,9 +25,16 @@ _RETRY_SECONDS = 0.2
 class Client:
     """An HTTP client of one rollout server; use it from one event loop."""
 
-    def __init__(self, url: str, request_timeout_seconds: float = 600.0, retries: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        request_timeout_seconds: float = 600.0,
+        control_timeout_seconds: float = 120.0,
+        retries: int = 0,
+    ) -> None:
         self.url = url.rstrip("/")
         self.request_timeout_seconds = request_timeout_seconds
+        self.control_timeout_seconds = control_timeout_seconds
         self.retries = retries
         """Times that a control call without an answer is repeated; they can all be repeated without harm."""
         self._session: aiohttp.ClientSession | None = None
@@ -115,10 +122,10 @@ class Client:
         return str(answer.get("algorithm", "")), merged
 
     async def _control(self, path: Path, body: Json, retries: int | None = None) -> None:
-        await self._ask("POST", path, body, self.request_timeout_seconds, self.retries if retries is None else retries)
+        await self._ask("POST", path, body, self.control_timeout_seconds, self.retries if retries is None else retries)
 
     async def _json(self, method: str, path: Path, body: Json | None = None) -> Json:
-        answer = parse_json(await self._ask(method, path, body, self.request_timeout_seconds, self.retries), self.url)
+        answer = parse_json(await self._ask(method, path, body, self.control_timeout_seconds, self.retries), self.url)
         if not isinstance(answer, dict):
             raise BadAnswer(f"{self.url}{path} answered a {type(answer).__name__}, expected an object")
         return answer
@@ -135,8 +142,9 @@ class Client:
 
     async def _ask_once(self, method: str, path: Path, body: Json | None, timeout_seconds: float) -> bytes:
         if self._session is None:
-            # No limit on connections: the fleet decides how much a server gets at once.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            # A kept connection that the server has just closed would look like a dead server. No limit on connections
+            # either: the fleet decides how much a server gets at once.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_seconds)
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:

@@ -89,7 +89,7 @@ class DecodeBatch:
         tokens_B, logprobs_B = sample(logits_BV, self.sampling, c.counts_B)
         slots_B = c.counts_B.clamp(max=c.outputs_BN.shape[1] - 1)  # finished rows that still ride along stay in bounds
         c.outputs_BN[self.ids_B, slots_B] = tokens_B
-        c.logprobs_BN[self.ids_B, slots_B] = logprobs_B
+        c.logprobs_BN[self.ids_B, slots_B] = logprobs_B.double()
         c.last_B, c.counts_B = tokens_B, c.counts_B + 1
         at_limit_B = c.counts_B >= c.limits_B
         at_stop_B = (tokens_B[:, None] == c.stops_BS).any(1)

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -34,11 +34,10 @@ class EngineStopped(RuntimeError):
     """The engine thread has ended; the server is of no use any more."""
 
 
-class Engine(threading.Thread):
+class Engine:
     """Decodes what is submitted, until it is closed."""
 
     def __init__(self, model: ServedModel, batching: Batching = "request", max_rows: int = 512, seed: int = 0) -> None:
-        super().__init__(name="engine", daemon=True)
         self.model = model
         self.max_rows = max_rows
         self.batching = batching
@@ -47,9 +46,20 @@ class Engine(threading.Thread):
         self.running: list[Work] = []
         self.batch: DecodeBatch | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._open: set[Future] = set()
+        self._open: set[Future[object]] = set()
         self._closing = False
+        self.on_end: Callable[[], None] = lambda: None
+        """Called by the thread as its last act."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._seeds = (fold_seed((seed, i)) for i in itertools.count())
+
+    def start(self) -> None:
+        """Start the thread; before that nothing can be submitted."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Run the function between two steps; the future has its result, or the BadRequest that it raised."""
@@ -71,8 +81,9 @@ class Engine(threading.Thread):
         self._put(work.done, lambda: self.waiting.append(work))
 
     def _put(self, future: "Future[T]", run: Callable[[], None]) -> None:
-        self._open.add(future)
-        future.add_done_callback(self._open.discard)
+        pending = cast(Future[object], future)
+        self._open.add(pending)
+        pending.add_done_callback(self._open.discard)
         self._inbox.put(run)
         if not self.is_alive():
             self._fail_open()
@@ -80,9 +91,9 @@ class Engine(threading.Thread):
     def close(self) -> None:
         """End the thread after the current step."""
         self._inbox.put(lambda: setattr(self, "_closing", True))
-        self.join()
+        self._thread.join()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         """Decode until closed; whatever ends the thread, nobody is left waiting."""
         try:
             with torch.inference_mode():
@@ -94,6 +105,7 @@ class Engine(threading.Thread):
         finally:
             self._closing = True
             self._fail_open()
+            self.on_end()
 
     def _fail_open(self) -> None:
         for future in list(self._open):

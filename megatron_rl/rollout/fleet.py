@@ -26,7 +26,7 @@ from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.members import Member, Patience, wait_until_healthy, watch
 from megatron_rl.rollout.plan import groups, plan, sampling_params
 from megatron_rl.rollout.process import ServerProcess
-from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest
+from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
 from megatron_rl.rollout.sync import Carrier, NamedTensors, Report, WeightSync
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Fleet:
         carrier: Carrier,
         patience: Patience | None = None,
         rows_per_request: int = 256,
-        requests_per_server: int = 2,
+        requests_per_server: float = 2,
         keep_weights: bool = True,
     ) -> None:
         """Start the servers that are processes, and wait until all are healthy.
@@ -75,7 +75,10 @@ class Fleet:
     def _member(self, server: ServerProcess | str) -> Member:
         process = None if isinstance(server, str) else server
         url = server if isinstance(server, str) else server.url
-        return Member(Client(url, self.patience.request_timeout_seconds, retries=2), process)
+        patience = self.patience
+        return Member(
+            Client(url, patience.request_timeout_seconds, patience.control_timeout_seconds, retries=2), process
+        )
 
     def __enter__(self) -> "Fleet":
         return self
@@ -93,9 +96,8 @@ class Fleet:
         prompts: Sequence[Prompt],
         group_size: int,
         sampling: Sampling,
-        seeds: Sequence[int],
+        seed: Sequence[int],
         weight_version: int | None = None,
-        temperature: float | None = None,
     ) -> list[Group]:
         """Return ``group_size`` responses to each prompt, in order.
 
@@ -103,16 +105,15 @@ class Fleet:
             prompts: what to answer.
             group_size: responses to each.
             sampling: how they are drawn.
-            seeds: (run seed, step), or whatever else makes this call's samples different from all others.
+            seed: (run seed, step), or whatever else makes this call's samples different from all others.
             weight_version: the weights that must make every token; None: any.
-            temperature: instead of that of ``sampling``; 0 is greedy.
         """
-        chunks = plan(prompts, group_size, sampling_params(sampling, temperature), seeds, self.rows_per_request)
+        chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request)
         answers = self._loop.call(self._ask_all([chunk.requests for chunk in chunks], weight_version))
         return [group for chunk, samples in zip(chunks, answers, strict=True) for group in groups(chunk, samples)]
 
     def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
-        """Return the log-probs of each sequence's tokens but the first, at temperature 1, as the engine computes them."""
+        """Return the engine's log-probs of each sequence's tokens but the first, at temperature 1."""
         requests = [SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)]
         n = self.rows_per_request
         chunks = [requests[i : i + n] for i in range(0, len(requests), n)]
@@ -136,9 +137,10 @@ class Fleet:
             self._loop.call(self.sync.release())
 
     def close(self) -> None:
-        """Stop the servers that this fleet started, and the thread."""
-        self._loop.call(self._close())
-        self._loop.close()
+        """Stop the servers that this fleet started, and the thread; more than once does no harm."""
+        if self._loop.is_open:
+            self._loop.call(self._close())
+            self._loop.close()
         for member in self.members:
             if member.process is not None:
                 member.process.stop()
@@ -163,9 +165,14 @@ class Fleet:
     async def _ask_all(self, chunks: Sequence[Sequence[SampleRequest]], version: int | None) -> list[list[Sample]]:
         wanted = None if version is None else str(version)
         if wanted is not None:
-            for member in [member for member in self.members if member.ready]:
-                await self.sync.require(member, wanted)
+            await together([self._require(member, wanted) for member in self.members if member.ready])
         return await together([self._ask(chunk, wanted) for chunk in chunks])
+
+    async def _require(self, member: Member, version: str) -> None:
+        try:
+            await self.sync.require(member, version)
+        except ServerUnreachable as error:
+            member.leave(error, self.patience)
 
     async def _ask(self, requests: Sequence[SampleRequest], version: str | None) -> list[Sample]:
         """Return the samples of one chunk, from whichever server gives them first."""

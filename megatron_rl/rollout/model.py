@@ -97,7 +97,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return every tensor of the checkpoint format by name, as a view into the model: writing to it changes the model."""
+    """Return every tensor of the checkpoint format by name, as a view: writing to it changes the model."""
     views: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, parameter in model.state_dict().items():

@@ -32,7 +32,7 @@ def plan(
     chunks = []
     for start in range(0, len(prompts), at_once):
         part = tuple(prompts[start : start + at_once])
-        requests = []
+        requests: list[SampleRequest] = []
         for prompt in part:
             repeat = repeats[prompt.id]
             repeats[prompt.id] += 1
@@ -49,10 +49,10 @@ def _request(prompt: Prompt, repeat: int, index: int, params: Json, seeds: Seque
     return SampleRequest(rid, prompt.input_ids, {**params, "sampling_seed": seed})
 
 
-def sampling_params(sampling: Sampling, temperature: float | None = None) -> Json:
-    """Return the wire form of the sampling section; a temperature given here wins, 0 is greedy."""
+def sampling_params(sampling: Sampling) -> Json:
+    """Return the wire form of the sampling section."""
     return {
-        "temperature": sampling.temperature if temperature is None else temperature,
+        "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_new_tokens": sampling.max_new_tokens,

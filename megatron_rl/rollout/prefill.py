@@ -38,12 +38,14 @@ def prefill(
 
 def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
     """Return the log-probability of each token but the first, given the tokens before it, at temperature 1."""
-    scores = []
+    scores: list[list[float]] = []
     for part in _slices(sequences):
         ids_BT, inputs = padded_inputs(part)
         logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits[:, :-1]
-        logprobs_BT = logits_BTV.float().log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
-        scores += [logprobs_T[len(logprobs_T) + 1 - len(ids) :].tolist() for logprobs_T, ids in zip(logprobs_BT, part)]
+        exact = logits_BTV.dtype if logits_BTV.dtype == torch.float64 else torch.float32
+        logprobs_BT = logits_BTV.to(exact).log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
+        rows = zip(logprobs_BT, part, strict=True)
+        scores += [logprobs_T[len(logprobs_T) + 1 - len(ids) :].tolist() for logprobs_T, ids in rows]
     return scores
 
 
@@ -74,7 +76,7 @@ def _slices(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]
 
 
 def _columns(rows: list[Row], eos: Sequence[int]) -> Columns:
-    stops = [[] if r.params.ignore_eos else [*eos, *(r.params.stop_token_ids or ())] for r in rows]
+    stops = [_stops(row, eos) for row in rows]
     num_stops = max(1, *map(len, stops))
     width = max(row.limit for row in rows)
     columns = Columns(
@@ -85,9 +87,13 @@ def _columns(rows: list[Row], eos: Sequence[int]) -> Columns:
         alive_B=torch.ones(len(rows), dtype=torch.bool),
         stops_BS=torch.tensor([ids + [-1] * (num_stops - len(ids)) for ids in stops]),
         outputs_BN=torch.zeros(len(rows), width, dtype=torch.int64),
-        logprobs_BN=torch.zeros(len(rows), width),
+        logprobs_BN=torch.zeros(len(rows), width, dtype=torch.float64),
     )
     for i, row in enumerate(rows):  # rows that were sent back bring the tokens they already have
         columns.outputs_BN[i, : len(row.output_ids)] = torch.tensor(row.output_ids, dtype=torch.int64)
-        columns.logprobs_BN[i, : len(row.logprobs)] = torch.tensor(row.logprobs)
+        columns.logprobs_BN[i, : len(row.logprobs)] = torch.tensor(row.logprobs, dtype=torch.float64)
     return columns
+
+
+def _stops(row: Row, eos: Sequence[int]) -> list[int]:
+    return [] if row.params.ignore_eos else [*eos, *(row.params.stop_token_ids or ())]

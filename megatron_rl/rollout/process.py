@@ -18,7 +18,7 @@ _TAIL_BYTES = 2000
 
 
 class ServerProcess:
-    """A server that this process starts and stops. Start it from a thread that lives as long as it should: see guard."""
+    """A server that this process starts and stops. Start it from a thread that lives on: see ``guard``."""
 
     def __init__(
         self, command: Sequence[str], host: str, port: int, log_path: Path, environment: Mapping[str, str] | None = None

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.data.types import fold_seed
 
-
 T = TypeVar("T")
 
 
@@ -72,7 +71,7 @@ class Work:
         """Rows that are not being decoded yet, or were sent back."""
         self.open = len(rows)
         self.done: Future[None] = Future()
-        self.done.set_running_or_notify_cancel()  # from here on a client that goes away cannot cancel it under the engine
+        self.done.set_running_or_notify_cancel()  # a client that goes away must not cancel it under the engine
         for index, row in enumerate(rows):
             row.work, row.index = self, index
 

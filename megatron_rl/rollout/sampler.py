@@ -36,7 +36,7 @@ class SamplingColumns:
         """Return the columns of these rows; a temperature of 0 is greedy and reports log-probs at temperature 1."""
         greedy = [p.temperature == 0 or p.top_k == 1 for p in params]
         return cls(
-            torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float32),
+            torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64),
             torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in params]),
             torch.tensor([p.top_p for p in params], dtype=torch.float64),
             torch.tensor([p.min_p for p in params], dtype=torch.float64),
@@ -66,7 +66,8 @@ def sample(logits_BV: Tensor, columns: SamplingColumns, positions_B: Tensor) -> 
 
     The log-probability is the one that SGLang reports: after temperature, before top-k, top-p and min-p.
     """
-    logprobs_BV = (logits_BV.float() / columns.temperatures_B[:, None]).log_softmax(-1)
+    exact = logits_BV.dtype if logits_BV.dtype == torch.float64 else torch.float32
+    logprobs_BV = (logits_BV.to(exact) / columns.temperatures_B[:, None].to(exact)).log_softmax(-1)
     tokens_B = logprobs_BV.argmax(-1)
     if not columns.all_greedy:
         probs_BV = logprobs_BV.double().exp()

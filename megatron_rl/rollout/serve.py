@@ -6,32 +6,38 @@ import errno
 import logging
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_rl.errors import MegatronRLError, RolloutError
+
+if TYPE_CHECKING:  # torch is loaded by serve(), not by asking for help
+    from megatron_rl.rollout.engine import Engine
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.add_argument("model", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=30000)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
+    parser.add_argument("--port", type=int, default=30000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="type of weights and activations"
+    )
     parser.add_argument(
         "--batching",
         choices=("request", "continuous"),
         default="request",
         help="request: one request at a time, repeatable bit for bit; continuous: requests share a batch",
     )
-    parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
+    parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="for requests that bring no sampling_seed")
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Load the model, then answer until SIGTERM or SIGINT."""
+def serve(args: argparse.Namespace) -> int:
+    """Load the model, then answer until SIGTERM or SIGINT; return the exit code."""
     import torch
 
     from megatron_rl.rollout.engine import Engine
@@ -42,31 +48,43 @@ def serve(args: argparse.Namespace) -> None:
     engine.start()
     try:
         asyncio.run(_serve(engine, args.host, args.port))
+        return 0 if engine.is_alive() else 1
     finally:
         engine.close()
 
 
-async def _serve(engine: "Engine", host: str, port: int) -> None:  # noqa: F821
+async def _serve(engine: "Engine", host: str, port: int) -> None:
     from aiohttp import web
 
     from megatron_rl.rollout.server import EmbeddedServer
 
+    # A handler ends with its client: rows that nobody waits for are not decoded to their end.
     runner = web.AppRunner(EmbeddedServer(engine).application(), handler_cancellation=True, access_log=None)
     await runner.setup()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # A server without an engine is of no use: it ends, so that whoever started it sees it.
+    engine.on_end = lambda: _wake(loop, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, shutdown_timeout=1.0).start()
+        url = "http://{}:{}".format(*runner.addresses[0][:2])
+        log.info("serving %s on %s, batching by %s", engine.model.path, url, engine.batching)
+        await stop.wait()
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise
         raise RolloutError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
         ) from error
-    log.info("serving %s on http://%s:%d, batching by %s", engine.model.path, host, port, engine.batching)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await stop.wait()
-    await runner.cleanup()
+    finally:
+        await runner.cleanup()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(event.set)
 
 
 def main() -> int:
@@ -75,11 +93,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="megatron-rl serve", description=__doc__)
     add_arguments(parser)
     try:
-        serve(parser.parse_args())
+        return serve(parser.parse_args())
     except MegatronRLError as error:
         log.error("%s", error)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
 from typing import TypeVar, cast, get_args
 
 from aiohttp import web
@@ -32,6 +31,7 @@ class EmbeddedServer:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.model = engine.model
+        self._next_version: str | None = None
 
     def application(self) -> web.Application:
         """Return the aiohttp application with every path."""
@@ -121,19 +121,22 @@ class EmbeddedServer:
         row.limit = min(row.limit, context - len(row.prompt))
 
     async def _stream(self, request: web.Request, work: Work, begin: float) -> web.StreamResponse:
+        """Send the answer so far whenever it has grown, as server-sent events."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        row, done = work.rows[0], asyncio.wrap_future(work.done)
-        sent = -1
-        while not (finished := done.done()) or sent != len(row.output_ids):
-            if not finished:
-                await asyncio.wait([done], timeout=_STREAM_SECONDS)
+        row, sent, finished = work.rows[0], 0, False
+        try:
+            while not finished:
+                await asyncio.wait([asyncio.wrap_future(work.done)], timeout=_STREAM_SECONDS)
+                finished = work.done.done()
                 await self._engine(lambda: self.engine.update_output(row))
-            if sent != len(row.output_ids) or row.finish:
-                sent = len(row.output_ids)
-                data = json.dumps(answer_of(row, self.model, time.perf_counter() - begin))
-                await response.write(f"data: {data}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
+                if finished or len(row.output_ids) > sent:
+                    sent = len(row.output_ids)
+                    data = json.dumps(answer_of(row, self.model, time.perf_counter() - begin))
+                    await response.write(f"data: {data}\n\n".encode())
+            await response.write(b"data: [DONE]\n\n")
+        finally:
+            self.engine.call(lambda: self.engine.abort_rows(work.rows))
         return response
 
     async def pause(self, request: web.Request) -> web.Response:
@@ -166,6 +169,7 @@ class EmbeddedServer:
     async def begin_update(self, request: web.Request) -> web.Response:
         """Open a weight update."""
         await _body(request, {"selector"})
+        self._next_version = None
         await self._engine(self.model.begin_update)
         return _done("weight update begun")
 
@@ -178,26 +182,28 @@ class EmbeddedServer:
         if not isinstance(payloads, list) or len(payloads) != 1 or not isinstance(payloads[0], str):
             raise BadRequest("serialized_named_tensors must be a list of one string: this server has one rank")
         tensors = await asyncio.to_thread(read_tensors, payloads[0])
+        if body.get("abort_all_requests"):
+            await self._engine(lambda: self.engine.abort(None))
         staged = await self._engine(lambda: self.model.stage(tensors))
+        self._next_version = _version(body)
         return _done(f"{staged} tensors staged")
 
     async def end_update(self, request: web.Request) -> web.Response:
         """Make the staged tensors the model's."""
         await _body(request, set())
-        return _done(await self._engine(self.model.end_update))
+        change, version = self.engine.change_weights, self._next_version
+        return _done(await self._engine(lambda: change(self.model.end_update, version)))
 
     async def update_from_disk(self, request: web.Request) -> web.Response:
         """Load a safetensors file or folder."""
         body = await _body(
             request, {"model_path", "load_format", "flush_cache", "abort_all_requests", "weight_version", "keep_pause"}
         )
-        path, version = _text(body, "model_path"), body.get("weight_version")
+        path, version = _text(body, "model_path"), _version(body)
         if body.get("abort_all_requests"):
             await self._engine(lambda: self.engine.abort(None))
         change = self.engine.change_weights
-        message = await self._engine(
-            lambda: change(lambda: self.model.load(path), None if version is None else str(version))
-        )
+        message = await self._engine(lambda: change(lambda: self.model.load(path), version))
         return _done(message, num_paused_requests=0)
 
     async def update_version(self, request: web.Request) -> web.Response:
@@ -260,6 +266,10 @@ def _text(body: Mapping[str, object], key: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"{key} is {value!r}; send a string")
     return value
+
+
+def _version(body: Mapping[str, object]) -> str | None:
+    return None if body.get("weight_version") is None else _text(body, "weight_version")
 
 
 def _done(message: str, **more: object) -> web.Response:

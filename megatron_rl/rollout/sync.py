@@ -71,10 +71,12 @@ class WeightSync:
         self._kept: list[NamedTensors] = []
         self._lock = asyncio.Lock()
         self._paused: list[Member] = []
+        self._pushing = False
 
     async def begin(self, members: Sequence[Member], version: int) -> Push:
         """Pause the ready members and open a push to them."""
         await self._lock.acquire()
+        self._pushing = True
         ready = [member for member in members if member.ready]
         await asyncio.gather(*(self._pause(member) for member in ready))
         self._paused = [member for member in ready if member.ready]
@@ -97,11 +99,12 @@ class WeightSync:
 
     async def release(self) -> None:
         """Let the members go on, whatever became of the push."""
-        paused, self._paused = self._paused, []
         try:
-            await asyncio.gather(*(self._resume(member) for member in paused if member.ready))
+            await asyncio.gather(*(self._resume(member) for member in self._paused if member.ready))
         finally:
-            if self._lock.locked():
+            self._paused = []
+            if self._pushing:
+                self._pushing = False
                 self._lock.release()
 
     async def catch_up(self, member: Member) -> None:

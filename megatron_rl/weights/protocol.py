@@ -109,8 +109,8 @@ class Push(ABC):
                 return
             if wrong := [name for name, value in self.sums.items() if sums.get(name) != value]:
                 raise RolloutError(
-                    f"{server.url}: {len(wrong)} of {len(self.sums)} tensors differ from what was sent, first {wrong[0]!r}; "
-                    "if it serves another dtype than the trainer's, start it with the same one"
+                    f"{server.url}: {len(wrong)} of {len(self.sums)} tensors differ from what was sent, first "
+                    f"{wrong[0]!r}; if it serves another dtype than the trainer's, start it with the same one"
                 )
 
         await self.each(compare)
@@ -148,13 +148,14 @@ class Carrier(ABC):
         return await push.finish()
 
     def buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield the tensors, on the CPU, in lists of at most ``bucket_bytes``; a larger tensor has a list of its own."""
+        """Yield the tensors on the CPU, in lists of at most ``bucket_bytes``; a larger tensor has its own."""
         bucket: list[tuple[str, Tensor]] = []
         size = 0
         for name, tensor in named_tensors:
             if bucket and size + tensor.nbytes > self.bucket_bytes:
                 yield bucket
-                bucket, size = [], 0
+                bucket = []
+                size = 0
             bucket.append((name, tensor.detach().to("cpu").contiguous()))
             size += tensor.nbytes
         if bucket:
