@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
@@ -148,7 +148,7 @@ def _finite(value: Metric) -> Metric:
     return value if value is None or math.isfinite(value) else None
 
 
-def read_metrics(folder: Path) -> list[dict[str, object]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
