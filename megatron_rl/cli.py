@@ -1,6 +1,7 @@
 """The command line: ``megatron-rl train | check | serve``. The only place, with the console, that prints."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.rollout.serve import add_arguments as add_serve_arguments
+from megatron_rl.rollout.serve import serve
 
 if TYPE_CHECKING:  # the tree needs torch, and help should not wait for it
     from megatron_rl.config.schema import Run
@@ -45,11 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
-    serve.add_argument("model", type=Path, metavar="MODEL_DIR", help="folder of a Hugging Face checkpoint")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
-    )
-    serve.add_argument("--port", type=int, default=30000, help="port; 0 takes a free one (default: %(default)s)")
+    add_serve_arguments(serve)
     serve.set_defaults(run=_serve)
     return parser
 
@@ -80,9 +79,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from megatron_rl.rollout.server import serve
-
-    return serve(options.model, host=options.host, port=options.port)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(options)
+    return 0
 
 
 if __name__ == "__main__":

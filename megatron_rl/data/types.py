@@ -1,6 +1,6 @@
 """What flows through a step: prompts, sampled responses, and the columns of a batch.
 
-Legend: T tokens of all sequences end to end (prompt and response), B responses.
+Legend: T tokens of all sequences end to end (prompt and response), R the trained ones among them, B responses.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +73,9 @@ class Batch:
         total = int(self.lengths_B.sum())
         for name, column in self.columns.items():
             expected = {"T": total, "B": len(self.lengths_B)}[name.rpartition("_")[2]]
-            assert column.shape[:1] == (expected,), f"{name} has shape {tuple(column.shape)}, expected [{expected}, ...]"
+            assert column.shape[:1] == (expected,), (
+                f"{name} has shape {tuple(column.shape)}, expected [{expected}, ...]"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -100,6 +102,20 @@ class Batch:
         counts_B = torch.zeros(len(self), dtype=torch.int64)
         return counts_B.index_add_(0, self.response_ids_T, self["loss_mask_T"].long())
 
+    @property
+    def trained_R(self) -> Tensor:
+        """Int64 [R]: the positions in T of the trained tokens."""
+        return self["loss_mask_T"].nonzero().squeeze(1)
+
+    def micro(self) -> "Micro":
+        """Return the trained tokens of the whole batch as one micro-batch on one rank."""
+        trained_R = self.trained_R
+        columns = {name: column[trained_R] for name, column in self.columns.items() if name.endswith("_T")}
+        if "segment_ids_T" not in columns:
+            return Micro(columns, num_segments=0)
+        columns["segment_ids_T"], num_segments = dense_ids(columns["segment_ids_T"])
+        return Micro(columns, num_segments)
+
     def add(self, columns: Columns) -> "Batch":
         """Return the batch with more columns, or with some replaced."""
         return replace(self, columns={**self.columns, **columns})
@@ -111,6 +127,13 @@ class Batch:
         columns = {n: c[tokens] if n.endswith("_T") else c[chosen_B] for n, c in self.columns.items()}
         return Batch(self.lengths_B[chosen_B], columns)
 
+    @staticmethod
+    def join(batches: Sequence["Batch"]) -> "Batch":
+        """Return the responses of all batches, in order, with the columns that all of them have."""
+        shared = set.intersection(*(set(batch.columns) for batch in batches))
+        columns = {name: torch.cat([batch[name] for batch in batches]) for name in sorted(shared)}
+        return Batch(torch.cat([batch.lengths_B for batch in batches]), columns)
+
     def split(self, parts: int, seed: Iterable[int]) -> list["Batch"]:
         """Deal the responses, shuffled by the seed, into mini-batches whose sizes differ by at most one."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(fold_seed(seed)))
@@ -121,6 +144,12 @@ def token_positions(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
     """Return the concatenation of ``arange(start, start + length)`` over all sequences, int64."""
     offsets_B = starts_B - (lengths_B.cumsum(0) - lengths_B)
     return torch.arange(int(lengths_B.sum())) + torch.repeat_interleave(offsets_B, lengths_B)
+
+
+def dense_ids(ids_T: Tensor) -> tuple[Tensor, int]:
+    """Return the ids renumbered 0, 1, ... in increasing order, and how many different ones there are."""
+    values, dense_T = torch.unique(ids_T, return_inverse=True)
+    return dense_T, len(values)
 
 
 def fold_seed(parts: Iterable[int]) -> int:
@@ -142,7 +171,8 @@ class Micro:
 
     Attributes:
         columns: per-token columns gathered at the trained positions.
-        num_segments: segments in the whole row; ``segment_ids_T`` lies in ``[0, num_segments)``.
+        num_segments: segments in the whole row; ``segment_ids_T`` lies in ``[0, num_segments)``. 0 without that column:
+            then every token is a segment of its own.
         context_group: the ranks that hold the other tokens of the same row, or None.
     """
 
@@ -159,7 +189,7 @@ class Micro:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means are formed at the very end."""
+    """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means come at the very end."""
 
     sums: Columns = field(default_factory=dict)
     maxima: Columns = field(default_factory=dict)
