@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 60
 MOST_LOOP_LINES = 120
-MOST_CONFIG_FIELDS = 120
+MOST_CONFIG_FIELDS = 100
 MOST_ARGUMENTS = 6
 VERBS = ["check", "serve", "train"]
 
@@ -47,7 +47,8 @@ def test_functions_are_short(file):
 
 @every_file()
 def test_positional_arguments_are_few(file):
-    many = {f.name for f in functions(file) if len(f.args.args) + len(f.args.posonlyargs) > MOST_ARGUMENTS + 1}
+    ours = [f for f in functions(file) if f.name != "forward"]  # torch's and megatron's signature
+    many = {f.name for f in ours if len(f.args.args) + len(f.args.posonlyargs) > MOST_ARGUMENTS + 1}
     assert many == set()
 
 
@@ -59,7 +60,7 @@ def test_no_device_is_named_and_nothing_is_swallowed(file):
         assert ".cuda(" not in text
         assert 'device="cuda"' not in text
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise):
             caught = ast.unparse(node.type) if node.type else "everything"
             assert caught not in ("everything", "Exception", "BaseException"), f"line {node.lineno}"
 

@@ -16,9 +16,7 @@ OVERLAYS = sorted((ROOT / "configs").glob("*/*.toml"))
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_config_loads(path):
-    loaded = load(Run, [path])
-    assert Path(loaded.run.model.path).is_dir()
-    assert Run.model_validate_json(to_json(loaded.run), strict=True) == loaded.run
+    assert Path(load(Run, [path]).run.model.path).is_dir()
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

@@ -9,7 +9,6 @@ from megatron_rl.launch.shape import Shape
 
 MOE = Shape(
     layers=12,
-    hidden=64,
     heads=8,
     kv_heads=4,
     ffn=128,
@@ -18,9 +17,8 @@ MOE = Shape(
     has_dense_layers=False,
     experts=16,
     expert_ffn=64,
-    experts_per_token=2,
 )
-DENSE = Shape(12, 64, 8, 4, 128, 1001, 4096, has_dense_layers=True)
+DENSE = Shape(12, 8, 4, 128, 1001, 4096, has_dense_layers=True)
 
 
 def problems(*settings: str, shape: Shape = MOE, ranks: int | None = None, on_gloo: bool = True) -> list[str]:
@@ -115,7 +113,7 @@ def test_experts_in_tensor_shards_work_with_nccl():
 def test_a_dense_model_has_no_expert_axes_but_divides_its_feed_forward():
     assert problems("tensor=2", shape=DENSE) == []
     assert "no experts" in problems("expert=2", shape=DENSE)[0]
-    odd = Shape(12, 64, 8, 4, 127, 1001, 4096, has_dense_layers=True)
+    odd = Shape(12, 8, 4, 127, 1001, 4096, has_dense_layers=True)
     assert "feed-forward width, 127" in problems("tensor=2", shape=odd)[0]
 
 
