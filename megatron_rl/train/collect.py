@@ -41,7 +41,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "verified_B": verified_B,
         "truncated_B": torch.tensor([response.finish_reason == "length" for _, _, response in responses]),
         "group_ids_B": group_ids_B,
-        "advantages_B": advantages(rewards_B, group_ids_B, run.advantage.kind, verified_B),
+        "advantages_B": advantages(run.advantage.kind, rewards_B, group_ids_B, verified_B),
     }
     batch = Batch(torch.tensor(lengths), columns)
     return drop_signalless(batch) if run.train.filter_zero_variance else batch

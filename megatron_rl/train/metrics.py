@@ -6,7 +6,7 @@ Legend: T tokens, B responses.
 import torch
 from torch import Tensor
 
-from megatron_rl.advantages import zero_variance_groups
+from megatron_rl.advantages import zero_variance
 from megatron_rl.data.types import Batch, Metrics
 from megatron_rl.loss import mismatch, summary
 from megatron_rl.policy.engine import StepReport
@@ -34,7 +34,7 @@ class StepMetrics:
             "unverified_fraction": _mean(~verified_B),
             "response_tokens_mean": _mean(batch.trainable_counts_B),
             "truncated_fraction": _mean(batch["truncated_B"]),
-            "zero_variance_fraction": _mean(zero_variance_groups(batch["rewards_B"], batch["group_ids_B"], verified_B)),
+            "zero_variance_fraction": _mean(zero_variance(batch["rewards_B"], batch["group_ids_B"], verified_B)),
             "tokens": int(batch.lengths_B.sum()),
         }
 
