@@ -1,6 +1,7 @@
 """The run folder and what is written into it."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.console import COLUMNS, cells_of, duration
+from megatron_rl.train.console import COLUMNS, Board, cells_of, duration
 from megatron_rl.train.folder import prepare_folder
 from megatron_rl.train.journal import Journal, farewell, read_metrics
 
@@ -143,3 +144,19 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write the run folder .*log\.path"):
         prepare_folder(run_in(tmp_path / "file" / "run"))
+
+
+def test_time_left_follows_the_latest_steps(tmp_path, capsys):
+    board = Board(10)
+    board.row(0, {}, {"total": 4.0})
+    board.row(1, {}, {"total": 2.0})
+    assert [row[-1] for row in board.rows] == ["0:36", "0:24"]
+
+
+def test_the_time_before_the_first_phase_belongs_to_no_step(tmp_path):
+    with Journal(tmp_path, 1) as journal:
+        time.sleep(0.2)
+        with journal.phase("rollout"):
+            pass
+        journal.write(0, ONE)
+    assert read_metrics(tmp_path)[0]["seconds"]["total"] < 0.1
