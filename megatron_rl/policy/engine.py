@@ -16,9 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.data.pack import Row, RowRules
 from megatron_rl.data.types import Columns, Loss, Metrics, Micro
+from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.parallel.mesh import World
 from megatron_rl.policy.groups import build_mesh

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.head import head_logprobs_entropies
+from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.policy.layers import block_spec
 from megatron_rl.policy.names.rules import Family
 
