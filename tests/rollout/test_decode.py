@@ -38,7 +38,9 @@ def test_greedy_decoding_equals_generate_token_by_token(model_folder: Path) -> N
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_a_full_forward_pass(model_folder: Path, temperature: float) -> None:
     prompts = prompts_of(*LENGTHS, *LENGTHS)
-    params = [{"temperature": temperature, "max_new_tokens": 4 + 3 * i, "sampling_seed": i} for i in range(len(prompts))]
+    params = [
+        {"temperature": temperature, "max_new_tokens": 4 + 3 * i, "sampling_seed": i} for i in range(len(prompts))
+    ]
     with running(model_folder) as engine:
         [rows] = finished(engine, work_of(prompts, params))
     assert [len(row.output_ids) for row in rows] == [4 + 3 * i for i in range(len(prompts))]

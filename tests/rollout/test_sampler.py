@@ -42,7 +42,9 @@ def test_neighbouring_uniforms_are_not_related() -> None:
 def test_draws_follow_the_softmax_at_the_temperature(temperature: float) -> None:
     logits_V = torch.linspace(-2, 2, 20)
     logits_BV = logits_V.expand(ROWS, -1)
-    tokens_B, logprobs_B = sample(logits_BV, columns(ROWS, temperature=temperature), torch.zeros(ROWS, dtype=torch.int64))
+    tokens_B, logprobs_B = sample(
+        logits_BV, columns(ROWS, temperature=temperature), torch.zeros(ROWS, dtype=torch.int64)
+    )
     expected_V = (logits_V / temperature).softmax(-1)
     assert chi_square(tokens_B, expected_V) < QUANTILE[19]
     torch.testing.assert_close(logprobs_B, expected_V.log()[tokens_B], atol=1e-6, rtol=0)
@@ -50,14 +52,18 @@ def test_draws_follow_the_softmax_at_the_temperature(temperature: float) -> None
 
 def test_truncated_draws_follow_the_rest_and_report_the_whole() -> None:
     logits_V = torch.linspace(-2, 2, 20)
-    tokens_B, logprobs_B = sample(logits_V.expand(ROWS, -1), columns(ROWS, top_k=5), torch.zeros(ROWS, dtype=torch.int64))
+    tokens_B, logprobs_B = sample(
+        logits_V.expand(ROWS, -1), columns(ROWS, top_k=5), torch.zeros(ROWS, dtype=torch.int64)
+    )
     probs_V = logits_V.softmax(-1)
     rest_V = torch.where(probs_V >= probs_V.sort().values[-5], probs_V, 0)
     assert chi_square(tokens_B, rest_V / rest_V.sum()) < QUANTILE[4]
     torch.testing.assert_close(logprobs_B, probs_V.log()[tokens_B], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 4, "top_p": 0.9, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "params", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 4, "top_p": 0.9, "min_p": 0.1}]
+)
 def test_truncation_equals_a_loop_over_sorted_tokens(params: Mapping[str, float]) -> None:
     probs_BV = (torch.randn(50, 20, generator=torch.Generator().manual_seed(0)) * 2).double().softmax(-1)
     kept_BV = truncate(probs_BV, columns(50, **params))
