@@ -24,7 +24,7 @@ def advantages(kind: AdvantageKind, rewards_B: Tensor, group_ids_B: Tensor, veri
 
 
 def zscore(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | None = None) -> Tensor:
-    """Return (R - mean) / (std + 1e-6) within each prompt group, std being the sample deviation; a group of one gives 0."""
+    """Return (R - mean) / (std + 1e-6) within each prompt group, std the sample deviation; a group of one gives 0."""
     centred_B, counts_B, dense_B = _centred(rewards_B, group_ids_B, verified_B)
     squares = torch.zeros(int(dense_B.max()) + 1 if len(dense_B) else 0, dtype=torch.float64)
     squares.index_add_(0, dense_B, centred_B.square())
@@ -59,7 +59,7 @@ def gdpo(
 
 
 def zero_variance(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | None = None) -> Tensor:
-    """Return, bool [B], whether the verified rewards of a response's group are all equal: nothing can be learnt from it."""
+    """Return, bool [B], whether the verified rewards of a response's group are all equal: then it teaches nothing."""
     _, dense_B = torch.unique(group_ids_B, return_inverse=True)
     kept_B = _verified(rewards_B, verified_B)
     count = int(dense_B.max()) + 1 if len(dense_B) else 0
@@ -86,7 +86,7 @@ def _verified(rewards_B: Tensor, verified_B: Tensor | None) -> Tensor:
 
 
 def _centred(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return R - mean over the group's verified responses (exactly 0 where all are equal), their number, dense group ids."""
+    """Return R - mean over the group's verified responses (exactly 0 where all are equal), their number, dense ids."""
     unique, dense_B = torch.unique(group_ids_B, return_inverse=True)
     kept_B = _verified(rewards_B, verified_B)
     values_B = torch.where(kept_B, rewards_B.double(), 0.0)

@@ -184,14 +184,16 @@ def summary(metrics: Metrics) -> dict[str, float]:
     any segment. ``segments_mean``: segments per response. ``tokens``, ``responses``, ``segments``: counts.
     """
     sums = {name: float(total) for name, total in metrics.sums.items()}
-    tokens, responses = max(sums["tokens"], 1.0), sums["responses"]
+    # Counts that were added up as shares of 1: whole numbers but for rounding.
+    responses, segments = float(round(sums["responses"])), float(round(sums["segments"]))
+    tokens = max(sums["tokens"], 1.0)
     means = {"entropy", "ratio", "policy_kl", "reference_kl", "correction"} & sums.keys()
     return {
         "loss": sums["loss"],
         "tokens": sums["tokens"],
         "responses": responses,
-        "segments": sums["segments"],
-        "segments_mean": sums["segments"] / responses if responses else 0.0,
+        "segments": segments,
+        "segments_mean": segments / max(responses, 1.0),
         "clipped_fraction": sums["clipped"] / tokens,
         **{f"{name}_mean": sums[name] / tokens for name in sorted(means)},
         **{f"{name}_max": float(largest) for name, largest in metrics.maxima.items()},

@@ -94,9 +94,9 @@ def _with_default_kinds(model: type[BaseModel], table: Mapping[str, object]) -> 
 
 
 def leaves(table: Mapping[str, object], prefix: Key = ()) -> Iterator[Key]:
-    """Yield the key of every value that is not a table."""
+    """Yield the key of every value that is not a table, and of every empty table."""
     for name, value in table.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from leaves(value, (*prefix, name))
         else:
             yield (*prefix, name)

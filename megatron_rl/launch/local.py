@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 
@@ -19,6 +20,9 @@ from megatron_rl.launch.plan import make_plan
 from megatron_rl.parallel.mesh import launched_rank
 from megatron_rl.train.folder import prepare_folder
 
+STOPPED = 130
+"""Exit code of a run that was asked to stop and can be resumed."""
+
 GRACE_SECONDS = 60.0
 """How long ranks may take to finish their step and write a checkpoint after a stop was asked for."""
 
@@ -27,6 +31,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
     """Train; return the exit code: 0 when done, 130 when stopped and resumable, else the first failing rank's."""
     launched = launched_rank()
     if launched is not None:
+        quiet_upstream()
         from megatron_rl.train.rank import run_rank
 
         return run_rank(loaded)
@@ -34,6 +39,25 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
     for change in prepare_folder(loaded.run):
         sys.stderr.write(f"megatron-rl train: resumed with another setting: {change}\n")
     return LocalRanks(words, plan.layout.ranks).run()
+
+
+def quiet_upstream() -> None:
+    """Silence what torch and megatron-core warn about themselves; call before either is imported."""
+    for message in UPSTREAM_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+UPSTREAM_WARNINGS = (
+    r"Apex is not installed",
+    r"Transformer Engine and Apex are not installed",
+    r".*`torch\.distributed\.\w+` is deprecated",  # megatron-core's calls
+    r"The \.grad attribute of a Tensor that is not a leaf",  # megatron-core's optimizer looks at every main parameter
+    r"index_reduce\(\) is in beta",
+    r"When using sequence parallelism it is recommended",  # a CUDA setting
+    r"full scope is deprecated",
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # its experts
+    r".*recommended.*CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 
 def free_port() -> int:
@@ -48,7 +72,7 @@ class LocalRanks:
 
     def __init__(self, words: Sequence[str], count: int) -> None:
         self._asked_to_stop = False
-        self._children: list[subprocess.Popen] = []
+        self._children: list[subprocess.Popen[bytes]] = []
         self._words, self._count = words, count
 
     def run(self) -> int:
@@ -63,7 +87,7 @@ class LocalRanks:
         finally:
             self._end_all()
 
-    def _start(self, rank: int, port: int) -> subprocess.Popen:
+    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self._count))
         environment = os.environ | {
             "RANK": str(rank),
@@ -90,14 +114,15 @@ class LocalRanks:
         stop_by = None
         while True:
             codes = [child.poll() for child in self._children]
-            failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, 130)]
+            fine = (0, STOPPED, -signal.SIGTERM) if self._asked_to_stop else (0, STOPPED)
+            failed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code not in fine]
             if failed:
                 rank, code = failed[0]
                 if code == 2:
                     return 2
                 raise TrainingError(f"trainer rank {rank} ended with {_worded(code)}; its message is above")
             if all(code is not None for code in codes):
-                return max(code for code in codes if code is not None)
+                return STOPPED if any(codes) else 0
             if self._asked_to_stop:
                 stop_by = stop_by or time.monotonic() + GRACE_SECONDS
                 if time.monotonic() > stop_by:

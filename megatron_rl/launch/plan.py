@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import ChainedArithmeticTask, Run
 from megatron_rl.config.sources import raise_problems
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
-from megatron_rl.launch.shape import Shape, read_shape
+from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
+from megatron_rl.parallel.mesh import on_cuda
+from megatron_rl.policy.names import family_of, read_hf_config
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     batches = batches_of(run, layout)
     shape = None
     try:
-        shape = read_shape(Path(run.model.path))
+        shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
     except MegatronRLError as error:
         problems.append(str(error))
     if shape is not None:
-        gloo = not torch.cuda.is_available() if on_gloo is None else on_gloo
+        gloo = not on_cuda() if on_gloo is None else on_gloo
         problems += check_layout(loaded, layout, shape, on_gloo=gloo)
         problems += _lengths(loaded, batches, shape)
     problems += _batch(loaded)

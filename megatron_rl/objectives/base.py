@@ -57,6 +57,13 @@ class Tokens:
             raise ConfigError(f"the objective needs {name}, which the batch lacks: it has {known}")
         return self.batch[name][self.positions_R]
 
+    @property
+    def entropies_R(self) -> Tensor:
+        """The old policy's entropies, nats."""
+        if "old_entropies_T" not in self.batch:
+            raise ConfigError("the objective needs the old policy's entropies (old_entropies_T in a batch): give them")
+        return self["old_entropies_T"]
+
     def constant(self, value: float) -> Tensor:
         """Return ``value`` for every trained token."""
         return torch.full((len(self),), value, dtype=torch.float64)

@@ -46,7 +46,7 @@ class ESPO(Clipped):
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
         """Return groups, windows and the weights 1 / (B K_i n_k)."""
-        entropies_R = tokens["old_entropies_T"]
+        entropies_R = tokens.entropies_R
         weighs_R = torch.ones(len(tokens), dtype=torch.bool)
         if segment_ids_R is None:
             groups_R = self._groups(entropies_R, tokens.responses_R)

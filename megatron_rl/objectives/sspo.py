@@ -60,7 +60,7 @@ class SSPO(FixedWindow):
         if self.entropy_scale == "none":
             return super().window(tokens, vocabulary, segment_ids_R)
         assert segment_ids_R is not None, "sspo always has segments"
-        entropies_R = tokens["old_entropies_T"].double()
+        entropies_R = tokens.entropies_R.double()
         means_R = segment_means(entropies_R, segment_ids_R)[0]
         if self.entropy_scale == "log_vocab":
             window_R = (self.alpha / log_size(vocabulary) * means_R).clamp(min=0)

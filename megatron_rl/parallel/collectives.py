@@ -45,11 +45,15 @@ def gather_over(group: Group, tensor: Tensor) -> Tensor:
     if group_size(group) == 1:
         return tensor.detach()[None]
     stacked = tensor.new_empty(group_size(group), *tensor.shape)
-    dist.all_gather_into_tensor(stacked.flatten(0, 1) if tensor.dim() else stacked, tensor.detach().contiguous(), group=group)
+    dist.all_gather_into_tensor(
+        stacked.flatten(0, 1) if tensor.dim() else stacked, tensor.detach().contiguous(), group=group
+    )
     return stacked
 
 
-def broadcast_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
+def broadcast_tensor(
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device
+) -> Tensor:
     """Return the source rank's tensor on every rank of the world, on the CPU. ``tensor`` is read on the source only."""
     if dtype is torch.bool:
         sent = None if tensor is None else tensor.to(torch.uint8)
@@ -57,7 +61,7 @@ def broadcast_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch
     if not dist.is_initialized() or dist.get_world_size() == 1:
         assert tensor is not None
         return tensor
-    sent = torch.empty(shape, dtype=dtype, device=device) if dist.get_rank() != source else tensor.to(device).contiguous()
+    sent = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
     dist.broadcast(sent, src=source)
     return sent.cpu()
 
@@ -73,7 +77,7 @@ def broadcast_json(value: object, source: int, device: torch.device) -> object:
     return json.loads(sent.numpy().tobytes())
 
 
-def gather_json(value: object, device: torch.device) -> list:
+def gather_json(value: object, device: torch.device) -> list[object]:
     """Return every rank's JSON value, in rank order, on every rank."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,14 +46,18 @@ class CudaNamesMeanCPU(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: Sequence = (), kwargs: Mapping | None = None
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Rewrite one call."""
         kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return args[0]
         if func is Tensor.type and len(args) == 1 and not kwargs:
-            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+            return str(Tensor.type(cast(Tensor, args[0]))).replace("torch.", "torch.cuda.", 1)
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
@@ -61,7 +66,7 @@ class CudaNamesMeanCPU(TorchFunctionMode):
 
 def _splits_on_host(dispatcher: object, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
     """Stand in for the asynchronous copy of the token counts to the host: they are there already."""
-    if point == dispatcher.cuda_dtoh_point:
+    if point == getattr(dispatcher, "cuda_dtoh_point"):  # noqa: B009 (megatron-core's class, unknown here)
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             splits = getattr(dispatcher, name, None)
             if isinstance(splits, Tensor):
@@ -91,10 +96,16 @@ _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDi
 _RANDOM = "megatron.core.tensor_parallel.random"
 
 REPLACEMENTS = (
-    Replacement("torch.cuda:current_device", "about forty buffers are made on the current device", torch.cpu.current_device),
-    Replacement("torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", torch.cpu.synchronize),
+    Replacement(
+        "torch.cuda:current_device", "about forty buffers are made on the current device", torch.cpu.current_device
+    ),
+    Replacement(
+        "torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", torch.cpu.synchronize
+    ),
     Replacement(f"{_DISPATCHER}.cuda_dtoh_stream", "the dispatcher makes a CUDA stream otherwise", _NoStream()),
-    Replacement(f"{_DISPATCHER}._maybe_dtoh_and_synchronize", "it copies token counts with CUDA streams", _splits_on_host),
+    Replacement(
+        f"{_DISPATCHER}._maybe_dtoh_and_synchronize", "it copies token counts with CUDA streams", _splits_on_host
+    ),
     Replacement(f"{_RANDOM}:_get_cuda_rng_state", "recomputation saves the CUDA generator", _get_rng_state),
     Replacement(f"{_RANDOM}:_set_cuda_rng_state", "recomputation restores the CUDA generator", _set_rng_state),
     Replacement("torch.cuda:get_rng_state", "the random tracker reads the CUDA generator", _get_rng_state),

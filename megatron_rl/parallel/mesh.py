@@ -75,7 +75,9 @@ def on_cuda() -> bool:
     if chosen not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"MEGATRON_RL_DEVICE is {chosen!r}; write auto, cpu or cuda")
     if chosen == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("MEGATRON_RL_DEVICE is cuda, but torch sees no CUDA device; install a CUDA build or write cpu")
+        raise ConfigError(
+            "MEGATRON_RL_DEVICE is cuda, but torch sees no CUDA device; install a CUDA build or write cpu"
+        )
     return chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available())
 
 

@@ -1,6 +1,6 @@
 """Layers that megatron-core's local (not transformer-engine) spec needs for sequence parallelism and packed sequences.
 
-Legend: T tokens of this rank's part of a row, N heads, D head dimension, S longest sequence of a bucket, B its sequences.
+Legend: T tokens of this rank's part of a row, N heads, D head dimension, B sequences of a bucket, S their longest.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Norm:
         kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
         module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter)
         return module
 
 
@@ -78,12 +78,19 @@ class PackedAttention(nn.Module):
             key_BNSD = key_BNSD.repeat_interleave(repeats, dim=1)
             value_BNSD = value_BNSD.repeat_interleave(repeats, dim=1)
         attended = F.scaled_dot_product_attention(
-            query_BNSD, key_BNSD, value_BNSD, attn_mask=bucket.mask_B1SS, is_causal=bucket.mask_B1SS is None, scale=self.scale
+            query_BNSD,
+            key_BNSD,
+            value_BNSD,
+            attn_mask=bucket.mask_B1SS,
+            is_causal=bucket.mask_B1SS is None,
+            scale=self.scale,
         )
         return attended.transpose(1, 2).flatten(0, 1)
 
 
-def block_spec(config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Return the spec of this rank's decoder block: transformer-engine's, or the local one with the layers above."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.errors import DataError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
-from megatron_rl.tasks.verifiers import find_verifier
+from megatron_rl.tasks.verifiers import VERIFIERS, find_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +110,16 @@ class Jsonl:
         if response.finish_reason != "stop":
             return Verdict(0.0, False, f"did not end: {response.finish_reason}")
         score = self.judge(prompt.text, response.text, prompt.answer)
-        return Verdict(score, score is not None and score >= 1.0, "not verified" if score is None else "")
+        if score is None:
+            return Verdict(None, False, "not verified")
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise DataError(f"{self.options.verifier} (task.verifier) gave {score!r}; return a finite number or None")
+        return Verdict(float(score), score >= 1.0)
 
     def _tokenise(self, path: Path, records: list[Record]) -> list[Prompt]:
         prompts = []
         for record in records:
+            self._check_answer(path, record)
             text = self._render(record.prompt)
             ids = self.tokenizer.encode(text, add_special_tokens=not self.options.chat_template)
             if len(ids) > self.options.max_prompt_tokens:
@@ -121,6 +127,14 @@ class Jsonl:
                 continue
             prompts.append(Prompt(f"{path.name}:{record.line}", tuple(ids), text, record.answer))
         return prompts
+
+    def _check_answer(self, path: Path, record: Record) -> None:
+        """Let a verifier of ours say now, not in the middle of a run, that it cannot work with an answer."""
+        if self.options.verifier in VERIFIERS:
+            try:
+                self.judge(record.prompt, "", record.answer)
+            except DataError as error:
+                raise DataError(f"{error} ({path}:{record.line})") from error
 
     def _render(self, prompt: str) -> str:
         if not self.options.chat_template:

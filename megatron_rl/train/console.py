@@ -1,6 +1,5 @@
 """A run on the console: a live table on a terminal, one line a step elsewhere."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,11 +38,11 @@ PHASES_COLUMN = 7
 class Board:
     """The rows that a run has shown so far, on a terminal as a table that grows."""
 
-    def __init__(self, total_steps: int, step: int = 0, *, terminal: bool | None = None) -> None:
+    def __init__(self, total_steps: int, *, terminal: bool | None = None) -> None:
         self.console = Console(highlight=False, force_terminal=terminal)
         self.total_steps = total_steps
         self.rows: list[tuple[str, ...]] = []
-        self._first, self._began = step, time.perf_counter()
+        self._totals: list[float] = []
         self._status = "starting"
         self._headed = False
         self._live: Live | None = None
@@ -59,6 +58,7 @@ class Board:
 
     def row(self, step: int, metrics: Mapping[str, float | int | None], seconds: Mapping[str, float]) -> list[str]:
         """Show the row of a step; return what belongs into the log."""
+        self._totals.append(seconds.get("total", 0.0))
         cells = cells_of(step, self.total_steps, metrics, seconds, self._left(step))
         self.rows.append(cells)
         lines = [] if self._headed else [_line([column.head for column in COLUMNS])]
@@ -84,9 +84,9 @@ class Board:
             self._live = None
 
     def _left(self, step: int) -> float:
-        """Return the seconds that the steps after this one will take, as fast as those of this process on average."""
-        done = step + 1 - self._first
-        return (time.perf_counter() - self._began) / max(done, 1) * max(self.total_steps - step - 1, 0)
+        """Return the seconds that the steps after this one will take, if they take as long as the latest ones."""
+        latest = self._totals[-ROWS_ON_SCREEN:]
+        return sum(latest) / len(latest) * max(self.total_steps - step - 1, 0)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
@@ -56,9 +56,9 @@ class Journal:
 
     def __init__(self, folder: Path | None, total_steps: int, step: int = 0, *, terminal: bool | None = None) -> None:
         self.folder = folder
-        self.board = Board(total_steps, step, terminal=terminal) if folder else None
+        self.board = Board(total_steps, terminal=terminal) if folder else None
         self._seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self._began: float | None = None  # the first phase begins the first step
         self._files: dict[str, TextIO] = {}
         if folder:
             for name in (METRICS, ROLLOUTS):
@@ -75,6 +75,7 @@ class Journal:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of a ``with`` block to the phase of this name."""
         began = time.perf_counter()
+        self._began = began if self._began is None else self._began
         if self.board:
             self.board.doing(name)
         try:
@@ -88,7 +89,7 @@ class Journal:
         assert not unknown, f"metrics without documentation: {unknown}; add them to journal.DOCUMENTED"
         now = time.perf_counter()
         seconds = {name: round(value, 4) for name, value in self._seconds.items()}
-        seconds["total"] = round(now - self._began, 4)
+        seconds["total"] = round(now - (self._began or now), 4)
         self._seconds.clear()
         self._began = now
         if self.board is None:
@@ -152,7 +153,7 @@ def _finite(value: Metric) -> Metric:
     return value if value is None or math.isfinite(value) else None
 
 
-def read_metrics(folder: Path) -> list[dict[str, object]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 

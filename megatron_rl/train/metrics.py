@@ -3,7 +3,6 @@
 Legend: T tokens, B responses.
 """
 
-import torch
 from torch import Tensor
 
 from megatron_rl.advantages import zero_variance

@@ -1,0 +1,168 @@
+"""Public functions for use outside the trainer: the same code that the trainer runs, on plain padded tensors.
+
+Legend: B rows (one response each), S padded length.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, get_args
+
+import torch
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from torch import Tensor
+
+from megatron_rl.config.section import Section
+from megatron_rl.data.types import Batch
+from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.errors import ConfigError
+from megatron_rl.loss import Correction, ReferenceKL, loss_of, mismatch, prepare, summary
+from megatron_rl.objectives import AnyObjective
+from megatron_rl.parallel.vocab import vocab_logprobs_entropies
+
+__all__ = ["Option", "PolicyLoss", "policy_loss", "vocab_logprobs_entropies"]
+
+Option = bool | int | float | str | None | list[float] | tuple[float, ...] | Mapping[str, bool | int | float | str]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss and what describes it.
+
+    Attributes:
+        loss: scalar to minimise, with gradient to ``logprobs``.
+        metrics: the journal's numbers, see ``megatron_rl.loss.summary`` and ``mismatch``.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+
+
+class _Options(Section):
+    """An objective with what may stand around it."""
+
+    objective: Annotated[AnyObjective, Field(discriminator="name")]
+    correction: Correction = Correction()
+    kl: ReferenceKL = ReferenceKL()
+
+
+def policy_loss(
+    objective: str | Mapping[str, Option],
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    entropies: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> PolicyLoss:
+    """Return the loss of a mini-batch of padded responses, by the code that the trainer uses.
+
+    Computed in float32, or float64 if ``logprobs`` is. What stands in masked slots, NaN and infinity included, is never
+    read.
+
+    Args:
+        objective: a name such as ``"grpo"``, or its options: ``{"name": "espo", "alpha": 0.02}``. The tables
+            ``correction``
+            and ``kl`` of a run's configuration may stand inside: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
+        logprobs: [B, S], log-probabilities of the tokens under the current weights, with gradient.
+        old_logprobs: [B, S], under the weights at the start of the rollout batch.
+        advantages: [B] or [B, S].
+        loss_mask: [B, S] bool, the trained tokens. Rows without one do not count.
+        entropies: [B, S] nats, of the old policy; needed by espo, and by sspo unless ``entropy_scale`` is ``"none"``.
+        segment_ids: [B, S] int, -1 where masked: tokens of a row with the same id share a ratio. Needed by sspo; a
+            clipped
+            objective uses them in place of its own segments.
+        rollout_logprobs: [B, S], as the rollout engine reported them. Without a ``correction`` they only add the
+            ``mismatch_`` metrics; dppo needs them.
+        ref_logprobs: [B, S], under a frozen reference; used by ``kl``, otherwise only measured.
+        vocab_size: token ids of the model, for log V; needed by espo and by ``entropy_scale = "log_vocab"``.
+    """
+    options = _options(objective)
+    _check_shapes(logprobs, loss_mask, advantages)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    columns = {
+        "advantages": advantages[:, None].expand(loss_mask.shape) if advantages.dim() == 1 else advantages,
+        "old_logprobs": old_logprobs,
+        "old_entropies": entropies,
+        "rollout_logprobs": rollout_logprobs,
+        "ref_logprobs": ref_logprobs,
+    }
+    batch = _batch(loss_mask, {name: c.to(dtype) for name, c in columns.items() if c is not None})
+    segment_ids_T = None if segment_ids is None else _segments(segment_ids, loss_mask)
+    vocabulary = None if vocab_size is None else Vocabulary(vocab_size)
+    batch = batch.add(prepare(batch, options.objective, options.correction, vocabulary, segment_ids_T))
+    micro = batch.micro()
+    micro = replace(micro, columns={name: column.to(logprobs.device) for name, column in micro.columns.items()})
+    logprobs_R = logprobs[loss_mask.bool()]
+    entropies_R = torch.zeros_like(logprobs_R) if entropies is None else micro["old_entropies_T"]
+    loss = loss_of(options.objective, options.kl)(logprobs_R, entropies_R, micro)
+    metrics = summary(loss.metrics) | mismatch(batch)
+    if entropies is None:
+        del metrics["entropy_mean"]
+    return PolicyLoss(loss.value, metrics)
+
+
+_OBJECTIVES = {str(section.model_fields["name"].default): section for section in get_args(AnyObjective)}
+_SECTIONS: dict[str, type[Section]] = {**_OBJECTIVES, "correction": Correction, "kl": ReferenceKL}
+
+
+def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> None:
+    if loss_mask.dim() != 2:
+        raise ValueError(f"loss_mask is {list(loss_mask.shape)}: expected [rows, padded length]")
+    if logprobs.shape != loss_mask.shape:
+        raise ValueError(f"logprobs is {list(logprobs.shape)}: expected {list(loss_mask.shape)}, as loss_mask")
+    if advantages.dim() == 1 and len(advantages) != len(loss_mask):
+        raise ValueError(f"advantages is {list(advantages.shape)}: expected one a row, [{len(loss_mask)}]")
+
+
+def _batch(loss_mask: Tensor, columns: Mapping[str, Tensor]) -> Batch:
+    """Return the rows of padded columns as sequences that lie end to end, on the CPU, without gradient."""
+    for name, column in columns.items():
+        if column.shape != loss_mask.shape:
+            shape = list(loss_mask.shape)
+            raise ValueError(f"{name.removeprefix('old_')} is {list(column.shape)}: expected {shape}, as loss_mask")
+    flat = {f"{name}_T": column.detach().flatten().cpu() for name, column in columns.items()}
+    lengths_B = torch.full((len(loss_mask),), loss_mask.shape[1])
+    return Batch(lengths_B, {"loss_mask_T": loss_mask.bool().flatten().cpu(), **flat})
+
+
+def _segments(segment_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    if segment_ids.shape != loss_mask.shape or segment_ids.dtype.is_floating_point:
+        seen = f"{list(segment_ids.shape)}, {segment_ids.dtype}"
+        raise ValueError(f"segment_ids is {seen}: expected integers, {list(loss_mask.shape)}, the shape of loss_mask")
+    if bool((segment_ids[loss_mask.bool()] < 0).any()):
+        raise ValueError("segment_ids is negative at a token that loss_mask trains: give each trained token an id >= 0")
+    return segment_ids.flatten().cpu()
+
+
+def _options(objective: str | Mapping[str, Option]) -> _Options:
+    table = {"name": objective} if isinstance(objective, str) else dict(objective)
+    around = {name: table.pop(name) for name in ("correction", "kl") if name in table}
+    try:
+        return _Options.model_validate({"objective": table, **around})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(detail) for detail in error.errors(include_url=False))) from None
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    """Return what is wrong with one option, and what to write instead."""
+    loc, seen = [str(part) for part in detail["loc"]], detail["input"]
+    if detail["type"] == "extra_forbidden":
+        return f"unknown option {loc[-1]} = {seen!r} of {loc[-2]}; {_choice(loc[-1], _SECTIONS[loc[-2]].model_fields)}"
+    if detail["type"] == "union_tag_invalid":
+        tag = str(detail["ctx"]["tag"])
+        return f'no objective is called "{tag}"; {_choice(tag, _OBJECTIVES)}'
+    if detail["type"] == "union_tag_not_found":
+        return f'no objective is named in {seen!r}; write {{"name": "grpo", ...}}'
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{loc[-1]}: {message}" if detail["type"] == "value_error" else f"{loc[-2]}: {loc[-1]} = {seen!r}: {message}"
+
+
+def _choice(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
