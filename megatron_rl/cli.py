@@ -1,4 +1,4 @@
-"""The command line: ``megatron-rl train | check | serve``. The only place, with the console, that prints."""
+"""The command line: ``megatron-rl train | check | prove | serve``. The only place, with the console, that prints."""
 
 import argparse
 import logging
@@ -47,6 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ranks", type=int, help="trainer ranks of the real run (default: parallel.ranks)")
     check.set_defaults(run=_check)
 
+    prove = verbs.add_parser("prove", help="show that any layout gives one rank's loss and gradient")
+    prove.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    prove.add_argument("--layout", action="append", default=[], metavar="tensor=2,expert=2", help="default: a set")
+    prove.add_argument("--shrink", metavar="layers=2,hidden=64", help="a smaller model of the family, random weights")
+    prove.add_argument("--objective", action="append", default=[], help="a name or all; default: the config's own")
+    prove.add_argument("--output", type=Path, metavar="FILE", help="write prove.json here")
+    prove.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of the set (default: %(default)s)")
+    prove.set_defaults(run=_prove)
+    prove_rank = verbs.add_parser("prove-rank")
+    prove_rank.add_argument("folder", type=Path)
+    prove_rank.set_defaults(run=_prove_rank)
+
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
     add_serve_arguments(serve)
     serve.set_defaults(run=_serve)
@@ -76,6 +88,22 @@ def _check(options: argparse.Namespace) -> int:
     from megatron_rl.launch.check import check
 
     return check(_load(options.config) if options.config else None, options.ranks)
+
+
+def _prove(options: argparse.Namespace) -> int:
+    loaded = _load(options.config)
+    from megatron_rl.prove.main import prove
+
+    return prove(loaded, options.layout, options.shrink, options.objective, options.output, options.ranks)
+
+
+def _prove_rank(options: argparse.Namespace) -> int:
+    from megatron_rl.launch.quiet import quiet_upstream
+
+    quiet_upstream()
+    from megatron_rl.prove.rank import main as prove_rank
+
+    return prove_rank(options.folder)
 
 
 def _serve(options: argparse.Namespace) -> int:

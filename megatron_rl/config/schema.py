@@ -250,3 +250,12 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     weights: Weights = Weights()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _float64_is_for_proofs(self) -> "Run":
+        if self.model.dtype == "float64" and (self.parallel.distributed_optimizer or self.optimizer.clip_grad):
+            raise ValueError(
+                "model.dtype = float64, but megatron-core neither shares optimizer state nor clips gradients in float64;"
+                " set parallel.distributed_optimizer = false and optimizer.clip_grad = 0"
+            )
+        return self

@@ -39,7 +39,10 @@ class ESPO(Clipped):
 
     @model_validator(mode="after")
     def _one_way_to_group(self) -> Self:
-        given = [name for name in ("top_fraction", "quantiles", "thresholds") if name in self.model_fields_set]
+        # By value, not by whether it was written: a saved configuration writes every default.
+        fields = type(self).model_fields
+        names = ("top_fraction", "quantiles", "thresholds")
+        given = [name for name in names if getattr(self, name) != fields[name].default]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} all choose the entropy groups: keep one of them")
         return self

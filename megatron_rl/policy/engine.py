@@ -6,6 +6,7 @@ exchange of sequences and experts, and the split of rows over data-parallel rank
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -105,11 +106,9 @@ class Policy:
         """
         if self._reference is None:
             raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
-        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-        current = [parameter.detach().clone() for parameter in parameters]
-        _overwrite(parameters, self._reference)
-        scored = self.score(rows)
-        _overwrite(parameters, current)
+        with self.weights_kept():
+            _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], self._reference)
+            scored = self.score(rows)
         return {"ref_logprobs_T": scored["old_logprobs_T"]}
 
     def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
@@ -131,6 +130,15 @@ class Policy:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         return StepReport(float(grad_norm), lr)
+
+    @contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """Put the parameters back as they were at the end of a ``with`` block; the optimizer's moments are not."""
+        kept = self._copy()
+        try:
+            yield
+        finally:
+            _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], kept)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return this rank's whole state: parameters, main parameters and Adam moments, shared with the policy."""

@@ -17,6 +17,11 @@ log = logging.getLogger(__name__)
 _TAIL_BYTES = 2000
 
 
+def guarded(command: Sequence[str]) -> list[str]:
+    """Return the command wrapped so that its process ends with this one, even if this one is killed."""
+    return [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), str(os.getpid()), *command]
+
+
 class ServerProcess:
     """A server that this process starts and stops. Start it from a thread that lives on: see ``guard``."""
 
@@ -48,10 +53,9 @@ class ServerProcess:
         """Start the command in a process group of its own; does not wait until it answers."""
         check_port(self.host, self.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
         with self.log_path.open("ab") as sink:
             self._process = subprocess.Popen(
-                [*guard, *self.command],
+                guarded(self.command),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

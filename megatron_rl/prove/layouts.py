@@ -1,0 +1,116 @@
+"""Layouts to prove: what a user writes as ``--layout tensor=2,expert=2``, and the default set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
+
+PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "ranks")
+WORDS: Mapping[str, tuple[str, str, type]] = {
+    **{name: ("parallel", name, int) for name in PARALLEL},
+    "data": ("parallel", "data", int),
+    "sequence": ("parallel", "sequence", bool),
+    "distributed_optimizer": ("parallel", "distributed_optimizer", bool),
+    "overlap_grad_reduce": ("parallel", "overlap_grad_reduce", bool),
+    "packing": ("train", "packing", bool),
+    "tokens": ("train", "tokens_per_microbatch", int),
+    "recompute": ("model", "recompute", str),
+    "dtype": ("model", "dtype", str),
+}
+"""Word of a layout -> section, key and type of the setting that it changes."""
+
+DEFAULT: tuple[str, ...] = (
+    "tokens=4096",
+    "tokens=128",
+    "packing=false",
+    "recompute=full,tokens=256",
+    "recompute=selective",
+    "tensor=2",
+    "tensor=2,expert_tensor=2,recompute=full",
+    "pipeline=2,tokens=128",
+    "pipeline=2,virtual_pipeline=2,tokens=128",
+    "pipeline=3,tokens=128",
+    "context=2",
+    "context=2,packing=false",
+    "expert=2",
+    "data=2",
+    "data=2,tokens=64,overlap_grad_reduce=true",
+    "data=2,distributed_optimizer=false",
+    "tensor=2,expert=2",
+    "tensor=2,expert=2,recompute=full,tokens=128",
+    "tensor=2,expert=2,packing=false",
+    "tensor=2,pipeline=2,tokens=128",
+    "tensor=2,context=2",
+    "tensor=2,expert=2,context=2",
+    "tensor=2,expert=2,data=2",
+    "tensor=2,expert=4",
+    "tensor=2,expert=2,pipeline=2,tokens=128",
+    "pipeline=2,context=2,tokens=128",
+    "pipeline=2,expert=2,tokens=128",
+    "pipeline=2,virtual_pipeline=2,expert=2,tokens=128",
+    "pipeline=2,data=2,tokens=64",
+    "expert=2,context=2",
+    "expert=4",
+    "context=2,data=2",
+    "context=4",
+    "data=4,tokens=64",
+)
+"""Every axis alone, and the pairs, as far as four ranks and a small model carry them."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layout as written, and the run with it."""
+
+    text: str
+    run: Run
+    ranks: int
+
+
+def trial(run: Run, text: str) -> Trial:
+    """Return the run under a layout; sizes that the layout does not name are 1.
+
+    Raises:
+        ConfigError: an unknown word or a value of another type.
+    """
+    changes: dict[str, dict[str, object]] = {"parallel": {}, "train": {"deterministic": True}, "model": {}}
+    for word in text.split(","):
+        key, equals, value = word.partition("=")
+        if key not in WORDS or not equals:
+            raise ConfigError(f"--layout {text!r}: {word!r} is not a setting of a layout; write {', '.join(WORDS)}")
+        section, name, kind = WORDS[key]
+        changes[section][name] = _value(text, word, value, kind)
+    parallel = {**dict.fromkeys(PARALLEL[:5], 1), "expert_tensor": None, "sequence": None, **changes["parallel"]}
+    data = parallel.pop("data", 1)
+    shards = [int(str(parallel[name])) for name in ("tensor", "pipeline", "context")]
+    dense = shards[0] * shards[1] * shards[2] * int(str(data))
+    experts = int(str(parallel["expert"])) * int(str(parallel["expert_tensor"] or 1)) * shards[1]
+    ranks = int(str(parallel.get("ranks") or max(dense, experts)))
+    tree = run.model_dump()
+    for section, settings in (changes | {"parallel": parallel | {"ranks": ranks}}).items():
+        tree[section] |= settings
+    if tree["model"]["dtype"] == "float64":  # what megatron-core's optimizers refuse in float64
+        tree["parallel"]["distributed_optimizer"] = False
+        tree["optimizer"]["clip_grad"] = 0.0
+    return Trial(text, Run.model_validate(tree), ranks)
+
+
+def _value(text: str, word: str, value: str, kind: type) -> object:
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    if kind is int and value.isdigit():
+        return int(value)
+    if kind is str:
+        return value
+    raise ConfigError(f"--layout {text!r}: {word!r} needs {'true or false' if kind is bool else 'a number'}")
+
+
+def reference(run: Run) -> Trial:
+    """Return the one-rank float64 run, one sequence a row, nothing recomputed."""
+    return trial(run, "packing=false,dtype=float64,recompute=none")
+
+
+def all_of(run: Run, texts: Sequence[str]) -> list[Trial]:
+    """Return the trials of these layouts."""
+    return [trial(run, text) for text in texts]

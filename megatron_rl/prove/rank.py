@@ -1,0 +1,55 @@
+"""One rank of one layout: the real scoring, loss, backward and optimizer step, written down for comparison."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.pack import pack
+from megatron_rl.data.types import Batch
+from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.loss import loss_of, prepare, summary
+from megatron_rl.objectives import AnyObjective
+from megatron_rl.parallel.mesh import start_world
+from megatron_rl.policy.engine import Policy
+from megatron_rl.prove.case import CASE, RESULT, RUNS, load_batch
+
+
+def main(folder: Path) -> int:
+    """Do the step that ``folder`` describes, for each of its objectives; the main rank writes the result there."""
+    described = json.loads((folder / RUNS).read_text(encoding="utf-8"))
+    runs = [Run.model_validate(run) for run in described["runs"]]
+    world = start_world(runs[0].train.step_timeout_seconds, deterministic=True)
+    policy = Policy(runs[0], world, total_updates=len(runs))
+    batch = load_batch(folder / CASE)
+    scored = policy.score(pack(batch, policy.row_rules))
+    tensors: dict[str, Tensor] = {"logprobs_T": scored["old_logprobs_T"], "entropies_T": scored["old_entropies_T"]}
+    if "old_logprobs_T" not in batch:  # the reference: all layouts use its scores, moved by the noise of the case
+        batch = batch.add(scored | {"old_logprobs_T": scored["old_logprobs_T"] + batch["noise_T"]})
+    # Random tokens have no text: every seventh ends a sentence, so that segments of all lengths come up.
+    size = policy.family.vocab_size
+    vocabulary = Vocabulary(size, tuple(b"." if token % 7 == 0 else b"a" for token in range(size)))
+    for run in runs:
+        results = _step(policy, batch, run, vocabulary)
+        tensors |= {f"{run.objective.name}/{name}": tensor for name, tensor in results.items()}
+    if world.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / RESULT)
+    dist.destroy_process_group()
+    return 0
+
+
+def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """Return loss, metrics, gradient norm and every parameter's gradient of one objective; weights stay as they are."""
+    objective: AnyObjective = run.objective
+    prepared = batch.add(prepare(batch, objective, run.correction, vocabulary))
+    rows = pack(prepared, policy.row_rules)
+    metrics = summary(policy.accumulate(rows, loss_of(objective), whole_gradients=True))
+    results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+    results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}
+    with policy.weights_kept():
+        results["metric.grad_norm"] = torch.tensor(policy.step().grad_norm, dtype=torch.float64)
+    return results
