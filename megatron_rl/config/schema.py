@@ -5,17 +5,17 @@ The string under a field is its documentation; the reference page and ``megatron
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megatron_rl.config.section import Section
+from megatron_rl.config.section import InputPath, PathToFunction, Section
 from megatron_rl.loss import Correction, ReferenceKL
-from megatron_rl.objectives import AnyObjective, GRPO
+from megatron_rl.objectives import GRPO, AnyObjective
 
 
 class Model(Section):
     """The policy."""
 
-    path: str
+    path: InputPath
     """Folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors)."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the weights and activations. bfloat16 keeps float32 main weights in the optimizer."""
@@ -43,20 +43,62 @@ class Parallel(Section):
     sequence: bool | None = None
     """Sequence parallelism inside the tensor axis; without a value: on if ``tensor`` > 1."""
     ranks: Annotated[int, Field(ge=1)] | None = None
-    """Trainer ranks to start on this machine; without a value: tensor * pipeline * context. torchrun and srun overrule it."""
+    """Trainer ranks to start here; without a value the fewest that the sizes allow. torchrun and srun overrule it."""
     distributed_optimizer: bool = True
     """Share optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
 
 
-class Task(Section):
-    """Where prompts come from and how answers are verified."""
+class ChainedArithmeticTask(Section):
+    """Sums to do from left to right, modulo 10; made on the fly, with a held-out split."""
 
-    name: str = "chained_arithmetic"
-    """``chained_arithmetic`` or ``jsonl``."""
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """The task's own options; checked against its fields."""
+    name: Literal["chained_arithmetic"] = "chained_arithmetic"
+    min_operations: Annotated[int, Field(ge=1, le=9)] = 3
+    """Fewest operations of an expression."""
+    max_operations: Annotated[int, Field(ge=1, le=9)] = 5
+    """Most operations of an expression."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ChainedArithmeticTask":
+        if self.min_operations > self.max_operations:
+            raise ValueError(
+                f"min_operations {self.min_operations} is above max_operations {self.max_operations}; swap them"
+            )
+        return self
+
+
+class JsonlTask(Section):
+    """Prompts and answers from a file with one JSON object a line."""
+
+    name: Literal["jsonl"] = "jsonl"
+    path: InputPath
+    """The training file."""
+    heldout_path: InputPath | None = None
+    """The file for evaluation; without a value ``heldout_fraction`` of the training file is kept for it."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the lines, chosen by a hash of the prompt, that is never trained on; unused with ``heldout_path``."""
+    prompt_field: str = "prompt"
+    """Name of the field with the question."""
+    answer_field: str = "answer"
+    """Name of the field with the answer."""
+    verifier: PathToFunction = "exact"
+    """``exact``, ``number``, ``regex`` (the answer is the pattern), or ``path/to/file.py:function``."""
+    chat_template: bool = False
+    """Send the prompt as a user's turn through the tokenizer's chat template."""
+    system_prompt: str = ""
+    """System turn before the prompt; only with ``chat_template``."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Longer prompts are left out, and counted."""
+
+    @model_validator(mode="after")
+    def _system_prompt_has_a_template(self) -> "JsonlTask":
+        if self.system_prompt and not self.chat_template:
+            raise ValueError("system_prompt is set but chat_template is off; set task.chat_template = true")
+        return self
+
+
+AnyTask = ChainedArithmeticTask | JsonlTask
 
 
 class Sampling(Section):
@@ -78,7 +120,7 @@ class Rollout(Section):
     """The fleet that samples."""
 
     engine: Literal["embedded", "sglang", "vllm"] = "embedded"
-    """``embedded`` runs without a GPU and without another package; the others are separate servers, spoken to by HTTP."""
+    """``embedded`` needs no GPU and no other package; the others are separate servers, spoken to by HTTP."""
     servers: Annotated[int, Field(ge=0)] = 1
     """Servers to start on this machine; ignored when ``urls`` are given."""
     urls: tuple[str, ...] = ()
@@ -177,7 +219,7 @@ class Weights(Section):
     """How new weights reach the fleet."""
 
     carrier: Literal["tensor", "disk"] = "tensor"
-    """``tensor``: in the body of an HTTP request; ``disk``: safetensors in the run folder, which the servers must see."""
+    """``tensor``: in the body of a request; ``disk``: safetensors in the run folder, which the servers must see."""
     bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
     """Most bytes of weights sent at once."""
 
@@ -186,7 +228,7 @@ class Log(Section):
     """What a run leaves behind."""
 
     path: str = "runs/latest"
-    """The run folder."""
+    """The run folder; a relative path begins at the folder where the command runs, not at the config file's."""
     rollouts: bool = True
     """Write every sample to ``rollouts.jsonl``."""
 
@@ -196,7 +238,7 @@ class Run(Section):
 
     model: Model
     parallel: Parallel = Parallel()
-    task: Task = Task()
+    task: Annotated[AnyTask, Field(discriminator="name")] = ChainedArithmeticTask()
     rollout: Rollout = Rollout()
     advantage: Advantage = Advantage()
     objective: Annotated[AnyObjective, Field(discriminator="name")] = GRPO()

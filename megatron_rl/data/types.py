@@ -127,6 +127,13 @@ class Batch:
         columns = {n: c[tokens] if n.endswith("_T") else c[chosen_B] for n, c in self.columns.items()}
         return Batch(self.lengths_B[chosen_B], columns)
 
+    @staticmethod
+    def join(batches: Sequence["Batch"]) -> "Batch":
+        """Return the responses of all batches, in order, with the columns that all of them have."""
+        shared = set.intersection(*(set(batch.columns) for batch in batches))
+        columns = {name: torch.cat([batch[name] for batch in batches]) for name in sorted(shared)}
+        return Batch(torch.cat([batch.lengths_B for batch in batches]), columns)
+
     def split(self, parts: int, seed: Iterable[int]) -> list["Batch"]:
         """Deal the responses, shuffled by the seed, into mini-batches whose sizes differ by at most one."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(fold_seed(seed)))

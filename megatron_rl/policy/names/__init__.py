@@ -1,0 +1,47 @@
+"""Hugging Face families that this package can train."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.policy.names import qwen3_moe
+from megatron_rl.policy.names.rules import Family, HFConfig
+
+FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {"qwen3_moe": qwen3_moe.family}
+"""``model_type`` of config.json -> the function that reads it."""
+
+
+def read_hf_config(folder: Path) -> HFConfig:
+    """Return ``config.json`` of a Hugging Face checkpoint folder.
+
+    Raises:
+        ConfigError: no such folder or file.
+        DataError: not valid JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"no config.json in {str(folder)!r} (model.path); give the folder of a Hugging Face checkpoint"
+        )
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def family_of(hf: HFConfig) -> Family:
+    """Return the family of a parsed config.json.
+
+    Raises:
+        ConfigError: the model type is not in the table, or a needed key is missing.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r} of config.json is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    try:
+        return FAMILIES[model_type](hf)
+    except KeyError as error:
+        raise ConfigError(f"config.json of a {model_type} model has no key {error}") from error

@@ -1,0 +1,87 @@
+"""The command line: ``megatron-rl train | check | serve``. The only place, with the console, that prints."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.config.load import Loaded, load
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.rollout.serve import add_arguments as add_serve_arguments
+from megatron_rl.rollout.serve import serve
+
+if TYPE_CHECKING:  # the tree needs torch, and help should not wait for it
+    from megatron_rl.config.schema import Run
+
+CONFIG_HELP = (
+    "TOML files, later ones stronger, and settings such as train.steps=10, stronger than any file; "
+    "a relative path in a file begins at that file's folder"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; return its exit code. An error that a user can meet is one message, and code 2 (``check``: 1)."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except MegatronRLError as error:
+        sys.stderr.write(f"megatron-rl {options.verb}: {error}\n")
+        return 1 if options.verb == "check" else 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"megatron-rl {options.verb}: interrupted\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-rl", description="RL post-training for mixture-of-experts models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="run a training job from configs")
+    train.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    train.set_defaults(run=_train)
+
+    check = verbs.add_parser("check", help="validate configs and print layout, batches and versions; starts nothing")
+    check.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    check.add_argument("--ranks", type=int, help="trainer ranks of the real run (default: parallel.ranks)")
+    check.set_defaults(run=_check)
+
+    serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
+    add_serve_arguments(serve)
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return config files and ``key=value`` words apart; a word is a setting if it has ``=`` and is no file."""
+    settings = [word for word in words if "=" in word and not Path(word).is_file()]
+    return [word for word in words if word not in settings], settings
+
+
+def _load(words: Sequence[str]) -> "Loaded[Run]":
+    from megatron_rl.config.schema import Run
+
+    return load(Run, *split_words(words))
+
+
+def _train(options: argparse.Namespace) -> int:
+    loaded = _load(options.config)
+    from megatron_rl.launch.local import main as run_local
+
+    return run_local(loaded, options.config)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from megatron_rl.launch.check import check
+
+    return check(_load(options.config) if options.config else None, options.ranks)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return serve(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""From pydantic's errors to sentences: what is wrong, the value seen, where it was set, what to write instead."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_rl.config.sources import Key
+from megatron_rl.config.tree import all_fields, field_at, lookup, members, section_at
+
+Places = Mapping[Key, str]
+
+
+def explain(model: type[BaseModel], table: Mapping[str, object], origins: Places, error: ValidationError) -> list[str]:
+    """Return one sentence a wrong key, in the order of the tree."""
+    found: dict[Key, str] = {}
+    for detail in error.errors(include_url=False):
+        key = _key(model, table, detail["loc"])
+        sentence = _sentence(model, table, origins, key, detail)
+        found[key] = f"{found[key]}, or {_remedy(detail)}" if key in found else sentence
+    return list(found.values())
+
+
+def _key(model: type[BaseModel], table: Mapping[str, object], loc: Sequence[int | str]) -> Key:
+    """Return the key that an error's location means: pydantic adds tags and names of types to it."""
+    section: type[BaseModel] | None = model
+    here: object = table
+    key: Key = ()
+    tags: Mapping[str, type[BaseModel]] = {}
+    for part in loc:
+        if part in tags:
+            tags = {}
+            continue
+        if not isinstance(part, str) or (section is None and not (isinstance(here, Mapping) and part in here)):
+            break
+        key = (*key, part)
+        field = section.model_fields.get(part) if section else None
+        here = here.get(part) if isinstance(here, Mapping) else None
+        section = section_at(field, here)
+        tags = members(field) if field is not None and field.discriminator else {}
+    return key
+
+
+def _sentence(
+    model: type[BaseModel], table: Mapping[str, object], origins: Places, key: Key, detail: ErrorDetails
+) -> str:
+    dotted, kind = ".".join(key), detail["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {dotted}: {_show(detail['input'])} ({_place(origins, key)}); {_suggest(model, table, key)}"
+    if kind == "missing":
+        return _missing(model, table, key)
+    if kind == "union_tag_invalid":
+        context = detail["ctx"]
+        dotted = f"{dotted}.{context['discriminator'].strip(chr(39))}"
+        tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        place = _place(origins, tuple(dotted.split(".")))
+        return f'no such {dotted}: "{context["tag"]}" ({place}); {_choose(str(context["tag"]), tags)}'
+    if kind in ("value_error", "assertion_error"):
+        return f"{dotted or 'configuration'}: {_remedy(detail)} ({_place(origins, key)})"
+    return f"wrong value for {dotted}: {_show(detail['input'])} ({_place(origins, key)}); {_remedy(detail)}"
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _place(origins: Places, key: Key) -> str:
+    """Return where a key was set; for a table, where its settings were."""
+    if key in origins:
+        return origins[key]
+    below = [place for other, place in origins.items() if other[: len(key)] == key]
+    return ", ".join(dict.fromkeys(below)) or "default"
+
+
+def _missing(model: type[BaseModel], table: Mapping[str, object], key: Key) -> str:
+    required = [
+        other
+        for other, field, _ in all_fields(model)
+        if other[: len(key)] == key and field.is_required() and field_at(model, table, other) is not None
+    ] or [key]
+    lines = []
+    for other in required:
+        field = field_at(model, table, other)
+        *tables, name = other
+        meaning = f": {field.description.rstrip('.')}" if field is not None and field.description else ""
+        lines.append(f"{'.'.join(other)} is not set; write {name} = ... under [{'.'.join(tables)}]{meaning}")
+    return "; ".join(lines)
+
+
+def _remedy(detail: ErrorDetails) -> str:
+    kind, value = detail["type"], detail["input"]
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message.replace("Input should", "it should")
+    if kind == "literal_error" and isinstance(value, str):
+        choices = [choice.strip("' ") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return _choose(value, choices)
+    if kind == "int_type" and isinstance(value, float) and value == int(value):
+        return f"write {int(value)}"
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(value, str)
+        and value.strip("+-").replace(".", "", 1).isdigit()
+    ):
+        return f"write {value} without quotes"
+    if kind in ("tuple_type", "list_type"):
+        return f"write [{_show(value)}]"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        return "it should be a table"
+    if kind == "bool_type":
+        return "write true or false"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'write "{_show(value)}" in quotes'
+    if kind == "string_type" and isinstance(value, str):
+        return "write it in quotes"
+    return message
+
+
+def _choose(value: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(value, choices, 1)
+    listed = ", ".join(f'"{choice}"' for choice in choices)
+    return f'did you mean "{close[0]}"? (one of {listed})' if close else f"one of {listed}"
+
+
+def _suggest(model: type[BaseModel], table: Mapping[str, object], key: Key) -> str:
+    """Return what the writer of an unknown key may have meant."""
+    *above, name = key
+    prefix = tuple(above)
+    field = field_at(model, table, prefix) if prefix else None
+    section = section_at(field, lookup(table, prefix)) if prefix else model
+    here = list(section.model_fields) if section else []
+    if close := difflib.get_close_matches(name, here, 1, 0.75):
+        return f"did you mean {'.'.join((*prefix, close[0]))}?"
+    everywhere = [(other, kind) for other, _, kind in all_fields(model)]
+    if kinds := [kind for other, kind in everywhere if other == key and kind]:
+        return f"it belongs to {' or '.join(kinds)}"
+    for other, kind in everywhere:
+        if other[-1] == name:
+            return f"did you mean {'.'.join(other)}{f', with {kind}' if kind else ''}?"
+    words = set(name.split("_"))
+    if inside := [known for known in here if set(known.split("_")) <= words]:
+        return f"did you mean {'.'.join((*prefix, max(inside, key=len)))}?"
+    if close := difflib.get_close_matches(name, here, 1):
+        return f"did you mean {'.'.join((*prefix, close[0]))}?"
+    names = {other[-1]: other for other, _ in everywhere}
+    if close := difflib.get_close_matches(name, names, 1, 0.75):
+        return f"did you mean {'.'.join(names[close[0]])}?"
+    return f"known here: {', '.join(here)}"

@@ -1,0 +1,159 @@
+"""Where settings come from: TOML files and ``key=value`` words, each remembered with its place."""
+
+import datetime
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.errors import ConfigError
+
+Key = tuple[str, ...]
+"""The path of a setting in the tree: ``("train", "steps")`` is written ``train.steps``."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or all ``key=value`` words together.
+
+    Attributes:
+        table: the settings, nested.
+        places: where each table and each setting was written, such as ``configs/demo.toml:12``.
+        folder: where its relative paths begin.
+    """
+
+    table: Mapping[str, object]
+    places: Mapping[Key, str]
+    folder: Path
+
+    def place(self, key: Key) -> str | None:
+        """Return where a setting was written; a setting in an inline table has the place of its table."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.places:
+                return self.places[key[:length]]
+        return None
+
+
+def read_sources(files: Sequence[str | Path], overrides: Sequence[str]) -> list[Source]:
+    """Read everything, later ones stronger; a ConfigError names all that cannot be read."""
+    problems: list[str] = []
+    sources: list[Source] = []
+    for file in files:
+        if list(map(str, files)).count(str(file)) > 1:
+            problems.append(f"config file named twice: {file}; name it once")
+            continue
+        try:
+            sources.append(read_file(Path(file)))
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        sources.append(read_overrides(overrides))
+    except ConfigError as error:
+        problems.append(str(error))
+    raise_problems(dict.fromkeys(problems))
+    return sources
+
+
+def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
+    """Raise a ConfigError that lists the problems, if there are any."""
+    lines = list(problems)
+    if len(lines) == 1:
+        raise ConfigError(lines[0])
+    if lines:
+        raise ConfigError("\n".join([f"{len(lines)} problems:", *(f"  - {line}" for line in lines)]))
+
+
+def read_file(path: Path) -> Source:
+    """Read a TOML file."""
+    if not path.is_file():
+        raise ConfigError(f"no config file {path}; {_available(path)}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        where = f"{path}:{place[1]}" if place else str(path)
+        reason = str(error).partition(" (at ")[0]
+        raise ConfigError(f"not valid TOML: {reason} ({where}); strings need quotes, a key may be set once") from error
+    return Source(table, {key: f"{path}:{line}" for key, line in key_lines(text).items()}, path.resolve().parent)
+
+
+def _available(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() and path.parent != Path() else Path("configs")
+    names = sorted(str(found) for pattern in ("*.toml", "*/*.toml") for found in folder.glob(pattern))
+    close = difflib.get_close_matches(str(path), names, 1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(names)}" if names else f"there is no TOML file in {folder}"
+
+
+_HEADER = re.compile(r"^\s*\[([^\[\]]+)\]\s*(?:#.*)?$")
+_SETTING = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+
+
+def key_lines(text: str) -> dict[Key, int]:
+    """Return the line, from 1, of every table and setting of a TOML text."""
+    lines: dict[Key, int] = {}
+    table: Key = ()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            table = _split(header[1])
+            lines.setdefault(table, number)
+        elif setting := _SETTING.match(line):
+            lines.setdefault(table + _split(setting[1]), number)
+    return lines
+
+
+def _split(dotted: str) -> Key:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def read_overrides(words: Sequence[str]) -> Source:
+    """Read ``key=value`` words: values as in TOML, and anything else a string without quotes."""
+    table: dict[str, object] = {}
+    places: dict[Key, str] = {}
+    problems: list[str] = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        key = tuple(part.strip() for part in name.split("."))
+        if not equals or not all(key):
+            problems.append(
+                f"not an override: {word!r} (command line); write section.key=value, or a file ending in .toml"
+            )
+        elif key in places:
+            problems.append(f"{name} is set twice (command line: {word}); set it once")
+        else:
+            places[key] = f"command line: {word}"
+            try:
+                _put(table, key, parse_value(text))
+            except ConfigError as error:
+                problems.append(f"{error} (command line: {word})")
+    raise_problems(problems)
+    return Source(table, places, Path.cwd())
+
+
+def _put(table: dict[str, object], key: Key, value: object) -> None:
+    for part in key[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{part} is both a value and a table; set one of them")
+        table = inner
+    if isinstance(table.get(key[-1]), dict):
+        raise ConfigError(f"{'.'.join(key)} is both a value and a table; set one of them")
+    table[key[-1]] = value
+
+
+def parse_value(text: str) -> object:
+    """Return the value of a TOML expression; what is none is a string."""
+    text = text.strip()
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if text[:1] in {'"', "'", "[", "{"}:
+            reason = str(error).partition(" (at ")[0]
+            raise ConfigError(f"not a TOML value: {text}: {reason}; close the quote or bracket") from error
+        return text
+    is_date = isinstance(value, datetime.date | datetime.time)
+    return text if is_date else value

@@ -1,0 +1,126 @@
+"""Lay sequences end to end in rows of equal length, dealt over data-parallel ranks.
+
+A tiny model is bound by the latency of its collectives and a large one by its matrix products: both want few, long
+rows. Rows depend on lengths alone, so the rows that score a mini-batch are the rows that train it.
+
+Legend: R positions of one row, N sequences of one row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_rl.data.types import Batch
+from megatron_rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What a row must satisfy.
+
+    Attributes:
+        tokens: most tokens in a row (longer only if one sequence alone is longer: that is an error).
+        sequence_multiple: each sequence is padded to a multiple of this (zig-zag context parallelism).
+        row_multiple: each row is padded to a multiple of this (sequence parallelism).
+        count_multiple: the number of rows is padded to a multiple of this (data and pipeline parallelism).
+        one_each: one sequence a row instead of packing.
+    """
+
+    tokens: int
+    sequence_multiple: int = 1
+    row_multiple: int = 1
+    count_multiple: int = 1
+    one_each: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sequences laid end to end, then padding.
+
+    Attributes:
+        batch: the mini-batch that the row was made from.
+        sequences: the row's sequences, as indices into the batch.
+        padded_N: int64, the padded length of each sequence.
+        length: positions of the row, the same for all rows of a mini-batch.
+    """
+
+    batch: Batch
+    sequences: tuple[int, ...]
+    padded_N: Tensor
+    length: int
+
+    @cached_property
+    def lengths_N(self) -> Tensor:
+        """Int64 [N]: real tokens of each sequence."""
+        return self.batch.lengths_B[torch.tensor(self.sequences, dtype=torch.int64)]
+
+    @cached_property
+    def token_ids_R(self) -> Tensor:
+        """Int64 [R]: which token of the batch stands at each position, -1 at padding."""
+        index_R = torch.full((self.length,), -1, dtype=torch.int64)
+        row_starts_N = self.padded_N.cumsum(0) - self.padded_N
+        batch_starts = self.batch.starts_B.tolist()
+        for sequence, start, length in zip(self.sequences, row_starts_N.tolist(), self.lengths_N.tolist(), strict=True):
+            first = batch_starts[sequence]
+            index_R[start : start + length] = torch.arange(first, first + length)
+        return index_R
+
+    @cached_property
+    def target_ids_R(self) -> Tensor:
+        """Int64 [R]: which token of the batch each position predicts (the next of its sequence), -1 for none."""
+        here, following = self.token_ids_R[:-1], self.token_ids_R[1:]
+        target_R = torch.full_like(self.token_ids_R, -1)
+        target_R[:-1] = torch.where((here >= 0) & (following == here + 1) & ~self._starts_R[1:], following, -1)
+        return target_R
+
+    @cached_property
+    def _starts_R(self) -> Tensor:
+        starts_R = torch.zeros(self.length, dtype=torch.bool)
+        starts_R[(self.padded_N.cumsum(0) - self.padded_N)] = True
+        return starts_R
+
+
+def pack(batch: Batch, rules: RowRules) -> list[Row]:
+    """Return the batch as rows of one common length, as few and as even as the token budget allows.
+
+    Raises:
+        ConfigError: a sequence does not fit in a row.
+    """
+    padded_B = _round_up(batch.lengths_B, rules.sequence_multiple)
+    longest = int(padded_B.max()) if len(batch) else 0
+    if longest > rules.tokens:
+        raise ConfigError(
+            f"a sequence of {longest} tokens (padded) does not fit in a row of {rules.tokens}; "
+            f"set train.tokens_per_microbatch to at least {longest}, or shorten rollout.sampling.max_new_tokens"
+        )
+    bins = [[index] for index in range(len(batch))] if rules.one_each else _even_bins(padded_B.tolist(), rules)
+    while len(bins) % rules.count_multiple or not bins:
+        bins.append([])
+    length = max(int(padded_B[b].sum()) for b in bins)
+    length = int(_round_up(torch.tensor(max(length, 1)), rules.row_multiple))
+    return [Row(batch, tuple(b), padded_B[torch.tensor(b, dtype=torch.int64)], length) for b in bins]
+
+
+def _even_bins(lengths: Sequence[int], rules: RowRules) -> list[list[int]]:
+    """Deal sequences, longest first, each into the emptiest row; use more rows until all fit the budget."""
+    multiple = rules.count_multiple
+    count = -(-max(sum(lengths), 1) // rules.tokens)
+    count = -(-count // multiple) * multiple
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for index in order:
+            emptiest = loads.index(min(loads))
+            bins[emptiest].append(index)
+            loads[emptiest] += lengths[index]
+        if max(loads) <= rules.tokens:
+            return [sorted(b) for b in bins]
+        count += multiple
+
+
+def _round_up(values: Tensor, multiple: int) -> Tensor:
+    return (values + multiple - 1) // multiple * multiple

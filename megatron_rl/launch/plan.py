@@ -1,0 +1,156 @@
+"""What a run will do, from its configuration alone, and everything that cannot work, before a process starts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.schema import ChainedArithmeticTask, Run
+from megatron_rl.config.sources import raise_problems
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.launch.layout import Layout, check_layout, layout_of
+from megatron_rl.launch.shape import Shape, shape_of
+from megatron_rl.launch.upstream import check_megatron_fields
+from megatron_rl.parallel.mesh import on_cuda
+from megatron_rl.policy.names import family_of, read_hf_config
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The arithmetic of a step.
+
+    Attributes:
+        responses: sampled in a step.
+        per_update: responses of one optimizer step.
+        longest: tokens of the longest possible sequence, as padded for context parallelism.
+        most_rows: packed rows of one optimizer step, over all data-parallel ranks, if all sequences are the longest.
+        updates: optimizer steps of the run.
+    """
+
+    responses: int
+    per_update: int
+    longest: int
+    most_rows: int
+    updates: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as far as it is known before it starts."""
+
+    layout: Layout
+    shape: Shape
+    batches: Batches
+    notes: tuple[str, ...]
+
+
+def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | None = None) -> Plan:
+    """Return the plan of a run; a ConfigError lists everything that cannot work.
+
+    Args:
+        loaded: the configuration.
+        ranks: trainer ranks that exist already (torchrun, srun); None: as configured.
+        on_gloo: whether ranks talk through gloo; None: if there is no GPU.
+    """
+    run, problems = loaded.run, list(check_megatron_fields(loaded))
+    layout = layout_of(run.parallel, ranks)
+    batches = batches_of(run, layout)
+    shape = None
+    try:
+        shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
+    except MegatronRLError as error:
+        problems.append(str(error))
+    if shape is not None:
+        gloo = not on_cuda() if on_gloo is None else on_gloo
+        problems += check_layout(loaded, layout, shape, on_gloo=gloo)
+        problems += _lengths(loaded, batches, shape)
+    problems += _batch(loaded)
+    problems += _fleet(loaded)
+    raise_problems(problems)
+    assert shape is not None, "a missing shape is a problem"
+    return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))
+
+
+def max_prompt_tokens(run: Run) -> int:
+    """Return the tokens of the longest prompt that the task lets through."""
+    if isinstance(run.task, ChainedArithmeticTask):
+        return 2 * run.task.max_operations + 2  # a digit, operators and digits, an equals sign
+    return run.task.max_prompt_tokens
+
+
+def batches_of(run: Run, layout: Layout) -> Batches:
+    """Return the batch arithmetic of a run."""
+    responses = run.train.prompts_per_step * run.train.group_size
+    per_update = -(-responses // run.train.updates_per_step)
+    multiple = 2 * layout.context if layout.context > 1 else 1
+    longest = _round_up(max_prompt_tokens(run) + run.rollout.sampling.max_new_tokens, multiple)
+    fitting = run.train.tokens_per_microbatch // longest if run.train.packing else 1
+    rows = -(-per_update // max(fitting, 1))
+    stages = layout.pipeline if layout.virtual_pipeline > 1 else 1
+    most_rows = _round_up(rows, max(layout.data, 1) * stages)
+    return Batches(responses, per_update, longest, most_rows, run.train.steps * run.train.updates_per_step)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _batch(loaded: Loaded[Run]) -> Iterator[str]:
+    train = loaded.run.train
+    responses = train.prompts_per_step * train.group_size
+    if responses % train.updates_per_step:
+        sizes = [size for size in range(1, responses + 1) if responses % size == 0]
+        below = max(size for size in sizes if size < train.updates_per_step)
+        above = min((size for size in sizes if size > train.updates_per_step), default=below)
+        yield (
+            f"train.updates_per_step = {train.updates_per_step} ({loaded.origin('train.updates_per_step')}) does not"
+            f" divide the {responses} responses of a step (prompts_per_step {train.prompts_per_step} * group_size"
+            f" {train.group_size}); write {below} or {above}"
+        )
+
+
+def _lengths(loaded: Loaded[Run], batches: Batches, shape: Shape) -> Iterator[str]:
+    run, key = loaded.run, "train.tokens_per_microbatch"
+    tokens = run.train.tokens_per_microbatch
+    parts = f"prompt {max_prompt_tokens(run)} + rollout.sampling.max_new_tokens {run.rollout.sampling.max_new_tokens}"
+    if tokens < batches.longest:
+        yield (
+            f"{key} = {tokens} ({loaded.origin(key)}) is less than the longest sequence, {batches.longest} tokens"
+            f" ({parts}); write at least {batches.longest}"
+        )
+    longest = max_prompt_tokens(run) + run.rollout.sampling.max_new_tokens
+    if longest > shape.positions:
+        key = "rollout.sampling.max_new_tokens"
+        room = shape.positions - max_prompt_tokens(run)
+        fix = f"write at most {room}" if room > 0 else f"lower task.max_prompt_tokens below {shape.positions}"
+        yield (
+            f"{key} = {run.rollout.sampling.max_new_tokens} ({loaded.origin(key)}): the longest sequence has {longest}"
+            f" tokens ({parts}), but the model's positions end at {shape.positions}; {fix}"
+        )
+
+
+def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
+    rollout = loaded.run.rollout
+    if not rollout.urls and not rollout.servers:
+        yield (
+            f"rollout.servers = 0 ({loaded.origin('rollout.servers')}) and rollout.urls is empty: nothing would sample;"
+            " start at least one server or write the URLs of running ones"
+        )
+    if not rollout.urls and rollout.engine != "embedded":
+        origin = loaded.origin("rollout.engine")
+        yield (
+            f'rollout.engine = "{rollout.engine}" ({origin}) runs in an environment of its own;'
+            " start its servers there and write their addresses in rollout.urls"
+        )
+
+
+def _notes(loaded: Loaded[Run], layout: Layout, batches: Batches) -> Iterator[str]:
+    run = loaded.run
+    if run.rollout.sampling.top_p < 1 or run.rollout.sampling.top_k not in (-1, 0):
+        yield "top_p or top_k cut the distribution: the engine's log-probs will differ from the trainer's"
+    if run.train.updates_per_step == 1 and run.objective.name in ("espo", "gspo", "sspo", "sapo"):
+        yield f"one update a step: every ratio is 1 and {run.objective.name} never clips; updates_per_step = 4 is usual"
+    if run.train.group_size == 1 and run.advantage.kind != "dr":
+        yield "groups of one response have no advantage: nothing would be learnt"
+    if layout.data > batches.per_update:
+        yield f"{layout.data} data-parallel ranks share {batches.per_update} responses an update: some have none"

@@ -1,0 +1,70 @@
+"""What is installed, and which fields megatron-core's configuration has, without importing any of it."""
+
+import ast
+import difflib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.schema import Run
+
+OURS: Mapping[str, str] = {
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "context_parallel_size": "parallel.context",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
+    "sequence_parallel": "parallel.sequence",
+    "params_dtype": "model.dtype",
+    "pipeline_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "recompute_granularity": "model.recompute",
+    "overlap_p2p_comm": "parallel.virtual_pipeline",
+    "batch_p2p_comm": "parallel.virtual_pipeline",
+}
+"""Fields of megatron-core that settings of ours decide; a second opinion could only contradict them."""
+
+FIXED: Mapping[str, str] = {
+    "attention_dropout": "log-probs must be the same in scoring and training",
+    "hidden_dropout": "log-probs must be the same in scoring and training",
+    "calculate_per_token_loss": "the loss carries its own global denominators",
+    "finalize_model_grads_func": "the loss carries its own global denominators",
+}
+"""Fields of megatron-core that cannot be changed, and why."""
+
+
+@cache
+def megatron_fields() -> frozenset[str]:
+    """Return the fields of megatron-core's TransformerConfig, read from its source; empty if it is not installed."""
+    try:
+        megatron = distribution("megatron-core")
+    except PackageNotFoundError:
+        return frozenset()
+    files = ("megatron/core/model_parallel_config.py", "megatron/core/transformer/transformer_config.py")
+    classes = ("ModelParallelConfig", "TransformerConfig")
+    names: set[str] = set()
+    for file, class_name in zip(files, classes, strict=True):
+        tree = ast.parse(Path(str(megatron.locate_file(file))).read_text(encoding="utf-8"))
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+        names |= {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    return frozenset(names)
+
+
+def check_megatron_fields(loaded: Loaded[Run]) -> Iterator[str]:
+    """Yield what is wrong with the names in ``model.megatron``."""
+    known = megatron_fields()
+    for name, value in loaded.run.model.megatron.items():
+        key = f"model.megatron.{name}"
+        said = f"{key} = {value!r} ({loaded.origin(key)})"
+        if name in OURS:
+            yield f"{said} is decided by {OURS[name]}; set that instead"
+        elif name in FIXED:
+            yield f"{said} cannot be set: {FIXED[name]}; leave it out"
+        elif known and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "see TransformerConfig in megatron-core's documentation"
+            yield f"unknown key {said}: megatron-core's TransformerConfig has no such field; {hint}"

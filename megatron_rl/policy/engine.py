@@ -1,0 +1,244 @@
+"""The policy: scores a batch, accumulates gradients of any loss, steps, and hands out its weights.
+
+Every method is collective: all trainer ranks call it in the same order with the same batch. Pipeline schedules, the
+exchange of sequences and experts, and the split of rows over data-parallel ranks stay behind it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.pack import Row, RowRules
+from megatron_rl.data.types import Columns, Loss, Metrics, Micro
+from megatron_rl.errors import DataError, TrainingError
+from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
+from megatron_rl.parallel.mesh import World
+from megatron_rl.policy.groups import build_mesh
+from megatron_rl.policy.model import build_chunks
+from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
+from megatron_rl.policy.rows import RankRow, rank_row
+from megatron_rl.policy.upstream import repair
+from megatron_rl.policy.weights import export_weights, load_weights, mark_shards, shards_of
+
+LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
+"""(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
+
+Result = TypeVar("Result")
+LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
+"""(row, output of the last stage) -> megatron's triple: scalar to differentiate, token count, what to keep."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did: the global gradient norm before clipping, and the learning rate it used."""
+
+    grad_norm: float
+    lr: float
+
+
+class Policy:
+    """A megatron-core model, its optimizer and its schedule, on this rank's part of the mesh."""
+
+    def __init__(self, run: Run, world: World, total_updates: int) -> None:
+        repair()
+        self.family = family_of(read_hf_config(Path(run.model.path)))
+        self.mesh = build_mesh(run, world)
+        self.chunks = build_chunks(run, self.family, self.mesh)
+        mark_shards(shards_of(self.chunks, self.family, self.mesh))
+        load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
+        self._reference = self._copy() if run.kl.coefficient else None
+        self.optimizer = build_optimizer(run, self.chunks)
+        self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
+        self.scheduler.step(0)
+        self._packing = run.train.packing
+        self._tokens = run.train.tokens_per_microbatch
+        self._interleaved = run.parallel.virtual_pipeline > 1
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().cpu().clone() for chunk in self.chunks for parameter in chunk.parameters()]
+
+    @property
+    def row_rules(self) -> RowRules:
+        """What packed rows must satisfy on this mesh."""
+        context, tensor = group_size(self.mesh.context), group_size(self.mesh.tensor)
+        zigzag = 2 * context if context > 1 else 1
+        stages = group_size(self.mesh.pipeline) if self._interleaved else 1
+        return RowRules(
+            tokens=self._tokens,
+            sequence_multiple=zigzag,
+            row_multiple=zigzag * tensor,
+            count_multiple=group_size(self.mesh.data) * stages,
+            one_each=not self._packing,
+        )
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row]) -> Columns:
+        """Return ``old_logprobs_T`` and ``old_entropies_T`` of the mini-batch: nats, 0 where untrained, on the CPU.
+
+        The forward pass is the one of ``accumulate``: same rows, same kernels, so the first ratios are exactly 1.
+        """
+        total = int(rows[0].batch.lengths_B.sum())
+        dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
+        scored_2T = torch.zeros(2, total, dtype=dtype, device=self.mesh.world.device)
+        for row, output_2K in self._run(rows, _keep_output, forward_only=True):
+            scored_2T.index_copy_(1, row.target_tokens_K.to(scored_2T.device), output_2K)
+        if not self.mesh.reports_tokens:
+            scored_2T.zero_()
+        scored_2T = sum_over(torch.distributed.group.WORLD, scored_2T).cpu()
+        return {"old_logprobs_T": scored_2T[0], "old_entropies_T": scored_2T[1]}
+
+    def score_reference(self, rows: Sequence[Row]) -> Columns:
+        """Return ``ref_logprobs_T``: what ``score`` gives with the weights that the run began with.
+
+        Raises:
+            TrainingError: no reference was kept.
+        """
+        if self._reference is None:
+            raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        current = [parameter.detach().clone() for parameter in parameters]
+        _overwrite(parameters, self._reference)
+        scored = self.score(rows)
+        _overwrite(parameters, current)
+        return {"ref_logprobs_T": scored["old_logprobs_T"]}
+
+    def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
+        """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks.
+
+        ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read
+        them, where the distributed optimizer would keep only its share.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        step = partial(_differentiable, loss_of)
+        losses = [loss for _, loss in self._run(rows, step, forward_only=False, force_all_reduce=whole_gradients)]
+        return self._reduce(losses)
+
+    def step(self) -> StepReport:
+        """Clip, step the optimizer, advance the schedule."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return StepReport(float(grad_norm), lr)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return this rank's whole state: parameters, main parameters and Adam moments, shared with the policy."""
+        parameters = {
+            f"model.{number}.{name}": parameter.data
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.module.named_parameters()
+        }
+        return {**parameters, **optimizer_tensors(self.optimizer)}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Put back what ``state_tensors`` gave after ``updates`` optimizer steps.
+
+        Raises:
+            DataError: a tensor is missing or misshapen.
+        """
+        for name, tensor in self.state_tensors().items():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != tensor.shape:
+                found = "missing" if saved is None else f"{list(saved.shape)}"
+                raise DataError(f"the checkpoint's tensor {name} is {found}, expected {list(tensor.shape)}")
+            if name.startswith("model."):
+                tensor.copy_(saved)
+        load_optimizer_tensors(self.optimizer, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        self.scheduler.step(updates - self.updates)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken since the start of the run."""
+        return self.scheduler.num_steps
+
+    def weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield the whole model under Hugging Face names, on the main rank; other ranks take part and get nothing."""
+        return export_weights(self.chunks, self.family, self.mesh, bucket_bytes)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
+        return export_weights(self.chunks, self.family, self.mesh, 1 << 28, pick=attrgetter("main_grad"))
+
+    def _run(
+        self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
+    ) -> list[tuple[RankRow, Result]]:
+        """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
+        mine = [rank_row(row, self.mesh) for row in rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]]
+        results = get_forward_backward_func()(
+            forward_step_func=partial(_forward, loss_step),
+            data_iterator=[iter(mine) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(mine),
+            seq_length=rows[0].length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            force_all_reduce=force_all_reduce,
+        )
+        return list(zip(mine, results, strict=True)) if self.mesh.is_last_stage else []
+
+    def _reduce(self, losses: Sequence[Loss]) -> Metrics:
+        """Add up (or take the largest of) every metric over micro-batches and ranks."""
+        world, device = torch.distributed.group.WORLD, self.mesh.world.device
+        sums = _combine([loss.metrics.sums for loss in losses], torch.sum)
+        maxima = _combine([loss.metrics.maxima for loss in losses], torch.amax)
+        last_rank = self.mesh.world.size - 1
+        own_names = {"sums": list(sums), "maxima": list(maxima)}
+        names = cast(dict[str, list[str]], broadcast_json(own_names, source=last_rank, device=device))
+        sum_names, max_names = names["sums"], names["maxima"]
+        reports = self.mesh.reports_tokens
+        local_sums = [float(sums[name]) if reports else 0.0 for name in sum_names]
+        local_maxima = [float(maxima[name]) if reports else -math.inf for name in max_names]
+        totals = sum_over(world, torch.tensor(local_sums, dtype=torch.float64, device=device)).cpu()
+        largest = max_over(world, torch.tensor(local_maxima, dtype=torch.float64, device=device)).cpu()
+        return Metrics(dict(zip(sum_names, totals, strict=True)), dict(zip(max_names, largest, strict=True)))
+
+
+@torch.no_grad()
+def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _forward(
+    loss_step: LossStep[Result], rows: Iterator[RankRow], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
+    """Megatron's forward step: run one row, say how its output becomes a loss."""
+    row = next(rows)
+    output = model(
+        input_ids=row.input_ids_T[None],
+        position_ids=row.position_ids_T[None],
+        attention_mask=None,
+        packed_seq_params=row.packed,
+        labels=row.targets_K,
+        loss_mask=row.trained_K,
+    )
+    return output, partial(loss_step, row)
+
+
+NO_TOKENS = torch.zeros((), dtype=torch.int)
+"""Megatron's count of loss tokens: our losses carry their own denominators."""
+
+
+def _keep_output(row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return output_2K.sum(), NO_TOKENS, output_2K
+
+
+def _differentiable(loss_of: LossFunction, row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Loss]:
+    logprobs_K, entropies_K = output_2K
+    loss = loss_of(logprobs_K, entropies_K, row.micro)
+    return loss.value, NO_TOKENS, Loss(loss.value.detach(), loss.metrics)
+
+
+def _combine(parts: Sequence[Columns], how: Callable[..., Tensor]) -> dict[str, Tensor]:
+    return {name: how(torch.stack([part[name] for part in parts]), dim=0) for name in (parts[0] if parts else ())}

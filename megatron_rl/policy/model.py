@@ -1,0 +1,174 @@
+"""The policy network: megatron-core's GPTModel, its head returning log-probs and entropies, never logits."""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
+from megatron_rl.parallel.head import head_logprobs_entropies
+from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.policy.layers import block_spec
+from megatron_rl.policy.names.rules import Family
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage gives [2, K]: log-probs and entropies of the K trained tokens, in float32 or float64.
+
+    Only positions that predict a trained token are projected. Call it with ``labels`` the K target tokens and
+    ``loss_mask`` the K positions.
+    """
+
+    head_temperature = 1.0
+    head_vocab_size = 0
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: object, labels: Tensor, loss_mask: Tensor, **kwargs: object
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        tensor_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_T1H = gather_from_sequence_parallel_region(hidden_states, group=tensor_group)
+        else:
+            hidden_T1H = copy_to_tensor_model_parallel_region(hidden_states, group=tensor_group)
+        tied = self.share_embeddings_and_output_weights
+        logprobs_K, entropies_K = head_logprobs_entropies(
+            hidden_T1H.squeeze(1)[loss_mask],
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels,
+            temperature=self.head_temperature,
+            group=tensor_group,
+            vocab_size=self.head_vocab_size,
+        )
+        return torch.stack([logprobs_K, entropies_K])
+
+
+def has_transformer_engine() -> bool:
+    """Return whether transformer-engine can be used here."""
+    return find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfig:
+    """Return megatron-core's configuration: the family's fields, ours, then ``model.megatron`` on top.
+
+    Raises:
+        ConfigError: a field that megatron-core does not have.
+    """
+    dtype, parallel = DTYPES[run.model.dtype], run.parallel
+    on_cuda = mesh.world.device.type == "cuda"
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(run.model.megatron) - known):
+        raise ConfigError(f"model.megatron has fields that TransformerConfig does not know: {', '.join(unknown)}")
+    interleaved = parallel.virtual_pipeline > 1
+    fields: dict[str, object] = {
+        **family.fields,
+        **layout_fields(run),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": _finalize_sums,
+        "use_cpu_initialization": not on_cuda,
+        "perform_initialization": False,
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_sync": on_cuda,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
+        "deterministic_mode": False,
+        **(FUSIONS_OFF if not has_transformer_engine() else {}),
+        **RECOMPUTE[run.model.recompute],
+    }
+    return TransformerConfig(**{**fields, **run.model.megatron})
+
+
+FUSIONS_OFF: Mapping[str, object] = dict.fromkeys(
+    (
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "apply_rope_fusion",
+        "persist_layer_norm",
+        "gradient_accumulation_fusion",
+    ),
+    False,
+)
+"""Kernels of transformer-engine, apex or CUDA that the local spec does without."""
+
+RECOMPUTE: Mapping[str, Mapping[str, object]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def layout_fields(run: Run) -> dict[str, object]:
+    """Return the mesh sizes as TransformerConfig names them, with the defaults that follow from each other."""
+    parallel = run.parallel
+    follows = parallel.tensor if parallel.expert == 1 else 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or follows,
+        "sequence_parallel": parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+    }
+
+
+def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataParallel]:
+    """Build this rank's model chunks, one for each virtual pipeline stage, in megatron's data-parallel wrapper."""
+    config = transformer_config(run, family, mesh)
+    chunks = []
+    for stage in range(run.parallel.virtual_pipeline):
+        vp_stage = stage if run.parallel.virtual_pipeline > 1 else None
+        chunk = _build_chunk(run, family, config, vp_stage).to(mesh.world.device)
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.bf16,
+        overlap_grad_reduce=run.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+    )
+    return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+
+
+def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+    tensor = run.parallel.tensor
+    model = PolicyModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, has_transformer_engine(), vp_stage),
+        vocab_size=-(-family.vocab_size // tensor) * tensor,
+        max_sequence_length=family.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=family.tied,
+        position_embedding_type="rope",
+        rotary_base=int(family.rotary_base),
+        vp_stage=vp_stage,
+    )
+    model.head_temperature = run.rollout.sampling.temperature
+    model.head_vocab_size = family.vocab_size
+    return model
+
+
+def _finalize_sums(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: object) -> None:
+    """Reduce gradients as plain sums: the loss carries its global denominators, no token count divides it."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,186 @@
+"""One packed row as a rank of the policy sees it: its tokens, its targets, and how its sequences attend.
+
+Legend: R positions of the whole row, T positions of this context-parallel rank, K trained positions among them,
+B sequences of a bucket, S their longest length.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_rl.data.pack import Row
+from megatron_rl.data.types import Micro
+from megatron_rl.parallel.collectives import group_rank, group_size
+from megatron_rl.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length that attend in one batched call.
+
+    Attributes:
+        query_index_BS: which of this rank's T positions each query is; 0 where there is none.
+        key_index_BS: which gathered position each key is (ranks one after the other); 0 where there is none.
+        mask_B1SS: True where a query sees a key; None for plain causal order (no context parallelism).
+    """
+
+    query_index_BS: Tensor
+    key_index_BS: Tensor
+    mask_B1SS: Tensor | None
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Megatron's description of a packed row, with what ``PackedAttention`` needs besides."""
+
+    qkv_format: str = "thd"
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_kv: int = 0
+    buckets: list[Bucket] = field(default_factory=list)
+    output_index_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """A row on its way through this rank's part of the model.
+
+    Attributes:
+        input_ids_T: tokens, 0 at padding.
+        position_ids_T: position within the sequence.
+        padding_T: True at padding.
+        trained_K: which of the T positions predict a trained token.
+        targets_K: the tokens that they predict.
+        target_tokens_K: where in the mini-batch those tokens stand.
+        micro: the loss's view of the trained tokens.
+        packed: how sequences attend.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    padding_T: Tensor
+    trained_K: Tensor
+    targets_K: Tensor
+    target_tokens_K: Tensor
+    micro: Micro
+    packed: PackedRow
+
+
+def rank_row(row: Row, mesh: Mesh) -> RankRow:
+    """Cut this rank's zig-zag part out of a row and put it on the device."""
+    size, rank, device = group_size(mesh.context), group_rank(mesh.context), mesh.world.device
+    lengths_N = _with_filler(row)
+    local_T = zigzag(lengths_N, rank, size)
+    token_ids_T, target_ids_T = row.token_ids_R[local_T], row.target_ids_R[local_T]
+    loss_mask_T = row.batch["loss_mask_T"]
+    trained_K = ((target_ids_T >= 0) & loss_mask_T[target_ids_T.clamp(min=0)]).nonzero().flatten()
+    target_tokens_K = target_ids_T[trained_K]
+    input_ids_T = torch.where(token_ids_T >= 0, row.batch["input_ids_T"][token_ids_T.clamp(min=0)], 0)
+    starts_N = lengths_N.cumsum(0) - lengths_N
+    position_ids_R = torch.arange(row.length) - torch.repeat_interleave(starts_N, lengths_N)
+    return RankRow(
+        input_ids_T=input_ids_T.to(device),
+        position_ids_T=position_ids_R[local_T].to(device),
+        padding_T=(token_ids_T < 0).to(device),
+        trained_K=trained_K.to(device),
+        targets_K=row.batch["input_ids_T"][target_tokens_K].to(device),
+        target_tokens_K=target_tokens_K,
+        micro=_micro(row, target_tokens_K, mesh),
+        packed=_packed(row, lengths_N, local_T, mesh),
+    )
+
+
+def zigzag(lengths_N: Tensor, rank: int, size: int) -> Tensor:
+    """Return the row positions of a context-parallel rank: chunks ``rank`` and ``2 size - 1 - rank`` of each sequence.
+
+    lengths_N: int64, each a multiple of ``2 size``. Causal attention then costs every rank the same.
+    """
+    if size == 1:
+        return torch.arange(int(lengths_N.sum()))
+    starts_N, chunk_N = lengths_N.cumsum(0) - lengths_N, lengths_N // (2 * size)
+    pieces = [
+        torch.arange(start + part * chunk, start + (part + 1) * chunk)
+        for start, chunk in zip(starts_N.tolist(), chunk_N.tolist(), strict=True)
+        for part in (rank, 2 * size - 1 - rank)
+    ]
+    return torch.cat(pieces)
+
+
+def _with_filler(row: Row) -> Tensor:
+    filler = row.length - int(row.padded_N.sum())
+    return torch.cat([row.padded_N, torch.tensor([filler])]) if filler else row.padded_N
+
+
+def _micro(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> Micro:
+    """Gather the columns at the trained tokens; segments are numbered within the row."""
+    device = mesh.world.device
+    columns = {
+        name: column[target_tokens_K].to(device) for name, column in row.batch.columns.items() if name.endswith("_T")
+    }
+    num_segments = 0
+    if "segment_ids_T" in row.batch:
+        tokens_R = row.token_ids_R[row.token_ids_R >= 0]
+        segment_ids = row.batch["segment_ids_T"][tokens_R]
+        present = segment_ids[row.batch["loss_mask_T"][tokens_R]].unique()
+        num_segments = len(present)
+        columns["segment_ids_T"] = torch.searchsorted(present.to(device), columns["segment_ids_T"].contiguous())
+    return Micro(columns, num_segments, mesh.context if group_size(mesh.context) > 1 else None)
+
+
+def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedRow:
+    size, device = group_size(mesh.context), mesh.world.device
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)]).to(torch.int32)
+    gathered_R = torch.empty(row.length, dtype=torch.int64)
+    gathered_R[torch.cat([zigzag(lengths_N, rank, size) for rank in range(size)])] = torch.arange(row.length)
+    buckets: list[Bucket] = []
+    flat_R, used = torch.full((len(local_T),), -1, dtype=torch.int64), 0
+    local_starts_N = (lengths_N // size).cumsum(0) - lengths_N // size
+    for members in _similar_lengths(row.padded_N.tolist()):
+        bucket = _bucket(members, lengths_N, local_starts_N, local_T, gathered_R, size)
+        width = bucket.query_index_BS.shape[1]
+        for place, member in enumerate(members):
+            count, start = int(lengths_N[member]) // size, int(local_starts_N[member])
+            flat_R[start : start + count] = used + place * width + torch.arange(count)
+        used += len(members) * width
+        mask = None if bucket.mask_B1SS is None else bucket.mask_B1SS.to(device)
+        buckets.append(Bucket(bucket.query_index_BS.to(device), bucket.key_index_BS.to(device), mask))
+    longest = int(lengths_N.max())
+    ends = ends.to(device)
+    return PackedRow(
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        buckets=buckets,
+        output_index_T=torch.where(flat_R < 0, used, flat_R).to(device),
+    )
+
+
+def _similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """Group sequences whose lengths differ by at most a factor of two, so that padding at most doubles the work."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(index)
+    return [groups[bits] for bits in sorted(groups)]
+
+
+def _bucket(
+    members: list[int], lengths_N: Tensor, local_starts_N: Tensor, local_T: Tensor, gathered_R: Tensor, size: int
+) -> Bucket:
+    longest = int(lengths_N[members].max())
+    starts_N = lengths_N.cumsum(0) - lengths_N
+    query = torch.zeros(len(members), longest // size, dtype=torch.int64)
+    key = torch.zeros(len(members), longest, dtype=torch.int64)
+    order = torch.full((len(members), longest // size), -1, dtype=torch.int64)
+    for place, member in enumerate(members):
+        length, start, local = int(lengths_N[member]), int(starts_N[member]), int(local_starts_N[member])
+        query[place, : length // size] = torch.arange(local, local + length // size)
+        key[place, :length] = gathered_R[start : start + length]
+        order[place, : length // size] = local_T[local : local + length // size] - start
+    if size == 1:
+        return Bucket(query, key, None)
+    mask = torch.arange(longest)[None, None, :] <= order.clamp(min=0)[:, :, None]
+    return Bucket(query, key, mask[:, None])

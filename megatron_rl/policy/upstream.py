@@ -1,0 +1,13 @@
+"""Repairs of megatron-core itself, on any device. Each names the fault and the version that no longer has it."""
+
+from megatron.core.transformer.moe import moe_utils
+
+
+def repair() -> None:
+    """Apply the repairs; harmless where they are not needed.
+
+    ``moe_utils.te_general_gemm``: 0.16 reads the name in the router's product without having defined it where
+    transformer-engine is absent (NameError); 0.19 defines it.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

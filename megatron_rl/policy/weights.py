@@ -1,0 +1,260 @@
+"""Weights between Hugging Face files and this rank's shards, by the family's table of names."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import unwrap_model
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_rl.errors import DataError
+from megatron_rl.parallel.collectives import Group, gather_over, group_rank, group_size
+from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.policy.names.rules import Family, Name
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter of this rank: its table entry, its global indices, and its tensor."""
+
+    name: Name
+    layer: int
+    expert: int
+    parameter: Tensor
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors that it is a part of."""
+        return self.name.hf_names(self.layer, self.expert)
+
+    def group(self, mesh: Mesh) -> Group:
+        """The ranks that hold the other shards of the same tensor."""
+        return mesh.expert_tensor if self.name.is_expert else mesh.tensor
+
+    def is_first_copy(self, mesh: Mesh) -> bool:
+        """True on the ranks that hold the first data-parallel copy of this tensor's shards."""
+        if self.name.is_expert:
+            return group_rank(mesh.expert_data) == 0
+        return group_rank(mesh.data) == 0 and group_rank(mesh.context) == 0
+
+    def speaker(self, mesh: Mesh) -> int:
+        """The global rank that gathers this tensor's shards and hands them on."""
+        group = self.group(mesh)
+        return mesh.world.rank if group is None else dist.get_global_rank(group, 0)
+
+
+# transformer-engine fuses a norm into the matrix product after it, and numbers experts' weights in one module.
+_ENGINE_NAMES = (
+    (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
+    (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    (re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
+)
+
+
+def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh) -> list[Shard]:
+    """Return every parameter of this rank with its table entry; a tied head is left out (it is the embedding).
+
+    Raises:
+        DataError: a parameter has no entry in the table.
+    """
+    entries = {name.megatron: name for name in family.names}
+    first_expert = (
+        group_rank(mesh.expert) * (family.num_experts // group_size(mesh.expert)) if family.num_experts else 0
+    )
+    shards = []
+    for chunk in unwrap_model(list(chunks)):
+        for own_name, parameter in chunk.named_parameters():
+            if family.tied and own_name == "output_layer.weight":
+                continue
+            canonical = own_name
+            for pattern, replacement in _ENGINE_NAMES:
+                canonical = pattern.sub(replacement, canonical)
+            layer = expert = 0
+            if match := re.search(r"layers\.(\d+)\.", canonical):
+                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+                canonical = canonical.replace(match[0], "layers.{layer}.", 1)
+            if match := re.search(r"local_experts\.(\d+)\.", canonical):
+                expert = first_expert + int(match[1])
+                canonical = canonical.replace(match[0], "local_experts.{expert}.", 1)
+            if canonical not in entries:
+                raise DataError(f"the model's parameter {own_name} has no entry in the table of names ({canonical})")
+            shards.append(Shard(entries[canonical], layer, expert, parameter))
+    return shards
+
+
+def mark_shards(shards: Sequence[Shard]) -> None:
+    """Tell megatron which parameters are cut over tensor-parallel ranks.
+
+    Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves
+    its shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
+    """
+    for shard in shards:
+        dim = shard.name.layout.dim
+        marks = {"tensor_model_parallel": dim is not None, "partition_dim": -1 if dim is None else dim}
+        for mark, value in {**marks, "partition_stride": 1}.items():
+            setattr(shard.parameter, mark, value)
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh, folder: Path) -> None:
+    """Fill this rank's parameters from a Hugging Face checkpoint; every tensor must be there and fit.
+
+    Raises:
+        DataError: a tensor is missing, extra or misshapen, or a file cannot be read.
+    """
+    files = hf_files(folder)
+    check_hf_tensors(files, family, folder)
+    readers = {path: safe_open(path, framework="pt") for path in set(files.values())}
+    for shard in shards_of(chunks, family, mesh):
+        parts = [readers[files[name]].get_tensor(name) for name in shard.hf_names]
+        group = shard.group(mesh)
+        piece = shard.name.layout.shard(parts, group_rank(group), group_size(group))
+        shard.parameter.copy_(piece)
+    for chunk in unwrap_model(list(chunks)):
+        if family.tied and chunk.post_process and not chunk.pre_process:
+            part = readers[files[_embedding(family).hf[0]]].get_tensor(_embedding(family).hf[0])
+            rank, size = group_rank(mesh.tensor), group_size(mesh.tensor)
+            chunk.output_layer.weight.copy_(_embedding(family).layout.shard([part], rank, size))
+
+
+def _embedding(family: Family) -> Name:
+    return next(name for name in family.names if name.megatron.startswith("embedding."))
+
+
+def hf_files(folder: Path) -> dict[str, Path]:
+    """Return which safetensors file of the folder holds each tensor.
+
+    Raises:
+        DataError: no files, an unreadable file, or a tensor in two files.
+    """
+    where: dict[str, Path] = {}
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise DataError(f"no *.safetensors in {str(folder)!r} (model.path)")
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as reader:
+                names = list(reader.keys())
+        except Exception as error:  # safetensors raises its own type, which is not exported, for a broken header
+            raise DataError(f"{path} is not a readable safetensors file: {error}") from error
+        for name in names:
+            if name in where:
+                raise DataError(f"tensor {name} is in {where[name].name} and again in {path.name} of {str(folder)!r}")
+            where[name] = path
+    return where
+
+
+def check_hf_tensors(files: Mapping[str, Path], family: Family, folder: Path) -> None:
+    """Compare names and shapes in the files with what the family must have; report every difference at once."""
+    expected = family.hf_tensors()
+    ignored = {"lm_head.weight"} if family.tied else set()
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in files]
+    problems += [
+        f"extra: {name} (in {files[name].name})" for name in files if name not in expected and name not in ignored
+    ]
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (a safetensors reader is no mapping)
+                found = tuple(reader.get_slice(name).get_shape())
+                if name in expected and found != expected[name]:
+                    problems.append(f"misshapen: {name} is {list(found)}, expected {list(expected[name])}")
+    if problems:
+        shown = "\n  ".join(problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise DataError(f"the checkpoint in {str(folder)!r} (model.path) does not fit its config.json:\n  {shown}")
+
+
+@torch.no_grad()
+def export_weights(
+    chunks: Sequence[DistributedDataParallel],
+    family: Family,
+    mesh: Mesh,
+    bucket_bytes: int,
+    pick: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor under its Hugging Face name, on the CPU of the main rank; nothing on the others.
+
+    Shards are gathered a bucket at a time within their tensor-parallel group, then sent to the main rank by the one
+    rank that speaks for them. ``pick`` chooses what to hand out of each parameter (its gradient, say). Collective:
+    every rank must exhaust it.
+    """
+    spoken_for = [shard for shard in shards_of(chunks, family, mesh) if shard.is_first_copy(mesh)]
+    for owner in range(mesh.world.size):
+        mine = [shard for shard in spoken_for if shard.speaker(mesh) == owner]
+        # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
+        dense, experts = ([s for s in mine if s.name.is_expert == expert] for expert in (False, True))
+        for bucket in chain(_buckets(dense, bucket_bytes), _buckets(experts, bucket_bytes)):
+            merged = _merge(bucket, mesh, pick)
+            if mesh.world.rank == owner == 0:
+                yield from merged.items()
+            elif mesh.world.rank == owner:
+                _send(merged, mesh)
+        if mesh.world.rank == owner != 0:
+            _send({}, mesh)
+        elif mesh.world.rank == 0 != owner:
+            yield from _receive(owner, mesh)
+
+
+def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]]:
+    """Cut a list of shards into runs that fit in a bucket."""
+    bucket: list[Shard] = []
+    used = 0
+    for shard in shards:
+        size = shard.parameter.numel() * shard.parameter.element_size()
+        if bucket and used + size > bucket_bytes:
+            yield bucket
+            bucket, used = list[Shard](), 0
+        bucket.append(shard)
+        used += size
+    if bucket:
+        yield bucket
+
+
+def _merge(bucket: Sequence[Shard], mesh: Mesh, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Gather one bucket over its group with one collective and undo the sharding."""
+    group = bucket[0].group(mesh)
+    flat = torch.cat([pick(shard.parameter).flatten() for shard in bucket])
+    gathered = gather_over(group, flat)
+    merged: dict[str, Tensor] = {}
+    offset = 0
+    for shard in bucket:
+        count = shard.parameter.numel()
+        pieces = [rank_flat[offset : offset + count].view(shard.parameter.shape) for rank_flat in gathered]
+        parts = shard.name.layout.merge(pieces)
+        merged.update((name, part.contiguous().cpu()) for name, part in zip(shard.hf_names, parts, strict=True))
+        offset += count
+    return merged
+
+
+def _send(tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
+    device = mesh.world.device
+    header = json.dumps([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
+    text = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8).to(device)
+    dist.send(torch.tensor([len(text)], device=device), dst=0)
+    dist.send(text, dst=0)
+    if tensors:
+        dist.send(torch.cat([t.flatten().view(torch.uint8) for t in tensors.values()]).to(device), dst=0)
+
+
+def _receive(owner: int, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    device = mesh.world.device
+    while True:
+        size = torch.zeros(1, dtype=torch.int64, device=device)
+        dist.recv(size, src=owner)
+        text = torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.recv(text, src=owner)
+        entries = json.loads(text.cpu().numpy().tobytes())
+        if not entries:
+            return
+        sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, shape, dtype in entries]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        dist.recv(flat, src=owner)
+        for (name, shape, dtype), part in zip(entries, flat.cpu().split(sizes), strict=True):
+            yield name, part.clone().view(getattr(torch, dtype)).view(shape)

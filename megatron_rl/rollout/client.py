@@ -1,0 +1,163 @@
+"""One server: asks, waits, checks the answer. Nothing here knows of other servers."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import aiohttp
+
+from megatron_rl.rollout.protocol import (
+    BadAnswer,
+    Json,
+    Path,
+    RequestRefused,
+    Sample,
+    SampleRequest,
+    ServerSilent,
+    ServerUnreachable,
+    generate_body,
+    parse_json,
+    parse_samples,
+)
+
+_RETRY_SECONDS = 0.2
+
+
+class Client:
+    """An HTTP client of one rollout server; use it from one event loop."""
+
+    def __init__(
+        self,
+        url: str,
+        request_timeout_seconds: float = 600.0,
+        control_timeout_seconds: float = 120.0,
+        retries: int = 0,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.request_timeout_seconds = request_timeout_seconds
+        self.control_timeout_seconds = control_timeout_seconds
+        self.retries = retries
+        """Times that a control call without an answer is repeated; they can all be repeated without harm."""
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate(self, requests: Sequence[SampleRequest], version: str | None = None) -> list[Sample]:
+        """Sample or score these sequences in one request; every answer is checked, see ``parse_samples``."""
+        raw = await self._ask("POST", Path.GENERATE, generate_body(requests), self.request_timeout_seconds)
+        return parse_samples(parse_json(raw, self.url), requests, self.url, version)
+
+    async def healthy(self, timeout_seconds: float) -> bool:
+        """Whether the server answers its health check."""
+        try:
+            await self._ask("GET", Path.HEALTH, None, timeout_seconds)
+        except (ServerUnreachable, RequestRefused):
+            return False
+        return True
+
+    async def version(self) -> str:
+        """Return the version of the weights that the server has now."""
+        info = await self._json("GET", Path.MODEL_INFO)
+        if not isinstance(info.get("weight_version"), str):
+            raise BadAnswer(f"{self.url}{Path.MODEL_INFO}: weight_version is {info.get('weight_version')!r}")
+        return str(info["weight_version"])
+
+    async def server_info(self) -> Json:
+        """Return what the server says about itself."""
+        return await self._json("GET", Path.SERVER_INFO)
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
+        """Stop decoding until ``resume``."""
+        await self._control(Path.PAUSE, {"mode": mode})
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        await self._control(Path.CONTINUE, {})
+
+    async def flush(self) -> None:
+        """Make the server forget cached prefixes."""
+        await self._control(Path.FLUSH, {})
+
+    async def abort(self, rid: str | None) -> None:
+        """End one sequence by its id, or all."""
+        await self._control(Path.ABORT, {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def begin_update(self) -> None:
+        """Open a weight update."""
+        await self._control(Path.BEGIN_UPDATE, {})
+
+    async def update_from_tensor(self, payload: str) -> None:
+        """Send one bucket of a weight update."""
+        await self._control(
+            Path.UPDATE_FROM_TENSOR, {"serialized_named_tensors": [payload], "flush_cache": False}, retries=0
+        )
+
+    async def end_update(self) -> None:
+        """Close a weight update: from now on the new weights are used."""
+        await self._control(Path.END_UPDATE, {}, retries=0)
+
+    async def update_from_disk(self, folder: str) -> None:
+        """Make the server read its weights from a folder that it can see."""
+        await self._control(Path.UPDATE_FROM_DISK, {"model_path": folder})
+
+    async def set_version(self, version: str) -> None:
+        """Name the weights that the server has."""
+        await self._control(Path.UPDATE_VERSION, {"new_version": version, "abort_all_requests": False})
+
+    async def checksums(self) -> tuple[str, Mapping[str, str]]:
+        """Return the algorithm (empty if the server does not say) and each tensor's checksum by the server's names."""
+        answer = await self._json("POST", Path.WEIGHTS_CHECKER, {"action": "checksum"})
+        ranks = answer.get("ranks")
+        merged: dict[str, str] = {}
+        for rank, entry in enumerate(ranks if isinstance(ranks, list) else []):
+            sums = entry.get("checksums") if isinstance(entry, dict) else None
+            if not isinstance(sums, dict):
+                raise BadAnswer(f"{self.url}{Path.WEIGHTS_CHECKER}: rank {rank} has no checksums: {str(entry)[:80]}")
+            merged |= {(f"{rank}:{name}" if rank else name): str(value) for name, value in sums.items()}
+        if not merged:
+            raise BadAnswer(f"{self.url}{Path.WEIGHTS_CHECKER}: no checksums in {str(answer)[:80]}")
+        return str(answer.get("algorithm", "")), merged
+
+    async def _control(self, path: Path, body: Json, retries: int | None = None) -> None:
+        await self._ask("POST", path, body, self.control_timeout_seconds, self.retries if retries is None else retries)
+
+    async def _json(self, method: str, path: Path, body: Json | None = None) -> Json:
+        answer = parse_json(await self._ask(method, path, body, self.control_timeout_seconds, self.retries), self.url)
+        if not isinstance(answer, dict):
+            raise BadAnswer(f"{self.url}{path} answered a {type(answer).__name__}, expected an object")
+        return answer
+
+    async def _ask(self, method: str, path: Path, body: Json | None, timeout_seconds: float, retries: int = 0) -> bytes:
+        for attempt in range(retries + 1):
+            try:
+                return await self._ask_once(method, path, body, timeout_seconds)
+            except ServerUnreachable as error:
+                if attempt == retries or isinstance(error, ServerSilent):  # it had its time
+                    raise
+                await asyncio.sleep(_RETRY_SECONDS * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def _ask_once(self, method: str, path: Path, body: Json | None, timeout_seconds: float) -> bytes:
+        if self._session is None:
+            # A kept connection that the server has just closed would look like a dead server. No limit on connections
+            # either: the fleet decides how much a server gets at once.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                raw = await response.read()
+        except TimeoutError as error:
+            raise ServerSilent(f"{self.url}{path} did not answer within {timeout_seconds:g} s") from error
+        except aiohttp.ClientError as error:
+            raise ServerUnreachable(f"{self.url}{path} broke off: {error or type(error).__name__}") from error
+        if response.status >= 500:
+            raise ServerUnreachable(f"{self.url}{path} answered {response.status}: {raw[:300]!r}")
+        if response.status >= 400:
+            raise RequestRefused(
+                f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
+            )
+        return raw

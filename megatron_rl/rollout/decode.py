@@ -1,0 +1,170 @@
+"""Decodes rows together on a Hugging Face model: one forward pass a token for all of them.
+
+Between two steps a batch is plain data: rows can be dropped, sent back or joined by the rows of another batch. The last
+sampled token of a row has not been through the model yet, so weights that change between steps make the next token.
+
+Legend: B rows, V vocabulary, S stop tokens, N output tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megatron_rl.rollout.kvcache import RowCache
+from megatron_rl.rollout.requests import Row
+from megatron_rl.rollout.sampler import SamplingColumns, sample
+
+_COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped: dropping copies the whole cache
+
+
+@dataclass
+class Columns:
+    """What is known of each row, as tensors."""
+
+    last_B: Tensor
+    """The newest token, not yet in the cache."""
+    lengths_B: Tensor
+    """Tokens in the cache: also the position of the newest token."""
+    counts_B: Tensor
+    """Output tokens so far."""
+    limits_B: Tensor
+    alive_B: Tensor
+    stops_BS: Tensor
+    outputs_BN: Tensor
+    logprobs_BN: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Columns":
+        """Return the columns with the function applied to each."""
+        return Columns(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+class DecodeBatch:
+    """Rows in the middle of their decoding."""
+
+    def __init__(
+        self, model: PreTrainedModel, rows: list[Row], columns: Columns, cache: RowCache, seeds: Sequence[int]
+    ) -> None:
+        self.model = model
+        self.rows = rows
+        self.seeds = list(seeds)
+        self.columns = columns
+        self.cache = cache
+        self._refresh()
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    def _refresh(self) -> None:
+        self.live = {i: self.rows[i] for i in self.columns.alive_B.nonzero()[:, 0].tolist()}
+        self.padded = bool((self.columns.lengths_B < self.cache.width).any())
+        vocabulary = self.model.config.get_text_config().vocab_size
+        self.sampling = SamplingColumns.of([row.params for row in self.rows], self.seeds, vocabulary)
+        self.stop_strings = any(row.params.stop_strings for row in self.rows)
+        self.ids_B = torch.arange(len(self.rows))
+
+    def step(self) -> list[Row]:
+        """Give every live row one more token; return the rows that this finished."""
+        columns, mask = self.columns, None
+        if self.padded:
+            width = self.cache.width + 1
+            mask = torch.arange(width) >= (width - 1 - columns.lengths_B)[:, None]
+            mask = mask[:, None, None, :]
+        logits_BV = self.model(
+            input_ids=columns.last_B[:, None],
+            position_ids=columns.lengths_B[:, None],
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        columns.lengths_B = columns.lengths_B + 1
+        return self.take(logits_BV)
+
+    def take(self, logits_BV: Tensor) -> list[Row]:
+        """Draw a token for every row from these logits; return the rows that this finished."""
+        c = self.columns
+        tokens_B, logprobs_B = sample(logits_BV, self.sampling, c.counts_B)
+        slots_B = c.counts_B.clamp(max=c.outputs_BN.shape[1] - 1)  # finished rows that still ride along stay in bounds
+        c.outputs_BN[self.ids_B, slots_B] = tokens_B
+        c.logprobs_BN[self.ids_B, slots_B] = logprobs_B.double()
+        c.last_B, c.counts_B = tokens_B, c.counts_B + 1
+        at_limit_B = c.counts_B >= c.limits_B
+        at_stop_B = (tokens_B[:, None] == c.stops_BS).any(1)
+        ended_B = (at_limit_B | at_stop_B) & c.alive_B
+        if not ended_B.any():
+            return []
+        ended = ended_B.nonzero()[:, 0].tolist()
+        for i, at_limit in zip(ended, at_limit_B[ended].tolist(), strict=True):
+            # SGLang looks at the length first: a stop token in the last place counts as "length".
+            row = self._write_back(i)
+            row.finish = (
+                {"type": "length", "length": len(row.output_ids)}
+                if at_limit
+                else {"type": "stop", "matched": row.output_ids[-1]}
+            )
+        return self._remove(ended)
+
+    def _write_back(self, i: int) -> Row:
+        row, count = self.rows[i], int(self.columns.counts_B[i])
+        row.output_ids = self.columns.outputs_BN[i, :count].tolist()
+        row.logprobs = self.columns.logprobs_BN[i, :count].tolist()
+        return row
+
+    def _remove(self, ids: Sequence[int]) -> list[Row]:
+        removed = [self.live.pop(i) for i in ids]
+        self.columns.alive_B[list(ids)] = False
+        if len(self.live) < _COMPACT_BELOW * len(self.rows):
+            self.compact()
+        return removed
+
+    def withdraw(self, rows: Sequence[Row]) -> list[Row]:
+        """Take live rows out, with the tokens they have so far; return them."""
+        wanted = set(map(id, rows))
+        ids = [i for i, row in self.live.items() if id(row) in wanted]
+        for i in ids:
+            self._write_back(i)
+        return self._remove(ids)
+
+    def peek(self, row: Row) -> tuple[list[int], list[float]]:
+        """Return the output tokens and log-probs that a live row has so far."""
+        i = next(i for i, other in self.live.items() if other is row)
+        self._write_back(i)
+        return row.output_ids, row.logprobs
+
+    def note_version(self, version: str) -> None:
+        """Record that the next tokens come from other weights."""
+        counts = self.columns.counts_B.tolist()
+        for i, row in self.live.items():
+            row.note_version(version, counts[i])
+
+    def compact(self) -> None:
+        """Drop the finished rows, and the cache positions that no row uses."""
+        if not self.live:
+            return
+        keep = list(self.live)
+        kept_B = torch.tensor(keep)
+        self.rows = [self.rows[i] for i in keep]
+        self.seeds = [self.seeds[i] for i in keep]
+        self.columns = self.columns.map(lambda column: column[kept_B])
+        self.cache.select(kept_B, self.cache.width - int(self.columns.lengths_B.max()))
+        self._refresh()
+
+    def join(self, other: "DecodeBatch") -> "DecodeBatch":
+        """Return one batch with the live rows of both."""
+        self.compact()
+        other.compact()
+        parts = [self.columns, other.columns]
+        columns = Columns(**{f.name: _cat([getattr(c, f.name) for c in parts]) for f in dataclasses.fields(Columns)})
+        cache = RowCache.stack([self.cache, other.cache])
+        return DecodeBatch(self.model, self.rows + other.rows, columns, cache, self.seeds + other.seeds)
+
+
+def _cat(columns: Sequence[Tensor]) -> Tensor:
+    if columns[0].dim() == 1:
+        return torch.cat(list(columns))
+    width = max(column.shape[1] for column in columns)
+    # -1 is no token: stop lists are filled up with it, and output slots are not read before they are written.
+    return torch.cat([torch.nn.functional.pad(c, (0, width - c.shape[1]), value=-1) for c in columns])

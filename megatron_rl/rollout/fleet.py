@@ -1,0 +1,230 @@
+"""N servers as one: prompts in, groups out, new weights to all; a server more or less changes nothing but the time.
+
+    trainer rank 0 --generate(prompts)--> plan: fixed chunks --> least loaded ready server --> checked --> groups
+                   --update(weights)----> carrier: bucket by bucket to every ready server --> checksums --> version
+    watch (one task a server): busy and silent, or dead -> leaves, its chunks go elsewhere
+                               back -> gets the current weights -> takes chunks again
+
+Synchronous outside, asynchronous inside: all of it runs on one event loop in a thread of its own, and every method may
+be called from any other thread.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from megatron_rl.config.schema import Sampling
+from megatron_rl.data.types import Group, Prompt
+from megatron_rl.errors import RolloutError
+from megatron_rl.rollout.background import LoopThread
+from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.members import Member, Patience, wait_until_healthy, watch
+from megatron_rl.rollout.plan import groups, plan, sampling_params
+from megatron_rl.rollout.process import ServerProcess
+from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
+from megatron_rl.rollout.sync import Carrier, NamedTensors, Report, WeightSync
+
+T = TypeVar("T")
+
+
+class Fleet:
+    """The servers of a run. Use it as a context manager, or close it."""
+
+    def __init__(
+        self,
+        servers: Sequence[ServerProcess | str],
+        carrier: Carrier,
+        patience: Patience | None = None,
+        rows_per_request: int = 256,
+        requests_per_server: float = 2,
+        keep_weights: bool = True,
+    ) -> None:
+        """Start the servers that are processes, and wait until all are healthy.
+
+        Args:
+            servers: processes to start and stop, or the urls of running servers.
+            carrier: takes weights to servers.
+            patience: timeouts and retries.
+            rows_per_request: sequences in one request; whole groups, at least one.
+            requests_per_server: requests that a server works on at once.
+            keep_weights: keep a copy of the weights in this process for servers that come back between two pushes.
+        """
+        self.patience = patience or Patience()
+        self.rows_per_request = rows_per_request
+        self.requests_per_server = requests_per_server
+        self.keep_weights = keep_weights
+        self.sync = WeightSync(carrier, self.patience)
+        self.members = [self._member(server) for server in servers]
+        self._changed = asyncio.Event()
+        self._watches: list[asyncio.Task[None]] = []
+        self._loop = LoopThread("rollout fleet")
+        try:
+            for member in self.members:
+                if member.process is not None:
+                    member.process.start()
+            self._loop.call(self._open())
+        except BaseException:
+            self.close()
+            raise
+
+    def _member(self, server: ServerProcess | str) -> Member:
+        process = None if isinstance(server, str) else server
+        url = server if isinstance(server, str) else server.url
+        patience = self.patience
+        return Member(
+            Client(url, patience.request_timeout_seconds, patience.control_timeout_seconds, retries=2), process
+        )
+
+    def __enter__(self) -> "Fleet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers that take requests now."""
+        return [member.url for member in self.members if member.ready]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: Sampling,
+        seed: Sequence[int],
+        weight_version: int | None = None,
+    ) -> list[Group]:
+        """Return ``group_size`` responses to each prompt, in order.
+
+        Args:
+            prompts: what to answer.
+            group_size: responses to each.
+            sampling: how they are drawn.
+            seed: (run seed, step), or whatever else makes this call's samples different from all others.
+            weight_version: the weights that must make every token; None: any.
+        """
+        chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request)
+        answers = self._loop.call(self._ask_all([chunk.requests for chunk in chunks], weight_version))
+        return [group for chunk, samples in zip(chunks, answers, strict=True) for group in groups(chunk, samples)]
+
+    def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
+        """Return the engine's log-probs of each sequence's tokens but the first, at temperature 1."""
+        requests = [SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)]
+        n = self.rows_per_request
+        chunks = [requests[i : i + n] for i in range(0, len(requests), n)]
+        answers = self._loop.call(self._ask_all(chunks, weight_version))
+        return [sample.input_logprobs for samples in answers for sample in samples]
+
+    def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> Report:
+        """Give all servers these weights, named as in a checkpoint; a server that fails leaves the fleet.
+
+        The tensors are taken from the iterable in the calling thread, bucket by bucket: it may use collectives.
+        """
+        kept: list[NamedTensors] = []
+        try:
+            push = self._loop.call(self.sync.begin(self.members, version))
+            for bucket in self.sync.carrier.buckets(named_tensors):
+                self._loop.call(push.send(bucket))
+                if self.keep_weights:
+                    kept.append([(name, tensor.clone()) for name, tensor in bucket])
+            return self._loop.call(self.sync.end(push, version, kept))
+        finally:
+            self._loop.call(self.sync.release())
+
+    def close(self) -> None:
+        """Stop the servers that this fleet started, and the thread; more than once does no harm."""
+        if self._loop.is_open:
+            self._loop.call(self._close())
+            self._loop.close()
+        for member in self.members:
+            if member.process is not None:
+                member.process.stop()
+
+    # What follows runs on the loop.
+
+    async def _open(self) -> None:
+        await together([wait_until_healthy(member, self.patience) for member in self.members])
+        for member in self.members:
+            member.version = await member.client.version()
+            member.join()
+            self._watches.append(
+                asyncio.ensure_future(watch(member, self.patience, self.sync.catch_up, self._changed.set))
+            )
+
+    async def _close(self) -> None:
+        for task in self._watches:
+            task.cancel()
+        for member in self.members:
+            await member.client.close()
+
+    async def _ask_all(self, chunks: Sequence[Sequence[SampleRequest]], version: int | None) -> list[list[Sample]]:
+        wanted = None if version is None else str(version)
+        if wanted is not None:
+            await together([self._require(member, wanted) for member in self.members if member.ready])
+        return await together([self._ask(chunk, wanted) for chunk in chunks])
+
+    async def _require(self, member: Member, version: str) -> None:
+        try:
+            await self.sync.require(member, version)
+        except ServerUnreachable as error:
+            member.leave(error, self.patience)
+
+    async def _ask(self, requests: Sequence[SampleRequest], version: str | None) -> list[Sample]:
+        """Return the samples of one chunk, from whichever server gives them first."""
+        errors: list[str] = []
+        for attempt in range(self.patience.attempts):
+            member = await self._pick(version, errors)
+            # A request that was given up may still run where it was: its id is not used again.
+            named = [replace(r, rid=f"{r.rid}@{attempt}") if attempt else r for r in requests]
+            try:
+                return await member.generate(named, version)
+            except RequestRefused:
+                raise
+            except RolloutError as error:
+                errors.append(str(error))
+                member.leave(error, self.patience)
+            finally:
+                self._changed.set()
+        raise RolloutError(
+            f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
+        )
+
+    async def _pick(self, version: str | None, errors: Sequence[str]) -> Member:
+        """Return the ready server with the least to do, as soon as one has room."""
+        lonely_since = time.monotonic()
+        while True:
+            ready = [m for m in self.members if m.ready and version in (None, m.version)]
+            free = [m for m in ready if len(m.requests) < self.requests_per_server]
+            if free:
+                return min(free, key=lambda member: member.rows)
+            now = time.monotonic()
+            if ready:
+                lonely_since = now
+            elif now - lonely_since > self.patience.start_timeout_seconds:
+                why = "; ".join(f"{m.url}: {m.reason or f'has weights {m.version}'}" for m in self.members)
+                raise RolloutError(
+                    f"no rollout server for {self.patience.start_timeout_seconds:g} s: {why}"
+                    + (f"; before that: {'; '.join(errors)}" if errors else "")
+                )
+            await self._change()
+
+    async def _change(self) -> None:
+        """Wait until something about the members may have changed."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), self.patience.probe_seconds)
+
+
+async def together(coroutines: Sequence[Coroutine[object, object, T]]) -> list[T]:
+    """Return the results of all; if one fails the others are cancelled and its error is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

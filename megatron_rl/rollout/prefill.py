@@ -1,0 +1,99 @@
+"""Puts whole prompts through the model: to begin decoding, or to score them.
+
+Legend: B rows, T positions, V vocabulary, N output tokens, S stop tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megatron_rl.rollout.decode import Columns, DecodeBatch
+from megatron_rl.rollout.kvcache import RowCache
+from megatron_rl.rollout.requests import Row
+
+PREFILL_TOKENS = 16384
+"""Prompt tokens, padding included, in one forward pass."""
+
+
+def prefill(
+    model: PreTrainedModel, rows: list[Row], seeds: Sequence[int], eos: Sequence[int]
+) -> tuple[DecodeBatch, list[Row]]:
+    """Return a batch of these rows, each with its next token drawn, and the rows that this already finished.
+
+    Rows with the same tokens are put through the model once.
+    """
+    unique: dict[tuple[int, ...], int] = {}
+    places_B = torch.tensor([unique.setdefault((*row.prompt, *row.output_ids), len(unique)) for row in rows])
+    prefixes = list(unique)
+    parts = [_begin(model, part) for part in _slices(prefixes)]
+    cache = parts[0][0] if len(parts) == 1 else RowCache.stack([cache for cache, _ in parts])
+    if len(prefixes) < len(rows):
+        cache.select(places_B, 0)
+    logits_BV = torch.cat([logits_BV for _, logits_BV in parts])[places_B]
+    batch = DecodeBatch(model, rows, _columns(rows, eos), cache, seeds)
+    return batch, batch.take(logits_BV)
+
+
+def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return the log-probability of each token but the first, given the tokens before it, at temperature 1."""
+    scores: list[list[float]] = []
+    for part in _slices(sequences):
+        ids_BT, inputs = padded_inputs(part)
+        logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits[:, :-1]
+        exact = logits_BTV.dtype if logits_BTV.dtype == torch.float64 else torch.float32
+        logprobs_BT = logits_BTV.to(exact).log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
+        rows = zip(logprobs_BT, part, strict=True)
+        scores += [logprobs_T[len(logprobs_T) + 1 - len(ids) :].tolist() for logprobs_T, ids in rows]
+    return scores
+
+
+def padded_inputs(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return token ids [B, T] aligned at their ends, and the positions and the mask for the model."""
+    width = max(map(len, sequences))
+    pads_B = torch.tensor([width - len(ids) for ids in sequences])
+    ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in sequences])
+    if not pads_B.any():
+        return ids_BT, {"position_ids": torch.arange(width).expand(len(sequences), -1)}
+    positions_BT = (torch.arange(width) - pads_B[:, None]).clamp(min=0)
+    used_BT = torch.arange(width) >= pads_B[:, None]
+    causal_TT = torch.ones(width, width, dtype=torch.bool).tril()
+    return ids_BT, {"position_ids": positions_BT, "attention_mask": (used_BT[:, None] & causal_TT)[:, None]}
+
+
+def _begin(model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> tuple[RowCache, Tensor]:
+    """Return the cache of these token sequences and the logits [B, V] after each."""
+    cache = RowCache(model.config.get_text_config().num_hidden_layers)
+    ids_BT, inputs = padded_inputs(prefixes)
+    logits_BTV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
+    return cache, logits_BTV[:, -1]
+
+
+def _slices(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    at_once = max(1, PREFILL_TOKENS // max(map(len, sequences), default=1))
+    return [sequences[i : i + at_once] for i in range(0, len(sequences), at_once)]
+
+
+def _columns(rows: list[Row], eos: Sequence[int]) -> Columns:
+    stops = [_stops(row, eos) for row in rows]
+    num_stops = max(1, *map(len, stops))
+    width = max(row.limit for row in rows)
+    columns = Columns(
+        last_B=torch.zeros(len(rows), dtype=torch.int64),
+        lengths_B=torch.tensor([len(row.prompt) + len(row.output_ids) for row in rows]),
+        counts_B=torch.tensor([len(row.output_ids) for row in rows]),
+        limits_B=torch.tensor([row.limit for row in rows]),
+        alive_B=torch.ones(len(rows), dtype=torch.bool),
+        stops_BS=torch.tensor([ids + [-1] * (num_stops - len(ids)) for ids in stops]),
+        outputs_BN=torch.zeros(len(rows), width, dtype=torch.int64),
+        logprobs_BN=torch.zeros(len(rows), width, dtype=torch.float64),
+    )
+    for i, row in enumerate(rows):  # rows that were sent back bring the tokens they already have
+        columns.outputs_BN[i, : len(row.output_ids)] = torch.tensor(row.output_ids, dtype=torch.int64)
+        columns.logprobs_BN[i, : len(row.logprobs)] = torch.tensor(row.logprobs, dtype=torch.float64)
+    return columns
+
+
+def _stops(row: Row, eos: Sequence[int]) -> list[int]:
+    return [] if row.params.ignore_eos else [*eos, *(row.params.stop_token_ids or ())]

@@ -1,0 +1,207 @@
+"""SGLang 0.5.23's HTTP API as this project speaks it: paths, request bodies, and the strict reading of answers.
+
+Checked against the real server (see tests/contract). No torch here, and nothing but ids goes over the wire: a prompt is
+tokenised once, by the task.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from megatron_rl.errors import RolloutError
+
+T = TypeVar("T")
+Json = Mapping[str, object]
+
+
+class Path(StrEnum):
+    """The paths in use."""
+
+    GENERATE = "/generate"
+    HEALTH = "/health"
+    """On SGLang this generates a token and takes a second at least."""
+    HEALTH_GENERATE = "/health_generate"
+    SERVER_INFO = "/server_info"
+    MODEL_INFO = "/model_info"
+    PAUSE = "/pause_generation"
+    CONTINUE = "/continue_generation"
+    FLUSH = "/flush_cache"
+    ABORT = "/abort_request"
+    BEGIN_UPDATE = "/begin_weight_update"
+    UPDATE_FROM_TENSOR = "/update_weights_from_tensor"
+    END_UPDATE = "/end_weight_update"
+    UPDATE_FROM_DISK = "/update_weights_from_disk"
+    UPDATE_VERSION = "/update_weight_version"
+    WEIGHTS_CHECKER = "/weights_checker"
+
+
+class ServerUnreachable(RolloutError):
+    """The server did not answer: connection, timeout, or status 5xx."""
+
+
+class ServerSilent(ServerUnreachable):
+    """The server did not answer in time."""
+
+
+class RequestRefused(RolloutError):
+    """The server answered 4xx: what was asked is wrong, and asking elsewhere would not help."""
+
+
+class BadAnswer(RolloutError):
+    """The server answered something that cannot be used."""
+
+
+class WrongVersion(BadAnswer):
+    """The answer was made with other weights than asked for."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sequence to sample, or to score with ``max_new_tokens = 0``."""
+
+    rid: str
+    input_ids: tuple[int, ...]
+    sampling_params: Json
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens to sample; 0 scores the input."""
+        limit = self.sampling_params["max_new_tokens"]
+        assert isinstance(limit, int), f"max_new_tokens is {limit!r}"
+        return limit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One checked answer."""
+
+    rid: str
+    output_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """At the sampling temperature, before top-k and top-p."""
+    input_logprobs: tuple[float, ...]
+    """Of each input token but the first, at temperature 1; only when scoring."""
+    text: str
+    finish_reason: str
+    weight_versions: tuple[tuple[str, int, int], ...]
+
+
+def generate_body(requests: Sequence[SampleRequest]) -> Json:
+    """Return the body of ``POST /generate`` for these sequences."""
+    scoring = all(request.max_new_tokens == 0 for request in requests)
+    return {
+        "rid": [request.rid for request in requests],
+        "input_ids": [request.input_ids for request in requests],
+        "sampling_params": [request.sampling_params for request in requests],
+        "return_logprob": True,
+        "logprob_start_len": 0 if scoring else -1,
+    }
+
+
+def parse_json(raw: bytes, source: str) -> object:
+    """Return the JSON value of an answer."""
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise BadAnswer(f"{source} answered something that is not JSON: {raw[:80]!r}") from error
+
+
+def parse_samples(
+    answer: object, requests: Sequence[SampleRequest], source: str, version: str | None = None
+) -> list[Sample]:
+    """Return one checked sample a request, in order.
+
+    Args:
+        answer: the JSON value that came back.
+        requests: what was asked.
+        source: the server's name, for messages.
+        version: the weight version that every token must come from; None: any.
+    """
+    if not isinstance(answer, list) or len(answer) != len(requests):
+        got = f"{len(answer)} answers" if isinstance(answer, list) else f"a {type(answer).__name__}"
+        raise BadAnswer(f"{source} answered {got} to {len(requests)} sequences")
+    return [
+        _Reader(f"{source}, sequence {request.rid!r}").sample(entry, request, version)
+        for entry, request in zip(answer, requests, strict=True)
+    ]
+
+
+class _Reader:
+    """Checks one answer; every complaint names where it is from."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def sample(self, entry: object, request: SampleRequest, version: str | None) -> Sample:
+        meta = self.field(entry, "meta_info", dict)
+        if self.field(meta, "id", str) != request.rid:
+            raise BadAnswer(f"{self.where}: the answer is for {meta['id']!r}")
+        output_ids = tuple(self.field(entry, "output_ids", list))
+        if not all(type(i) is int and i >= 0 for i in output_ids):
+            raise BadAnswer(f"{self.where}: output_ids are not all token ids")
+        finish_reason = self.finish(meta, output_ids, request)
+        logprobs = self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if output_ids else ()
+        versions = self.versions(meta, len(output_ids))
+        if version is not None and any(v != version for v, _, _ in versions):
+            raise WrongVersion(f"{self.where}: made with weights {[v for v, _, _ in versions]}, not {version!r}")
+        input_logprobs: tuple[float, ...] = ()
+        if request.max_new_tokens == 0:
+            entries = self.field(meta, "input_token_logprobs", list)
+            input_logprobs = self.logprobs(entries[1:], request.input_ids[1:])
+        text = self.field(entry, "text", str)
+        return Sample(request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions)
+
+    def field(self, holder: object, name: str, kind: type[T]) -> T:
+        value = holder.get(name) if isinstance(holder, dict) else None
+        if not isinstance(value, kind):
+            raise BadAnswer(f"{self.where}: {name} is {str(value)[:60]!r}, expected a {kind.__name__}")
+        return value
+
+    def finish(self, meta: Json, output_ids: Sequence[int], request: SampleRequest) -> str:
+        finish = self.field(meta, "finish_reason", dict)
+        kind, count = finish.get("type"), len(output_ids)
+        if kind not in ("stop", "length", "abort"):
+            raise BadAnswer(f"{self.where}: finish_reason is {str(finish)[:80]}")
+        if meta.get("completion_tokens") != count:
+            raise BadAnswer(
+                f"{self.where}: {count} output tokens, but completion_tokens is {meta.get('completion_tokens')}"
+            )
+        # A server may cut the length to what its context leaves; then it says so here.
+        wrong = {
+            "stop": not 0 < count <= request.max_new_tokens,
+            "length": count != finish.get("length") or count > request.max_new_tokens,
+            "abort": count > request.max_new_tokens,
+        }
+        if wrong[kind]:
+            raise BadAnswer(
+                f"{self.where}: {count} output tokens of at most {request.max_new_tokens}, finished by {finish}"
+            )
+        return kind
+
+    def logprobs(self, entries: Sequence[object], ids: Sequence[int]) -> tuple[float, ...]:
+        if len(entries) != len(ids):
+            raise BadAnswer(f"{self.where}: {len(entries)} log-probs for {len(ids)} tokens")
+        values = []
+        for position, (entry, token_id) in enumerate(zip(entries, ids, strict=True)):
+            value = entry[0] if isinstance(entry, list) and len(entry) >= 2 and entry[1] == token_id else None
+            # A hair above 0 is rounding; anything more is not a log-probability.
+            if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
+                raise BadAnswer(f"{self.where}: log-prob {position} is {entry!r}, for token {token_id}")
+            values.append(float(value))
+        return tuple(values)
+
+    def versions(self, meta: Json, count: int) -> tuple[tuple[str, int, int], ...]:
+        entries = meta.get("weight_versions")
+        if entries is None:  # before SGLang 0.5.23: one version for the whole answer
+            return ((self.field(meta, "weight_version", str), 0, count),)
+        spans = [
+            (self.field(e, "version", str), self.field(e, "start", int), self.field(e, "end", int))
+            for e in self.field(meta, "weight_versions", list)
+        ]
+        ends = [0, *(end for _, _, end in spans)]
+        if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != count:
+            raise BadAnswer(f"{self.where}: weight_versions {spans} do not cover {count} output tokens")
+        return tuple(spans)

@@ -1,0 +1,80 @@
+"""From an answer to a reward: by name, or by a function in a file that the config names."""
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_rl.errors import ConfigError, DataError
+
+Verifier = Callable[[str, str, str], float | None]
+"""(prompt, response, answer) -> reward, None if it cannot tell. A reward of 1 or more counts as correct."""
+
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+])?"  # a sign, but not the minus of 5-2
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"  # 1,234 or 1234 or nothing before a point
+    r"(?:\.\d+)?(?:[eE][-+]?\d+)?"
+)
+
+
+def exact(prompt: str, response: str, answer: str) -> float:
+    """Return 1 if the response is the answer, but for space around it."""
+    return float(response.strip() == answer.strip())
+
+
+def number(prompt: str, response: str, answer: str) -> float:
+    """Return 1 if the last number of the response equals the last number of the answer."""
+    found, wanted = _NUMBER.findall(response), _NUMBER.findall(answer)
+    if not wanted:
+        raise DataError(f"no number in the answer {answer!r} (task.verifier = number); choose another verifier")
+    return float(bool(found) and _value(found[-1]) == _value(wanted[-1]))
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def regex(prompt: str, response: str, answer: str) -> float:
+    """Return 1 if the answer, a regular expression, is found in the response."""
+    try:
+        return float(re.search(answer, response) is not None)
+    except re.error as error:
+        raise DataError(f"not a regular expression: {answer!r}: {error} (task.verifier = regex)") from error
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": exact, "number": number, "regex": regex}
+
+
+def find_verifier(name: str) -> Verifier:
+    """Return a verifier by name, or load the function that ``path/to/file.py:function`` names."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        close = difflib.get_close_matches(name, VERIFIERS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(VERIFIERS)}, or path/to/file.py:function"
+        raise ConfigError(f"no such verifier: {name!r} (task.verifier); {hint}")
+    return _load(Path(file), function)
+
+
+def _load(path: Path, function: str) -> Verifier:
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path} (task.verifier); write path/to/file.py:function")
+    module_name = f"megatron_rl_verifier_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None, f"{path} ends in .py"
+    assert spec.loader is not None, f"{path} ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigError(f"no function {function} in {path} (task.verifier); it has {', '.join(functions) or 'none'}")
+    if len(inspect.signature(found).parameters) != 3:
+        raise ConfigError(
+            f"{function}{inspect.signature(found)} in {path} (task.verifier); it must take prompt, response, answer"
+        )
+    return found

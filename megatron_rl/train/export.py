@@ -1,0 +1,60 @@
+"""The final weights as a Hugging Face checkpoint."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rl.config.schema import Run
+from megatron_rl.policy.engine import Policy
+
+SHARD_BYTES = 4 << 30
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Config, tokenizer, generation config and chat template go along as they are."""
+
+
+def export_hf(policy: Policy, run: Run, folder: Path) -> None:
+    """Write the policy's weights with config and tokenizer of the start checkpoint. Collective; replaces ``folder``."""
+    weights = policy.weights(run.weights.bucket_bytes)
+    if not policy.mesh.world.is_main:
+        for _ in weights:
+            pass
+    else:
+        beside = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write_shards(weights, beside)
+        for pattern in COPIED:
+            for source in Path(run.model.path).glob(pattern):
+                if not source.name.endswith(".index.json"):
+                    shutil.copy(source, beside / source.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
+
+
+def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write tensors as they come in files of at most ``SHARD_BYTES``, and the index that names them."""
+    files: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    total = used = 0
+    for name, tensor in weights:
+        size = tensor.numel() * tensor.element_size()
+        if shard and used + size > SHARD_BYTES:
+            _write(shard, folder, files)
+            shard, used = dict[str, Tensor](), 0
+        shard[name] = tensor
+        used, total = used + size, total + size
+    _write(shard, folder, files)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(shard: dict[str, Tensor], folder: Path, files: dict[str, str]) -> None:
+    file = f"model-{len(set(files.values())) + 1:05}.safetensors"
+    save_file(shard, folder / file, metadata={"format": "pt"})
+    files.update(dict.fromkeys(shard, file))

@@ -1,0 +1,171 @@
+"""What a run tells: ``metrics.jsonl`` and ``rollouts.jsonl`` to programs, ``console.log`` and a table to people."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_rl.data.types import Group
+from megatron_rl.tasks.base import Verdict
+from megatron_rl.train.console import Board
+from megatron_rl.train.folder import CONSOLE, METRICS, ROLLOUTS, keep_steps_before
+
+DOCUMENTED: Mapping[str, str] = {
+    "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
+    "weight_version": "version of the weights that sampled: one more for each step",
+    "reward_mean": "mean reward of the verified responses",
+    "reward_std": "standard deviation of their rewards over the batch",
+    "unverified_fraction": "responses for which the verifier gave no reward",
+    "response_tokens_mean": "tokens of a response, stop token included",
+    "truncated_fraction": "responses that reached rollout.sampling.max_new_tokens",
+    "zero_variance_fraction": "prompts whose responses all have the same reward, and so teach nothing",
+    "loss": "what was minimised, mean over the step's updates",
+    "entropy_mean": "nats a trained token, of the policy at the start of the step",
+    "ratio_mean": "mean importance ratio over trained tokens",
+    "ratio_max": "largest importance ratio",
+    "first_ratio_max": "the same in the first update alone, where every ratio must be 1",
+    "clipped_fraction": "trained tokens without a gradient because of the clip",
+    "segments_mean": "segments (tokens that share a ratio) of a response",
+    "policy_kl_mean": "k3 estimate of KL(old || current), nats a token",
+    "reference_kl_mean": "k3 estimate of KL(current || reference), where one is used",
+    "correction_mean": "mean weight against the rollout mismatch, where one is used",
+    "mismatch_kl": "k3 estimate of KL(rollout || trainer) on the sampled tokens, nats a token",
+    "mismatch_p99": "99th percentile of the absolute difference of the two log-probs",
+    "mismatch_max": "largest absolute difference of the two log-probs",
+    "grad_norm": "global gradient norm before clipping, mean over the step's updates",
+    "lr": "learning rate of the last update",
+    "tokens": "prompt and response tokens of the batch",
+    "seconds": "wall time of each phase, and of the step as ``total``",
+    "accuracy": "share of held-out prompts answered right; only where evaluated",
+    "evaluated_prompts": "held-out prompts behind ``accuracy``",
+}
+"""Every key of ``metrics.jsonl``. A number that is not finite is written as null."""
+
+Metric = float | int | None
+
+
+class Journal:
+    """Writes a run's records. Made without a folder, as on all ranks but one, it only times.
+
+    Lines of ``step`` and later that an earlier run left are dropped, so that a resumed run repeats none.
+    """
+
+    def __init__(self, folder: Path | None, total_steps: int, step: int = 0, *, terminal: bool | None = None) -> None:
+        self.folder = folder
+        self.board = Board(total_steps, terminal=terminal) if folder else None
+        self._seconds: dict[str, float] = {}
+        self._began: float | None = None  # the first phase begins the first step
+        self._files: dict[str, TextIO] = {}
+        if folder:
+            for name in (METRICS, ROLLOUTS):
+                keep_steps_before(folder / name, step)
+            self._files = {name: _appending(folder / name) for name in (METRICS, ROLLOUTS, CONSOLE)}
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a ``with`` block to the phase of this name."""
+        began = time.perf_counter()
+        self._began = began if self._began is None else self._began
+        if self.board:
+            self.board.doing(name)
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """End a step: write its line, show its row, and begin to time the next."""
+        unknown = sorted(set(metrics) - set(DOCUMENTED))
+        assert not unknown, f"metrics without documentation: {unknown}; add them to journal.DOCUMENTED"
+        now = time.perf_counter()
+        seconds = {name: round(value, 4) for name, value in self._seconds.items()}
+        seconds["total"] = round(now - (self._began or now), 4)
+        self._seconds.clear()
+        self._began = now
+        if self.board is None:
+            return
+        self._line(METRICS, {"step": step, **{k: _finite(v) for k, v in metrics.items()}, "seconds": seconds})
+        for line in self.board.row(step, metrics, seconds):
+            self._log(line)
+
+    def rollouts(self, step: int, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """Write every sample of a step with its reward."""
+        if self.folder is None:
+            return
+        for group, group_verdicts in zip(groups, verdicts, strict=True):
+            for response, verdict in zip(group.responses, group_verdicts, strict=True):
+                record = {
+                    "step": step,
+                    "id": response.id,
+                    "prompt_id": group.prompt.id,
+                    "prompt": group.prompt.text,
+                    "answer": group.prompt.answer,
+                    "response": response.text,
+                    "reward": verdict.score,
+                    "correct": verdict.correct,
+                    "reason": verdict.reason,
+                    "finish_reason": response.finish_reason,
+                    "tokens": len(response.output_ids),
+                    "weight_versions": response.weight_versions,
+                }
+                self._line(ROLLOUTS, record)
+        self._files[ROLLOUTS].flush()
+
+    def say(self, message: str) -> None:
+        """Show a line to people."""
+        if self.board:
+            self.board.say(message)
+            self._log(message)
+
+    def close(self) -> None:
+        """End the live table and close the files."""
+        if self.board:
+            self.board.close()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def _line(self, name: str, record: Mapping[str, object]) -> None:
+        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
+        if name == METRICS:
+            self._files[name].flush()
+
+    def _log(self, line: str) -> None:
+        self._files[CONSOLE].write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        self._files[CONSOLE].flush()
+
+
+def _appending(path: Path) -> TextIOWrapper:
+    return path.open("a", encoding="utf-8")
+
+
+def _finite(value: Metric) -> Metric:
+    return value if value is None or math.isfinite(value) else None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def farewell(folder: Path, *, resumable: bool) -> list[str]:
+    """Return where a run is and how to look at it, in words."""
+    lines = [
+        f"run folder: {folder}",
+        f"  {METRICS:15} one JSON object a step",
+        f"  {ROLLOUTS:15} every sample with its reward",
+        f"  {'config.json':15} all settings",
+    ]
+    if resumable:
+        lines.append("to continue it: the same command with train.resume=true")
+    return lines

@@ -1,0 +1,72 @@
+"""The algorithm.
+
+    prompts -> rollouts -> rewards -> advantages -> one batch, the same on every rank
+            -> old log-probs and entropies (policy, forward only)
+            -> segments, windows, weights (whole responses; nothing here depends on theta)
+            -> packed rows: ratio per segment -> cost -> weighted sum -> gradient -> optimizer step
+            -> weights to the fleet
+
+Every rank runs this file. Which rank does what is known below (``parallel``, ``policy``) and in ``Sampler``.
+"""
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.pack import pack
+from megatron_rl.data.types import Batch
+from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.loss import loss_of, prepare
+from megatron_rl.policy.engine import Policy
+from megatron_rl.train.checkpoints import Checkpoints
+from megatron_rl.train.journal import Journal
+from megatron_rl.train.metrics import StepMetrics
+from megatron_rl.train.sampler import Sampler
+
+
+def train(
+    run: Run,
+    policy: Policy,
+    sampler: Sampler,
+    vocabulary: Vocabulary,
+    checkpoints: Checkpoints,
+    journal: Journal,
+    start: int,
+) -> int:
+    """Train from rollout batch ``start`` on; return how many are done, fewer than ``train.steps`` if asked to stop."""
+    objective, correction, kl = run.objective, run.correction, run.kl
+    loss = loss_of(objective, kl)
+
+    for step in range(start, run.train.steps):
+        metrics = StepMetrics(step)
+
+        if sampler.evaluates(step):
+            with journal.phase("evaluate"):
+                metrics.evaluated(sampler.evaluate(step))
+
+        with journal.phase("rollout"):
+            batch = sampler.sample(step)
+        if batch is None:
+            checkpoints.save(step)
+            return step
+        metrics.sampled(batch)
+
+        minibatches: list[Batch] = batch.split(run.train.updates_per_step, seed=(run.train.seed, step))
+
+        with journal.phase("score"):
+            minibatches = [m.add(policy.score(pack(m, policy.row_rules))) for m in minibatches]
+            if kl.coefficient:
+                minibatches = [m.add(policy.score_reference(pack(m, policy.row_rules))) for m in minibatches]
+        metrics.scored(minibatches)
+
+        with journal.phase("train"):
+            for minibatch in minibatches:
+                prepared = minibatch.add(prepare(minibatch, objective, correction, vocabulary))
+                summed = policy.accumulate(pack(prepared, policy.row_rules), loss)
+                metrics.updated(summed, policy.step())
+
+        with journal.phase("weights"):
+            sampler.load(policy.weights(run.weights.bucket_bytes), version=step + 1)
+
+        journal.write(step, metrics.summary())
+        if checkpoints.is_due(step + 1):
+            checkpoints.save(step + 1)
+
+    return run.train.steps

@@ -1,0 +1,78 @@
+"""One step's line of ``metrics.jsonl``: from the batch, the scores, and each update's sums.
+
+Legend: T tokens, B responses.
+"""
+
+from torch import Tensor
+
+from megatron_rl.advantages import zero_variance
+from megatron_rl.data.types import Batch, Metrics
+from megatron_rl.loss import mismatch, summary
+from megatron_rl.policy.engine import StepReport
+
+
+class StepMetrics:
+    """Gathers what a step tells, in the order in which it happens."""
+
+    def __init__(self, step: int) -> None:
+        self._values: dict[str, float | int | None] = {"weight_version": step}
+        self._updates: list[tuple[dict[str, float], StepReport]] = []
+
+    def evaluated(self, result: tuple[float, int] | None) -> None:
+        """Take an accuracy and the number of prompts behind it."""
+        if result is not None:
+            self._values |= {"accuracy": result[0], "evaluated_prompts": result[1]}
+
+    def sampled(self, batch: Batch) -> None:
+        """Take the batch as it was sampled."""
+        verified_B = batch["verified_B"]
+        rewards = batch["rewards_B"][verified_B]
+        self._values |= {
+            "reward_mean": _mean(rewards),
+            "reward_std": float(rewards.std(unbiased=False)) if len(rewards) else None,
+            "unverified_fraction": _mean(~verified_B),
+            "response_tokens_mean": _mean(batch.trainable_counts_B),
+            "truncated_fraction": _mean(batch["truncated_B"]),
+            "zero_variance_fraction": _mean(zero_variance(batch["rewards_B"], batch["group_ids_B"], verified_B)),
+            "tokens": int(batch.lengths_B.sum()),
+        }
+
+    def scored(self, minibatches: list[Batch]) -> None:
+        """Take the trainer's own log-probs and entropies."""
+        scored = Batch.join(minibatches)
+        gap = mismatch(scored)
+        self._values |= {
+            "entropy_mean": _mean(scored["old_entropies_T"][scored["loss_mask_T"]]),
+            "mismatch_kl": gap.get("mismatch_kl"),
+            "mismatch_p99": gap.get("mismatch_abs_p99"),
+            "mismatch_max": gap.get("mismatch_abs_max"),
+        }
+
+    def updated(self, summed: Metrics, report: StepReport) -> None:
+        """Take one optimizer step."""
+        self._updates.append((summary(summed), report))
+
+    def summary(self) -> dict[str, float | int | None]:
+        """Return all keys of the line but ``step`` and ``seconds``: means over updates weigh each by its tokens."""
+        updates = [update for update, _ in self._updates]
+        tokens = sum(update["tokens"] for update in updates) or 1.0
+        means = {
+            name: sum(update[name] * update["tokens"] for update in updates) / tokens
+            for name in ("ratio_mean", "clipped_fraction", "policy_kl_mean", "reference_kl_mean", "correction_mean")
+            if name in updates[0]
+        }
+        responses = sum(update["responses"] for update in updates) or 1.0
+        return {
+            **self._values,
+            **means,
+            "loss": sum(update["loss"] for update in updates) / len(updates),
+            "ratio_max": max(update["ratio_max"] for update in updates),
+            "first_ratio_max": updates[0]["ratio_max"],
+            "segments_mean": sum(update["segments"] for update in updates) / responses,
+            "grad_norm": sum(report.grad_norm for _, report in self._updates) / len(updates),
+            "lr": self._updates[-1][1].lr,
+        }
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.double().mean()) if len(values) else None

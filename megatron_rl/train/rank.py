@@ -1,0 +1,69 @@
+"""One trainer rank from start to end: joins the others, builds its parts, runs the loop, leaves the run in order."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.schema import Run
+from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.parallel.mesh import World, start_world
+from megatron_rl.policy.engine import Policy
+from megatron_rl.tasks import Tokenizer, make_task
+from megatron_rl.train.checkpoints import Checkpoints
+from megatron_rl.train.export import export_hf
+from megatron_rl.train.fleet import open_fleet
+from megatron_rl.train.journal import Journal, farewell
+from megatron_rl.train.loop import train
+from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
+
+STOPPED = 130
+"""Exit code of a run that was asked to stop and can be resumed."""
+
+
+def run_rank(loaded: Loaded[Run]) -> int:
+    """Run this rank; return its exit code."""
+    run = loaded.run
+    world = start_world(run.train.step_timeout_seconds, run.train.deterministic)
+    torch.manual_seed(run.train.seed)
+    tokenizer = AutoTokenizer.from_pretrained(run.model.path)
+    policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size)
+    checkpoints = Checkpoints(run, world, policy)
+    start = checkpoints.load() if run.train.resume else 0
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(Path(run.log.path) if world.is_main else None, run.train.steps, start))
+        with journal.phase("start"):
+            sampler = _sampler(run, world, journal, tokenizer, stack)
+            if start:
+                sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
+        done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
+        finished = done == run.train.steps
+        if finished:
+            _finish(run, policy, sampler, checkpoints, journal)
+    dist.destroy_process_group()
+    if world.is_main:
+        sys.stdout.write("\n".join(farewell(Path(run.log.path), resumable=not finished)) + "\n")
+    return 0 if finished else STOPPED
+
+
+def _sampler(run: Run, world: World, journal: Journal, tokenizer: Tokenizer, stack: ExitStack) -> Sampler:
+    if not world.is_main:
+        return FollowingSampler(run, world)
+    fleet = stack.enter_context(open_fleet(run))
+    return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal)
+
+
+def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: Journal) -> None:
+    if sampler.evaluates(run.train.steps):
+        with journal.phase("evaluate"):
+            result = sampler.evaluate(run.train.steps)
+        if result is not None:
+            journal.write(run.train.steps, {"accuracy": result[0], "evaluated_prompts": result[1]})
+    checkpoints.save(run.train.steps)
+    if run.checkpoint.export:
+        export_hf(policy, run, Path(run.log.path) / "export")

@@ -1,0 +1,139 @@
+"""Where batches come from: on the main rank the fleet, the task and the journal of samples; elsewhere the main rank.
+
+The two classes have the same methods, and each call is collective, so that the loop never asks which rank it is.
+"""
+
+import signal
+from collections.abc import Iterable
+from types import FrameType
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.prompts import first_prompts
+from megatron_rl.data.types import Batch, Group
+from megatron_rl.parallel.mesh import World
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.tasks.base import Task, Verdict
+from megatron_rl.train.collect import collect, share
+from megatron_rl.train.journal import Journal
+
+
+class Sampler(Protocol):
+    """A source of batches that is kept up to date with the weights."""
+
+    def sample(self, step: int) -> Batch | None:
+        """Return the batch of a step on every rank; None if the run was asked to stop."""
+        ...
+
+    def evaluates(self, step: int) -> bool:
+        """Return whether an evaluation is due before this step."""
+        ...
+
+    def evaluate(self, step: int) -> tuple[float, int] | None:
+        """Return the accuracy on held-out prompts and how many there were; None on the other ranks."""
+        ...
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Bring new weights to the fleet."""
+        ...
+
+
+class StopRequested(BaseException):
+    """SIGTERM or Ctrl-C arrived while the fleet was sampling; no batch was lost, none was begun."""
+
+
+def is_due(run: Run, step: int) -> bool:
+    """Return whether ``evaluate.every`` asks for an evaluation before this step, or after the last."""
+    every = run.evaluate.every
+    return every > 0 and (step % every == 0 or step == run.train.steps)
+
+
+class MainSampler:
+    """Samples with the fleet, verifies, and shares the batch."""
+
+    def __init__(self, run: Run, world: World, fleet: Fleet, task: Task, journal: Journal) -> None:
+        self.run, self.world, self.fleet, self.task, self.journal = run, world, fleet, task, journal
+        self._prompts = task.prompts("train", run.train.seed)
+        self._heldout = first_prompts(task.prompts("heldout", run.train.seed), run.evaluate.prompts)
+        self._stop = False
+        self._sampling = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+        if self._sampling:
+            raise StopRequested
+
+    def sample(self, step: int) -> Batch | None:
+        """See ``Sampler``."""
+        return share(None if self._stop else self._sample(step), self.world)
+
+    def _sample(self, step: int) -> Batch | None:
+        train = self.run.train
+        first = step * train.prompts_per_step
+        prompts = tuple(self._prompts[position] for position in range(first, first + train.prompts_per_step))
+        try:
+            self._sampling = True
+            groups = self.fleet.generate(
+                prompts, train.group_size, self.run.rollout.sampling, seed=(train.seed, step), weight_version=step
+            )
+        except StopRequested:
+            return None
+        finally:
+            self._sampling = False
+        verdicts = self._verify(groups)
+        if self.run.log.rollouts:
+            self.journal.rollouts(step, groups, verdicts)
+        return collect(groups, verdicts, self.run)
+
+    def _verify(self, groups: Iterable[Group]) -> list[list[Verdict]]:
+        return [[self.task.verify(group.prompt, response) for response in group.responses] for group in groups]
+
+    def evaluates(self, step: int) -> bool:
+        """See ``Sampler``."""
+        return is_due(self.run, step)
+
+    def evaluate(self, step: int) -> tuple[float, int] | None:
+        """See ``Sampler``."""
+        settings = self.run.evaluate
+        sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
+        seed = (self.run.train.seed, step, EVALUATION)
+        groups = self.fleet.generate(self._heldout, 1, sampling, seed, weight_version=step)
+        correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
+        return sum(correct) / len(correct), len(correct)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``Sampler``."""
+        self.fleet.update(weights, version)
+
+
+EVALUATION = 0x6576616C
+"""Keeps the sampling seeds of an evaluation apart from those of training."""
+
+
+class FollowingSampler:
+    """Receives what the main rank shares, and helps it gather the weights."""
+
+    def __init__(self, run: Run, world: World) -> None:
+        self.run, self.world = run, world
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def sample(self, step: int) -> Batch | None:
+        """See ``Sampler``."""
+        return share(None, self.world)
+
+    def evaluates(self, step: int) -> bool:
+        """See ``Sampler``."""
+        return is_due(self.run, step)
+
+    def evaluate(self, step: int) -> tuple[float, int] | None:
+        """See ``Sampler``."""
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``Sampler``."""
+        for _ in weights:
+            pass

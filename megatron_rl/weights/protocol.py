@@ -1,0 +1,167 @@
+"""How new weights reach servers: what a carrier does, and what it needs of a server.
+
+    begin (awaited on all) -> bucket, bucket, ... (to all servers at once) -> end -> checksums compared -> version named
+
+A server that fails on the way leaves the push and is reported; the others go on. Nothing here knows HTTP: the fleet
+passes its clients in.
+"""
+
+import asyncio
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import RolloutError
+
+NamedTensors = Sequence[tuple[str, Tensor]]
+CHECKSUM = "sha256"
+"""Of a tensor's bytes, row-major and little-endian; what the embedded server computes too."""
+
+
+class Server(Protocol):
+    """What a carrier asks of a server. Every call raises RolloutError when it fails."""
+
+    url: str
+
+    async def begin_update(self) -> None:
+        """Open an update."""
+
+    async def update_from_tensor(self, payload: str) -> None:
+        """Take a bucket."""
+
+    async def end_update(self) -> None:
+        """Use the new weights."""
+
+    async def update_from_disk(self, folder: str) -> None:
+        """Read the weights from a folder."""
+
+    async def set_version(self, version: str) -> None:
+        """Name the weights."""
+
+    async def checksums(self) -> tuple[str, Mapping[str, str]]:
+        """Return the algorithm and the checksum of each tensor."""
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did."""
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    failed: Mapping[str, RolloutError]
+    """Server url -> why it does not have the weights. Empty: all have them."""
+
+
+@dataclass
+class Push(ABC):
+    """One push under way. ``send`` the buckets in order, then ``finish``."""
+
+    servers: list[Server]
+    """Those that have not failed."""
+    version: int
+    failed: dict[str, RolloutError] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+    begun: float = field(default_factory=time.perf_counter)
+
+    async def send(self, bucket: NamedTensors) -> None:
+        """Send one bucket of tensors in checkpoint names to every server."""
+        self.sums |= await asyncio.to_thread(lambda: {name: checksum(tensor) for name, tensor in bucket})
+        self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+        await self._carry(bucket)
+
+    async def finish(self) -> PushReport:
+        """Put the new weights to use, compare checksums, name the version."""
+        await self._end()
+        await self._verify()
+        await self.each(lambda server: server.set_version(str(self.version)))
+        seconds = time.perf_counter() - self.begun
+        return PushReport(self.version, len(self.sums), self.num_bytes, seconds, dict(self.failed))
+
+    @abstractmethod
+    async def _carry(self, bucket: NamedTensors) -> None: ...
+
+    @abstractmethod
+    async def _end(self) -> None: ...
+
+    async def each(self, action: Callable[[Server], Awaitable[None]]) -> None:
+        """Do something on all remaining servers at once; those that fail leave the push."""
+        outcomes = await asyncio.gather(*(_outcome(action(server)) for server in self.servers))
+        self.failed |= {s.url: why for s, why in zip(self.servers, outcomes, strict=True) if why}
+        self.servers = [s for s, why in zip(self.servers, outcomes, strict=True) if not why]
+
+    async def _verify(self) -> None:
+        """Compare every server's checksums with the sender's, or among each other if they are of another kind."""
+        found: dict[str, Mapping[str, str]] = {}
+
+        async def compare(server: Server) -> None:
+            algorithm, sums = await server.checksums()
+            if algorithm != CHECKSUM:
+                found[server.url] = sums
+                return
+            if wrong := [name for name, value in self.sums.items() if sums.get(name) != value]:
+                raise RolloutError(
+                    f"{server.url}: {len(wrong)} of {len(self.sums)} tensors differ from what was sent, first "
+                    f"{wrong[0]!r}; if it serves another dtype than the trainer's, start it with the same one"
+                )
+
+        await self.each(compare)
+        reference = next(iter(found.values()), None)
+        for url, sums in found.items():
+            if sums != reference:
+                self.failed[url] = RolloutError(f"{url}: its checksums differ from those of {next(iter(found))}")
+        self.servers = [server for server in self.servers if server.url not in self.failed]
+
+
+async def _outcome(call: Awaitable[None]) -> RolloutError | None:
+    try:
+        await call
+    except RolloutError as error:
+        return error
+    return None
+
+
+class Carrier(ABC):
+    """A way for weights to reach servers."""
+
+    bucket_bytes: int
+
+    @abstractmethod
+    async def begin(self, servers: Sequence[Server], version: int) -> Push:
+        """Open a push to these servers."""
+
+    async def push(
+        self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: int
+    ) -> PushReport:
+        """Send all tensors; return what happened."""
+        push = await self.begin(servers, version)
+        for bucket in self.buckets(named_tensors):
+            await push.send(bucket)
+        return await push.finish()
+
+    def buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the tensors on the CPU, in lists of at most ``bucket_bytes``; a larger tensor has its own."""
+        bucket: list[tuple[str, Tensor]] = []
+        size = 0
+        for name, tensor in named_tensors:
+            if bucket and size + tensor.nbytes > self.bucket_bytes:
+                yield bucket
+                bucket = []
+                size = 0
+            bucket.append((name, tensor.detach().to("cpu").contiguous()))
+            size += tensor.nbytes
+        if bucket:
+            yield bucket
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return the sha256 of the tensor's bytes."""
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()

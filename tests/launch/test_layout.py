@@ -1,0 +1,122 @@
+"""Layouts that are refused, each with its reason and the way out."""
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.launch.layout import check_layout, layout_of
+from megatron_rl.launch.shape import Shape
+
+MOE = Shape(
+    layers=12,
+    heads=8,
+    kv_heads=4,
+    ffn=128,
+    vocabulary=1001,
+    positions=4096,
+    has_dense_layers=False,
+    experts=16,
+    expert_ffn=64,
+)
+DENSE = Shape(12, 8, 4, 128, 1001, 4096, has_dense_layers=True)
+
+
+def problems(*settings: str, shape: Shape = MOE, ranks: int | None = None, on_gloo: bool = True) -> list[str]:
+    loaded = load(Run, [], ["model.path=x", *(f"parallel.{setting}" for setting in settings)])
+    return check_layout(loaded, layout_of(loaded.run.parallel, ranks), shape, on_gloo=on_gloo)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("tensor=2",),
+        ("pipeline=2",),
+        ("pipeline=2", "virtual_pipeline=3"),
+        ("expert=2",),
+        ("context=2",),
+        ("ranks=2",),
+        ("tensor=2", "expert=2"),
+        ("pipeline=2", "tensor=2"),
+        ("tensor=2", "expert=2", "pipeline=2", "context=2"),
+        ("tensor=2", "expert_tensor=2"),
+        ("tensor=2", "expert=8", "ranks=16"),
+    ],
+)
+def test_layouts_that_work(settings):
+    assert problems(*settings) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        (("tensor=2", "expert=2"), 2),
+        (("tensor=2", "expert=4"), 4),
+        (("expert=4",), 4),
+        (("tensor=2", "pipeline=3", "context=2", "expert=8"), 24),
+        (("tensor=4",), 4),
+        (("tensor=2", "ranks=8"), 8),
+    ],
+)
+def test_without_a_value_the_ranks_are_the_fewest_that_the_sizes_allow(settings, ranks):
+    loaded = load(Run, [], ["model.path=x", *(f"parallel.{setting}" for setting in settings)])
+    assert layout_of(loaded.run.parallel).ranks == ranks
+    assert problems(*settings) == []
+
+
+def test_axes_multiply_to_the_ranks():
+    layout = layout_of(load(Run, [], ["model.path=x", "parallel.tensor=2", "parallel.expert=4"]).run.parallel, 16)
+    assert (layout.data, layout.expert_data, layout.expert_tensor, layout.sequence) == (8, 4, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ("tensor=2", "ranks=3"),
+            ["tensor * pipeline * context = 2", "use 2 or 4 ranks", "command line: parallel.ranks=3"],
+        ),
+        (("expert=4", "ranks=6"), ["expert * expert_tensor * pipeline = 4", "use 4 or 8 ranks"]),
+        (("tensor=3", "expert=3", "ranks=3"), ["parallel.tensor = 3", "attention heads, 8; write 2 or 4"]),
+        (("tensor=8",), ["key-value heads, 4; write 4"]),
+        (("expert=3",), ["parallel.expert = 3", "experts, 16; write 2 or 4"]),
+        (("expert_tensor=3",), ["width of an expert, 64; write 2 or 4"]),
+        (("pipeline=5",), ["is 5 and does not divide the model's 12 layers; make the product 4 or 6"]),
+        (("virtual_pipeline=2",), ["parallel.virtual_pipeline = 2", "needs a pipeline"]),
+        (("sequence=true",), ["parallel.sequence = True", "one rank; leave it out"]),
+        (("tensor=2", "sequence=false"), ["sequence parallelism only; leave parallel.sequence out"]),
+        (("tensor=2", "expert=2", "expert_tensor=2"), ["uneven", "gloo", "write expert_tensor = 1 or expert = 1"]),
+        (
+            ("tensor=2", "expert_tensor=1"),
+            [
+                "silently wrong gradients",
+                "write expert_tensor = 2, or expert = 2",
+                "command line: parallel.expert_tensor=1",
+            ],
+        ),
+    ],
+)
+def test_layouts_that_do_not_work_say_why_and_what_to_write(settings, words):
+    told = "\n".join(problems(*settings))
+    for word in words:
+        assert word in told
+
+
+def test_all_problems_come_at_once():
+    assert len(problems("tensor=3", "pipeline=5", "expert=5", "ranks=7")) == 6
+
+
+def test_experts_in_tensor_shards_work_with_nccl():
+    assert problems("tensor=2", "expert=2", "expert_tensor=2", on_gloo=False) == []
+
+
+def test_a_dense_model_has_no_expert_axes_but_divides_its_feed_forward():
+    assert problems("tensor=2", shape=DENSE) == []
+    assert "no experts" in problems("expert=2", shape=DENSE)[0]
+    odd = Shape(12, 8, 4, 127, 1001, 4096, has_dense_layers=True)
+    assert "feed-forward width, 127" in problems("tensor=2", shape=odd)[0]
+
+
+def test_ranks_that_were_launched_overrule_the_config():
+    assert problems("tensor=2", ranks=4) == []
+    assert problems("tensor=2", ranks=5)[0].startswith("5 ranks cannot be shared")

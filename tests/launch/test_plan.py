@@ -1,0 +1,126 @@
+"""What ``megatron-rl check`` finds in a whole configuration, before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main, split_words
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.plan import make_plan
+from megatron_rl.launch.upstream import FIXED, OURS, megatron_fields
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+DEMO = CONFIGS / "demo.toml"
+
+
+def plan(*settings: str, ranks: int | None = None):
+    return make_plan(load(Run, [DEMO], settings), ranks, on_gloo=True)
+
+
+def problems(*settings: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan(*settings)
+    return str(caught.value)
+
+
+def test_the_demo_fits():
+    made = plan()
+    assert made.layout.ranks == 2
+    assert (made.batches.responses, made.batches.per_update, made.batches.longest) == (256, 64, 52)
+    assert made.batches.most_rows == 1
+    assert made.notes == ()
+
+
+def test_rows_are_counted_for_the_longest_sequences_and_shared_by_data_parallel_ranks():
+    assert plan("train.tokens_per_microbatch=520").batches.most_rows == 7
+    assert plan("train.tokens_per_microbatch=520", ranks=4).batches.most_rows == 8
+    assert plan("train.packing=false").batches.most_rows == 64
+    assert plan("parallel.context=2", "rollout.sampling.max_new_tokens=41").batches.longest == 56
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("train.updates_per_step=5",), ["does not divide the 256 responses", "write 4 or 8"]),
+        (("train.updates_per_step=300",), ["write 256"]),
+        (("train.tokens_per_microbatch=51",), ["less than the longest sequence, 52 tokens", "write at least 52"]),
+        (("rollout.sampling.max_new_tokens=245",), ["positions end at 256", "write at most 244"]),
+        (("rollout.servers=0",), ["nothing would sample"]),
+        (("rollout.engine=sglang",), ["write their addresses in rollout.urls"]),
+        (("model.path=nowhere",), ["no config.json in", "nowhere"]),
+        (("model.megatron.moe_aux_los_coeff=1e-3",), ["did you mean moe_aux_loss_coeff?"]),
+        (("model.megatron.tensor_model_parallel_size=2",), ["is decided by parallel.tensor"]),
+        (("model.megatron.hidden_dropout=0.1",), ["cannot be set"]),
+    ],
+)
+def test_what_cannot_work_is_told_with_a_remedy(settings, words):
+    told = problems(*settings)
+    for word in words:
+        assert word in told
+    assert f"command line: {settings[0]}" in told or "no config.json" in told
+
+
+def test_layout_batches_and_names_are_told_together():
+    told = problems("parallel.tensor=3", "train.updates_per_step=5", "model.megatron.foo=1")
+    assert told.startswith("4 problems:")
+
+
+def test_running_servers_need_none_of_ours():
+    assert plan("rollout.engine=sglang", 'rollout.urls=["http://h:1"]', "rollout.servers=0")
+
+
+def test_odd_choices_are_noted():
+    notes = "\n".join(plan("train.updates_per_step=1", "rollout.sampling.top_p=0.9").notes)
+    assert "every ratio is 1" in notes
+    assert "top_p" in notes
+
+
+def test_fields_of_megatron_core_are_read_from_its_source():
+    fields = megatron_fields()
+    assert {"num_moe_experts", "moe_aux_loss_coeff", "sequence_parallel"} <= fields
+    assert set(OURS) | set(FIXED) <= fields
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "gpt2"}', '{"model_type": "qwen3_moe"}'])
+def test_a_broken_or_unknown_model_config_is_one_of_the_problems(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    told = problems(f"model.path={tmp_path}", "train.updates_per_step=5")
+    assert told.startswith("2 problems:")
+    assert "config.json" in told
+
+
+def test_check_prints_everything_and_returns_nought(capsys):
+    assert main(["check", str(DEMO), "train.steps=7"]) == 0
+    told = capsys.readouterr().out
+    for word in ("transformer-engine", "command line: train.steps=7", "4 of 8 experts", "32 * 8 = 256", "demo.toml:"):
+        assert word in told
+
+
+def test_check_returns_one_and_lists_problems(capsys):
+    assert main(["check", str(DEMO), "train.stesp=7"]) == 1
+    captured = capsys.readouterr()
+    assert "did you mean train.steps?" in captured.err
+    assert main(["check", str(DEMO), "parallel.tensor=3"]) == 1
+    captured = capsys.readouterr()
+    assert "attention heads" in captured.err
+    assert "megatron-core" in captured.out
+
+
+def test_check_without_configs_shows_what_is_installed(capsys):
+    assert main(["check"]) == 0
+    assert "megatron-core" in capsys.readouterr().out
+
+
+def test_train_with_a_bad_config_returns_two_and_no_traceback(capsys):
+    assert main(["train", str(DEMO), "train.stesp=7"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("megatron-rl train: unknown key train.stesp")
+    assert "Traceback" not in told
+
+
+def test_words_are_files_or_settings(tmp_path):
+    odd = tmp_path / "a=b.toml"
+    odd.write_text("")
+    assert split_words(["x.toml", "a.b=1", str(odd)]) == (["x.toml", str(odd)], ["a.b=1"])

@@ -1,0 +1,77 @@
+"""Tiny random models on disk, and ways to run rows through an engine without HTTP."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_rl.rollout.engine import Batching, Engine
+from megatron_rl.rollout.model import ServedModel
+from megatron_rl.rollout.requests import Row, Work, parse_work
+
+VOCABULARY = 48
+FAMILIES = ("qwen3_moe", "llama")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    # Large enough that the next token is far from uniform.
+    "initializer_range": 0.2,
+}
+
+
+def build(family: str, tied: bool = False) -> PreTrainedModel:
+    """Return a random model, the same every time."""
+    torch.manual_seed(0)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).eval()
+    moe = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **moe, tie_word_embeddings=tied)).eval()
+
+
+def save(family: str, folder: Path, tied: bool = False) -> Path:
+    """Write a random model to the folder."""
+    build(family, tied).save_pretrained(folder)
+    return folder
+
+
+def work_of(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, object]], **more: object) -> Work:
+    """Return the work that such a request body makes."""
+    body = {"input_ids": list(map(list, prompts)), "sampling_params": list(params), "return_logprob": True, **more}
+    return parse_work(json.dumps(body).encode())
+
+
+@contextmanager
+def running(folder: Path, batching: Batching = "request", max_rows: int = 512) -> Iterator[Engine]:
+    """Run an engine on the model."""
+    engine = Engine(ServedModel(str(folder), "float32", "0"), batching, max_rows)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def finished(engine: Engine, *works: Work) -> list[list[Row]]:
+    """Submit the works together and return their rows when all are done."""
+    for work in works:
+        engine.submit(work)
+    for work in works:
+        work.done.result(timeout=60)
+    return [work.rows for work in works]
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Return random prompts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]

@@ -1,0 +1,44 @@
+"""Compare the metrics of two runs, bit for bit, times aside: python tools/compare_runs.py RUN_A RUN_B
+
+A change that should not change numbers must end in "same". Exit code 1 and the first difference otherwise.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_rl.train.folder import METRICS
+from megatron_rl.train.journal import read_metrics
+
+TIMES = ("seconds",)
+
+
+def first_difference(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]]) -> str | None:
+    """Return the first difference of two runs in words, None if there is none."""
+    for line_a, line_b in zip(a, b, strict=False):
+        for key in dict.fromkeys([*line_a, *line_b]):
+            value_a, value_b = line_a.get(key, "nothing"), line_b.get(key, "nothing")
+            if key not in TIMES and value_a != value_b:
+                return f"step {line_a['step']}, {key}: {value_a!r} and {value_b!r}"
+    if len(a) != len(b):
+        return f"{len(a)} and {len(b)} lines, the first {min(len(a), len(b))} are the same"
+    return None
+
+
+def main() -> int:
+    """Compare, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="a run folder")
+    runs = parser.parse_args().runs
+    for run in runs:
+        if not (run / METRICS).is_file():
+            parser.error(f"no {METRICS} in {run}; name a run folder")
+    a, b = map(read_metrics, runs)
+    difference = first_difference(a, b)
+    print(f"different: {difference}" if difference else f"same: {len(a)} lines")
+    return 1 if difference else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
