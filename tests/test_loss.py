@@ -78,13 +78,14 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(name, parts):
     whole = evaluate(objective, batch.micro(), new_T[batch.trained_R], kl)
 
     batch = batch.add({"new_T": new_T, "place_T": torch.arange(len(new_T))})
-    gradient_T, value, sums, largest = torch.zeros_like(new_T), 0.0, {}, 0.0
+    gradient_T, value, largest = torch.zeros_like(new_T), 0.0, 0.0
+    sums: dict[str, Tensor] = {}
     for part in parts:
         micro = batch.select(part).micro()
         loss, gradient_R, metrics = evaluate(objective, micro, micro["new_T"], kl)
         value += loss
         gradient_T[micro["place_T"]] = gradient_R
-        sums = {key: sums.get(key, 0.0) + total for key, total in metrics.sums.items()}
+        sums = {key: sums.get(key, torch.zeros_like(total)) + total for key, total in metrics.sums.items()}
         largest = max(largest, metrics.maxima["ratio"].item())
     assert value == pytest.approx(whole[0], rel=1e-12)
     torch.testing.assert_close(gradient_T[batch.trained_R], whole[1], **EXACT)

@@ -26,6 +26,11 @@ def full(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, T
     return logs.gather(-1, targets[..., None])[..., 0], -terms.sum(-1)
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -115,7 +120,7 @@ def test_shards_of_the_vocabulary_give_the_whole_one(size):
             shard = logits.chunk(size, 1)[dist.get_rank()].clone().requires_grad_()
             outputs = vocab_logprobs_entropies(shard, targets, temperature=temperature, group=dist.group.WORLD)
             (torch.stack(outputs) * upstream).sum().backward()
-            results.append((torch.stack(outputs).detach(), shard.grad))
+            results.append((torch.stack(outputs).detach(), gradient_of(shard)))
         return results
 
     ranks = run_ranks(on_rank, size)
@@ -233,7 +238,7 @@ def test_head_on_tensor_ranks_gives_the_whole_and_partial_gradients(size):
                 )
             )
             (found * upstream).sum().backward()
-            results.append((found.detach(), mine.grad, shard.grad))
+            results.append((found.detach(), gradient_of(mine), gradient_of(shard)))
         nothing = head_logprobs_entropies(mine[:0], shard, targets[:0], group=dist.group.WORLD, backend="tiles")
         assert nothing[0].shape == (0,)
         return results
@@ -242,7 +247,7 @@ def test_head_on_tensor_ranks_gives_the_whole_and_partial_gradients(size):
     for i in (0, 1):
         for result in ranks:
             torch.testing.assert_close(result[i][0], outputs, **EXACT)
-        torch.testing.assert_close(sum(result[i][1] for result in ranks), hidden_gradient, **EXACT)
+        torch.testing.assert_close(torch.stack([result[i][1] for result in ranks]).sum(0), hidden_gradient, **EXACT)
         torch.testing.assert_close(torch.cat([result[i][2] for result in ranks]), weight_gradient, **EXACT)
 
 
