@@ -181,7 +181,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient += _product(slopes_RC, weight_VH[tile])
             if weight_gradient is not None:
-                weight_gradient[tile] = slopes_RC.T @ hidden_RH
+                torch.mm(slopes_RC.T, hidden_RH, out=weight_gradient[tile])
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden_RH.dtype)
         return hidden_gradient, weight_gradient, None, None
