@@ -3,16 +3,16 @@
 Legend: B rows (one response each), S padded length.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, get_args
+from typing import Annotated
 
 import torch
 from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
 from torch import Tensor
 
+from megatron_rl.config.explain import explain
+from megatron_rl.config.load import leaves
 from megatron_rl.config.section import Section
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
@@ -107,10 +107,6 @@ def policy_loss(
     return PolicyLoss(loss.value, metrics)
 
 
-_OBJECTIVES = {str(section.model_fields["name"].default): section for section in get_args(AnyObjective)}
-_SECTIONS: dict[str, type[Section]] = {**_OBJECTIVES, "correction": Correction, "kl": ReferenceKL}
-
-
 def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> None:
     if loss_mask.dim() != 2:
         raise ValueError(f"loss_mask is {list(loss_mask.shape)}: expected [rows, padded length]")
@@ -141,28 +137,11 @@ def _segments(segment_ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def _options(objective: str | Mapping[str, Option]) -> _Options:
-    table = {"name": objective} if isinstance(objective, str) else dict(objective)
-    around = {name: table.pop(name) for name in ("correction", "kl") if name in table}
+    table: dict[str, object] = {"name": objective} if isinstance(objective, str) else dict(objective)
+    tables: dict[str, object] = {name: table.pop(name) for name in ("correction", "kl") if name in table}
+    tables["objective"] = table
     try:
-        return _Options.model_validate({"objective": table, **around})
+        return _Options.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(detail) for detail in error.errors(include_url=False))) from None
-
-
-def _sentence(detail: ErrorDetails) -> str:
-    """Return what is wrong with one option, and what to write instead."""
-    loc, seen = [str(part) for part in detail["loc"]], detail["input"]
-    if detail["type"] == "extra_forbidden":
-        return f"unknown option {loc[-1]} = {seen!r} of {loc[-2]}; {_choice(loc[-1], _SECTIONS[loc[-2]].model_fields)}"
-    if detail["type"] == "union_tag_invalid":
-        tag = str(detail["ctx"]["tag"])
-        return f'no objective is called "{tag}"; {_choice(tag, _OBJECTIVES)}'
-    if detail["type"] == "union_tag_not_found":
-        return f'no objective is named in {seen!r}; write {{"name": "grpo", ...}}'
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{loc[-1]}: {message}" if detail["type"] == "value_error" else f"{loc[-2]}: {loc[-1]} = {seen!r}: {message}"
-
-
-def _choice(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        places = {key: "in the objective of policy_loss" for key in leaves(tables)}
+        raise ConfigError("; ".join(explain(_Options, tables, places, error))) from None

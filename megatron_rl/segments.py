@@ -175,7 +175,8 @@ def _tail(run: TokenRun, before_R: Tensor, index: int) -> list[int]:
 
 def _without_short(closes_R: Tensor, gaps_R: Tensor, min_tokens: int) -> Tensor:
     """Return ``closes_R`` without the closes that would leave fewer than ``min_tokens`` tokens in a segment."""
-    kept, length = [], 0
+    kept: list[bool] = []
+    length = 0
     for closes, gap in zip(closes_R.tolist(), gaps_R.tolist(), strict=True):
         length += 1
         kept.append(closes and length >= min_tokens)

@@ -36,7 +36,7 @@ def run_ranks(
     it itself: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and a free MASTER_PORT are set either way). Results are
     pickled. With ``spawn`` the function must be importable. The first rank that raises ends the others.
     """
-    context = multiprocessing.get_context(start_method)
+    context = multiprocessing.get_context("fork") if start_method == "fork" else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         ends = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -69,7 +69,8 @@ def run_ranks(
 
 
 def _collect(receivers: list[Connection], timeout_seconds: float) -> list[Result]:
-    deadline, results = time.monotonic() + timeout_seconds, {}
+    deadline = time.monotonic() + timeout_seconds
+    results: dict[int, Result] = {}
     while len(results) < len(receivers):
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
         ready = wait(waiting, max(deadline - time.monotonic(), 0))
@@ -77,8 +78,9 @@ def _collect(receivers: list[Connection], timeout_seconds: float) -> list[Result
             raise TimeoutError(
                 f"ranks without a result after {timeout_seconds} s: {sorted({*range(len(receivers))} - {*results})}"
             )
-        for receiver in ready:
-            rank = receivers.index(receiver)
+        for rank, receiver in enumerate(receivers):
+            if receiver not in ready:
+                continue
             try:
                 succeeded, payload = pickle.loads(receiver.recv_bytes())
             except EOFError:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import megatron_rl
+from megatron_rl.api import Option
 from megatron_rl.errors import ConfigError
 from tests.oracle import objectives as oracle
-from tests.oracle.objectives import Row
+from tests.oracle.objectives import Result, Row
 
 SIZE = 1000
-EXACT = {"rtol": 1e-12, "atol": 1e-13}
-"""float64, a few dozen operations: some hundred roundings of 1e-16."""
+EXACT = (1e-12, 1e-13)
+"""Relative and absolute: float64, a few dozen operations: some hundred roundings of 1e-16."""
 GARBAGE = (math.nan, math.inf, -math.inf, 800.0, 0.0)
 
-CASES: dict[str, tuple[Mapping[str, object], object]] = {
+CASES: dict[str, tuple[Mapping[str, Option], Callable[[list[Row]], Result]]] = {
     "grpo": ({"name": "grpo"}, oracle.grpo),
     "grpo dual clip": ({"name": "grpo", "dual_clip": 1.5}, lambda rows: oracle.grpo(rows, dual=1.5)),
     "dapo": (
@@ -62,7 +63,13 @@ OWN_SEGMENTS = {name for name in CASES if name.startswith(("sspo", "lpo"))}
 
 
 def run(
-    rows: list[Row], options: object, *, padding: int = 0, garbage: float = math.nan, gaps: bool = False, segments=None
+    rows: list[Row],
+    options: str | Mapping[str, Option],
+    *,
+    padding: int = 0,
+    garbage: float = math.nan,
+    gaps: bool = False,
+    segments=None,
 ):
     """Return (loss, gradient per row, metrics) of the public function on rows laid out with padding."""
     width = (2 if gaps else 1) * max([len(row.new) for row in rows], default=0) + padding
@@ -101,10 +108,11 @@ def run(
     return result.loss.item(), [logprobs.grad[i, where].tolist() for i, where in enumerate(places)], result.metrics
 
 
-def agree(actual, expected, **tolerance) -> None:
-    torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), **(tolerance or EXACT))
+def agree(actual, expected, tolerance=EXACT) -> None:
+    rtol, atol = tolerance
+    torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=rtol, atol=atol)
     for row, wanted in zip(actual[1], expected[1], strict=True):
-        torch.testing.assert_close(torch.tensor(row).double(), torch.tensor(wanted).double(), **(tolerance or EXACT))
+        torch.testing.assert_close(torch.tensor(row).double(), torch.tensor(wanted).double(), rtol=rtol, atol=atol)
 
 
 @st.composite
@@ -267,7 +275,7 @@ def test_extreme_log_ratios_leave_gradients_finite_where_the_loss_is(name, step)
     assert all(math.isfinite(slope) for row in gradient for slope in row)
 
 
-def fixed(name: str, width: float) -> dict[str, object]:
+def fixed(name: str, width: float) -> dict[str, Option]:
     return {"name": name, "clip_low": width, "clip_high": width}
 
 
@@ -360,7 +368,7 @@ def test_adding_a_constant_to_both_log_probs_changes_nothing(case, rows, constan
         for r in rows
     ]
     # x + c is rounded, so a ratio moves by 1e-15; one that sits on its bound (on-policy, eps = 0) is not drawn here.
-    agree(run(moved, options, segments=segments), run(rows, options, segments=segments), rtol=1e-11, atol=1e-12)
+    agree(run(moved, options, segments=segments), run(rows, options, segments=segments), (1e-11, 1e-12))
 
 
 def test_nothing_trained_is_a_loss_of_zero_with_a_gradient_of_zero():
@@ -394,15 +402,18 @@ def test_low_precision_log_probs_are_widened():
 
 
 WRONG = [
-    ("grpoo", 'no objective is called "grpoo"; did you mean grpo?'),
-    ({"name": "grpo", "clp_low": 1}, "unknown option clp_low = 1 of grpo; did you mean clip_low?"),
-    ({"clip_low": 1}, "no objective is named"),
-    ({"name": "grpo", "clip_low": -1}, "clip_low = -1"),
+    ("grpoo", 'no such objective.name: "grpoo" (in the objective of policy_loss); did you mean "grpo"?'),
+    (
+        {"name": "grpo", "clp_low": 1},
+        "unknown key objective.clp_low: 1 (in the objective of policy_loss); did you mean objective.clip_low?",
+    ),
+    ({"clip_low": 1}, "discriminator 'name'"),
+    ({"name": "grpo", "clip_low": -1}, "objective.clip_low: -1"),
     ({"name": "grpo", "aggregation": "constant"}, "normalizer = <tokens>"),
     ({"name": "grpo", "normalizer": 3}, "normalizer = <tokens>"),
     ({"name": "espo", "quantiles": [0.5], "thresholds": [0.5]}, "quantiles and thresholds"),
-    ({"name": "espo", "clip_low": 0.1}, "unknown option clip_low"),
-    ({"name": "grpo", "kl": {"coef": 1}}, "unknown option coef = 1 of kl"),
+    ({"name": "espo", "clip_low": 0.1}, "unknown key objective.clip_low"),
+    ({"name": "grpo", "kl": {"coef": 1}}, "unknown key kl.coef: 1"),
     ({"name": "grpo", "kl": {"coefficient": 1}}, "needs ref_logprobs"),
     ({"name": "grpo", "correction": {"kind": "tis"}}, "needs rollout_logprobs"),
     ({"name": "grpo", "correction": {"kind": "mis", "low": 3}}, "raise high"),
@@ -438,15 +449,16 @@ def test_espo_needs_the_vocabulary_size():
 def test_wrong_shapes_and_segment_ids_are_named():
     tensor, mask = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)
     common = {"logprobs": tensor, "old_logprobs": tensor, "advantages": torch.ones(2), "loss_mask": mask}
-    for wrong, message in (
+    wrongs: list[tuple[dict[str, Tensor], str]] = [
         ({"old_logprobs": torch.zeros(2, 3)}, "logprobs is"),
         ({"advantages": torch.ones(3)}, "advantages is"),
         ({"loss_mask": mask[0]}, "loss_mask is"),
         ({"logprobs": torch.zeros(2)}, "logprobs is"),
         ({"segment_ids": tensor}, "segment_ids is"),
         ({"segment_ids": torch.tensor([[0, -1], [0, 0]])}, "negative at a token"),
-    ):
+    ]
+    for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
-            megatron_rl.policy_loss("gspo", **{**common, **wrong})
+            megatron_rl.policy_loss("gspo", **{**common, **wrong}, vocab_size=None)
     with pytest.raises(ConfigError, match="ratios are per token"):
         megatron_rl.policy_loss("sapo", **common, segment_ids=torch.zeros(2, 2, dtype=torch.int64))

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.data.types import Batch
-from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.data.vocabulary import Granularity, Vocabulary
 from megatron_rl.objectives import SSPO
 from megatron_rl.segments import (
     TokenRun,
@@ -63,9 +63,11 @@ END_ID = PIECES.index(END)
 VOCABULARY = Vocabulary(40, [b"" if piece == END else piece for piece in PIECES], frozenset([END_ID]))
 
 
-def segment(runs, granularity="subsentence", min_tokens=1):
+def segment(runs: list[list[int]], granularity: Granularity = "subsentence", min_tokens: int = 1) -> list[int]:
     """Segment ids of stretches of token ids with gaps between them."""
-    ids, positions, start = [], [], 0
+    ids: list[int] = []
+    positions: list[int] = []
+    start = 0
     for run in runs:
         ids += run
         positions += range(start, start + len(run))
@@ -155,7 +157,7 @@ def test_sspo_never_joins_responses_and_reads_trained_tokens_only():
 def test_upper_group_is_the_share_of_highest_entropy(entropies, percent):
     flat = torch.tensor([h for row in entropies for h in row])
     rows = torch.tensor([i for i, row in enumerate(entropies) for _ in row], dtype=torch.int64)
-    expected = []
+    expected: list[int] = []
     for row in entropies:
         top = sorted(range(len(row)), key=lambda t: (-row[t], t))[: -(-percent * len(row) // 100)]
         expected += [int(t in top) for t in range(len(row))]

@@ -16,15 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.collectives import Group, group_rank
 from megatron_rl.parallel.vocab import (
+    Context,
     finish,
     merge_sums,
     pick,
@@ -138,12 +139,16 @@ def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     return torch.compile(softmax_sums, dynamic=True), torch.compile(softmax_gradient, dynamic=True)
 
 
+class _HeadContext(Context, Protocol):
+    shard: Shard
+
+
 class _HeadLogprobs(torch.autograd.Function):
     """The differentiable operation; saves its inputs and two floats a token."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden_RH: Tensor, weight_VH: Tensor, columns_R: Tensor, shard: Shard
+    def forward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _HeadContext, hidden_RH: Tensor, weight_VH: Tensor, columns_R: Tensor, shard: Shard
     ) -> tuple[Tensor, Tensor]:
         sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=wide(hidden_RH.dtype))
         sums_KR[0] = torch.finfo(sums_KR.dtype).min / 2
@@ -160,11 +165,11 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, u_R: Tensor | None, v_R: Tensor | None
+    def backward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _HeadContext, u_R: Tensor | None, v_R: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_RH, weight_VH, columns_R, saved_2R = ctx.saved_tensors
-        shard: Shard = ctx.shard
+        shard = ctx.shard
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden_RH, dtype=saved_2R.dtype) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
@@ -176,7 +181,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient += _product(slopes_RC, weight_VH[tile])
             if weight_gradient is not None:
-                weight_gradient[tile] = slopes_RC.T @ hidden_RH
+                torch.mm(slopes_RC.T, hidden_RH, out=weight_gradient[tile])
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden_RH.dtype)
         return hidden_gradient, weight_gradient, None, None

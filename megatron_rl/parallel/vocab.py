@@ -11,9 +11,11 @@ Backward, with upstream u of the log-probability and v of the entropy: dz_j = u 
 The normaliser peak + log total and H are the two floats per token that both gradients need.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_rl.parallel.collectives import Group, gather_over, group_rank
 
@@ -47,12 +49,29 @@ def vocab_logprobs_entropies(
     return logprobs.view(shape), entropies.view(shape)
 
 
+class Context(Protocol):
+    """What autograd's context offers, which its own class does not declare."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors for the backward pass."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Choose zeros (True) or None for the gradient of an output that was not used."""
+
+
+class _VocabContext(Context, Protocol):
+    temperature: float
+
+
 class _VocabLogprobs(torch.autograd.Function):
     """The differentiable operation on [N, V]; saves the logits and two floats a token."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, logits_NV: Tensor, targets_N: Tensor, temperature: float, group: Group
+    def forward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _VocabContext, logits_NV: Tensor, targets_N: Tensor, temperature: float, group: Group
     ) -> tuple[Tensor, Tensor]:
         columns_N = targets_N - group_rank(group) * logits_NV.shape[1]
         parts = []
@@ -68,7 +87,9 @@ class _VocabLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, u_N: Tensor | None, v_N: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _VocabContext, u_N: Tensor | None, v_N: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
         logits_NV, columns_N, normalizers_N, entropies_N = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
         for rows in _chunks(logits_NV):

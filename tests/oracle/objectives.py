@@ -28,7 +28,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def weight(rows: Sequence[Row], row: Row, aggregation: str = "sequence", normalizer: float | None = None) -> float:
+def weight(rows: Sequence[Row], row: Row, aggregation: str = "sequence", normalizer: float = 1.0) -> float:
     """What one token of a row weighs."""
     filled = [other for other in rows if other.new]
     if aggregation == "sequence":
@@ -71,7 +71,7 @@ def by_segment(row: Row) -> list[list[int]]:
     return [[t for t, g in enumerate(row.segments) if g == name] for name in dict.fromkeys(row.segments)]
 
 
-def grpo(rows, low=0.2, high=0.2, aggregation="sequence", normalizer=None, dual=None) -> Result:
+def grpo(rows, low=0.2, high=0.2, aggregation="sequence", normalizer=1.0, dual=None) -> Result:
     return framed(
         rows,
         lambda row: [[t] for t in range(len(row.new))],

@@ -9,7 +9,8 @@ def sentences(
     runs: Sequence[Sequence[bytes]], granularity: Granularity, min_tokens: int = 1, end: bytes = b"<end>"
 ) -> list[int]:
     """Return the segment of each token; a run is a stretch of trained tokens without a gap."""
-    ids, segment = [], 0
+    ids: list[int] = []
+    segment = 0
     for pieces in runs:
         length = 0
         for t in range(len(pieces)):
@@ -44,7 +45,8 @@ def closes(pieces: Sequence[bytes], t: int, granularity: Granularity, end: bytes
 
 def characters(data: bytes) -> list[tuple[str, int]]:
     """Return each character with the index of its last byte; what is no UTF-8 becomes one U+FFFD a byte."""
-    found, i = [], 0
+    found: list[tuple[str, int]] = []
+    i = 0
     while i < len(data):
         for size in (1, 2, 3, 4):
             try:

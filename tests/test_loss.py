@@ -1,0 +1,289 @@
+"""The loss of packed micro-batches: splits, context ranks, corrections, KL and metrics."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.data.types import Batch, Micro
+from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.errors import ConfigError
+from megatron_rl.loss import Correction, ReferenceKL, k3, loss_of, mismatch, prepare, summary
+from megatron_rl.objectives import CISPO, DPPO, ESPO, GMPO, GRPO, GSPO, SAPO, SSPO, Objective
+from tests.ranks import run_ranks
+
+VOCABULARY = Vocabulary(50, [b"a", b" b", b".", b",", b"\n", b" c"] * 8, frozenset([49]))
+OBJECTIVES = {
+    "grpo": GRPO(),
+    "dapo": GRPO(clip_high=0.28, aggregation="token"),
+    "gspo": GSPO(clip_low=0.05, clip_high=0.05),
+    "sapo": SAPO(),
+    "sspo": SSPO(),
+    "lpo": SSPO(granularity="sentence", entropy_scale="none", aggregation="token"),
+    "espo": ESPO(alpha=0.5),
+    "espo high": ESPO(alpha=0.5, quantiles=(0.3, 0.7), high_only=True),
+    "espo eq9": ESPO(alpha=0.5, ratio_form="eq9_literal"),
+    "cispo": CISPO(clip_high=0.3),
+    "gmpo": GMPO(),
+    "dppo": DPPO(),
+}
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+"""float64; only the order of a few dozen additions differs."""
+
+
+def batch_of(lengths: list[int], seed: int = 0, step: float = 0.1) -> tuple[Batch, Tensor]:
+    """Return a mini-batch with prompts, gaps and one response that is not trained, and new log-probs over T."""
+    random = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+
+    def noise() -> Tensor:
+        return torch.randn(total, generator=random, dtype=torch.float64)
+
+    lengths_B = torch.tensor(lengths)
+    starts_B = lengths_B.cumsum(0) - lengths_B
+    mask_T = torch.rand(total, generator=random) < 0.8
+    mask_T[starts_B] = False
+    mask_T[starts_B[1] : starts_B[1] + lengths[1]] = False
+    old_T = -noise().abs() - 0.01
+    columns = {
+        "input_ids_T": torch.randint(0, 48, (total,), generator=random),
+        "loss_mask_T": mask_T,
+        "old_logprobs_T": old_T,
+        "rollout_logprobs_T": (old_T + 0.3 * noise()).clamp(max=-1e-3),
+        "ref_logprobs_T": old_T + 0.5 * noise(),
+        "old_entropies_T": noise().abs(),
+        "advantages_B": torch.tensor([1.0, -1.0, 0.5, -0.3])[torch.arange(len(lengths)) % 4].double(),
+    }
+    return Batch(lengths_B, columns), (old_T + step * noise()).clamp(max=-1e-4)
+
+
+def evaluate(objective: Objective, micro: Micro, logprobs_R: Tensor, kl: ReferenceKL | None = None):
+    """Return (loss, gradient, metrics) of one micro-batch."""
+    leaf_R = logprobs_R.clone().requires_grad_()
+    loss = loss_of(objective, kl)(leaf_R, torch.ones_like(leaf_R), micro)
+    loss.value.backward()
+    assert leaf_R.grad is not None
+    return loss.value.item(), leaf_R.grad, loss.metrics
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("parts", [[[0], [1], [2], [3], [4]], [[4, 1], [0, 3, 2]], [[1], [3, 0, 2, 4]]])
+def test_any_split_into_micro_batches_adds_up_to_the_whole(name, parts):
+    objective, kl = OBJECTIVES[name], ReferenceKL(coefficient=0.1)
+    batch, new_T = batch_of([9, 4, 7, 12, 5])
+    batch = batch.add(prepare(batch, objective, Correction(kind="tis", level="sequence"), VOCABULARY))
+    whole = evaluate(objective, batch.micro(), new_T[batch.trained_R], kl)
+
+    batch = batch.add({"new_T": new_T, "place_T": torch.arange(len(new_T))})
+    gradient_T, value, largest = torch.zeros_like(new_T), 0.0, 0.0
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        micro = batch.select(part).micro()
+        loss, gradient_R, metrics = evaluate(objective, micro, micro["new_T"], kl)
+        value += loss
+        gradient_T[micro["place_T"]] = gradient_R
+        sums = {key: sums.get(key, torch.zeros_like(total)) + total for key, total in metrics.sums.items()}
+        largest = max(largest, metrics.maxima["ratio"].item())
+    assert value == pytest.approx(whole[0], rel=1e-12)
+    torch.testing.assert_close(gradient_T[batch.trained_R], whole[1], **EXACT)
+    torch.testing.assert_close(sums, dict(whole[2].sums), **EXACT)
+    assert largest == whole[2].maxima["ratio"].item()
+
+
+def context_share(micro: Micro, rank: int, size: int) -> Tensor:
+    """Return which tokens of a row a rank holds, zig-zag; the last of three ranks holds none."""
+    if size == 3:
+        return torch.arange(len(micro["weights_T"])) % 2 == rank
+    chunks = torch.arange(len(micro["weights_T"])) * 2 * size // len(micro["weights_T"])
+    return (chunks == rank) | (chunks == 2 * size - 1 - rank)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_ranks_give_the_loss_and_gradient_of_one_rank(size):
+    batch, new_T = batch_of([9, 4, 17, 12])
+    micros = {}
+    for name, objective in OBJECTIVES.items():
+        columns = prepare(batch, objective, Correction(kind="mis", level="segment"), VOCABULARY)
+        micros[name] = batch.add(columns).micro()
+    new_R = new_T[batch.trained_R]
+
+    def on_rank():
+        results = {}
+        for name, micro in micros.items():
+            mine_R = context_share(micro, dist.get_rank(), size)
+            columns = {key: column[mine_R] for key, column in micro.columns.items()}
+            share = replace(micro, columns=columns, context_group=dist.group.WORLD)
+            results[name] = mine_R, *evaluate(OBJECTIVES[name], share, new_R[mine_R])
+        return results
+
+    ranks = run_ranks(on_rank, size)
+    for name, micro in micros.items():
+        value, gradient_R, metrics = evaluate(OBJECTIVES[name], micro, new_R)
+        merged_R = torch.zeros_like(gradient_R)
+        for result in ranks:
+            merged_R[result[name][0]] = result[name][2]
+        assert sum(result[name][1] for result in ranks) == pytest.approx(value, rel=1e-12), name
+        torch.testing.assert_close(merged_R, gradient_R, **EXACT)
+        sums = {key: sum(result[name][3].sums[key] for result in ranks) for key in metrics.sums}
+        torch.testing.assert_close(sums, dict(metrics.sums), **EXACT)
+
+
+def test_a_micro_batch_without_trained_tokens_still_has_a_gradient_path():
+    for name, objective in OBJECTIVES.items():
+        batch, _ = batch_of([3, 4])
+        batch = batch.add({"loss_mask_T": torch.zeros(7, dtype=torch.bool)})
+        micro = batch.add(prepare(batch, objective, vocabulary=VOCABULARY)).micro()
+        parameter = torch.ones((), requires_grad=True)
+        logprobs_R = parameter * torch.zeros(0)
+        loss = loss_of(objective)(logprobs_R, logprobs_R, micro)
+        loss.value.backward()
+        assert loss.value.item() == 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.item() == 0, name
+        assert set(summary(loss.metrics).values()) == {0.0}, name
+
+
+def test_the_first_step_has_every_ratio_exactly_one_in_float32():
+    for name, objective in OBJECTIVES.items():
+        batch, _ = batch_of([9, 4, 7, 12], step=0.0)
+        columns = {key: column.float() for key, column in batch.columns.items() if column.dtype == torch.float64}
+        columns["rollout_logprobs_T"] = columns["old_logprobs_T"]
+        batch = batch.add(columns)
+        micro = batch.add(prepare(batch, objective, vocabulary=VOCABULARY)).micro()
+        values = summary(evaluate(objective, micro, micro["old_logprobs_T"])[2])
+        assert values["ratio_mean"] == values["ratio_max"] == 1.0, name
+        assert values["clipped_fraction"] == 0.0, name
+
+
+LOG_WEIGHTS = [0.1, -0.2, 3.0, -2.0, 0.4]
+"""log old - log rollout of five tokens: responses of three and two; segments {0, 1}, {2}, {3, 4}."""
+
+
+def reference_weight(correction: Correction, log_weight: float) -> float:
+    weight, cap = math.exp(log_weight), correction.cap
+    if correction.kind == "tis":
+        return min(weight, cap)
+    inside = correction.low <= weight <= cap
+    return (weight if correction.kind == "mis" else 1.0) if inside else 0.0
+
+
+@pytest.mark.parametrize("kind", ["tis", "mis", "icepop"])
+@pytest.mark.parametrize("level", ["token", "segment", "sequence"])
+@pytest.mark.parametrize("reduction", ["product", "geometric"])
+def test_correction_weights_equal_the_formula(kind, level, reduction):
+    correction = Correction(kind=kind, level=level, reduction=reduction, high=4.0)
+    shared = {"token": [[0], [1], [2], [3], [4]], "segment": [[0, 1], [2], [3, 4]], "sequence": [[0, 1, 2], [3, 4]]}
+    expected = [0.0] * 5
+    for group in shared[level]:
+        total = sum(LOG_WEIGHTS[t] for t in group)
+        for t in group:
+            expected[t] = reference_weight(correction, total / len(group) if reduction == "geometric" else total)
+    batch = Batch(
+        torch.tensor([3, 2]),
+        {
+            "loss_mask_T": torch.ones(5, dtype=torch.bool),
+            "old_logprobs_T": torch.tensor(LOG_WEIGHTS).double() - 4,
+            "rollout_logprobs_T": torch.full((5,), -4.0).double(),
+            "advantages_B": torch.tensor([1.0, -1.0]),
+        },
+    )
+    columns = prepare(batch, GRPO(), correction, segment_ids_T=torch.tensor([0, 0, 1, 0, 0]))
+    # LOG_WEIGHTS went through float32.
+    assert columns["corrections_T"].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_correction_multiplies_the_policy_term_and_not_the_kl():
+    batch, new_T = batch_of([9, 4, 7])
+    kl = ReferenceKL(coefficient=0.7)
+    plain = batch.add(prepare(batch, GRPO())).micro()
+    halved = replace(plain, columns={**plain.columns, "corrections_T": torch.full_like(plain["weights_T"], 0.5)})
+    new_R = new_T[batch.trained_R]
+    policy = evaluate(GRPO(), plain, new_R)[0]
+    both = evaluate(GRPO(), plain, new_R, kl)[0]
+    assert evaluate(GRPO(), halved, new_R, kl)[0] == pytest.approx(0.5 * policy + (both - policy), rel=1e-12)
+
+
+def test_bypass_takes_the_rollout_log_probs_for_the_old_ones():
+    batch, new_T = batch_of([9, 4, 7])
+    bypassed = batch.add(prepare(batch, GSPO(), Correction(kind="bypass"))).micro()
+    moved = batch.add({"old_logprobs_T": batch["rollout_logprobs_T"]})
+    moved = moved.add(prepare(moved, GSPO())).micro()
+    new_R = new_T[batch.trained_R]
+    assert evaluate(GSPO(), bypassed, new_R)[0] == evaluate(GSPO(), moved, new_R)[0]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_reference_kl_equals_its_formula_and_slope(estimator):
+    kl = ReferenceKL(coefficient=1.0, estimator=estimator)
+    for d in (-3.0, -0.2, 0.0, 1.7):
+        logprob = torch.tensor([d - 1.0], dtype=torch.float64, requires_grad=True)
+        value = kl.cost(logprob, torch.tensor([-1.0], dtype=torch.float64))
+        value.sum().backward()
+        formula = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1}[estimator]
+        slope = {"k1": 1.0, "k2": d, "k3": 1 - math.exp(-d)}[estimator]
+        assert value.item() == pytest.approx(formula, abs=1e-14)
+        assert logprob.grad is not None
+        assert logprob.grad.item() == pytest.approx(slope, abs=1e-14)
+
+
+def test_k3_stays_finite_far_away():
+    assert torch.isfinite(k3(torch.tensor([-1e4, 1e4]))).all()
+
+
+def test_kl_without_a_reference_is_an_error():
+    batch, new_T = batch_of([3, 4, 5])
+    columns = {key: column for key, column in batch.columns.items() if key != "ref_logprobs_T"}
+    batch = Batch(batch.lengths_B, columns)
+    micro = batch.add(prepare(batch, GRPO())).micro()
+    with pytest.raises(ConfigError, match="needs ref_logprobs"):
+        evaluate(GRPO(), micro, new_T[batch.trained_R], ReferenceKL(coefficient=0.1))
+
+
+def test_summary_forms_means_over_tokens_and_segments_over_responses():
+    batch = Batch(
+        torch.tensor([4, 2, 2]),
+        {
+            "loss_mask_T": torch.tensor([True] * 6 + [False] * 2),
+            "old_logprobs_T": torch.full((8,), -2.0, dtype=torch.float64),
+            "advantages_B": torch.tensor([1.0, -1.0, 1.0]),
+        },
+    )
+    batch = batch.add(prepare(batch, GRPO(), segment_ids_T=torch.tensor([0, 0, 1, 2, 0, 0, 0, 0])))
+    shifts = torch.tensor([0.5, 0.5, 0.1, -0.1, 0.2, -0.2], dtype=torch.float64)
+    micro = batch.micro()
+    loss = loss_of(GRPO())(shifts - 2.0, torch.arange(6.0), micro)
+    values = summary(loss.metrics)
+    ratios = [math.exp(x) for x in (0.5, 0.5, 0.1, -0.1, 0.0, 0.0)]
+    assert values["tokens"] == 6
+    assert values["responses"] == 2
+    assert values["segments"] == 4
+    assert values["segments_mean"] == 2
+    assert values["entropy_mean"] == 2.5
+    assert values["clipped_fraction"] == pytest.approx(2 / 6)
+    assert values["ratio_mean"] == pytest.approx(sum(ratios) / 6)
+    assert values["ratio_max"] == pytest.approx(math.exp(0.5))
+    assert values["loss"] == loss.value.item()
+    assert values["policy_kl_mean"] == pytest.approx(sum(math.exp(x) - 1 - x for x in shifts.tolist()) / 6)
+
+
+def test_mismatch_of_rollout_and_trainer():
+    batch, _ = batch_of([9, 4, 7])
+    log_R = (batch["old_logprobs_T"] - batch["rollout_logprobs_T"])[batch.trained_R].tolist()
+    values = mismatch(
+        batch.add({"rollout_logprobs_T": batch["rollout_logprobs_T"].masked_fill(~batch["loss_mask_T"], math.nan)})
+    )
+    assert values["mismatch_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in log_R) / len(log_R))
+    assert values["mismatch_abs_max"] == max(abs(x) for x in log_R)
+    assert values["mismatch_abs_p50"] <= values["mismatch_abs_p99"] <= values["mismatch_abs_max"]
+    assert mismatch(Batch(batch.lengths_B, {"loss_mask_T": batch["loss_mask_T"]})) == {}
+
+
+def test_columns_stay_in_float32_or_wider():
+    batch, _ = batch_of([9, 4, 7])
+    low = {name: batch[name].bfloat16() for name in ("old_logprobs_T", "old_entropies_T", "rollout_logprobs_T")}
+    for name, objective in OBJECTIVES.items():
+        columns = prepare(batch.add(low), objective, vocabulary=VOCABULARY)
+        assert {column.dtype for column in columns.values()} <= {torch.float32, torch.int64}, name
