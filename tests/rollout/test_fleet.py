@@ -179,6 +179,7 @@ def test_a_server_that_missed_a_push_gets_it_before_it_gets_a_prompt() -> None:
         away.hangs = False
         until(lambda: len(fleet.urls) == 2)
         assert away.version == "1"
+        assert away.calls["/flush_cache"] == good.calls["/flush_cache"] == 1
         assert away.calls["/update_weights_from_tensor"] >= 1
         sampled(fleet, version=1)
         assert away.rows
