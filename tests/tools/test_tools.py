@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,3 +74,31 @@ def test_its_tokenizer_has_one_token_a_symbol():
     assert tokenizer.decode(tokenizer.encode("7+5*3-2=7+5=2;#2")) == "7+5*3-2=7+5=2;#2"
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (16, 17, 18)
     assert AutoConfig.from_pretrained(DEMO_MODEL).eos_token_id == 16
+
+
+def setup_with(python: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "tools" / "setup"], env={**os.environ, "PYTHON": python}, capture_output=True, text=True, check=False
+    )
+
+
+def test_setup_without_python_says_what_to_install():
+    done = setup_with("python-of-nowhere")
+    assert done.returncode == 1
+    assert "no python-of-nowhere on this machine; install Python 3.11" in done.stderr
+
+
+def test_setup_with_an_old_python_says_which_is_needed(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\necho 3.9\n")
+    old.chmod(0o755)
+    done = setup_with(str(old))
+    assert done.returncode == 1
+    assert "is 3.9; 3.11, 3.12 or 3.13 is needed" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["setup", "check", "demo"])
+def test_shell_tools_parse_and_are_executable(tool):
+    path = ROOT / "tools" / tool
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
