@@ -15,6 +15,8 @@ from megatron_rl.rollout.requests import Row
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, in one forward pass."""
+SCORE_LOGITS = 1 << 27
+"""Logits in one forward pass that scores: half a gigabyte in float32."""
 
 
 def prefill(
@@ -27,7 +29,7 @@ def prefill(
     unique: dict[tuple[int, ...], int] = {}
     places_B = torch.tensor([unique.setdefault((*row.prompt, *row.output_ids), len(unique)) for row in rows])
     prefixes = list(unique)
-    parts = [_begin(model, part) for part in _slices(prefixes)]
+    parts = [_begin(model, part) for part in _slices(prefixes, PREFILL_TOKENS)]
     cache = parts[0][0] if len(parts) == 1 else RowCache.stack([cache for cache, _ in parts])
     if len(prefixes) < len(rows):
         cache.select(places_B, 0)
@@ -39,7 +41,8 @@ def prefill(
 def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
     """Return the log-probability of each token but the first, given the tokens before it, at temperature 1."""
     scores: list[list[float]] = []
-    for part in _slices(sequences):
+    tokens = min(PREFILL_TOKENS, SCORE_LOGITS // model.config.get_text_config().vocab_size)
+    for part in _slices(sequences, tokens):
         ids_BT, inputs = padded_inputs(part)
         logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits[:, :-1]
         exact = logits_BTV.dtype if logits_BTV.dtype == torch.float64 else torch.float32
@@ -70,8 +73,8 @@ def _begin(model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> tuple[R
     return cache, logits_BTV[:, -1]
 
 
-def _slices(sequences: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-    at_once = max(1, PREFILL_TOKENS // max(map(len, sequences), default=1))
+def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[Sequence[int]]]:
+    at_once = max(1, tokens // max(map(len, sequences), default=1))
     return [sequences[i : i + at_once] for i in range(0, len(sequences), at_once)]
 
 

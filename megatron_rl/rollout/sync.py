@@ -92,6 +92,7 @@ class WeightSync:
                 member.leave(report.failed[member.url], self.patience)
             else:
                 member.version = self.version
+                await self._flush(member)
         refusals = [error for error in report.failed.values() if not isinstance(error, ServerUnreachable)]
         if self._paused and len(refusals) == len(self._paused):
             raise RolloutError(f"no server took the weights of version {version}: {refusals[0]}") from refusals[0]
@@ -124,6 +125,7 @@ class WeightSync:
                 raise error
             log.info("%s had weights %s and now has %s", member.url, member.version, self.version)
             member.version = self.version
+            await member.client.flush()
 
     async def require(self, member: Member, version: str) -> None:
         """Make sure that a member has the weights of this version; one that nobody named yet gets the name."""
@@ -140,6 +142,13 @@ class WeightSync:
     async def _pause(self, member: Member) -> None:
         try:
             await member.client.pause("retract")
+        except RolloutError as error:
+            member.leave(error, self.patience)
+
+    async def _flush(self, member: Member) -> None:
+        # Cached prefixes were computed with the old weights.
+        try:
+            await member.client.flush()
         except RolloutError as error:
             member.leave(error, self.patience)
 

@@ -85,6 +85,10 @@ def garbage(answers: list[dict[str, Any]]) -> object:
     return "<html>502 Bad Gateway</html>"
 
 
+def too_long(answers: list[dict[str, Any]]) -> object:
+    return '{"error": {"message": "the prompt is too long"}}'
+
+
 def too_few_tokens(answers: list[dict[str, Any]]) -> object:
     answers[0]["output_ids"].pop()
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.types import Group, Prompt
@@ -129,7 +130,7 @@ def test_a_server_killed_during_a_push_leaves_the_others_alone(fleet: Fleet, moe
     assert victim is not None
     old = load_file(moe_folder / "model.safetensors")
 
-    def deadly() -> Iterator[tuple[str, object]]:
+    def deadly() -> Iterator[tuple[str, Tensor]]:
         for i, (name, tensor) in enumerate(old.items()):
             if i == len(old) // 2:
                 os.kill(victim.pid, signal.SIGKILL)

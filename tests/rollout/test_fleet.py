@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.rollout.fake import (
     serving,
     too_few_answers,
     too_few_tokens,
+    too_long,
     wrong_version,
 )
 
@@ -90,7 +92,7 @@ def test_the_same_prompt_twice_has_different_samples() -> None:
 def test_a_server_that_answers_wrongly_is_left_out(trick: Trick, caplog: pytest.LogCaptureFixture) -> None:
     liar, good = FakeServer(), FakeServer()
     liar.trick = trick
-    with serving(liar, good), fleet_of([liar, good], Patience(**{**vars(PATIENCE), "probe_seconds": 1.0})) as fleet:
+    with serving(liar, good), fleet_of([liar, good], replace(PATIENCE, probe_seconds=1.0)) as fleet:
         with caplog.at_level(logging.WARNING):
             assert sampled(fleet) == expected()
         assert fleet.urls == [good.url]
@@ -107,7 +109,7 @@ def test_a_server_that_answers_with_an_error_is_left_out(status: int) -> None:
 
 def test_a_server_that_hangs_is_found_by_its_health_long_before_the_timeout() -> None:
     stuck, good = FakeServer(), FakeServer()
-    patience = Patience(**{**vars(PATIENCE), "request_timeout_seconds": 600})
+    patience = replace(PATIENCE, request_timeout_seconds=600)
     with serving(stuck, good), fleet_of([stuck, good], patience) as fleet:
         stuck.hangs = True
         begin = time.monotonic()
@@ -161,7 +163,7 @@ def test_all_servers_down_for_a_while_is_waited_out() -> None:
 
 def test_a_refused_request_is_an_error_at_once() -> None:
     with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
-        server.status, server.trick = 400, lambda answers: '{"error": {"message": "the prompt is too long"}}'
+        server.status, server.trick = 400, too_long
         with pytest.raises(RolloutError, match="the prompt is too long"):
             sampled(fleet)
         assert fleet.urls == [server.url]
@@ -177,6 +179,7 @@ def test_a_server_that_missed_a_push_gets_it_before_it_gets_a_prompt() -> None:
         away.hangs = False
         until(lambda: len(fleet.urls) == 2)
         assert away.version == "1"
+        assert away.calls["/flush_cache"] == good.calls["/flush_cache"] == 1
         assert away.calls["/update_weights_from_tensor"] >= 1
         sampled(fleet, version=1)
         assert away.rows

@@ -1,0 +1,115 @@
+"""What only the embedded server does; the protocol that it shares with others is in tests/contract."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from megatron_rl.rollout.background import LoopThread
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.requests import BadRequest, parse_work
+from megatron_rl.rollout.server import EmbeddedServer
+from tests.rollout.tiny import running
+
+DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[Engine, str]]:
+    """Run a server in this process."""
+    thread = LoopThread("server")
+    with running(folder) as engine:
+        runner = web.AppRunner(EmbeddedServer(engine).application(), handler_cancellation=True, shutdown_timeout=0.1)
+
+        async def start() -> str:
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            return "http://{}:{}".format(*runner.addresses[0])
+
+        try:
+            yield engine, thread.call(start())
+        finally:
+            thread.call(runner.cleanup())
+            thread.close()
+
+
+def ask(url: str, body: dict[str, Any], timeout_seconds: float = 30) -> tuple[int, Any]:
+    async def post() -> tuple[int, Any]:
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.post(url, json=body) as response:
+            return response.status, json.loads(await response.text())
+
+    return asyncio.run(post())
+
+
+def test_rows_of_a_client_that_went_away_are_not_decoded_to_their_end(moe_folder: Path) -> None:
+    with served(moe_folder) as (engine, url):
+        body = {"input_ids": [[1, 2]] * 400, "sampling_params": {"max_new_tokens": 250}}
+        with pytest.raises(TimeoutError):
+            ask(f"{url}/generate", body, timeout_seconds=0.2)
+        begin = time.monotonic()
+        assert ask(f"{url}/generate", {"input_ids": [3], "sampling_params": {"max_new_tokens": 2}})[0] == 200
+        assert time.monotonic() - begin < 1
+        assert not engine.batch
+
+
+def test_a_server_whose_engine_failed_says_so(moe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", print)  # the failure is wanted: pytest would warn of it
+    with served(moe_folder) as (engine, url):
+        ended = threading.Event()
+        engine.on_end = ended.set
+        engine.call(lambda: setattr(engine, "batch", "broken"))
+        assert ended.wait(10)
+        status, answer = ask(f"{url}/generate", {"input_ids": [3]})
+        assert (status, answer["error"]["message"]) == (503, "the engine has stopped; its log says why")
+
+
+def test_text_is_that_of_the_tokenizer_without_the_stop() -> None:
+    with served(DEMO_MODEL) as (engine, url):
+        tokenizer = engine.model.tokenizer
+        assert tokenizer is not None
+        prompt = tokenizer("7+5*3-2=")["input_ids"]
+        params = {"max_new_tokens": 30, "temperature": 0}
+        _, whole = ask(f"{url}/generate", {"input_ids": prompt, "sampling_params": params})
+        assert whole["meta_info"]["finish_reason"]["type"] == "stop"
+        assert whole["output_ids"][-1] in engine.model.eos
+        assert whole["text"] == tokenizer.decode(whole["output_ids"][:-1])
+        stop = whole["text"][3:5]
+        _, cut = ask(f"{url}/generate", {"input_ids": prompt, "sampling_params": {**params, "stop": [stop, "never"]}})
+        assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+        assert cut["text"] == whole["text"].partition(stop)[0]
+        assert tokenizer.decode(cut["output_ids"]).endswith(stop)
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ({"input_ids": [1], "smapling_params": {}}, "smapling_params"),
+        ({"input_ids": [1], "sampling_params": {"frequency_penalty": 0.5}}, r"sampling_params.*frequency_penalty"),
+        ({"input_ids": [1], "sampling_params": {"max_new_tokens": 2.5}}, "max_new_tokens"),
+        ({"text": "hello"}, "input_ids"),
+        ({"input_ids": [[1], []]}, "a prompt is empty"),
+        ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid: 1 entries for 2 prompts"),
+        ({"input_ids": [[1], [2]], "stream": True}, "one sequence a request"),
+    ],
+)
+def test_unknown_or_wrong_fields_are_refused_by_name(body: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BadRequest, match=complaint):
+        parse_work(json.dumps(body).encode())
+
+
+def test_seeds_of_any_64_bits_are_taken(moe_folder: Path) -> None:
+    with served(moe_folder) as (_, url):
+        for seed in (-(1 << 63), (1 << 63) - 1):
+            body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 2, "sampling_seed": seed, "n": 2}}
+            assert ask(f"{url}/generate", body)[0] == 200
+        body["sampling_params"]["sampling_seed"] = 1 << 63
+        assert ask(f"{url}/generate", body)[0] == 400
