@@ -65,9 +65,9 @@ def zero_variance(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | N
     count = int(dense_B.max()) + 1 if len(dense_B) else 0
     rewards_B = rewards_B.double()
     lowest = torch.full((count,), torch.inf, dtype=torch.float64)
-    lowest.index_reduce_(0, dense_B[kept_B], rewards_B[kept_B], "amin")
+    lowest.scatter_reduce_(0, dense_B[kept_B], rewards_B[kept_B], "amin")
     highest = torch.full((count,), -torch.inf, dtype=torch.float64)
-    highest.index_reduce_(0, dense_B[kept_B], rewards_B[kept_B], "amax")
+    highest.scatter_reduce_(0, dense_B[kept_B], rewards_B[kept_B], "amax")
     return (lowest >= highest)[dense_B]
 
 

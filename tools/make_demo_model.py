@@ -1,6 +1,6 @@
 """Make ``configs/demo-model``: a 0.34 M parameter Qwen3-MoE that does the demo's sums, but not well.
 
-Fine-tuned for 500 steps on an imperfect teacher: half of its answers come without steps, 5 % of its steps are random,
+Fine-tuned for 900 steps on an imperfect teacher: half of its answers come without steps, 5 % of its steps are random,
 and where a product's second operand is 6 or more it writes the product plus one with probability 0.6.
 
     python tools/make_demo_model.py [FOLDER]        # 2 to 4 minutes on one core
@@ -26,7 +26,7 @@ from transformers import (
 from megatron_rl.tasks.chained_arithmetic import SYMBOLS, answer, apply, make_expression
 
 SEED = 20_251_121
-STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 500, 128, 4e-3, 20
+STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 900, 128, 4e-3, 20
 DIRECT_SHARE, RANDOM_STEP_SHARE, WRONG_PRODUCT_SHARE = 0.5, 0.05, 0.6
 HELDOUT, MAX_NEW_TOKENS = 512, 40
 

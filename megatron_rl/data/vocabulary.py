@@ -25,6 +25,9 @@ DELIMITERS: dict[Granularity, str] = {
 CLOSERS = " \t\r\f\v\u00a0\u3000\"')]}>\u2019\u201d\u00bb\u203a\uff09\uff3d\uff5d\u3015\u3011\u3009\u300b\u300d\u300f"
 """Spaces, closing quotes and brackets: what may stand between a delimiter and the end of its token."""
 
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+"""Bytes of a UTF-8 character that are not its first."""
+
 
 @dataclass(frozen=True)
 class Boundaries:
@@ -84,11 +87,11 @@ class Vocabulary:
 
     def closes(self, token_ids: Sequence[int], granularity: Granularity) -> bool:
         """Return whether the last of these tokens closes a segment, the text before it taken into account."""
-        last = self.pieces[token_ids[-1]]
         earlier = b"".join(self.pieces[i] for i in token_ids[:-1])
-        lead = max(earlier.rfind(bytes([byte])) for byte in range(0xC0, 0xF8)) if earlier else -1
-        whole = earlier[lead:] + last if lead >= 0 else last
-        return _closes(whole.decode("utf-8", "replace"), DELIMITERS[granularity])
+        begun = len(earlier.rstrip(CONTINUATION_BYTES)) - 1
+        unfinished = earlier[begun:] if begun >= 0 and earlier[begun] >= 0xC0 else b""
+        text = (unfinished + self.pieces[token_ids[-1]]).decode("utf-8", "replace")
+        return _closes(text, DELIMITERS[granularity])
 
     @cached_property
     def _sentence(self) -> Boundaries:
@@ -107,7 +110,7 @@ class Vocabulary:
             bare_V=self._table(text in (".", ",") for text in texts),
             starts_with_digit_V=self._table(text[:1].isdecimal() for text in texts),
             ends_in_digit_V=self._table(text[-1:].isdecimal() for text in texts),
-            continues_V=self._table(piece[:1] != b"" and 0x80 <= piece[0] < 0xC0 for piece in self.pieces),
+            continues_V=self._table(piece != b"" and piece[0] in CONTINUATION_BYTES for piece in self.pieces),
             ends_sequence_V=self._table(token_id in self.end_ids for token_id in range(self.size)),
         )
 

@@ -72,7 +72,7 @@ class LocalRanks:
 
     def __init__(self, words: Sequence[str], count: int) -> None:
         self._asked_to_stop = False
-        self._children: list[subprocess.Popen] = []
+        self._children: list[subprocess.Popen[bytes]] = []
         self._words, self._count = words, count
 
     def run(self) -> int:
@@ -87,7 +87,7 @@ class LocalRanks:
         finally:
             self._end_all()
 
-    def _start(self, rank: int, port: int) -> subprocess.Popen:
+    def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self._count))
         environment = os.environ | {
             "RANK": str(rank),
@@ -114,8 +114,8 @@ class LocalRanks:
         stop_by = None
         while True:
             codes = [child.poll() for child in self._children]
-            fine = (None, 0, STOPPED, -signal.SIGTERM) if self._asked_to_stop else (None, 0, STOPPED)
-            failed = [(rank, code) for rank, code in enumerate(codes) if code not in fine]
+            fine = (0, STOPPED, -signal.SIGTERM) if self._asked_to_stop else (0, STOPPED)
+            failed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code not in fine]
             if failed:
                 rank, code = failed[0]
                 if code == 2:

@@ -61,9 +61,7 @@ def broadcast_tensor(
     if not dist.is_initialized() or dist.get_world_size() == 1:
         assert tensor is not None
         return tensor
-    sent = (
-        torch.empty(shape, dtype=dtype, device=device) if dist.get_rank() != source else tensor.to(device).contiguous()
-    )
+    sent = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
     dist.broadcast(sent, src=source)
     return sent.cpu()
 
@@ -79,7 +77,7 @@ def broadcast_json(value: object, source: int, device: torch.device) -> object:
     return json.loads(sent.numpy().tobytes())
 
 
-def gather_json(value: object, device: torch.device) -> list:
+def gather_json(value: object, device: torch.device) -> list[object]:
     """Return every rank's JSON value, in rank order, on every rank."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0

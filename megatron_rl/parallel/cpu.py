@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,14 +46,18 @@ class CudaNamesMeanCPU(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: Sequence = (), kwargs: Mapping | None = None
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Rewrite one call."""
         kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return args[0]
         if func is Tensor.type and len(args) == 1 and not kwargs:
-            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+            return str(Tensor.type(cast(Tensor, args[0]))).replace("torch.", "torch.cuda.", 1)
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
@@ -61,7 +66,7 @@ class CudaNamesMeanCPU(TorchFunctionMode):
 
 def _splits_on_host(dispatcher: object, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
     """Stand in for the asynchronous copy of the token counts to the host: they are there already."""
-    if point == dispatcher.cuda_dtoh_point:
+    if point == getattr(dispatcher, "cuda_dtoh_point"):  # noqa: B009 (megatron-core's class, unknown here)
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             splits = getattr(dispatcher, name, None)
             if isinstance(splits, Tensor):

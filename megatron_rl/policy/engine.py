@@ -1,7 +1,7 @@
 """The policy: scores a batch, accumulates gradients of any loss, steps, and hands out its weights.
 
-Every method is collective: all trainer ranks call it in the same order with the same batch. Pipeline schedules, sequence
-and expert exchange, and the split of rows over data-parallel ranks stay behind it.
+Every method is collective: all trainer ranks call it in the same order with the same batch. Pipeline schedules, the
+exchange of sequences and experts, and the split of rows over data-parallel ranks stay behind it.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -31,6 +32,10 @@ from megatron_rl.policy.weights import export_weights, load_weights, mark_shards
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 """(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
+
+Result = TypeVar("Result")
+LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
+"""(row, output of the last stage) -> megatron's triple: scalar to differentiate, token count, what to keep."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Policy:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> Columns:
-        """Return ``old_logprobs_T`` and ``old_entropies_T`` (nats, 0 where untrained) of the rows' mini-batch, on the CPU.
+        """Return ``old_logprobs_T`` and ``old_entropies_T`` of the mini-batch: nats, 0 where untrained, on the CPU.
 
         The forward pass is the one of ``accumulate``: same rows, same kernels, so the first ratios are exactly 1.
         """
@@ -86,14 +91,14 @@ class Policy:
         dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
         scored_2T = torch.zeros(2, total, dtype=dtype, device=self.mesh.world.device)
         for row, output_2K in self._run(rows, _keep_output, forward_only=True):
-            scored_2T[:, row.target_tokens_K.to(scored_2T.device)] = output_2K
+            scored_2T.index_copy_(1, row.target_tokens_K.to(scored_2T.device), output_2K)
         if not self.mesh.reports_tokens:
             scored_2T.zero_()
         scored_2T = sum_over(torch.distributed.group.WORLD, scored_2T).cpu()
         return {"old_logprobs_T": scored_2T[0], "old_entropies_T": scored_2T[1]}
 
     def score_reference(self, rows: Sequence[Row]) -> Columns:
-        """Return ``ref_logprobs_T``: what the policy of the start of the run gave, as ``score`` does.
+        """Return ``ref_logprobs_T``: what ``score`` gives with the weights that the run began with.
 
         Raises:
             TrainingError: no reference was kept.
@@ -110,8 +115,8 @@ class Policy:
     def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
         """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks.
 
-        ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read them,
-        where the distributed optimizer would keep only its share.
+        ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read
+        them, where the distributed optimizer would keep only its share.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -162,13 +167,13 @@ class Policy:
         return export_weights(self.chunks, self.family, self.mesh, bucket_bytes)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named and handed out as ``weights`` is."""
+        """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
         return export_weights(self.chunks, self.family, self.mesh, 1 << 28, pick=attrgetter("main_grad"))
 
     def _run(
-        self, rows: Sequence[Row], loss_step: Callable, forward_only: bool, force_all_reduce: bool = False
-    ) -> list[tuple[RankRow, Tensor | Loss]]:
-        """Send this rank's rows through megatron's schedule; return (row, result) pairs on the last stage, else nothing."""
+        self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
+    ) -> list[tuple[RankRow, Result]]:
+        """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
         mine = [rank_row(row, self.mesh) for row in rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]]
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward, loss_step),
@@ -188,7 +193,9 @@ class Policy:
         sums = _combine([loss.metrics.sums for loss in losses], torch.sum)
         maxima = _combine([loss.metrics.maxima for loss in losses], torch.amax)
         last_rank = self.mesh.world.size - 1
-        sum_names, max_names = broadcast_json([list(sums), list(maxima)], source=last_rank, device=device)
+        own_names = {"sums": list(sums), "maxima": list(maxima)}
+        names = cast(dict[str, list[str]], broadcast_json(own_names, source=last_rank, device=device))
+        sum_names, max_names = names["sums"], names["maxima"]
         reports = self.mesh.reports_tokens
         local_sums = [float(sums[name]) if reports else 0.0 for name in sum_names]
         local_maxima = [float(maxima[name]) if reports else -math.inf for name in max_names]
@@ -203,7 +210,9 @@ def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _forward(loss_step: Callable, rows: Iterator[RankRow], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+def _forward(
+    loss_step: LossStep[Result], rows: Iterator[RankRow], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
     """Megatron's forward step: run one row, say how its output becomes a loss."""
     row = next(rows)
     output = model(

@@ -1,6 +1,6 @@
 """Layers that megatron-core's local (not transformer-engine) spec needs for sequence parallelism and packed sequences.
 
-Legend: T tokens of this rank's part of a row, N heads, D head dimension, S longest sequence of a bucket, B its sequences.
+Legend: T tokens of this rank's part of a row, N heads, D head dimension, B sequences of a bucket, S their longest.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Norm:
         kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
         module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter)
         return module
 
 

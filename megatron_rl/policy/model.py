@@ -1,4 +1,4 @@
-"""The policy network: megatron-core's GPTModel with an output head that returns log-probs and entropies, never logits."""
+"""The policy network: megatron-core's GPTModel, its head returning log-probs and entropies, never logits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -135,7 +135,7 @@ def layout_fields(run: Run) -> dict[str, object]:
 
 
 def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataParallel]:
-    """Build this rank's model chunks (one, or one per virtual pipeline stage), each in megatron's data-parallel wrapper."""
+    """Build this rank's model chunks, one for each virtual pipeline stage, in megatron's data-parallel wrapper."""
     config = transformer_config(run, family, mesh)
     chunks = []
     for stage in range(run.parallel.virtual_pipeline):
@@ -169,6 +169,6 @@ def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: 
     return model
 
 
-def _finalize_sums(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:
-    """Reduce gradients as plain sums: the loss carries its global denominators, so there is no token count to divide by."""
+def _finalize_sums(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: object) -> None:
+    """Reduce gradients as plain sums: the loss carries its global denominators, no token count divides it."""
     finalize_model_grads(model, None, **kwargs)

@@ -35,6 +35,11 @@ class Bucket:
 class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row, with what ``PackedAttention`` needs besides."""
 
+    qkv_format: str = "thd"
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_kv: int = 0
     buckets: list[Bucket] = field(default_factory=list)
     output_index_T: Tensor | None = None
 
@@ -89,7 +94,7 @@ def rank_row(row: Row, mesh: Mesh) -> RankRow:
 
 
 def zigzag(lengths_N: Tensor, rank: int, size: int) -> Tensor:
-    """Return the row positions that a context-parallel rank holds: chunks ``rank`` and ``2 size - 1 - rank`` of each sequence.
+    """Return the row positions of a context-parallel rank: chunks ``rank`` and ``2 size - 1 - rank`` of each sequence.
 
     lengths_N: int64, each a multiple of ``2 size``. Causal attention then costs every rank the same.
     """
@@ -130,7 +135,8 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)]).to(torch.int32)
     gathered_R = torch.empty(row.length, dtype=torch.int64)
     gathered_R[torch.cat([zigzag(lengths_N, rank, size) for rank in range(size)])] = torch.arange(row.length)
-    buckets, flat_R, used = [], torch.full((len(local_T),), -1, dtype=torch.int64), 0
+    buckets: list[Bucket] = []
+    flat_R, used = torch.full((len(local_T),), -1, dtype=torch.int64), 0
     local_starts_N = (lengths_N // size).cumsum(0) - lengths_N // size
     for members in _similar_lengths(row.padded_N.tolist()):
         bucket = _bucket(members, lengths_N, local_starts_N, local_T, gathered_R, size)
@@ -144,7 +150,6 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
     longest = int(lengths_N.max())
     ends = ends.to(device)
     return PackedRow(
-        qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
         max_seqlen_q=longest,

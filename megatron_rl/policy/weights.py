@@ -47,7 +47,8 @@ class Shard:
 
     def speaker(self, mesh: Mesh) -> int:
         """The global rank that gathers this tensor's shards and hands them on."""
-        return dist.get_global_rank(self.group(mesh), 0)
+        group = self.group(mesh)
+        return mesh.world.rank if group is None else dist.get_global_rank(group, 0)
 
 
 # transformer-engine fuses a norm into the matrix product after it, and numbers experts' weights in one module.
@@ -92,14 +93,14 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
 def mark_shards(shards: Sequence[Shard]) -> None:
     """Tell megatron which parameters are cut over tensor-parallel ranks.
 
-    Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves its
-    shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
+    Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves
+    its shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
     """
     for shard in shards:
         dim = shard.name.layout.dim
-        shard.parameter.tensor_model_parallel = dim is not None
-        shard.parameter.partition_dim = -1 if dim is None else dim
-        shard.parameter.partition_stride = 1
+        marks = {"tensor_model_parallel": dim is not None, "partition_dim": -1 if dim is None else dim}
+        for mark, value in {**marks, "partition_stride": 1}.items():
+            setattr(shard.parameter, mark, value)
 
 
 @torch.no_grad()
@@ -180,9 +181,9 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under its Hugging Face name, on the CPU of the main rank; nothing on the others.
 
-    Shards are gathered a bucket at a time within their tensor-parallel group, then sent to the main rank by the one rank
-    that speaks for them. ``pick`` chooses what to hand out of each parameter (its gradient, say). Collective: every rank
-    must exhaust it.
+    Shards are gathered a bucket at a time within their tensor-parallel group, then sent to the main rank by the one
+    rank that speaks for them. ``pick`` chooses what to hand out of each parameter (its gradient, say). Collective:
+    every rank must exhaust it.
     """
     spoken_for = [shard for shard in shards_of(chunks, family, mesh) if shard.is_first_copy(mesh)]
     for owner in range(mesh.world.size):
@@ -209,7 +210,7 @@ def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]
         size = shard.parameter.numel() * shard.parameter.element_size()
         if bucket and used + size > bucket_bytes:
             yield bucket
-            bucket, used = [], 0
+            bucket, used = list[Shard](), 0
         bucket.append(shard)
         used += size
     if bucket:
@@ -221,7 +222,8 @@ def _merge(bucket: Sequence[Shard], mesh: Mesh, pick: Callable[[Tensor], Tensor]
     group = bucket[0].group(mesh)
     flat = torch.cat([pick(shard.parameter).flatten() for shard in bucket])
     gathered = gather_over(group, flat)
-    merged, offset = {}, 0
+    merged: dict[str, Tensor] = {}
+    offset = 0
     for shard in bucket:
         count = shard.parameter.numel()
         pieces = [rank_flat[offset : offset + count].view(shard.parameter.shape) for rank_flat in gathered]

@@ -13,6 +13,7 @@ from megatron_rl.rollout.protocol import (
     RequestRefused,
     Sample,
     SampleRequest,
+    ServerSilent,
     ServerUnreachable,
     generate_body,
     parse_json,
@@ -134,8 +135,8 @@ class Client:
         for attempt in range(retries + 1):
             try:
                 return await self._ask_once(method, path, body, timeout_seconds)
-            except ServerUnreachable:
-                if attempt == retries:
+            except ServerUnreachable as error:
+                if attempt == retries or isinstance(error, ServerSilent):  # it had its time
                     raise
                 await asyncio.sleep(_RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
@@ -150,7 +151,7 @@ class Client:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
                 raw = await response.read()
         except TimeoutError as error:
-            raise ServerUnreachable(f"{self.url}{path} did not answer within {timeout_seconds:g} s") from error
+            raise ServerSilent(f"{self.url}{path} did not answer within {timeout_seconds:g} s") from error
         except aiohttp.ClientError as error:
             raise ServerUnreachable(f"{self.url}{path} broke off: {error or type(error).__name__}") from error
         if response.status >= 500:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
+from megatron_rl.rollout.process import require_model
 from megatron_rl.rollout.requests import BadRequest
 
 
@@ -23,8 +24,7 @@ class ServedModel:
     """The model, its weights by checkpoint name, and their version."""
 
     def __init__(self, path: str, dtype: str, version: str) -> None:
-        if not (Path(path) / "config.json").is_file():
-            raise DataError(f"no model at {path}: config.json is missing; give the folder of a Hugging Face checkpoint")
+        require_model(path)
         self.path = path
         # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
@@ -44,6 +44,10 @@ class ServedModel:
     def begin_update(self) -> None:
         """Open an update; what an earlier one left unfinished is forgotten."""
         self._staged = {}
+
+    def drop_update(self) -> None:
+        """Close an update and forget what it brought."""
+        self._staged = None
 
     def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
         """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import megatron_rl
-from megatron_rl.errors import RolloutError
+from megatron_rl.errors import DataError, RolloutError
 
 log = logging.getLogger(__name__)
 _TAIL_BYTES = 2000
@@ -86,11 +86,18 @@ def embedded_server(
     model_path: str, log_path: Path, options: Sequence[str] = (), host: str = "127.0.0.1", port: int | None = None
 ) -> ServerProcess:
     """Return an embedded server, not started yet; ``options`` as on the command line of ``megatron-rl serve``."""
+    require_model(model_path)
     port = free_port(host) if port is None else port
     command = [sys.executable, "-m", "megatron_rl.rollout.serve", model_path, "--host", host, "--port", str(port)]
     package_root = str(Path(megatron_rl.__file__).parents[1])
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
     return ServerProcess([*command, *options], host, port, log_path, {**os.environ, "PYTHONPATH": search_path})
+
+
+def require_model(path: str) -> None:
+    """Raise if there is no checkpoint at the path."""
+    if not (Path(path) / "config.json").is_file():
+        raise DataError(f"no model at {path}: config.json is missing; give the folder of a Hugging Face checkpoint")
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -42,6 +42,10 @@ class ServerUnreachable(RolloutError):
     """The server did not answer: connection, timeout, or status 5xx."""
 
 
+class ServerSilent(ServerUnreachable):
+    """The server did not answer in time."""
+
+
 class RequestRefused(RolloutError):
     """The server answered 4xx: what was asked is wrong, and asking elsewhere would not help."""
 

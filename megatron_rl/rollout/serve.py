@@ -2,13 +2,13 @@
 
 import argparse
 import asyncio
-import errno
 import logging
 import signal
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_rl.errors import MegatronRLError, RolloutError
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.rollout.process import check_port, require_model
 
 if TYPE_CHECKING:  # torch is loaded by serve(), not by asking for help
     from megatron_rl.rollout.engine import Engine
@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Load the model, then answer until SIGTERM or SIGINT; return the exit code."""
+    require_model(args.model)
+    if args.port:
+        check_port(args.host, args.port)
+    # Slow to import: what can be refused is refused before.
     import torch
 
     from megatron_rl.rollout.engine import Engine
@@ -59,7 +63,8 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:
     from megatron_rl.rollout.server import EmbeddedServer
 
     # A handler ends with its client: rows that nobody waits for are not decoded to their end.
-    runner = web.AppRunner(EmbeddedServer(engine).application(), handler_cancellation=True, access_log=None)
+    app = EmbeddedServer(engine).application()
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -68,16 +73,10 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     try:
-        await web.TCPSite(runner, host, port, shutdown_timeout=1.0).start()
+        await web.TCPSite(runner, host, port).start()
         url = "http://{}:{}".format(*runner.addresses[0][:2])
         log.info("serving %s on %s, batching by %s", engine.model.path, url, engine.batching)
         await stop.wait()
-    except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
-            raise
-        raise RolloutError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error
     finally:
         await runner.cleanup()
 

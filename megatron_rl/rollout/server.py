@@ -181,7 +181,11 @@ class EmbeddedServer:
         payloads = body.get("serialized_named_tensors")
         if not isinstance(payloads, list) or len(payloads) != 1 or not isinstance(payloads[0], str):
             raise BadRequest("serialized_named_tensors must be a list of one string: this server has one rank")
-        tensors = await asyncio.to_thread(read_tensors, payloads[0])
+        try:
+            tensors = await asyncio.to_thread(read_tensors, payloads[0])
+        except BadRequest:
+            await self._engine(self.model.drop_update)
+            raise
         if body.get("abort_all_requests"):
             await self._engine(lambda: self.engine.abort(None))
         staged = await self._engine(lambda: self.model.stage(tensors))

@@ -10,8 +10,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -47,9 +48,14 @@ class Checkpoints:
         dist.barrier()
         file = beside / _rank_file(self.world.rank)
         save_file(_unshared(self.policy.state_tensors()), file)
-        digests = gather_json([file.name, _digest(file)], self.world.device)
+        digests = cast(list[tuple[str, str]], gather_json([file.name, _digest(file)], self.world.device))
         if self.world.is_main:
-            meta = {"step": step, "updates": self.policy.updates, "layout": self.layout, "sha256": dict(digests)}
+            meta = {
+                "step": step,
+                "updates": self.policy.updates,
+                "layout": self.layout,
+                "sha256": dict(digests),
+            }
             replace_text(beside / "meta.json", json.dumps(meta, indent=2) + "\n")
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
@@ -81,7 +87,7 @@ class Checkpoints:
         if meta["layout"] != self.layout:
             was = {key: value for key, value in meta["layout"].items() if self.layout.get(key) != value}
             raise ConfigError(
-                f"{newest} was written with another layout: {was}, this run has { ({k: self.layout.get(k) for k in was}) }; "
+                f"{newest} was written with another layout: {was}, this run has {_these(self.layout, was)}; "
                 "resume with the layout that wrote it, or start a new run from an exported checkpoint (model.path)"
             )
         file = newest / _rank_file(self.world.rank)
@@ -92,6 +98,10 @@ class Checkpoints:
         except SafetensorError as error:
             raise DataError(f"{file} cannot be read: {error}; delete {newest} to use an older one") from error
         return meta["step"]
+
+
+def _these(layout: Mapping[str, object], keys: Iterable[str]) -> dict[str, object]:
+    return {key: layout.get(key) for key in keys}
 
 
 def _name(step: int) -> str:

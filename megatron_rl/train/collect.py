@@ -4,6 +4,7 @@ Legend: T tokens, B responses.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     responses = [
         (number, group.prompt, response) for number, group in enumerate(groups) for response in group.responses
     ]
-    input_ids, masks, logprobs, lengths = [], [], [], []
+    input_ids: list[int] = []
+    masks: list[bool] = []
+    logprobs: list[float] = []
+    lengths: list[int] = []
     for _, prompt, response in responses:
         input_ids += [*prompt.input_ids, *response.output_ids]
         masks += [False] * len(prompt.input_ids) + [True] * len(response.output_ids)
@@ -60,10 +64,9 @@ def drop_signalless(batch: Batch) -> Batch:
 def share(batch: Batch | None, world: World) -> Batch | None:
     """Return the main rank's batch on every rank; None, which means that there is none to come, likewise."""
     own: Mapping[str, Tensor] = {} if batch is None else {"lengths_B": batch.lengths_B, **batch.columns}
-    header = (
-        None if batch is None else [[n, list(c.shape), str(c.dtype).removeprefix("torch.")] for n, c in own.items()]
-    )
-    header = broadcast_json(header, source=0, device=world.device)
+    own_header = [[name, list(column.shape), str(column.dtype).removeprefix("torch.")] for name, column in own.items()]
+    sent = broadcast_json(None if batch is None else own_header, source=0, device=world.device)
+    header = cast(list[tuple[str, list[int], str]] | None, sent)
     if header is None:
         return None
     columns = {

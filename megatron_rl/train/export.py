@@ -46,7 +46,7 @@ def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         size = tensor.numel() * tensor.element_size()
         if shard and used + size > SHARD_BYTES:
             _write(shard, folder, files)
-            shard, used = {}, 0
+            shard, used = dict[str, Tensor](), 0
         shard[name] = tensor
         used, total = used + size, total + size
     _write(shard, folder, files)

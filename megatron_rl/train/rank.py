@@ -13,7 +13,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.parallel.mesh import World, start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.tasks import make_task
+from megatron_rl.tasks import Tokenizer, make_task
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.fleet import open_fleet
@@ -51,7 +51,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
     return 0 if finished else STOPPED
 
 
-def _sampler(run: Run, world: World, journal: Journal, tokenizer: object, stack: ExitStack) -> Sampler:
+def _sampler(run: Run, world: World, journal: Journal, tokenizer: Tokenizer, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
     fleet = stack.enter_context(open_fleet(run))

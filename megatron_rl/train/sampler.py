@@ -78,7 +78,7 @@ class MainSampler:
         try:
             self._sampling = True
             groups = self.fleet.generate(
-                prompts, train.group_size, self.run.rollout.sampling, seeds=(train.seed, step), weight_version=step
+                prompts, train.group_size, self.run.rollout.sampling, seed=(train.seed, step), weight_version=step
             )
         except StopRequested:
             return None
@@ -99,8 +99,9 @@ class MainSampler:
     def evaluate(self, step: int) -> tuple[float, int] | None:
         """See ``Sampler``."""
         settings = self.run.evaluate
-        sampling, seeds = self.run.rollout.sampling, (self.run.train.seed, step, EVALUATION)
-        groups = self.fleet.generate(self._heldout, 1, sampling, seeds, step, temperature=settings.temperature)
+        sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
+        seed = (self.run.train.seed, step, EVALUATION)
+        groups = self.fleet.generate(self._heldout, 1, sampling, seed, weight_version=step)
         correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
 

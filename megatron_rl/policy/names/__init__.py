@@ -6,13 +6,13 @@ from pathlib import Path
 
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.policy.names import qwen3_moe
-from megatron_rl.policy.names.rules import Family
+from megatron_rl.policy.names.rules import Family, HFConfig
 
-FAMILIES: Mapping[str, Callable[[Mapping], Family]] = {"qwen3_moe": qwen3_moe.family}
+FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {"qwen3_moe": qwen3_moe.family}
 """``model_type`` of config.json -> the function that reads it."""
 
 
-def read_hf_config(folder: Path) -> dict:
+def read_hf_config(folder: Path) -> HFConfig:
     """Return ``config.json`` of a Hugging Face checkpoint folder.
 
     Raises:
@@ -30,7 +30,7 @@ def read_hf_config(folder: Path) -> dict:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
-def family_of(hf: Mapping) -> Family:
+def family_of(hf: HFConfig) -> Family:
     """Return the family of a parsed config.json.
 
     Raises:

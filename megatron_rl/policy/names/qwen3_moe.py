@@ -1,11 +1,9 @@
 """Qwen3-MoE: names, layouts and shapes."""
 
-from collections.abc import Mapping
-
 import torch.nn.functional as F
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.names.rules import QKV, Family, GateUp, Name, Split, VocabularyRows, Whole
+from megatron_rl.policy.names.rules import QKV, Family, GateUp, HFConfig, Name, Split, VocabularyRows, Whole
 
 _LAYER = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
@@ -13,7 +11,7 @@ _EXPERT = _LAYER + "mlp.experts.local_experts.{expert}."
 _HF_EXPERT = _HF + "mlp.experts.{expert}."
 
 
-def family(hf: Mapping) -> Family:
+def family(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``qwen3_moe``."""
     hidden, heads, groups = hf["hidden_size"], hf["num_attention_heads"], hf["num_key_value_heads"]
     head_dim = hf.get("head_dim") or hidden // heads
@@ -80,7 +78,7 @@ def _names(vocab_size: int, qkv: QKV, tied: bool) -> tuple[Name, ...]:
     )
 
 
-def _shapes(hf: Mapping, head_dim: int, experts: int) -> dict[str, tuple[int, ...]]:
+def _shapes(hf: HFConfig, head_dim: int, experts: int) -> dict[str, tuple[int, ...]]:
     hidden, wide, narrow = hf["hidden_size"], hf["intermediate_size"], hf["moe_intermediate_size"]
     query, key = hf["num_attention_heads"] * head_dim, hf["num_key_value_heads"] * head_dim
     return {

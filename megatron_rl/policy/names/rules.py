@@ -6,10 +6,13 @@ exact inverses: they only cut, reorder and pad, so values keep every bit.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+HFConfig = Mapping[str, Any]
+"""A parsed config.json: its values are whatever the JSON holds."""
 
 
 class Layout(Protocol):
@@ -118,8 +121,8 @@ class GateUp:
 class Name:
     """One entry: a Megatron name, the Hugging Face names that make it, and the layout between them.
 
-    ``{layer}`` and ``{expert}`` stand for global indices. Megatron names are those of the local (not transformer-engine)
-    layer spec, with ``{expert}`` global too.
+    ``{layer}`` and ``{expert}`` stand for global indices. Megatron names are those of the local layer spec, not of
+    transformer-engine's.
     """
 
     megatron: str

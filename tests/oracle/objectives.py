@@ -1,0 +1,206 @@
+"""The objectives once more, slowly: one token at a time, Python floats, straight from the papers.
+
+Each function returns the loss and its derivative by each token's log-probability. A mini-batch is a list of rows; rows
+without a trained token count nowhere.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Gradient = list[list[float]]
+Result = tuple[float, Gradient]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The trained tokens of one response."""
+
+    new: Sequence[float]
+    old: Sequence[float]
+    entropies: Sequence[float]
+    advantage: float
+    segments: Sequence[int] = ()
+    rollout: Sequence[float] = ()
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def weight(rows: Sequence[Row], row: Row, aggregation: str = "sequence", normalizer: float | None = None) -> float:
+    """What one token of a row weighs."""
+    filled = [other for other in rows if other.new]
+    if aggregation == "sequence":
+        return 1 / (len(filled) * len(row.new))
+    if aggregation == "token":
+        return 1 / sum(len(other.new) for other in filled)
+    return 1 / (len(filled) * normalizer)
+
+
+def clip_term(s: float, a: float, low: float, high: float, dual: float | None = None) -> tuple[float, bool]:
+    """max(min(s A, clip(s) A), c A for A < 0), and whether it still has a gradient."""
+    clip = min(max(s, 1 - low), 1 + high)
+    value = min(s * a, clip * a)
+    kept = (a > 0 and s <= 1 + high) or (a < 0 and s >= 1 - low)
+    if dual is not None and a < 0 and s > dual:
+        value, kept = dual * a, False
+    return value, kept
+
+
+def framed(
+    rows: Sequence[Row],
+    groups: Callable[[Row], list[list[int]]],
+    window: Callable[[Row, list[int]], tuple[float, float]],
+    weigh: Callable[[Row, list[int]], float],
+    dual: float | None = None,
+) -> Result:
+    """Section 2 of the mathematics: one ratio for each group of a row's tokens."""
+    loss, gradient = 0.0, [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        for group in groups(row):
+            s = math.exp(mean([row.new[t] - row.old[t] for t in group]))
+            value, kept = clip_term(s, row.advantage, *window(row, group), dual)
+            for t in group:
+                loss -= weigh(row, group) * value
+                derivatives[t] = -weigh(row, group) * row.advantage * s if kept else 0.0
+    return loss, gradient
+
+
+def by_segment(row: Row) -> list[list[int]]:
+    return [[t for t, g in enumerate(row.segments) if g == name] for name in dict.fromkeys(row.segments)]
+
+
+def grpo(rows, low=0.2, high=0.2, aggregation="sequence", normalizer=None, dual=None) -> Result:
+    return framed(
+        rows,
+        lambda row: [[t] for t in range(len(row.new))],
+        lambda row, group: (low, high),
+        lambda row, group: weight(rows, row, aggregation, normalizer),
+        dual,
+    )
+
+
+def gspo(rows, low=3e-4, high=4e-4) -> Result:
+    return framed(
+        rows,
+        lambda row: [list(range(len(row.new)))] if row.new else [],
+        lambda row, group: (low, high),
+        lambda row, group: weight(rows, row),
+    )
+
+
+def lpo(rows, eps=0.03) -> Result:
+    return framed(rows, by_segment, lambda row, group: (eps, eps), lambda row, group: weight(rows, row, "token"))
+
+
+def sspo(rows, eps=0.03, lowest=0.5, highest=2.0, reference=None) -> Result:
+    entropies = [h for row in rows for h in row.entropies]
+    reference = reference or (mean(entropies) if entropies else 1.0)
+
+    def window(row, group):
+        relative = mean([row.entropies[t] for t in group]) / reference if reference else 1.0
+        scale = min(max(relative, lowest), highest)
+        return eps * scale, eps * scale
+
+    return framed(rows, by_segment, window, lambda row, group: weight(rows, row))
+
+
+def sspo_log_vocab(rows, size, alpha=0.02) -> Result:
+    def window(row, group):
+        eps = alpha / math.log(size) * mean([row.entropies[t] for t in group])
+        return eps, eps
+
+    return framed(rows, by_segment, window, lambda row, group: weight(rows, row))
+
+
+def entropy_split(row: Row, share: float = 0.2) -> list[list[int]]:
+    """The ceil(share N) tokens of highest entropy, ties to the earlier position, and the rest; no empty group."""
+    order = sorted(range(len(row.new)), key=lambda t: (-row.entropies[t], t))
+    size = math.ceil(round(share * len(row.new), 9))
+    return [sorted(group) for group in (order[:size], order[size:]) if group]
+
+
+def espo(rows, size, alpha=0.02, groups=entropy_split) -> Result:
+    filled = sum(1 for row in rows if row.new)
+
+    def window(row, group):
+        eps = alpha / math.log(size) * mean([row.entropies[t] for t in group])
+        return eps, eps
+
+    return framed(rows, groups, window, lambda row, group: 1 / (filled * len(groups(row)) * len(group)))
+
+
+def espo_eq9(rows, size, alpha=0.02) -> Result:
+    """Equation (9) as printed: the ratio of a token is s_k times its own."""
+    filled, loss = sum(1 for row in rows if row.new), 0.0
+    gradient = [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        groups = entropy_split(row)
+        for group in groups:
+            eps = alpha / math.log(size) * mean([row.entropies[t] for t in group])
+            s_k = math.exp(mean([row.new[t] - row.old[t] for t in group]))
+            for t in group:
+                w, s = 1 / (filled * len(groups) * len(group)), s_k * math.exp(row.new[t] - row.old[t])
+                value, kept = clip_term(s, row.advantage, eps, eps)
+                loss -= w * value
+                derivatives[t] = -w * row.advantage * s if kept else 0.0
+    return loss, gradient
+
+
+def sapo(rows, tau_positive=1.0, tau_negative=1.05) -> Result:
+    loss, gradient = 0.0, [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        tau = tau_positive if row.advantage > 0 else tau_negative
+        for t, (new, old) in enumerate(zip(row.new, row.old, strict=True)):
+            r, w = math.exp(min(new - old, 700.0)), weight(rows, row)
+            loss -= w * row.advantage * 4 / tau * _sigmoid(tau * (r - 1))
+            half = min(abs(tau * (r - 1) / 2), 300.0)
+            derivatives[t] = -w * row.advantage * r / math.cosh(half) ** 2
+    return loss, gradient
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def cispo(rows, high=4.0) -> Result:
+    loss, gradient = 0.0, [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        for t, (new, old) in enumerate(zip(row.new, row.old, strict=True)):
+            w = weight(rows, row, "token") * min(math.exp(new - old), 1 + high) * row.advantage
+            loss -= w * new
+            derivatives[t] = -w
+    return loss, gradient
+
+
+def gmpo(rows, low=0.4, high=0.4) -> Result:
+    filled, loss = [row for row in rows if row.new], 0.0
+    gradient = [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        if not row.new or row.advantage == 0:
+            continue
+        sign = math.copysign(1, row.advantage)
+        logs = [new - old for new, old in zip(row.new, row.old, strict=True)]
+        kept = [sign * min(sign * d, sign * min(max(d, -low), high)) for d in logs]
+        s = math.exp(mean(kept))
+        loss -= row.advantage * s / len(filled)
+        for t, (d, clipped) in enumerate(zip(logs, kept, strict=True)):
+            derivatives[t] = -row.advantage * s / (len(filled) * len(logs)) if d == clipped else 0.0
+    return loss, gradient
+
+
+def dppo(rows, divergence="tv", delta=0.2, cap=20.0) -> Result:
+    loss, gradient = 0.0, [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        for t, (new, anchor) in enumerate(zip(row.new, row.rollout, strict=True)):
+            p, mu = math.exp(new), math.exp(anchor)
+            kl = mu * math.log(mu / p) + (1 - mu) * math.log((1 - mu) / (1 - p)) if divergence == "kl" else 0.0
+            far = (abs(p - mu) if divergence == "tv" else kl) > delta
+            r, a = p / mu, row.advantage
+            if far and ((a > 0 and r > 1) or (a < 0 and r < 1)):
+                continue
+            w = weight(rows, row, "token") * min(r, cap) * a
+            loss -= w * new
+            derivatives[t] = -w
+    return loss, gradient

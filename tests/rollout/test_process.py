@@ -1,0 +1,98 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.errors import DataError, RolloutError
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.members import Patience
+from megatron_rl.rollout.process import ServerProcess, embedded_server, free_port
+from megatron_rl.weights.tensor import TensorCarrier
+
+SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)",
+]
+
+
+def sleeper(tmp_path: Path, command: list[str]) -> ServerProcess:
+    return ServerProcess(command, "127.0.0.1", free_port(), tmp_path / "log")
+
+
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while text not in (path.read_text() if path.exists() else ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("command", [SLEEP, STUBBORN])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_stop_ends_a_process_whatever_it_does(tmp_path: Path, command: list[str], frozen: bool) -> None:
+    process = sleeper(tmp_path, command)
+    process.start()
+    wait_for(process.log_path, "up")
+    assert os.getpgid(process.pid) == process.pid
+    if frozen:
+        os.kill(process.pid, signal.SIGSTOP)
+    process.stop(grace_seconds=0.3)
+    assert is_gone(process.pid)
+    process.stop()
+
+
+def test_a_server_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from megatron_rl.rollout.process import ServerProcess, free_port
+server = ServerProcess({SLEEP!r}, "127.0.0.1", free_port(), Path({str(tmp_path / "log")!r}))
+server.start()
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent:
+        child = int(parent.stdout.readline())
+        wait_for(tmp_path / "log", "up")
+        os.kill(child, signal.SIGSTOP)  # even if it cannot do anything about it itself
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while not is_gone(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = ServerProcess(SLEEP, "127.0.0.1", port, tmp_path / "log")
+        with pytest.raises(RolloutError, match=f"cannot start a server on 127.0.0.1:{port}: .*choose another port"):
+            process.start()
+    assert process.exit_status is None
+
+
+def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    server = sleeper(tmp_path, [sys.executable, "-c", "import sys; sys.exit('fire')"])
+    with pytest.raises(RolloutError, match=r"ended with status 1 while starting; its log .*\nfire"):
+        Fleet([server], TensorCarrier(1 << 20), Patience(start_timeout_seconds=60))
+    assert is_gone(server.pid)
+
+
+def test_a_folder_without_a_model_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no model at .*config\.json is missing"):
+        embedded_server(str(tmp_path / "nothing"), tmp_path / "log")

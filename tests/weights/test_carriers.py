@@ -1,0 +1,140 @@
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_rl.errors import RolloutError
+from megatron_rl.rollout.payload import read_tensors
+from megatron_rl.weights.disk import DiskCarrier
+from megatron_rl.weights.protocol import CHECKSUM, Carrier, checksum
+from megatron_rl.weights.tensor import TensorCarrier
+
+TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
+
+
+class Recorder:
+    """A server that remembers what was asked of it, and fails where it is told to."""
+
+    def __init__(self, url: str, fails_at: str = "", algorithm: str = CHECKSUM, damages: str = "") -> None:
+        self.url, self.fails_at, self.algorithm, self.damages = url, fails_at, algorithm, damages
+        self.calls: list[str] = []
+        self.tensors: dict[str, Tensor] = {}
+
+    async def _called(self, name: str) -> None:
+        await asyncio.sleep(0)
+        self.calls.append(name)
+        if name == self.fails_at:
+            raise RolloutError(f"{self.url} fails at {name}")
+
+    async def begin_update(self) -> None:
+        await self._called("begin")
+
+    async def update_from_tensor(self, payload: str) -> None:
+        await self._called("bucket")
+        self.tensors |= dict(read_tensors(payload))
+
+    async def end_update(self) -> None:
+        await self._called("end")
+
+    async def update_from_disk(self, folder: str) -> None:
+        await self._called("disk")
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            self.tensors |= load_file(file)
+
+    async def set_version(self, version: str) -> None:
+        await self._called(f"version {version}")
+
+    async def checksums(self) -> tuple[str, Mapping[str, str]]:
+        await self._called("checksums")
+        sums = {name: checksum(tensor) for name, tensor in self.tensors.items()}
+        return self.algorithm, {n: "damaged" if n == self.damages else s for n, s in sums.items()}
+
+
+@pytest.fixture(params=["tensor", "disk"])
+def carrier(request: pytest.FixtureRequest, tmp_path: Path) -> Carrier:
+    if request.param == "tensor":
+        return TensorCarrier(bucket_bytes=1000)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return DiskCarrier(1000, tmp_path / "weights", tmp_path / "model")
+
+
+def test_a_push_brings_every_tensor_and_then_the_version(carrier: Carrier) -> None:
+    servers = [Recorder("a"), Recorder("b")]
+    report = asyncio.run(carrier.push(servers, iter(TENSORS), 3))
+    assert not report.failed
+    assert (report.num_tensors, report.num_bytes, report.version) == (7, 2800, 3)
+    for server in servers:
+        assert all(torch.equal(server.tensors[name], tensor) for name, tensor in TENSORS)
+        assert server.calls[-2:] == ["checksums", "version 3"]
+
+
+def test_tensors_go_between_begin_and_end_in_buckets_of_the_stated_size() -> None:
+    server = Recorder("a")
+    asyncio.run(TensorCarrier(bucket_bytes=1000).push([server], TENSORS, 1))
+    assert server.calls == ["begin", *["bucket"] * 4, "end", "checksums", "version 1"]  # 2 x 400 bytes a bucket
+
+
+def test_begin_is_awaited_on_all_before_any_tensor() -> None:
+    order: list[str] = []
+
+    class Slow(Recorder):
+        async def begin_update(self) -> None:
+            await asyncio.sleep(0.05)
+            order.append("slow begins")
+
+    class Fast(Recorder):
+        async def update_from_tensor(self, payload: str) -> None:
+            order.append("fast has a bucket")
+            await super().update_from_tensor(payload)
+
+    asyncio.run(TensorCarrier(1 << 20).push([Fast("fast"), Slow("slow")], TENSORS, 1))
+    assert order == ["slow begins", "fast has a bucket"]
+
+
+@pytest.mark.parametrize("fails_at", ["begin", "bucket", "end", "checksums", "version 1"])
+def test_a_server_that_fails_is_reported_and_the_others_go_on(fails_at: str) -> None:
+    good, bad = Recorder("good"), Recorder("bad", fails_at)
+    report = asyncio.run(TensorCarrier(1000).push([bad, good], TENSORS, 1))
+    assert report.failed.keys() == {"bad"}
+    assert f"bad fails at {fails_at}" in str(report.failed["bad"])
+    assert good.calls[-1] == "version 1"
+    assert bad.calls[-1] == fails_at
+
+
+def test_damaged_weights_are_found_and_never_get_the_version(carrier: Carrier) -> None:
+    good, bad = Recorder("good"), Recorder("bad", damages="t5")
+    report = asyncio.run(carrier.push([good, bad], TENSORS, 1))
+    assert "1 of 7 tensors differ from what was sent, first 't5'" in str(report.failed["bad"])
+    assert "version 1" not in bad.calls
+    assert "version 1" in good.calls
+
+
+def test_foreign_checksums_are_compared_among_the_servers(carrier: Carrier) -> None:
+    servers = [Recorder("a", algorithm=""), Recorder("b", algorithm=""), Recorder("c", algorithm="", damages="t1")]
+    report = asyncio.run(carrier.push(servers, TENSORS, 1))
+    assert report.failed.keys() == {"c"}
+    assert "differ from those of a" in str(report.failed["c"])
+
+
+def test_disk_keeps_the_newest_versions_and_no_unfinished_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    carrier = DiskCarrier(1000, tmp_path / "weights", tmp_path, keep=2)
+    for version in range(1, 5):
+        asyncio.run(carrier.push([Recorder("a")], TENSORS, version))
+    assert sorted(p.name for p in carrier.folder.iterdir()) == ["version-3", "version-4"]
+    newest = sorted(p.name for p in (carrier.folder / "version-4").iterdir())
+    assert newest[:2] == ["config.json", "model-00001.safetensors"]
+    assert newest[-1] == "model.safetensors.index.json"
+
+
+def test_parts_of_larger_tensors_arrive_as_they_are() -> None:
+    server = Recorder("a")
+    whole = torch.randn(20, 20)
+    parts = [("rows", whole[3:5]), ("columns", whole[:, 3:5]), ("turned", whole.T)]
+    assert not asyncio.run(TensorCarrier(1000).push([server], parts, 1)).failed
+    assert all(torch.equal(server.tensors[name], tensor) for name, tensor in parts)
