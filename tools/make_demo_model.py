@@ -167,6 +167,19 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     assert AutoTokenizer.from_pretrained(folder).encode("7+5*3-2=") == tokenizer.encode("7+5*3-2=")
 
 
+def card(numbers: dict[str, object]) -> str:
+    """Return the text beside the checkpoint: what it is, and the numbers it was made with."""
+    return f"""# The demo's start
+
+A Qwen3-MoE of 0.34 M parameters (hidden 64, 3 layers, 8 experts, top-2) that answers `7+5*3-2=` (left to right, modulo
+10) with steps, `7+5=2;2*3=6;6-2=4;#4`, or directly, `#4`, and is often wrong. Made by `tools/make_demo_model.py`, with
+
+```json
+{json.dumps(numbers, indent=2)}
+```
+"""
+
+
 def main() -> None:
     """Train, measure, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,7 +207,7 @@ def main() -> None:
         "greedy": evaluate(model, tokenizer, sample=False),
         "torch": torch.__version__,
     }
-    (folder / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (folder / "README.md").write_text(card(numbers))
     print(json.dumps(numbers, indent=2))
 
 

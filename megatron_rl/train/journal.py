@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
-from megatron_rl.train.folder import CONSOLE, METRICS, ROLLOUTS, keep_steps_before
+from megatron_rl.train.folder import CONFIG, CONSOLE, METRICS, ROLLOUTS, keep_steps_before
 
 DOCUMENTED: Mapping[str, str] = {
     "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
@@ -159,13 +159,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def farewell(folder: Path, *, resumable: bool) -> list[str]:
-    """Return where a run is and how to look at it, in words."""
-    lines = [
-        f"run folder: {folder}",
-        f"  {METRICS:15} one JSON object a step",
-        f"  {ROLLOUTS:15} every sample with its reward",
-        f"  {'config.json':15} all settings",
-    ]
+    """Return how a run went, where it is and how to look at it, in words."""
+    contents = {
+        METRICS: "one JSON object a step",
+        ROLLOUTS: "every sample with its reward",
+        CONSOLE: "the lines above, with the time of day",
+        CONFIG: "all settings",
+        "export": "the trained model, a Hugging Face checkpoint",
+    }
+    lines = []
+    accuracies = [line["accuracy"] for line in read_metrics(folder) if "accuracy" in line]
+    if accuracies:
+        lines.append(f"accuracy on held-out prompts: {accuracies[0]:.3f} at first, {accuracies[-1]:.3f} at last")
+    lines.append(f"run folder: {folder}")
+    lines += [f"  {name:15} {words}" for name, words in contents.items() if (folder / name).exists()]
     if resumable:
         lines.append("to continue it: the same command with train.resume=true")
     return lines

@@ -129,7 +129,6 @@ def test_the_folder_is_made_with_settings_and_versions(tmp_path):
     assert prepare_folder(run_in(folder)) == []
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 100
     assert json.loads((folder / "versions.json").read_text())["megatron-core"]
-    assert any(str(folder) in line for line in farewell(folder, resumable=True))
 
 
 def test_a_used_folder_is_refused_unless_resumed_and_changes_are_told(tmp_path):
@@ -160,3 +159,19 @@ def test_the_time_before_the_first_phase_belongs_to_no_step(tmp_path):
             pass
         journal.write(0, ONE)
     assert read_metrics(tmp_path)[0]["seconds"]["total"] < 0.1
+
+
+def test_a_run_ends_with_how_it_went_and_where_it_is(tmp_path):
+    with Journal(tmp_path, 3) as journal:
+        for step, accuracy in enumerate([0.25, 0.5, 0.875]):
+            journal.write(step, {"accuracy": accuracy})
+    told = farewell(tmp_path, resumable=True)
+    assert told[0] == "accuracy on held-out prompts: 0.250 at first, 0.875 at last"
+    assert told[1] == f"run folder: {tmp_path}"
+    assert [line.split()[0] for line in told[2:-1]] == ["metrics.jsonl", "rollouts.jsonl", "console.log"]
+    assert "train.resume=true" in told[-1]
+
+
+def test_a_run_that_was_never_evaluated_ends_too(tmp_path):
+    Journal(tmp_path, 3).close()
+    assert farewell(tmp_path, resumable=False)[0] == f"run folder: {tmp_path}"
