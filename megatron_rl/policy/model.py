@@ -147,7 +147,12 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
     )
-    return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    if run.parallel.overlap_grad_reduce:
+        # Without it megatron reduces after every micro-batch, and all but the last gradient is counted twice.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: int | None) -> PolicyModel:
