@@ -48,6 +48,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: set[Future[object]] = set()
         self._closing = False
+        self._ended = False
+        self._failing = threading.Lock()
         self.on_end: Callable[[], None] = lambda: None
         """Called by the thread as its last act."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -85,7 +87,7 @@ class Engine:
         self._open.add(pending)
         pending.add_done_callback(self._open.discard)
         self._inbox.put(run)
-        if not self.is_alive():
+        if self._ended:
             self._fail_open()
 
     def close(self) -> None:
@@ -103,14 +105,16 @@ class Engine:
                         self._admit()
                         self._step()
         finally:
-            self._closing = True
+            # In this order: what is put after the flag is failed by whoever put it, what was put before by this thread.
+            self._ended = True
             self._fail_open()
             self.on_end()
 
     def _fail_open(self) -> None:
-        for future in list(self._open):
-            if not future.done():
-                future.set_exception(EngineStopped("the engine has stopped; its log says why"))
+        with self._failing:
+            for future in list(self._open):
+                if not future.done():
+                    future.set_exception(EngineStopped("the engine has stopped; its log says why"))
 
     def _obey(self) -> None:
         idle = self.paused or not (self.batch or self.waiting or self._unadmitted())

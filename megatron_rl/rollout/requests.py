@@ -17,6 +17,9 @@ class BadRequest(ValueError):
     """The request cannot be served as it is; answered with status 400."""
 
 
+_StopString = Annotated[str, Field(min_length=1)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,7 +33,7 @@ class SamplingParams(_Strict):
     top_k: Annotated[int, Field(ge=-1)] = -1
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     n: Annotated[int, Field(ge=1)] = 1
-    stop: str | tuple[str, ...] | None = None
+    stop: _StopString | tuple[_StopString, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool = False
     """Also switches ``stop_token_ids`` off, as in SGLang."""

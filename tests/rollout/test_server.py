@@ -82,7 +82,7 @@ def test_text_is_that_of_the_tokenizer_without_the_stop() -> None:
         assert whole["meta_info"]["finish_reason"]["type"] == "stop"
         assert whole["output_ids"][-1] in engine.model.eos
         assert whole["text"] == tokenizer.decode(whole["output_ids"][:-1])
-        stop = whole["text"][3:5]
+        stop = whole["text"][-2:]
         _, cut = ask(f"{url}/generate", {"input_ids": prompt, "sampling_params": {**params, "stop": [stop, "never"]}})
         assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
         assert cut["text"] == whole["text"].partition(stop)[0]
@@ -95,6 +95,7 @@ def test_text_is_that_of_the_tokenizer_without_the_stop() -> None:
         ({"input_ids": [1], "smapling_params": {}}, "smapling_params"),
         ({"input_ids": [1], "sampling_params": {"frequency_penalty": 0.5}}, r"sampling_params.*frequency_penalty"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": 2.5}}, "max_new_tokens"),
+        ({"input_ids": [1], "sampling_params": {"stop": ["a", ""]}}, "stop"),
         ({"text": "hello"}, "input_ids"),
         ({"input_ids": [[1], []]}, "a prompt is empty"),
         ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid: 1 entries for 2 prompts"),
