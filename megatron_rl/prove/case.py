@@ -109,7 +109,7 @@ def make_batch(vocab_size: int, seed: int) -> Batch:
 
 
 def moved_scores(batch: Batch, scored: Columns) -> Columns:
-    """Return the reference's scores as an old policy's and an engine's: moved by the case's noise, so ratios differ from 1."""
+    """Return the reference's scores as an old policy's and an engine's, moved by noise: ratios then differ from 1."""
     old_T = scored["old_logprobs_T"] + batch["noise_T"]
     return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T.clone()}
 

@@ -71,7 +71,8 @@ def prove(
         console.print(f"reference: one rank, float64; {family.num_layers} layers, {', '.join(names)}")
         truth = _run(reference(run), runs_of, case, folder / "reference")
         _use_scores(case, truth)
-        table, records = Table("layout", "ranks", "objective", *HEADS, "verdict"), []
+        table = Table("layout", "ranks", "objective", *HEADS, "verdict")
+        records: list[dict[str, object]] = []
         for number, trial in enumerate(trials):
             began = time.perf_counter()
             results = _run(trial, runs_of, case, folder / f"layout_{number}")
@@ -123,7 +124,8 @@ def _possible(
 ) -> tuple[list[Trial], dict[str, str]]:
     """Return the layouts that the model divides, and why not for the others; a user's own must all be possible."""
     shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
-    possible, skipped = [], {}
+    possible: list[Trial] = []
+    skipped: dict[str, str] = {}
     for trial in all_of(run, layouts or DEFAULT):
         layout = layout_of(trial.run.parallel, trial.ranks)
         changed = Loaded(trial.run, dict.fromkeys(loaded.origins, f"--layout {trial.text}"))

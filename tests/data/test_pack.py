@@ -63,5 +63,5 @@ def test_zigzag_pairs_an_early_chunk_with_a_late_one() -> None:
 
 
 def test_a_sequence_that_fits_no_row_names_the_setting() -> None:
-    with pytest.raises(ConfigError, match="train.tokens_per_microbatch to at least 50"):
+    with pytest.raises(ConfigError, match=r"train\.tokens_per_microbatch to at least 50"):
         pack(batch_of([50]), RowRules(tokens=40))

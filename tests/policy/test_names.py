@@ -50,7 +50,7 @@ def test_the_table_accounts_for_every_tensor_of_the_demo_model() -> None:
 def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
 
-    with pytest.raises(ConfigError, match="'bert'.*qwen3_moe"):
+    with pytest.raises(ConfigError, match=r"'bert'.*qwen3_moe"):
         family_of(read_hf_config(tmp_path))
 
 

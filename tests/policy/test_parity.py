@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.policy.tiny import by_transformers, case, run_of, save_model
-from tests.ranks import RankError, run_ranks
 from torch import Tensor
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Loss, Metrics, Micro
+from tests.policy.tiny import by_transformers, case, run_of, save_model
+from tests.ranks import RankError, run_ranks
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "one rank": (1, {}),
     "tensor": (2, {"tensor": 2}),
     "pipeline": (2, {"pipeline": 2}),

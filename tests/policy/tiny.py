@@ -1,5 +1,6 @@
 """A tiny random Qwen3-MoE, as transformers makes it, and one step of it by transformers' own autograd."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,11 +42,10 @@ def save_model(folder: Path, *, tied: bool = False) -> Path:
     return folder
 
 
-def run_of(model: Path, **changes: dict[str, object]) -> Run:
+def run_of(path: Path, **changes: Mapping[str, object]) -> Run:
     """Return a run on the model; keyword arguments are sections."""
-    sections: dict[str, dict[str, object]] = {"train": {"tokens_per_microbatch": 128}, **changes}
-    sections["model"] = {"path": str(model), **changes.get("model", {})}
-    return Run.model_validate(sections)
+    model = {"path": str(path), **changes.get("model", {})}
+    return Run.model_validate({"train": {"tokens_per_microbatch": 128}, **changes, "model": model})
 
 
 def case() -> Batch:
