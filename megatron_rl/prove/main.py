@@ -61,7 +61,8 @@ def prove(
         console.print(f"reference: one rank, float64; {family.num_layers} layers, {', '.join(names)}")
         truth = _run(reference(run), runs_of, case, folder / "reference")
         _use_scores(case, truth)
-        table, records = Table("layout", "ranks", "objective", *HEADS, "verdict"), []
+        table = Table("layout", "ranks", "objective", *HEADS, "verdict")
+        records: list[dict[str, object]] = []
         for number, trial in enumerate(trials):
             began = time.perf_counter()
             results = _run(trial, runs_of, case, folder / f"layout_{number}")
@@ -113,7 +114,8 @@ def _possible(
 ) -> tuple[list[Trial], dict[str, str]]:
     """Return the layouts that the model divides, and why not for the others; a user's own must all be possible."""
     shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
-    possible, skipped = [], {}
+    possible: list[Trial] = []
+    skipped: dict[str, str] = {}
     for trial in all_of(run, layouts or DEFAULT):
         layout = layout_of(trial.run.parallel, trial.ranks)
         changed = Loaded(trial.run, dict.fromkeys(loaded.origins, f"--layout {trial.text}"))
@@ -157,6 +159,6 @@ def _use_scores(case: Path, truth: dict[str, Tensor]) -> None:
     batch = load_batch(case)
     old_T = truth["logprobs_T"] + batch["noise_T"]
     case.unlink()
-    save_batch(
-        batch.add({"old_logprobs_T": old_T, "rollout_logprobs_T": old_T, "old_entropies_T": truth["entropies_T"]}), case
-    )
+    # A copy: safetensors writes no two names for one memory.
+    scores = {"old_logprobs_T": old_T, "rollout_logprobs_T": old_T.clone(), "old_entropies_T": truth["entropies_T"]}
+    save_batch(batch.add(scores), case)

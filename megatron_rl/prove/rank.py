@@ -29,7 +29,7 @@ def main(folder: Path) -> int:
     scored = policy.score(pack(batch, policy.row_rules))
     tensors: dict[str, Tensor] = {"logprobs_T": scored["old_logprobs_T"], "entropies_T": scored["old_entropies_T"]}
     if "old_logprobs_T" not in batch:  # the reference: all layouts use its scores, moved by the noise of the case
-        batch = batch.add(scored | {"old_logprobs_T": scored["old_logprobs_T"] + batch["noise_T"]})
+        batch = batch.add({**scored, "old_logprobs_T": scored["old_logprobs_T"] + batch["noise_T"]})
     # Random tokens have no text: every seventh ends a sentence, so that segments of all lengths come up.
     size = policy.family.vocab_size
     vocabulary = Vocabulary(size, tuple(b"." if token % 7 == 0 else b"a" for token in range(size)))
