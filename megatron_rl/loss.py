@@ -203,20 +203,27 @@ def summary(metrics: Metrics) -> dict[str, float]:
 def mismatch(batch: Batch) -> dict[str, float]:
     """Return how far the rollout engine's log-probs lie from the trainer's, over the trained tokens of a batch.
 
-    ``mismatch_kl``: mean k3 estimate of KL(rollout || old), nats a token; ``mismatch_abs_mean``, ``_p50``, ``_p99`` and
-    ``_max``: absolute difference in nats. Empty if a side is missing or no token is trained.
+    The keys of ``gap``, each after ``mismatch_``. Empty if a side is missing or no token is trained.
     """
     tokens = Tokens.of(batch)
     if "rollout_logprobs_T" not in batch or "old_logprobs_T" not in batch or not len(tokens):
         return {}
     log_R = tokens["old_logprobs_T"].double() - tokens["rollout_logprobs_T"].double()
+    return {f"mismatch_{name}": value for name, value in gap(log_R).items()}
+
+
+def gap(log_R: Tensor) -> dict[str, float]:
+    """Return how large the log ratios old / rollout of one token or more are.
+
+    ``kl``: mean k3 estimate of KL(rollout || old), nats a token; ``abs_mean``, ``abs_p50``, ``abs_p90``, ``abs_p99``
+    and ``abs_max``: absolute difference in nats.
+    """
     # By sorting, not torch.quantile, which refuses more than 16 million values.
     ordered_R = log_R.abs().sort().values
     last = len(ordered_R) - 1
     return {
-        "mismatch_kl": float(k3(log_R).mean()),
-        "mismatch_abs_mean": float(ordered_R.mean()),
-        "mismatch_abs_p50": float(ordered_R[round(0.5 * last)]),
-        "mismatch_abs_p99": float(ordered_R[round(0.99 * last)]),
-        "mismatch_abs_max": float(ordered_R[last]),
+        "kl": float(k3(log_R).mean()),
+        "abs_mean": float(ordered_R.mean()),
+        **{f"abs_p{percent}": float(ordered_R[round(percent / 100 * last)]) for percent in (50, 90, 99)},
+        "abs_max": float(ordered_R[last]),
     }

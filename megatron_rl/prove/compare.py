@@ -32,8 +32,9 @@ class Tolerance:
 TOLERANCES: Mapping[str, Tolerance] = {
     # megatron-core's router takes its softmax in float32 whatever the model's type: 6e-8 a layer, and what follows.
     "float64": Tolerance(scores=1e-6, loss=1e-6, gradient=1e-5, norm=1e-6, ratio=1e-6),
-    # float32 has spacing 1.2e-7; logits of size 10 after a few layers carry some 1e-6, gradients ten times that.
-    "float32": Tolerance(scores=2e-5, loss=1e-5, gradient=5e-4, norm=1e-4, ratio=1e-4),
+    # float32 has spacing 1.2e-7; logits of size 10 after a few layers carry some 1e-6, gradients ten times that. A
+    # trained model gives random tokens log-probs near -30 out of logits near 40 (spacing 4e-6, added up over layers).
+    "float32": Tolerance(scores=5e-5, loss=1e-5, gradient=5e-4, norm=1e-4, ratio=1e-4),
     # bfloat16 keeps 8 bits: spacing 4e-3 at 1, and a route may flip. Only gross errors can be told from rounding.
     "bfloat16": Tolerance(scores=1.0, loss=0.1, gradient=0.5, norm=0.2, ratio=0.5),
 }

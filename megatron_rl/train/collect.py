@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.advantages import advantages
 from megatron_rl.config.schema import Run
-from megatron_rl.data.types import Batch, Group
+from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.parallel.collectives import broadcast_json, broadcast_tensor
 from megatron_rl.parallel.mesh import World
 from megatron_rl.tasks.base import Verdict
@@ -21,7 +21,9 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     """Return all responses as one batch with rewards and advantages.
 
     Columns: ``input_ids_T``; ``loss_mask_T``, True on response tokens; ``rollout_logprobs_T``, 0 on prompts;
-    ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``; ``advantages_B``.
+    ``weight_versions_T``, the weights that sampled a token, -1 on prompts; ``sample_index_B``, the place of the sample
+    among all of the step, as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``;
+    ``advantages_B``.
     """
     responses = [
         (number, group.prompt, response) for number, group in enumerate(groups) for response in group.responses
@@ -29,11 +31,13 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     input_ids: list[int] = []
     masks: list[bool] = []
     logprobs: list[float] = []
+    versions: list[int] = []
     lengths: list[int] = []
     for _, prompt, response in responses:
         input_ids += [*prompt.input_ids, *response.output_ids]
         masks += [False] * len(prompt.input_ids) + [True] * len(response.output_ids)
         logprobs += [0.0] * len(prompt.input_ids) + list(response.logprobs)
+        versions += [-1] * len(prompt.input_ids) + token_versions(response)
         lengths.append(len(prompt.input_ids) + len(response.output_ids))
     flat = [verdict for group_verdicts in verdicts for verdict in group_verdicts]
     rewards_B = torch.tensor([verdict.score or 0.0 for verdict in flat], dtype=torch.float64)
@@ -43,6 +47,8 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "input_ids_T": torch.tensor(input_ids),
         "loss_mask_T": torch.tensor(masks),
         "rollout_logprobs_T": torch.tensor(logprobs, dtype=torch.float32),
+        "weight_versions_T": torch.tensor(versions),
+        "sample_index_B": torch.arange(len(responses)),
         "rewards_B": rewards_B,
         "verified_B": verified_B,
         "truncated_B": torch.tensor([response.finish_reason == "length" for _, _, response in responses]),
@@ -51,6 +57,14 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     }
     batch = Batch(torch.tensor(lengths), columns)
     return drop_signalless(batch) if run.train.filter_zero_variance else batch
+
+
+def token_versions(response: Response) -> list[int]:
+    """Return which weights sampled each output token, -1 where the engine did not say."""
+    versions = [-1] * len(response.output_ids)
+    for version, start, end in response.weight_versions:
+        versions[start:end] = [version] * (min(end, len(versions)) - start)
+    return versions
 
 
 def drop_signalless(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
-from megatron_rl.train.folder import CONFIG, CONSOLE, METRICS, ROLLOUTS, keep_steps_before
+from megatron_rl.train.folder import CONFIG, CONSOLE, METRICS, MISMATCH, ROLLOUTS, keep_steps_before
 
 DOCUMENTED: Mapping[str, str] = {
     "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
@@ -34,6 +34,8 @@ DOCUMENTED: Mapping[str, str] = {
     "reference_kl_mean": "k3 estimate of KL(current || reference), where one is used",
     "correction_mean": "mean weight against the rollout mismatch, where one is used",
     "mismatch_kl": "k3 estimate of KL(rollout || trainer) on the sampled tokens, nats a token",
+    "mismatch_p50": "median of the absolute difference of the two log-probs",
+    "mismatch_p90": "90th percentile of it",
     "mismatch_p99": "99th percentile of the absolute difference of the two log-probs",
     "mismatch_max": "largest absolute difference of the two log-probs",
     "grad_norm": "global gradient norm before clipping, mean over the step's updates",
@@ -164,6 +166,7 @@ def farewell(folder: Path, *, resumable: bool) -> list[str]:
         METRICS: "one JSON object a step",
         ROLLOUTS: "every sample with its reward",
         CONSOLE: "the lines above, with the time of day",
+        MISMATCH: "the tokens on which engine and trainer agree least, newest step",
         CONFIG: "all settings",
         "export": "the trained model, a Hugging Face checkpoint",
     }

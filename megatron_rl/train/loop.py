@@ -55,6 +55,7 @@ def train(
             if kl.coefficient:
                 minibatches = [m.add(policy.score_reference(pack(m, policy.row_rules))) for m in minibatches]
         metrics.scored(minibatches)
+        sampler.compare(step, minibatches)
 
         with journal.phase("train"):
             for minibatch in minibatches:

@@ -44,6 +44,8 @@ class StepMetrics:
         self._values |= {
             "entropy_mean": _mean(scored["old_entropies_T"][scored["loss_mask_T"]]),
             "mismatch_kl": gap.get("mismatch_kl"),
+            "mismatch_p50": gap.get("mismatch_abs_p50"),
+            "mismatch_p90": gap.get("mismatch_abs_p90"),
             "mismatch_p99": gap.get("mismatch_abs_p99"),
             "mismatch_max": gap.get("mismatch_abs_max"),
         }

@@ -13,13 +13,14 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.parallel.mesh import World, start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.tasks import Tokenizer, make_task
+from megatron_rl.tasks import make_task
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.fleet import open_fleet
 from megatron_rl.train.journal import Journal, farewell
 from megatron_rl.train.loop import train
 from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
+from megatron_rl.train.witness import Codec, Witness
 
 STOPPED = 130
 """Exit code of a run that was asked to stop and can be resumed."""
@@ -51,11 +52,11 @@ def run_rank(loaded: Loaded[Run]) -> int:
     return 0 if finished else STOPPED
 
 
-def _sampler(run: Run, world: World, journal: Journal, tokenizer: Tokenizer, stack: ExitStack) -> Sampler:
+def _sampler(run: Run, world: World, journal: Journal, tokenizer: Codec, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
     fleet = stack.enter_context(open_fleet(run))
-    return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal)
+    return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal, Witness(run, tokenizer))
 
 
 def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: Journal) -> None:

@@ -4,7 +4,7 @@ The two classes have the same methods, and each call is collective, so that the 
 """
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.tasks.base import Task, Verdict
 from megatron_rl.train.collect import collect, share
 from megatron_rl.train.journal import Journal
+from megatron_rl.train.witness import Witness
 
 
 class Sampler(Protocol):
@@ -33,6 +34,10 @@ class Sampler(Protocol):
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
         """Return the accuracy on held-out prompts and how many there were; None on the other ranks."""
+        ...
+
+    def compare(self, step: int, scored: Sequence[Batch]) -> None:
+        """Explain the gap between the engine's log-probs and the trainer's."""
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -53,8 +58,10 @@ def is_due(run: Run, step: int) -> bool:
 class MainSampler:
     """Samples with the fleet, verifies, and shares the batch."""
 
-    def __init__(self, run: Run, world: World, fleet: Fleet, task: Task, journal: Journal) -> None:
+    def __init__(self, run: Run, world: World, fleet: Fleet, task: Task, journal: Journal, witness: Witness) -> None:
         self.run, self.world, self.fleet, self.task, self.journal = run, world, fleet, task, journal
+        self.witness = witness
+        self.groups: Sequence[Group] = ()
         self._prompts = task.prompts("train", run.train.seed)
         self._heldout = first_prompts(task.prompts("heldout", run.train.seed), run.evaluate.prompts)
         self._stop = False
@@ -84,6 +91,7 @@ class MainSampler:
             return None
         finally:
             self._sampling = False
+        self.groups = groups
         verdicts = self._verify(groups)
         if self.run.log.rollouts:
             self.journal.rollouts(step, groups, verdicts)
@@ -104,6 +112,12 @@ class MainSampler:
         groups = self.fleet.generate(self._heldout, 1, sampling, seed, weight_version=step)
         correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
+
+    def compare(self, step: int, scored: Sequence[Batch]) -> None:
+        """See ``Sampler``."""
+        verdict = self.witness.compare(step, self.groups, Batch.join(scored))
+        if verdict is not None:
+            self.journal.say(verdict)
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``Sampler``."""
@@ -131,6 +145,9 @@ class FollowingSampler:
         return is_due(self.run, step)
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
+        """See ``Sampler``."""
+
+    def compare(self, step: int, scored: Sequence[Batch]) -> None:
         """See ``Sampler``."""
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
