@@ -62,9 +62,9 @@ def main() -> None:
         "",
         f"Sampled accuracy (temperature 1) on 512 held-out prompts after so many rollout batches: mean over "
         f"{options.seeds} seeds, lowest and highest in brackets. One draw of 512 has a standard error of up to 2",
-        "points. Demo model and task, tensor 2 and expert 2 on gloo, 32 prompts x 8 samples and 4 optimizer steps",
-        "a rollout batch, learning rate 2e-4, the windows of the papers (`configs/objective/`); nothing was tuned: this shows",
-        "that each objective trains, and is no ranking.",
+        "points. Demo model and task, tensor 2 and expert 2 on gloo, 32 prompts x 8 samples and 4 optimizer steps a",
+        "rollout batch, learning rate 2e-4, the windows of the papers (`configs/objective/`). Nothing was tuned: this",
+        "shows that each objective trains, and is no ranking.",
         "",
         *table(results),
         "",
