@@ -22,12 +22,14 @@ FAST = (
 )
 
 
+@pytest.mark.timeout(1200)
 def test_fast_layouts_give_one_rank_s_gradient_for_every_objective(tmp_path: Path) -> None:
     loaded = load(Run, [str(DEMO)], [])
 
     assert prove(loaded, FAST, shrink="layers=4,hidden=48", objectives=["all"], output=tmp_path / "prove.json") == 0
 
 
+@pytest.mark.timeout(1200)
 def test_the_load_balancing_loss_has_one_gradient_under_every_axis(tmp_path: Path) -> None:
     aux = "model.megatron={moe_router_load_balancing_type = 'aux_loss', moe_aux_loss_coeff = 0.1}"
     loaded = load(Run, [str(DEMO)], [aux])
