@@ -68,14 +68,14 @@ class ServerProcess:
         """End it, politely first; returns when it is gone."""
         if self._process is None or self._process.poll() is not None:
             return
-        for number, patience in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, None)):
+        # Its children hear of it from it: SGLang takes a child that ends first for a crash.
+        self._process.terminate()
+        try:
+            self._process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            try:
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-            break
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def log_tail(self) -> str:
         """Return the end of its log."""

@@ -23,7 +23,10 @@ NamedTensors = Sequence[tuple[str, Tensor]]
 CHECKSUM = "sha256"
 """Of a tensor's bytes, row-major and little-endian; what the embedded server computes too."""
 SHORT_CHECKSUM = "sha256/8"
-"""The first 8 bytes of the same: SGLang on a CPU. It fuses some tensors; those have names that the sender has not."""
+"""The first 8 bytes of the same: SGLang on a CPU. It fuses some tensors, which then have names that the sender has not,
+and pads others with rows of zeros."""
+_PAD_ROWS = 64
+"""SGLang's tables of the vocabulary have a multiple of this many rows."""
 _DIGITS = {CHECKSUM: 64, SHORT_CHECKSUM: 16}
 
 
@@ -71,13 +74,14 @@ class Push(ABC):
     """Those that have not failed."""
     version: int
     failed: dict[str, RolloutError] = field(default_factory=dict)
-    sums: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Checksums of every tensor, as sent and padded."""
     num_bytes: int = 0
     begun: float = field(default_factory=time.perf_counter)
 
     async def send(self, bucket: NamedTensors) -> None:
         """Send one bucket of tensors in checkpoint names to every server."""
-        self.sums |= await asyncio.to_thread(lambda: {name: checksum(tensor) for name, tensor in bucket})
+        self.sums |= await asyncio.to_thread(lambda: {name: checksums(tensor) for name, tensor in bucket})
         self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
         await self._carry(bucket)
 
@@ -101,8 +105,10 @@ class Push(ABC):
         self.failed |= {s.url: why for s, why in zip(self.servers, outcomes, strict=True) if why}
         self.servers = [s for s, why in zip(self.servers, outcomes, strict=True) if not why]
 
-    def _sum(self, name: str, algorithm: str) -> str:
-        return self.sums[name][: _DIGITS[algorithm]]
+    def _allowed(self, name: str, algorithm: str) -> Sequence[str]:
+        return (
+            self.sums[name][:1] if algorithm == CHECKSUM else [value[: _DIGITS[algorithm]] for value in self.sums[name]]
+        )
 
     async def _verify(self) -> None:
         """Compare every server's checksums with the sender's, or among each other if they are of another kind."""
@@ -114,7 +120,7 @@ class Push(ABC):
                 found[server.url] = sums
                 return
             names = self.sums.keys() if algorithm == CHECKSUM else self.sums.keys() & sums.keys()
-            wrong = [name for name in self.sums if name in names and sums.get(name) != self._sum(name, algorithm)]
+            wrong = [n for n in self.sums if n in names and sums.get(n) not in self._allowed(n, algorithm)]
             if not names:
                 raise RolloutError(f"{server.url}: it has none of the {len(self.sums)} tensors that were sent, by name")
             if wrong:
@@ -174,4 +180,13 @@ class Carrier(ABC):
 
 def checksum(tensor: Tensor) -> str:
     """Return the sha256 of the tensor's bytes."""
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return checksums(tensor)[0]
+
+
+def checksums(tensor: Tensor) -> tuple[str, str]:
+    """Return the sha256 of the tensor's bytes, and with as many rows of zeros as SGLang may pad it with."""
+    digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    padded = digest.copy()
+    if tensor.dim() == 2:
+        padded.update(bytes(-len(tensor) % _PAD_ROWS * tensor[0].nbytes))
+    return digest.hexdigest(), padded.hexdigest()

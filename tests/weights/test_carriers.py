@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.errors import RolloutError
 from megatron_rl.rollout.payload import read_tensors
 from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, checksum
+from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, checksum, checksums
 from megatron_rl.weights.tensor import TensorCarrier
 
 TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
@@ -128,6 +128,14 @@ def test_short_checksums_are_compared_where_the_names_are_the_same(carrier: Carr
     report = asyncio.run(carrier.push(servers, TENSORS, 1))
     assert report.failed.keys() == {"b"}
     assert "1 of 6 tensors differ" in str(report.failed["b"])
+
+
+def test_rows_that_the_server_pads_with_are_allowed() -> None:
+    table = torch.randn(50, 4)
+    padded = torch.cat([table, torch.zeros(14, 4)])
+    assert checksums(table) == (checksum(table), checksum(padded))
+    assert checksums(padded) == (checksum(padded), checksum(padded))
+    assert len(set(checksums(torch.randn(5)))) == 1
 
 
 def test_a_server_that_took_nothing_is_found(carrier: Carrier) -> None:
