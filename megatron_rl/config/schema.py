@@ -130,6 +130,10 @@ class Rollout(Section):
     """A request without an answer for this long is sent elsewhere."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """A server that is not healthy this long after its start is an error."""
+    rows_per_request: Annotated[int, Field(ge=1)] = 256
+    """Most sequences in one request, in whole groups; fewer let more servers share a step."""
+    requests_per_server: Annotated[float, Field(ge=1)] = 2
+    """Requests that a server works on at once; the others wait here, for whichever server is free first."""
     attempts: Annotated[int, Field(ge=1)] = 4
     """Times a request is tried before the step fails."""
     sglang: dict[str, bool | int | float | str] = Field(default_factory=dict)

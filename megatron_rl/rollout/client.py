@@ -70,9 +70,10 @@ class Client:
         """Return what the server says about itself."""
         return await self._json("GET", Path.SERVER_INFO)
 
-    async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
+    async def pause(self, mode: Literal["abort", "retract", "in_place"], timeout_seconds: float | None = None) -> None:
         """Stop decoding until ``resume``."""
-        await self._control(Path.PAUSE, {"mode": mode})
+        timeout = self.control_timeout_seconds if timeout_seconds is None else timeout_seconds
+        await self._ask("POST", Path.PAUSE, {"mode": mode}, timeout, self.retries)
 
     async def resume(self) -> None:
         """Go on decoding."""

@@ -182,7 +182,12 @@ class Fleet:
             # A request that was given up may still run where it was: its id is not used again.
             named = [replace(r, rid=f"{r.rid}@{attempt}") if attempt else r for r in requests]
             try:
-                return await member.generate(named, version)
+                samples = await member.generate(named, version)
+                aborted = sum(sample.finish_reason == "abort" for sample in samples)
+                if not aborted:
+                    return samples
+                # Not the server's fault, and not a response either. The whole request again: the same as without it.
+                errors.append(f"{member.url} aborted {aborted} of {len(samples)} sequences")
             except RequestRefused:
                 raise
             except RolloutError as error:

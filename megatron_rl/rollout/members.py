@@ -22,7 +22,9 @@ class Patience:
     request_timeout_seconds: float = 600.0
     """A request without an answer for this long is sent elsewhere."""
     control_timeout_seconds: float = 120.0
-    """A pause, a bucket of weights or a checksum without an answer for this long has failed."""
+    """A bucket of weights or a checksum without an answer for this long has failed."""
+    pause_timeout_seconds: float = 20.0
+    """A server that is not paused this long after it was asked misses the push."""
     start_timeout_seconds: float = 300.0
     """A server that is not healthy this long after its start is an error; so is a fleet that has none for so long."""
     probe_seconds: float = 2.0

@@ -141,7 +141,8 @@ class WeightSync:
 
     async def _pause(self, member: Member) -> None:
         try:
-            await member.client.pause("retract")
+            # A pause is answered at once: a server that hangs must not hold up the push to the others.
+            await member.client.pause("retract", self.patience.pause_timeout_seconds)
         except RolloutError as error:
             member.leave(error, self.patience)
 

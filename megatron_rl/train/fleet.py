@@ -27,7 +27,7 @@ def open_fleet(run: Run) -> Fleet:
         attempts=rollout.attempts,
     )
     servers = list(rollout.urls) or [_server(run, number) for number in range(rollout.servers)]
-    return Fleet(servers, _carrier(run), patience)
+    return Fleet(servers, _carrier(run), patience, rollout.rows_per_request, rollout.requests_per_server)
 
 
 def _server(run: Run, number: int) -> ServerProcess:

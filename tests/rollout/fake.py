@@ -109,6 +109,16 @@ def too_few_answers(answers: list[dict[str, Any]]) -> object:
     return None
 
 
+def aborted(answers: list[dict[str, Any]]) -> object:
+    answers[-1]["meta_info"]["finish_reason"] = {"type": "abort", "message": "Aborted"}
+    return None
+
+
+def once(trick: Trick) -> Trick:
+    left = [trick]
+    return lambda answers: left.pop()(answers) if left else None
+
+
 @contextmanager
 def serving(*servers: FakeServer) -> Iterator[tuple[FakeServer, ...]]:
     """Run the servers."""

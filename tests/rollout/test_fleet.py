@@ -20,8 +20,10 @@ from megatron_rl.weights.tensor import TensorCarrier
 from tests.rollout.fake import (
     FakeServer,
     Trick,
+    aborted,
     garbage,
     nan_logprobs,
+    once,
     serving,
     too_few_answers,
     too_few_tokens,
@@ -167,6 +169,27 @@ def test_a_refused_request_is_an_error_at_once() -> None:
         with pytest.raises(RolloutError, match="the prompt is too long"):
             sampled(fleet)
         assert fleet.urls == [server.url]
+
+
+def test_aborted_samples_are_asked_for_again_and_nobody_is_blamed() -> None:
+    with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
+        server.trick = once(aborted)
+        assert sampled(fleet) == expected()
+        assert fleet.urls == [server.url]
+        server.trick = aborted
+        with pytest.raises(RolloutError, match=f"failed 3 times.*{server.url} aborted 1 of 8 sequences"):
+            sampled(fleet)
+
+
+def test_a_server_that_hangs_does_not_hold_up_a_push() -> None:
+    patience = replace(PATIENCE, control_timeout_seconds=60, pause_timeout_seconds=0.3, probe_seconds=60)
+    with serving(FakeServer(), FakeServer()) as (stuck, good), fleet_of([stuck, good], patience) as fleet:
+        stuck.hangs = True
+        begin = time.monotonic()
+        fleet.update(WEIGHTS, 1)
+        assert time.monotonic() - begin < 3
+        assert fleet.urls == [good.url]
+        stuck.hangs = False
 
 
 def test_a_server_that_missed_a_push_gets_it_before_it_gets_a_prompt() -> None:
