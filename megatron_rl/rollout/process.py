@@ -26,11 +26,19 @@ class ServerProcess:
     """A server that this process starts and stops. Start it from a thread that lives on: see ``guard``."""
 
     def __init__(
-        self, command: Sequence[str], host: str, port: int, log_path: Path, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        host: str,
+        port: int,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        grace_seconds: float = 5.0,
     ) -> None:
         self.command = list(command)
         self.environment = dict(os.environ if environment is None else environment)
         self.host, self.port, self.log_path = host, port, log_path
+        self.grace_seconds = grace_seconds
+        """Between being asked to end and being made to."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,14 +72,14 @@ class ServerProcess:
             )
         log.info("started %s as process %d, log in %s", self.url, self._process.pid, self.log_path)
 
-    def stop(self, grace_seconds: float = 5.0) -> None:
+    def stop(self) -> None:
         """End it, politely first; returns when it is gone."""
         if self._process is None or self._process.poll() is not None:
             return
         # Its children hear of it from it: SGLang takes a child that ends first for a crash.
         self._process.terminate()
         try:
-            self._process.wait(grace_seconds)
+            self._process.wait(self.grace_seconds)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -21,6 +21,8 @@ OURS: Mapping[str, str] = {
 }
 """Options of SGLang that are decided elsewhere, and where."""
 _HELP_SECONDS = 180
+_GRACE_SECONDS = 30.0
+"""It looks for its end every 5 s, then gives memory back; on a GPU a kill would leave that behind."""
 _NOT_THEIRS = re.compile(r"PYTHON(PATH|HOME)|VIRTUAL_ENV|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
 """Variables of this process's own interpreter and ranks."""
 
@@ -41,7 +43,7 @@ def sglang_server(
     host, port = "127.0.0.1", free_port()
     given: Options = {"model_path": model_path, "host": host, "port": port, "weight_version": "0", **options}
     command = [python, "-m", "sglang.launch_server", *arguments(given)]
-    return ServerProcess(command, host, port, log_path, _environment(environment))
+    return ServerProcess(command, host, port, log_path, _environment(environment), _GRACE_SECONDS)
 
 
 def arguments(options: Options) -> list[str]:

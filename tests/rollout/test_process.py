@@ -47,7 +47,8 @@ def test_stop_ends_a_process_whatever_it_does(tmp_path: Path, command: list[str]
     assert os.getpgid(process.pid) == process.pid
     if frozen:
         os.kill(process.pid, signal.SIGSTOP)
-    process.stop(grace_seconds=0.3)
+    process.grace_seconds = 0.3
+    process.stop()
     assert is_gone(process.pid)
     process.stop()
 
