@@ -55,9 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--output", type=Path, metavar="FILE", help="write prove.json here")
     prove.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of the set (default: %(default)s)")
     prove.set_defaults(run=_prove)
-    prove_rank = verbs.add_parser("prove-rank")
-    prove_rank.add_argument("folder", type=Path)
-    prove_rank.set_defaults(run=_prove_rank)
 
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
     add_serve_arguments(serve)
@@ -95,15 +92,6 @@ def _prove(options: argparse.Namespace) -> int:
     from megatron_rl.prove.main import prove
 
     return prove(loaded, options.layout, options.shrink, options.objective, options.output, options.ranks)
-
-
-def _prove_rank(options: argparse.Namespace) -> int:
-    from megatron_rl.launch.quiet import quiet_upstream
-
-    quiet_upstream()
-    from megatron_rl.prove.rank import main as prove_rank
-
-    return prove_rank(options.folder)
 
 
 def _serve(options: argparse.Namespace) -> int:
