@@ -104,6 +104,14 @@ def pack(batch: Batch, rules: RowRules) -> list[Row]:
     return [Row(batch, tuple(b), padded_B[torch.tensor(b, dtype=torch.int64)], length) for b in bins]
 
 
+def one_row(batch: Batch, rules: RowRules) -> list[Row]:
+    """Return the whole batch as one row, followed by the empty rows that the mesh asks for; no budget applies."""
+    padded_N = _round_up(batch.lengths_B, rules.sequence_multiple)
+    length = int(_round_up(padded_N.sum().clamp(min=1), rules.row_multiple))
+    empty = Row(batch, (), padded_N[:0], length)
+    return [Row(batch, tuple(range(len(batch))), padded_N, length), *[empty] * (rules.count_multiple - 1)]
+
+
 def _even_bins(lengths: Sequence[int], rules: RowRules) -> list[list[int]]:
     """Deal sequences, longest first, each into the emptiest row; use more rows until all fit the budget."""
     multiple = rules.count_multiple

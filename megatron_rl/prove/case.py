@@ -6,11 +6,9 @@ Legend: T tokens, B responses.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch
@@ -106,14 +104,3 @@ def make_batch(vocab_size: int, seed: int) -> Batch:
             "noise_T": 0.3 * torch.randn(total, generator=generator, dtype=torch.float64),
         }
     )
-
-
-def save_batch(batch: Batch, path: Path) -> None:
-    """Write a batch as safetensors."""
-    save_file({"lengths_B": batch.lengths_B, **dict(batch.columns)}, path)
-
-
-def load_batch(path: Path) -> Batch:
-    """Read what ``save_batch`` wrote."""
-    columns = cast(dict[str, Tensor], load_file(path))
-    return Batch(columns.pop("lengths_B"), columns)

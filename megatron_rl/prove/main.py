@@ -15,13 +15,14 @@ from torch import Tensor
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
+from megatron_rl.data.files import load_batch, save_batch
 from megatron_rl.errors import ConfigError, TrainingError
 from megatron_rl.launch.layout import check_layout, layout_of
 from megatron_rl.launch.ranks import LocalRanks
 from megatron_rl.launch.shape import shape_of
 from megatron_rl.objectives import AnyObjective
 from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, load_batch, make_batch, make_model, save_batch
+from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, make_batch, make_model
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, Trial, all_of, reference
 
@@ -159,6 +160,5 @@ def _use_scores(case: Path, truth: dict[str, Tensor]) -> None:
     batch = load_batch(case)
     old_T = truth["logprobs_T"] + batch["noise_T"]
     case.unlink()
-    # A copy: safetensors writes no two names for one memory.
-    scores = {"old_logprobs_T": old_T, "rollout_logprobs_T": old_T.clone(), "old_entropies_T": truth["entropies_T"]}
+    scores = {"old_logprobs_T": old_T, "rollout_logprobs_T": old_T, "old_entropies_T": truth["entropies_T"]}
     save_batch(batch.add(scores), case)
