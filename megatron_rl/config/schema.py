@@ -255,7 +255,7 @@ class Run(Section):
     def _float64_is_for_proofs(self) -> "Run":
         if self.model.dtype == "float64" and (self.parallel.distributed_optimizer or self.optimizer.clip_grad):
             raise ValueError(
-                "model.dtype = float64, but megatron-core neither shares optimizer state nor clips gradients in "
-                "float64; set parallel.distributed_optimizer = false and optimizer.clip_grad = 0"
+                "model.dtype = float64, but megatron-core neither shares optimizer state nor clips gradients in it;"
+                " set parallel.distributed_optimizer = false and optimizer.clip_grad = 0"
             )
         return self

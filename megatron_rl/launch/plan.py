@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.config.load import Loaded
-from megatron_rl.config.schema import ChainedArithmeticTask, Run
+from megatron_rl.config.schema import ChainedArithmeticTask, JsonlTask, Run
 from megatron_rl.config.sources import raise_problems
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
@@ -13,6 +13,7 @@ from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.tasks.jsonl import check_files
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
         problems += _lengths(loaded, batches, shape)
     problems += _batch(loaded)
     problems += _fleet(loaded)
+    if isinstance(run.task, JsonlTask):
+        problems += check_files(run.task)
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
     return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))
@@ -122,7 +125,11 @@ def _lengths(loaded: Loaded[Run], batches: Batches, shape: Shape) -> Iterator[st
     if longest > shape.positions:
         key = "rollout.sampling.max_new_tokens"
         room = shape.positions - max_prompt_tokens(run)
-        fix = f"write at most {room}" if room > 0 else f"lower task.max_prompt_tokens below {shape.positions}"
+        fix = (
+            f"write at most {room}"
+            if room > 0
+            else f"lower it or task.max_prompt_tokens: together at most {shape.positions}"
+        )
         yield (
             f"{key} = {run.rollout.sampling.max_new_tokens} ({loaded.origin(key)}): the longest sequence has {longest}"
             f" tokens ({parts}), but the model's positions end at {shape.positions}; {fix}"

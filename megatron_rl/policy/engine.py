@@ -24,6 +24,7 @@ from megatron_rl.data.types import Columns, Loss, Metrics, Micro
 from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.parallel.mesh import World
+from megatron_rl.policy.balance import LoadBalancing
 from megatron_rl.policy.groups import build_mesh
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
@@ -59,6 +60,7 @@ class Policy:
         self.chunks = build_chunks(run, self.family, self.mesh)
         mark_shards(shards_of(self.chunks, self.family, self.mesh))
         load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
+        self.balancing = LoadBalancing(self.chunks)
         self._reference = self._copy() if run.kl.coefficient else None
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
@@ -124,6 +126,7 @@ class Policy:
         Raises:
             NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on whatever rank.
         """
+        self.balancing.share_between(rows)
         losses = self.run_backward(rows, loss_of, whole_gradients)
         self._stop_at_nonfinite(rows, [finite for _, finite in losses], loss_of)
         return self._reduce([loss for loss, _ in losses])
@@ -215,7 +218,7 @@ class Policy:
         """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
         mine = [rank_row(row, self.mesh) for row in rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]]
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward, loss_step),
+            forward_step_func=partial(_forward, loss_step, self.balancing.is_on),
             data_iterator=[iter(mine) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(mine),
@@ -250,7 +253,7 @@ def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _forward(
-    loss_step: LossStep[Result], rows: Iterator[RankRow], model: torch.nn.Module
+    loss_step: LossStep[Result], balanced: bool, rows: Iterator[RankRow], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
     """Megatron's forward step: run one row, say how its output becomes a loss."""
     row = next(rows)
@@ -261,6 +264,7 @@ def _forward(
         packed_seq_params=row.packed,
         labels=row.targets_K,
         loss_mask=row.trained_K,
+        padding_mask=row.padding_T[None] if balanced else None,
     )
     return output, partial(loss_step, row)
 

@@ -34,6 +34,15 @@ class PolicyModel(GPTModel):
     head_temperature = 1.0
     head_vocab_size = 0
 
+    def _preprocess(self, *args: object, padding_mask: Tensor | None = None, **kwargs: object) -> tuple[object, ...]:
+        prepared = super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # megatron-core shares the mask over tensor ranks on the first stage only; later stages need it too.
+            tensor = self.pg_collection.tp
+            local_mask = padding_mask.chunk(tensor.size(), dim=1)[tensor.rank()]
+            prepared = (*prepared[:5], local_mask, *prepared[6:])
+        return prepared
+
     def _postprocess(
         self, hidden_states: Tensor, *args: object, labels: Tensor, loss_mask: Tensor, **kwargs: object
     ) -> Tensor:
@@ -147,7 +156,12 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
     )
-    return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
+    if run.parallel.overlap_grad_reduce:
+        # Without it megatron reduces after every micro-batch, and all but the last gradient is counted twice.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: int | None) -> PolicyModel:

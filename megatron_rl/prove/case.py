@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rl.config.schema import Run
-from megatron_rl.data.types import Batch
+from megatron_rl.data.types import Batch, Columns
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.names.rules import HFConfig
@@ -104,3 +104,9 @@ def make_batch(vocab_size: int, seed: int) -> Batch:
             "noise_T": 0.3 * torch.randn(total, generator=generator, dtype=torch.float64),
         }
     )
+
+
+def moved_scores(batch: Batch, scored: Columns) -> Columns:
+    """Return the reference's scores as an old policy's and an engine's, moved by noise: ratios then differ from 1."""
+    old_T = scored["old_logprobs_T"] + batch["noise_T"]
+    return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T.clone()}

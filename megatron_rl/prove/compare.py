@@ -15,7 +15,7 @@ class Tolerance:
     """The largest differences that count as rounding.
 
     Attributes:
-        scores: log-probs and entropies, absolute, nats.
+        scores: log-probs and entropies, nats, relative to max(1, |value|): rounding grows with the logits.
         loss: relative to the sum of absolute weighted costs, whose rounding the loss inherits; here to max(|loss|, 1).
         gradient: of any parameter, the norm of the difference relative to the parameter's own gradient norm.
         norm: gradient norm as megatron computes it, relative.
@@ -106,7 +106,7 @@ def differences(
 
 
 def _apart(ours: Tensor, reference: Tensor) -> float:
-    return float((ours.double() - reference.double()).abs().max())
+    return float(((ours.double() - reference.double()).abs() / reference.double().abs().clamp(min=1)).max())
 
 
 def _relative(ours: Tensor, reference: Tensor) -> float:

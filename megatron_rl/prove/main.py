@@ -22,7 +22,7 @@ from megatron_rl.launch.ranks import LocalRanks
 from megatron_rl.launch.shape import shape_of
 from megatron_rl.objectives import AnyObjective
 from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, make_batch, make_model
+from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, make_batch, make_model, moved_scores
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, Trial, all_of, reference
 
@@ -158,7 +158,6 @@ def _run(trial: Trial, runs_of: Sequence[Run], case: Path, folder: Path) -> dict
 def _use_scores(case: Path, truth: dict[str, Tensor]) -> None:
     """Give every layout the reference's scores as the old policy's, so that all form the same ratios and segments."""
     batch = load_batch(case)
-    old_T = truth["logprobs_T"] + batch["noise_T"]
+    scored = {"old_logprobs_T": truth["logprobs_T"], "old_entropies_T": truth["entropies_T"]}
     case.unlink()
-    scores = {"old_logprobs_T": old_T, "rollout_logprobs_T": old_T, "old_entropies_T": truth["entropies_T"]}
-    save_batch(batch.add(scores), case)
+    save_batch(batch.add(moved_scores(batch, scored)), case)

@@ -17,7 +17,7 @@ from megatron_rl.loss import loss_of, prepare, summary
 from megatron_rl.objectives import AnyObjective
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.prove.case import CASE, RESULT, RUNS
+from megatron_rl.prove.case import CASE, RESULT, RUNS, moved_scores
 
 
 def main(folder: Path) -> int:
@@ -30,7 +30,7 @@ def main(folder: Path) -> int:
     scored = policy.score(pack(batch, policy.row_rules))
     tensors: dict[str, Tensor] = {"logprobs_T": scored["old_logprobs_T"], "entropies_T": scored["old_entropies_T"]}
     if "old_logprobs_T" not in batch:  # the reference: all layouts use its scores, moved by the noise of the case
-        batch = batch.add({**scored, "old_logprobs_T": scored["old_logprobs_T"] + batch["noise_T"]})
+        batch = batch.add(moved_scores(batch, scored))
     # Random tokens have no text: every seventh ends a sentence, so that segments of all lengths come up.
     size = policy.family.vocab_size
     vocabulary = Vocabulary(size, tuple(b"." if token % 7 == 0 else b"a" for token in range(size)))

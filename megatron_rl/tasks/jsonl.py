@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_rl.config.schema import JsonlTask
 from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response, fold_seed
-from megatron_rl.errors import DataError
+from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
 from megatron_rl.tasks.verifiers import VERIFIERS, find_verifier
 
@@ -61,6 +61,20 @@ def _record(raw: bytes, place: str, line: int, prompt_field: str, answer_field: 
 def _cut(raw: bytes) -> str:
     text = raw.decode(errors="replace").strip()
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_files(options: JsonlTask) -> Iterator[str]:
+    """Yield what is wrong with the files of a task, the first bad line of each, without a tokenizer."""
+    try:
+        find_verifier(options.verifier)
+    except MegatronRLError as error:
+        yield str(error)
+    for path in (options.path, options.heldout_path):
+        try:
+            if path is not None and not any([*read_records(Path(path), options.prompt_field, options.answer_field)]):
+                yield f"no line in {path}; write one JSON object a line"
+        except DataError as error:
+            yield str(error)
 
 
 class Jsonl:

@@ -62,6 +62,21 @@ def test_what_cannot_work_is_told_with_a_remedy(settings, words):
     assert f"command line: {settings[0]}" in told or "no config.json" in told
 
 
+def test_bad_files_of_prompts_are_found_before_anything_starts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": "y"}\n{\n')
+    (tmp_path / "b.jsonl").write_text("\n")
+    told = problems(
+        "task.name=jsonl",
+        f"task.path={tmp_path / 'a.jsonl'}",
+        f"task.heldout_path={tmp_path / 'b.jsonl'}",
+        "task.verifier=exat",
+        "task.max_prompt_tokens=100",
+    )
+    assert told.startswith("3 problems:")
+    for words in ("a.jsonl:2", "no line in", "did you mean exact?"):
+        assert words in told
+
+
 def test_layout_batches_and_names_are_told_together():
     told = problems("parallel.tensor=3", "train.updates_per_step=5", "model.megatron.foo=1")
     assert told.startswith("4 problems:")

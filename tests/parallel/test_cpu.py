@@ -1,0 +1,38 @@
+"""The stand-ins for CUDA: their targets exist, and they stay away from machines that have a GPU."""
+
+import pytest
+import torch
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.parallel import cpu
+
+
+def test_every_replaced_symbol_still_exists() -> None:
+    assert cpu.missing_targets() == []
+
+
+def test_every_replacement_says_why() -> None:
+    assert all(replacement.reason for replacement in cpu.REPLACEMENTS)
+
+
+def test_refused_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_mode", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    with pytest.raises(ConfigError, match="where CUDA is available"):
+        cpu.activate()
+
+
+def test_refused_for_a_version_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_mode", None)
+    monkeypatch.setattr(cpu, "version", lambda name: "0.99.0")
+
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.99\.0 was not measured"):
+        cpu.activate()
+
+
+def test_a_moved_symbol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = cpu.Replacement("torch.cuda:no_such_function", "test", None)
+    monkeypatch.setattr(cpu, "REPLACEMENTS", (*cpu.REPLACEMENTS, gone))
+
+    assert cpu.missing_targets() == ["torch.cuda:no_such_function"]

@@ -1,0 +1,98 @@
+"""A tiny random Qwen3-MoE, as transformers makes it, and one step of it by transformers' own autograd."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.types import Batch
+from megatron_rl.prove.case import make_batch
+
+VOCABULARY = 18
+
+
+def save_model(folder: Path, *, tied: bool = False) -> Path:
+    """Write a random checkpoint whose routers and softmaxes are decided, and return its folder."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        mlp_only_layers=[1],
+    )
+    model = Qwen3MoeForCausalLM(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.08 * noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_of(path: Path, **changes: Mapping[str, object]) -> Run:
+    """Return a run on the model; keyword arguments are sections."""
+    model = {"path": str(path), **changes.get("model", {})}
+    return Run.model_validate({"train": {"tokens_per_microbatch": 128}, **changes, "model": model})
+
+
+def case() -> Batch:
+    """Return a mini-batch with a random weight for every log-prob and entropy: any gradient error shows."""
+    batch = make_batch(VOCABULARY, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    total = int(batch.lengths_B.sum())
+    return batch.add(
+        {
+            "weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
+            "entropy_weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
+        }
+    )
+
+
+def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
+    """Return log-probs, entropies, loss and gradients (under on-disk names), in float64, one sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    total = int(batch.lengths_B.sum())
+    logprobs_T, entropies_T = torch.zeros(total, dtype=torch.float64), torch.zeros(total, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for start, length in zip(batch.starts_B.tolist(), batch.lengths_B.tolist(), strict=True):
+        ids = batch["input_ids_T"][start : start + length]
+        logs = torch.log_softmax(model(ids[None]).logits[0, :-1], dim=-1)
+        mask = batch["loss_mask_T"][start + 1 : start + length]
+        chosen = logs.gather(1, ids[1:, None])[:, 0] * mask
+        entropy = -(logs.exp() * logs).sum(-1) * mask
+        place = slice(start + 1, start + length)
+        logprobs_T[place], entropies_T[place] = chosen.detach(), entropy.detach()
+        loss = loss + (batch["weights_T"][place] * chosen).sum() + (batch["entropy_weights_T"][place] * entropy).sum()
+    loss.backward()
+    gradients = {f"gradient.{name}": value for name, value in _on_disk(dict(model.named_parameters())).items()}
+    return {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "loss": loss.detach(), **gradients}
+
+
+def _on_disk(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Return gradients with fused experts taken apart, as the file has them."""
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        if "experts" not in name:
+            gradients[name] = parameter.grad
+            continue
+        for expert, gradient in enumerate(parameter.grad):
+            prefix = f"{name.rpartition('.')[0]}.{expert}."
+            if name.endswith("down_proj"):
+                gradients[f"{prefix}down_proj.weight"] = gradient
+            else:
+                gradients[f"{prefix}gate_proj.weight"], gradients[f"{prefix}up_proj.weight"] = gradient.chunk(2)
+    return gradients
