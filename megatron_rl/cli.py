@@ -2,9 +2,12 @@
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
@@ -24,6 +27,8 @@ CONFIG_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return its exit code. An error that a user can meet is one message, and code 2 (``check``: 1)."""
     options = _parser().parse_args(argv)
+    if "RANK" not in os.environ:  # a rank that is still starting just ends
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(options.run(options))
     except MegatronRLError as error:
@@ -32,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"megatron-rl {options.verb}: interrupted\n")
         return 130
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,12 +122,14 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _replay_rank(options: argparse.Namespace) -> int:
+    from megatron_rl.launch.failures import told
     from megatron_rl.launch.quiet import quiet_upstream
 
     quiet_upstream()
-    from megatron_rl.train.evidence import replay_rank
+    with told():
+        from megatron_rl.train.evidence import replay_rank
 
-    return replay_rank(options.file, options.folder)
+        return replay_rank(options.file, options.folder)
 
 
 def _serve(options: argparse.Namespace) -> int:
