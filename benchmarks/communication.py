@@ -101,7 +101,7 @@ def measure(ranks: int, settings: list[str], steps: int, folder: Path) -> dict[s
     """Return (seconds, seconds in collectives, calls) of each phase: of the step where it was fastest."""
     out = folder / "phases.json"
     run = ["train", "configs/demo.toml", f"train.steps={steps}", "evaluate.every=0", f"log.path={folder / 'run'}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     command = [*launcher, str(Path(__file__)), "--rank", str(out), *run, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
