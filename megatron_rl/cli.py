@@ -1,4 +1,4 @@
-"""The command line: ``megatron-rl train | check | prove | serve``. The only place, with the console, that prints."""
+"""The command line: ``megatron-rl VERB``. The only place, with the console, that prints."""
 
 import argparse
 import logging
@@ -64,9 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--output", type=Path, metavar="FILE", help="write prove.json here")
     prove.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of the set (default: %(default)s)")
     prove.set_defaults(run=_prove)
-    prove_rank = verbs.add_parser("prove-rank")
-    prove_rank.add_argument("folder", type=Path)
-    prove_rank.set_defaults(run=_prove_rank)
+
+    replay = verbs.add_parser("replay", help="run a saved micro-batch alone and find its first NaN or inf")
+    replay.add_argument("file", type=Path, help="RUN/nonfinite/row.safetensors, beside the weights that it was run on")
+    replay.add_argument("--same-layout", action="store_true", help="on the ranks of the run, instead of one")
+    replay.set_defaults(run=_replay)
+    replay_rank = verbs.add_parser("replay-rank")
+    replay_rank.add_argument("file", type=Path)
+    replay_rank.add_argument("folder", type=Path)
+    replay_rank.set_defaults(run=_replay_rank)
 
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
     add_serve_arguments(serve)
@@ -106,15 +112,24 @@ def _prove(options: argparse.Namespace) -> int:
     return prove(loaded, options.layout, options.shrink, options.objective, options.output, options.ranks)
 
 
-def _prove_rank(options: argparse.Namespace) -> int:
+def _replay(options: argparse.Namespace) -> int:
+    from megatron_rl.launch.quiet import quiet_upstream
+
+    quiet_upstream()
+    from megatron_rl.launch.replay import replay
+
+    return replay(options.file, options.same_layout)
+
+
+def _replay_rank(options: argparse.Namespace) -> int:
     from megatron_rl.launch.failures import told
     from megatron_rl.launch.quiet import quiet_upstream
 
     quiet_upstream()
     with told():
-        from megatron_rl.prove.rank import main as prove_rank
+        from megatron_rl.train.evidence import replay_rank
 
-        return prove_rank(options.folder)
+        return replay_rank(options.file, options.folder)
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ MOST_FUNCTION_LINES = 60
 MOST_LOOP_LINES = 120
 MOST_CONFIG_FIELDS = 100
 MOST_ARGUMENTS = 6
-VERBS = ["check", "prove", "serve", "train"]
+VERBS = ["check", "prove", "replay", "serve", "train"]
 
 
 def every_file():

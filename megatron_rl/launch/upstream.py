@@ -33,8 +33,15 @@ FIXED: Mapping[str, str] = {
     "hidden_dropout": "log-probs must be the same in scoring and training",
     "calculate_per_token_loss": "the loss carries its own global denominators",
     "finalize_model_grads_func": "the loss carries its own global denominators",
+    "moe_z_loss_coeff": "megatron-core takes its mean shard by shard, which the layout changes",
+    "moe_expert_capacity_factor": "which tokens are dropped would depend on the layout, and differ from the engine's",
+    "moe_input_jitter_eps": "log-probs must be the same in scoring and training",
 }
 """Fields of megatron-core that cannot be changed, and why."""
+
+
+CHOICES: Mapping[str, tuple[str, ...]] = {"moe_router_load_balancing_type": ("none", "aux_loss")}
+"""Fields of which only some values give the same gradient under every layout."""
 
 
 @cache
@@ -64,6 +71,8 @@ def check_megatron_fields(loaded: Loaded[Run]) -> Iterator[str]:
             yield f"{said} is decided by {OURS[name]}; set that instead"
         elif name in FIXED:
             yield f"{said} cannot be set: {FIXED[name]}; leave it out"
+        elif name in CHOICES and value not in CHOICES[name]:
+            yield f"{said} would depend on the layout; write {' or '.join(CHOICES[name])}"
         elif known and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "see TransformerConfig in megatron-core's documentation"

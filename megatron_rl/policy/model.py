@@ -34,6 +34,15 @@ class PolicyModel(GPTModel):
     head_temperature = 1.0
     head_vocab_size = 0
 
+    def _preprocess(self, *args: object, padding_mask: Tensor | None = None, **kwargs: object) -> tuple[object, ...]:
+        prepared = super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # megatron-core shares the mask over tensor ranks on the first stage only; later stages need it too.
+            tensor = self.pg_collection.tp
+            local_mask = padding_mask.chunk(tensor.size(), dim=1)[tensor.rank()]
+            prepared = (*prepared[:5], local_mask, *prepared[6:])
+        return prepared
+
     def _postprocess(
         self, hidden_states: Tensor, *args: object, labels: Tensor, loss_mask: Tensor, **kwargs: object
     ) -> Tensor:

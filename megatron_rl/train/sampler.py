@@ -36,6 +36,10 @@ class Sampler(Protocol):
         """Return the accuracy on held-out prompts and how many there were; None elsewhere, or if asked to stop."""
         ...
 
+    def name_of(self, sample_index: int) -> str | None:
+        """Return the id of a sample of the newest step, by its place in the step; None on the other ranks."""
+        ...
+
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
         """Explain the gap between the engine's log-probs and the trainer's."""
         ...
@@ -128,6 +132,10 @@ class MainSampler:
         correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
 
+    def name_of(self, sample_index: int) -> str | None:
+        """See ``Sampler``."""
+        return [response.id for group in self.groups for response in group.responses][sample_index]
+
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
         """See ``Sampler``."""
         verdict = self.witness.compare(step, self.groups, Batch.join(scored))
@@ -160,6 +168,9 @@ class FollowingSampler:
         return is_due(self.run, step)
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
+        """See ``Sampler``."""
+
+    def name_of(self, sample_index: int) -> str | None:
         """See ``Sampler``."""
 
     def compare(self, step: int, scored: Sequence[Batch]) -> None:

@@ -1,0 +1,45 @@
+"""The router's load-balancing loss, scaled so that the layout cannot change it.
+
+megatron-core adds the loss inside the router, at the scale of its own token normalisation. With normalisation by tokens
+(which our losses need: they carry their own denominators) 0.16 multiplies it by the tokens of this rank's shard, so
+that it shrinks with tensor and context parallelism. Here the factor is taken out, and the loss of a mini-batch is the
+plain mean over its packed rows:  coefficient * mean_rows E * sum_e f_e P_e  (Switch Transformer, arXiv 2101.03961).
+
+It is a mean of a product of means: how sequences are packed into rows changes it, the axes of the mesh do not.
+"""
+
+from collections.abc import Sequence
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_rl.data.pack import Row
+from megatron_rl.errors import ConfigError
+
+
+class LoadBalancing:
+    """Sets the coefficient of a mini-batch; idle unless ``moe_router_load_balancing_type`` is ``aux_loss``."""
+
+    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        self._config = chunks[0].config
+        self._coefficient = float(self._config.moe_aux_loss_coeff or 0.0)
+        self.is_on = self._config.moe_router_load_balancing_type == "aux_loss" and self._coefficient > 0
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.calculate_per_token_loss = False
+
+    def share_between(self, rows: Sequence[Row]) -> None:
+        """Divide the coefficient by the number of rows that the mini-batch was packed into.
+
+        Raises:
+            ConfigError: a row without a token, which has no balance to speak of.
+        """
+        if not self.is_on:
+            return
+        if any(not row.sequences for row in rows):
+            raise ConfigError(
+                f"a mini-batch of {len(rows[0].batch)} responses leaves rows empty, and the load-balancing loss of an "
+                "empty row is undefined; lower train.updates_per_step or the data-parallel size"
+            )
+        self._config.moe_aux_loss_coeff = self._coefficient / len(rows)
