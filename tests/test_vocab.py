@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel import head
-from megatron_rl.parallel.head import choose_backend, compiler_found, head_logprobs_entropies
+from megatron_rl.parallel.head import choose_backend, head_logprobs_entropies
+from megatron_rl.parallel.tiles import compiler_found
 from megatron_rl.parallel.vocab import vocab_logprobs_entropies
 from tests.ranks import run_ranks
 
@@ -135,7 +136,7 @@ def test_shards_of_the_vocabulary_give_the_whole_one(size):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(head, "TILE_COLUMNS", 8)
+    monkeypatch.setitem(head.TILE_COLUMNS, "cpu", 8)
 
 
 def head_reference(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float, size: int):
@@ -208,16 +209,15 @@ def test_mixed_types_and_unknown_backends_are_refused(monkeypatch):
 
 
 def test_choice_of_the_backend(monkeypatch):
-    cpu = torch.device("cpu")
     monkeypatch.delenv(head.BACKEND_VARIABLE, raising=False)
-    assert choose_backend("auto", cpu, num_tiles=1) == "tiles"
-    assert choose_backend("auto", cpu, num_tiles=2) == ("tiles+compile" if compiler_found("cpu") else "tiles")
-    assert choose_backend("plain", cpu, num_tiles=2) == "plain"
+    assert choose_backend("auto", "cpu", num_tiles=1) == "tiles"
+    assert choose_backend("auto", "cpu", num_tiles=2) == ("tiles+compile" if compiler_found("cpu") else "tiles")
+    assert choose_backend("plain", "cpu", num_tiles=2) == "plain"
     monkeypatch.setenv(head.BACKEND_VARIABLE, "tiles")
-    assert choose_backend("auto", cpu, num_tiles=2) == "tiles"
+    assert choose_backend("auto", "cpu", num_tiles=2) == "tiles"
     monkeypatch.setattr(head, "compiler_found", lambda device_type: False)
     monkeypatch.delenv(head.BACKEND_VARIABLE)
-    assert choose_backend("auto", cpu, num_tiles=2) == "tiles"
+    assert choose_backend("auto", "cpu", num_tiles=2) == "tiles"
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_rl.config.schema import Run
+from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.prompts import first_prompts
-from megatron_rl.data.types import Batch, Group
+from megatron_rl.data.types import Batch, Group, Prompt
 from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.tasks.base import Task, Verdict
@@ -33,7 +33,7 @@ class Sampler(Protocol):
         ...
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
-        """Return the accuracy on held-out prompts and how many there were; None on the other ranks."""
+        """Return the accuracy on held-out prompts and how many there were; None elsewhere, or if asked to stop."""
         ...
 
     def name_of(self, sample_index: int) -> str | None:
@@ -101,6 +101,18 @@ class MainSampler:
             self.journal.rollouts(step, groups, verdicts)
         return collect(groups, verdicts, self.run)
 
+    def _generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: tuple[int, ...], version: int
+    ) -> list[Group] | None:
+        """Return the groups; None if a stop is asked for before they are there."""
+        try:
+            self._sampling = True
+            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version)
+        except StopRequested:
+            return None
+        finally:
+            self._sampling = False
+
     def _verify(self, groups: Iterable[Group]) -> list[list[Verdict]]:
         return [[self.task.verify(group.prompt, response) for response in group.responses] for group in groups]
 
@@ -113,7 +125,9 @@ class MainSampler:
         settings = self.run.evaluate
         sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
         seed = (self.run.train.seed, step, EVALUATION)
-        groups = self.fleet.generate(self._heldout, 1, sampling, seed, weight_version=step)
+        groups = self._generate(self._heldout, 1, sampling, seed, step)
+        if groups is None:
+            return None
         correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
 

@@ -1,5 +1,6 @@
 """The policy on megatron-core against transformers: values, gradients, weights, on one rank and on several."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Loss, Metrics, Micro
+from megatron_rl.parallel.mesh import start_world
+from megatron_rl.policy.engine import Policy
 from tests.policy.tiny import by_transformers, case, run_of, save_model
 from tests.ranks import RankError, run_ranks
 
@@ -34,9 +37,6 @@ def weighted(logprobs_R: Tensor, entropies_R: Tensor, micro: Micro) -> Loss:
 
 def one_step(folder: str, parallel: dict[str, object], model: dict[str, object]) -> dict[str, Tensor] | None:
     """Score, accumulate and step on this rank; the main rank returns everything, the others nothing."""
-    from megatron_rl.parallel.mesh import start_world
-    from megatron_rl.policy.engine import Policy
-
     run = run_of(Path(folder), parallel=parallel, model=model)
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
@@ -54,9 +54,19 @@ def one_step(folder: str, parallel: dict[str, object], model: dict[str, object])
 
 def step_under(folder: Path, layout: str, **model: object) -> dict[str, Tensor]:
     ranks, parallel = LAYOUTS[layout]
-    results = run_ranks(one_step, ranks, str(folder), parallel, model, initialise=False, start_method="spawn")
+    # Forked, with megatron-core imported here: importing it again on every rank would be most of the test's time.
+    results = run_ranks(one_step, ranks, str(folder), parallel, model, initialise=False, timeout_seconds=280)
     assert results[0] is not None
     return results[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Keep torch from starting threads in this process: forked ranks would not have them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,18 @@ def test_tied_embeddings_give_the_same_gradient(tmp_path: Path, layout: str) -> 
     name = "gradient.model.embed_tokens.weight"
     atol = 5e-6 * float(truth[name].abs().max())  # as above
     torch.testing.assert_close(ours[name].double(), truth[name], atol=atol, rtol=0)
+
+
+def test_the_load_balancing_loss_reaches_the_router(model: Path, truth: dict[str, Tensor]) -> None:
+    aux = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+
+    ours = step_under(model, "one rank", megatron=aux)
+
+    name = "gradient.model.layers.0.mlp.gate.weight"
+    change = (ours[name].double() - truth[name]).norm() / truth[name].norm()
+    assert float(change) > 1e-3  # otherwise the proof over layouts would compare nothing
+    other = "gradient.lm_head.weight"  # after all routers: not touched
+    torch.testing.assert_close(ours[other].double(), truth[other], atol=5e-6 * float(truth[other].abs().max()), rtol=0)
 
 
 def test_bfloat16_stays_near_float32(model: Path, truth: dict[str, Tensor]) -> None:
