@@ -22,7 +22,7 @@ def run_forked(folder: Path, count: int, layout: str) -> None:
     Raises:
         TrainingError: a rank failed; its message is on stderr.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small: more threads would only wait for each other
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_rl.prove.preload"])
     port = free_port()
