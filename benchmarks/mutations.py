@@ -49,16 +49,16 @@ def run_checks(checks: Sequence[str], mistake: str) -> Result:
     """Run checks of one kind, pytest's or ``prove``'s, in one process."""
     path = os.pathsep.join([str(PLANTER), str(ROOT)])
     environment = os.environ | {"MEGATRON_RL_MISTAKE": mistake, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "MEGATRON_RL_DEVICE": "cpu"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400", "MEGATRON_RL_DEVICE": "cpu"}
     proves = checks[0].startswith("prove ")
     if proves:
         layouts, objectives = (dict.fromkeys(check.split()[place] for check in checks) for place in (1, 2))
         options = [f"--layout={layout}" for layout in layouts] + [f"--objective={name}" for name in objectives]
         words = ["megatron_rl", "prove", *PROVE, *options]
-        complaint = r"FAILS: \W*(.*?)\W*\(\d+ s\)$"
+        complaint = r"FAILS: \W*(.*)"
     else:
         words = ["pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", *checks]
-        complaint = r"^FAILED \S*?::(.*)$"
+        complaint = r"^FAILED \S*?::(\w+.*)$"
     command = [sys.executable, "-m", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     found = re.search(complaint, done.stdout, re.MULTILINE)
@@ -100,15 +100,21 @@ def row(mistake: Mistake) -> tuple[bool, str]:
         if result.failed:
             words = result.words.replace("|", "/")
             print(f"{mistake.name}: noticed by {check}: {words}", flush=True)
-            return True, f"| {mistake.name} | `{mistake.module}` | `{check}` | {words[:110]} |"
+            return True, f"| {mistake.name} | `{mistake.module}` | `{check}` | {shortened(words)} |"
         broken = "" if result.passed else f" (did not run: {result.words[-300:]!r})"
     print(f"{mistake.name}: SURVIVED{broken}", flush=True)
     return False, f"| {mistake.name} | `{mistake.module}` | nothing | **SURVIVED**{broken} |"
 
 
+def shortened(words: str) -> str:
+    """Return a complaint without the name of the test, which has a column of its own, and of one line's length."""
+    without = re.sub(r"^test_\w+|['`]|\W*\(\d+ s\)$", "", words).strip(" -")
+    return without if len(without) <= 120 else without[:117] + "..."
+
+
 def document(lines: Sequence[str], summary: str, date: str) -> str:
     """Return the page."""
-    head = (__doc__ or "").split("\n\n")[0]
+    head = (__doc__ or "").split("\n\n")[0].replace("``", "`")
     table = "\n".join(["| mistake | module | noticed by | its first complaint |", "|---|---|---|---|", *lines])
     proven = f"`prove LAYOUT OBJECTIVE` is `megatron-rl prove {' '.join(PROVE)} --layout LAYOUT --objective OBJECTIVE`."
     end = f"{summary} (2 CPU cores, {date}). Made by `python benchmarks/mutations.py --output docs/mutations.md`."

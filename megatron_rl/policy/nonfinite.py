@@ -58,7 +58,8 @@ class Finding:
             return "a value that is not finite, which did not come up again when its micro-batch was run alone"
         where = "" if self.layer is None else f" in layer {self.layer}"
         sample = "" if self.sample is None else f", sample {self.sample}"
-        weights = f"; weights that are not finite: {', '.join(self.weights)}" if self.weights else ""
+        more = f" and {len(self.weights) - 3} more" if len(self.weights) > 3 else ""
+        weights = f"; weights that are not finite: {', '.join(self.weights[:3])}{more}" if self.weights else ""
         return f"NaN or inf in the {self.kind} {self.name}{where}, rank {self.rank}{sample}{weights}"
 
 

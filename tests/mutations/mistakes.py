@@ -149,10 +149,10 @@ MISTAKES = (
         ("prove tensor=2 grpo",),
     ),
     Mistake(
-        "positions-run-on-across-a-packed-row",
+        "attention-reaches-into-the-sequence-before-it-in-the-row",
         "policy.rows",
-        "torch.arange(row.length) - torch.repeat_interleave(starts_N, lengths_N)",
-        "torch.arange(row.length)",
+        "key[place, :length] = gathered_R[start : start + length]",
+        "key[place, :length] = gathered_R[max(start - 1, 0) : max(start - 1, 0) + length]",
         ("prove tokens=4096 grpo",),
     ),
     Mistake(
