@@ -161,8 +161,9 @@ def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
     if not rollout.sglang_python:
         yield (
-            f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write its'
-            " interpreter in rollout.sglang_python, or start the servers there and write their addresses in rollout.urls"
+            f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write'
+            " its interpreter in rollout.sglang_python, or start the servers there and write their addresses in"
+            " rollout.urls"
         )
         return
     try:

@@ -79,7 +79,9 @@ def option_names(python: str, environment: tuple[tuple[str, str], ...] = ()) -> 
             command, env=_environment(dict(environment)), capture_output=True, text=True, timeout=_HELP_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"could not run {said}: {error}; give the interpreter that SGLang is installed for") from error
+        raise ConfigError(
+            f"could not run {said}: {error}; give the interpreter that SGLang is installed for"
+        ) from error
     names = frozenset(name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", shown.stdout))
     if shown.returncode or "model_path" not in names:
         last = (shown.stderr.strip() or shown.stdout.strip()).rpartition("\n")[2]
