@@ -67,6 +67,11 @@ class Clock:
         return found
 
 
+def replace(owner: object, name: str, function: Callable[..., object]) -> None:
+    """Put a function in the place of another: a benchmark may look where the package must not."""
+    setattr(owner, name, function)
+
+
 def rank(out: Path, words: list[str]) -> int:
     """Be a trainer rank whose collectives are timed; the main rank writes (phase, seconds, in collectives, calls)."""
     import torch.distributed as dist
@@ -74,8 +79,8 @@ def rank(out: Path, words: list[str]) -> int:
     clock, lines = Clock(), list[tuple[str, float, float, int]]()
     for module in (dist, dist.distributed_c10d):
         for name in FUNCTIONS:
-            setattr(module, name, clock.timed(getattr(module, name), 1))
-    dist.Work.wait = clock.timed(dist.Work.wait, 0)  # what was started without waiting
+            replace(module, name, clock.timed(getattr(module, name), 1))
+    replace(dist.Work, "wait", clock.timed(dist.Work.wait, 0))  # what was started without waiting
 
     from megatron_rl.cli import main
     from megatron_rl.train.journal import Journal
@@ -90,7 +95,7 @@ def rank(out: Path, words: list[str]) -> int:
             yield
         lines.append((name, time.perf_counter() - began, *clock.read()))
 
-    Journal.phase = phase
+    replace(Journal, "phase", phase)
     code = main(words)
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(lines))
@@ -101,7 +106,7 @@ def measure(ranks: int, settings: list[str], steps: int, folder: Path) -> dict[s
     """Return (seconds, seconds in collectives, calls) of each phase: of the step where it was fastest."""
     out = folder / "phases.json"
     run = ["train", "configs/demo.toml", f"train.steps={steps}", "evaluate.every=0", f"log.path={folder / 'run'}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     command = [*launcher, str(Path(__file__)), "--rank", str(out), *run, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)

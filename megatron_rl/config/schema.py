@@ -134,6 +134,10 @@ class Rollout(Section):
     """Times a request is tried before the step fails."""
     sglang: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Options for the SGLang servers that this run starts, named as on SGLang's command line with underscores."""
+    sglang_python: InputPath | None = None
+    """Interpreter of the environment that SGLang is installed in, to start servers with."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables for the servers that this run starts."""
 
 
 class Advantage(Section):

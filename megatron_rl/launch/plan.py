@@ -7,13 +7,14 @@ from pathlib import Path
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import ChainedArithmeticTask, JsonlTask, Run
 from megatron_rl.config.sources import raise_problems
-from megatron_rl.errors import MegatronRLError
+from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
 from megatron_rl.policy.hf_files import check_hf_tensors, hf_files
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.rollout.sglang import wrong_options
 from megatron_rl.tasks.jsonl import check_files
 
 
@@ -146,12 +147,30 @@ def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
             f"rollout.servers = 0 ({loaded.origin('rollout.servers')}) and rollout.urls is empty: nothing would sample;"
             " start at least one server or write the URLs of running ones"
         )
-    if not rollout.urls and rollout.engine != "embedded":
+    if not rollout.urls and rollout.engine == "sglang":
+        yield from _sglang(loaded)
+    if not rollout.urls and rollout.engine == "vllm":
         origin = loaded.origin("rollout.engine")
         yield (
             f'rollout.engine = "{rollout.engine}" ({origin}) runs in an environment of its own;'
             " start its servers there and write their addresses in rollout.urls"
         )
+
+
+def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
+    rollout = loaded.run.rollout
+    if not rollout.sglang_python:
+        yield (
+            f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write its'
+            " interpreter in rollout.sglang_python, or start the servers there and write their addresses in rollout.urls"
+        )
+        return
+    try:
+        for name, why in wrong_options(rollout.sglang_python, rollout.sglang, rollout.environment):
+            key = f"rollout.sglang.{name}"
+            yield f"{key} ({loaded.origin(key)}) {why}"
+    except ConfigError as error:
+        yield f"rollout.sglang_python ({loaded.origin('rollout.sglang_python')}): {error}"
 
 
 def _notes(loaded: Loaded[Run], layout: Layout, batches: Batches) -> Iterator[str]:

@@ -1,15 +1,14 @@
 """The fused LM head: log-probabilities and entropies straight from hidden states, without ever holding the logits.
 
-Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C columns of one tile, A = H + ``SHIFT_COLUMNS``.
+Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C columns of one tile, A H + ``SHIFT_COLUMNS``.
 
 The logits exist one tile at a time, and are computed again in the backward pass; two floats per token are kept. Sums
 are formed in float32 or wider. Four products of 2 R H V operations are all the work that counts:
 
 * forward, logits from inputs widened to float32 (a CPU has no bfloat16 product with a float32 result; a GPU does);
 * backward, log p again, in the inputs' type. Rounded to bfloat16, a logit of 30 would be off by 0.06 and its
-  probability by 6 %. So the product forms z - m instead, with m the normaliser rounded to bfloat16: hidden carries -m
-  in one more column, the weight a 1. Near the top of the distribution z - m is small, and so is its rounding; the rest
-  of the normaliser is taken off in float32. The slopes are as exact as bfloat16 can hold them;
+  probability by 6 %. So the product forms log p = z - normaliser before it rounds: hidden carries the normaliser, as a
+  sum of two bfloat16, in two more columns, the weight ones. A probability is then off by 2^-9 |log p| of itself;
 * backward, the gradients to hidden (added up in float32 over the tiles) and to the weight (written once a tile).
 """
 
@@ -44,7 +43,7 @@ TILE_COLUMNS = {"cpu": 8192, "cuda": 16384}
 """Columns of a tile by kind of device: enough that products run at full speed, few enough to be small in memory."""
 
 SHIFT_COLUMNS = 8
-"""Columns added to hidden and weight to take off the normaliser: one is used, eight keep rows aligned to 16 bytes."""
+"""Columns added to hidden and weight to take off the normaliser: two are used, eight keep rows aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def head_logprobs_entropies(
     first_id = group_rank(group) * num_rows
     rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)
     chosen = choose_backend(backend, weight_VH.device.type, -(-rows // columns))
-    passes = compiled_passes() if chosen == "tiles+compile" else eager_passes()
+    passes = compiled_passes(weight_VH.device.type) if chosen == "tiles+compile" else eager_passes()
     shard = Shard(first_id, rows, temperature, group, columns, passes)
     if chosen == "plain":
         return _plain(hidden_RH, weight_VH, targets_R, shard)
@@ -142,6 +141,7 @@ class HeadLogprobs(torch.autograd.Function):
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
         ctx: _HeadContext, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: Shard
     ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies, [R] each."""
         columns_R = targets_R - shard.first_id
         dtype = wide(hidden_RH.dtype)
         scale = torch.full((), 1 / shard.temperature, dtype=dtype, device=hidden_RH.device)
@@ -167,13 +167,14 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override] - the base takes anything
         ctx: _HeadContext, u_R: Tensor | None, v_R: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients to hidden and weight, from those to log-probabilities (u) and entropies (v)."""
         hidden_RH, weight_VH, columns_R, saved_2R = ctx.saved_tensors
         shard = ctx.shard
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         scale = torch.full((), 1 / shard.temperature, dtype=saved_2R.dtype, device=hidden_RH.device)
         again = _Recomputed(hidden_RH, saved_2R[0], shard)
         u_R, v_R = (None if upstream_R is None else upstream_R * scale for upstream_R in (u_R, v_R))
-        upstream = Upstream(again.rest_R, saved_2R[1], u_R, v_R)
+        upstream = Upstream(torch.stack((again.rest_R, saved_2R[1])), u_R, v_R)
         hidden_gradient = torch.zeros_like(hidden_RH, dtype=saved_2R.dtype) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
         for tile in shard.tiles:
@@ -201,16 +202,18 @@ class _Recomputed:
         if dtype == normalizers_R.dtype or not shard.shifted:
             self.rest_R = normalizers_R
             self._left_RA = hidden_RH if _has_wide_products(hidden_RH) else hidden_RH.to(normalizers_R.dtype)
-            self._tile_CA = None
+            self._tile_CA: Tensor | None = None
             same = dtype == normalizers_R.dtype
             self._logits = self._slopes if same else self._slopes.new_empty(self._slopes.shape, dtype=wide(dtype))
             return
-        shift_R = (normalizers_R * shard.temperature).to(dtype)
-        self.rest_R = normalizers_R - shift_R / shard.temperature
+        width_H = hidden_RH.shape[1]
+        raw_R = normalizers_R * shard.temperature
+        shifts_2R = torch.stack((raw_R.to(dtype), (raw_R - raw_R.to(dtype)).to(dtype)))
+        self.rest_R = (raw_R - shifts_2R.to(raw_R.dtype).sum(0)) / shard.temperature
         self._left_RA = torch.nn.functional.pad(hidden_RH, (0, SHIFT_COLUMNS))
-        self._left_RA[:, hidden_RH.shape[1]] = -shift_R
-        self._tile_CA = hidden_RH.new_zeros(width, self._left_RA.shape[1])
-        self._tile_CA[:, hidden_RH.shape[1]] = 1
+        self._left_RA[:, width_H : width_H + 2] = -shifts_2R.T
+        self._tile_CA = hidden_RH.new_zeros(width, width_H + SHIFT_COLUMNS)
+        self._tile_CA[:, width_H : width_H + 2] = 1
         self._logits = self._slopes
 
     def logits(self, tile_CH: Tensor) -> tuple[Tensor, Tensor]:

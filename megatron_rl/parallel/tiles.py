@@ -20,9 +20,18 @@ from megatron_rl.parallel.vocab import LOWEST_LOG, chunks_of_rows, softmax_gradi
 
 log = logging.getLogger(__name__)
 
-INDUCTOR_OPTIONS = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
-"""What the first use need not pay for: trial programs for each vector width (what the CPU reports is believed), and
-precompiled headers, which pay off from the fourth kernel on and start the compiler in every later process."""
+Options = dict[str, bool | int | str | Callable[..., object]]
+
+INDUCTOR_OPTIONS: dict[str, Options] = {
+    "cpu": {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False},
+    "cuda": {"split_reductions": False},
+}
+"""CPU: what the first use need not pay for. Trial programs for each vector width (what the processor reports is
+believed), and precompiled headers, which pay off from the fourth kernel on and start the compiler in every later
+process. GPU: a row is never split, however few rows the first call happens to have."""
+
+FEWEST_ROWS = {"cpu": 2, "cuda": 256}
+"""Tiles of fewer rows are not compiled for: a size of one would be compiled anew, a GPU would be half empty."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,12 @@ class Upstream:
     """What the slopes of a tile depend on besides its logits; [R] each, in float32 or wider.
 
     Attributes:
-        normalizers_R: what to take from the scaled logits to get log p.
-        entropies_R: entropy of the whole vocabulary.
+        saved_2R: what to take from the scaled logits to get log p, and the entropy of the whole vocabulary.
         u_R: upstream gradient of the log-probability by the unscaled logits, if any.
         v_R: the same of the entropy.
     """
 
-    normalizers_R: Tensor
-    entropies_R: Tensor
+    saved_2R: Tensor
     u_R: Tensor | None
     v_R: Tensor | None
 
@@ -61,20 +68,19 @@ def eager_passes() -> Passes:
 
 
 @cache
-def compiled_passes() -> Passes:
-    """Return the passes fused by torch.compile; eager ones where the compiler turns out not to work."""
+def compiled_passes(device_type: str) -> Passes:
+    """Return the passes fused by torch.compile; eager ones for small tiles, and where no compiler works."""
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor import config
 
     known = config.get_config_copy()
-    options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
+    options: Options = {name: value for name, value in INDUCTOR_OPTIONS[device_type].items() if name in known}
     fused_sums = torch.compile(_sums, dynamic=True, fullgraph=True, options=options)
     fused_slopes = torch.compile(_slopes, dynamic=True, fullgraph=True, options=options)
     broken: list[str] = []
 
     def usable(logits_RC: Tensor) -> bool:
-        # A size of one would be compiled anew.
-        return not broken and min(logits_RC.shape) > 1
+        return not broken and len(logits_RC) >= FEWEST_ROWS[device_type] and logits_RC.shape[1] > 1
 
     def give_up(error: BackendCompilerFailed) -> None:
         broken.append(str(error))
@@ -90,9 +96,9 @@ def compiled_passes() -> Passes:
 
     def slopes(out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: Upstream, scale: Tensor) -> None:
         if usable(logits_RC):
-            saved = (upstream.normalizers_R, upstream.entropies_R, upstream.u_R, upstream.v_R)
+            saved_2R, u_R, v_R = upstream.saved_2R, upstream.u_R, upstream.v_R
             try:
-                return fused_slopes(out_RC, logits_RC, columns_R, *saved, scale)
+                return fused_slopes(out_RC, logits_RC, columns_R, saved_2R, u_R, v_R, scale)
             except BackendCompilerFailed as error:
                 give_up(error)
         return _eager_slopes(out_RC, logits_RC, columns_R, upstream, scale)
@@ -118,13 +124,13 @@ def _slopes(
     out_RC: Tensor,
     logits_RC: Tensor,
     columns_R: Tensor,
-    normalizers_R: Tensor,
-    entropies_R: Tensor,
+    saved_2R: Tensor,
     u_R: Tensor | None,
     v_R: Tensor | None,
     scale: Tensor,
 ) -> None:
     """Write u ([j = y] - p_j) - v p_j (log p_j + H), in one expression that fuses."""
+    normalizers_R, entropies_R = saved_2R.unbind(0)
     logs_RC = (logits_RC.to(normalizers_R.dtype) * scale - normalizers_R[:, None]).clamp(min=LOWEST_LOG)
     powers_RC = logs_RC.exp()
     if v_R is None:
@@ -145,12 +151,11 @@ def _eager_sums(logits_RC: Tensor, scale: Tensor) -> Tensor:
 
 
 def _eager_slopes(out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: Upstream, scale: Tensor) -> None:
-    saved_2R = torch.stack((upstream.normalizers_R, upstream.entropies_R))
     for rows in chunks_of_rows(logits_RC):
         out_RC[rows] = softmax_gradient(
             logits_RC[rows].to(wide(logits_RC.dtype)) * scale,
             columns_R[rows],
-            saved_2R[:, rows],
+            upstream.saved_2R[:, rows],
             None if upstream.u_R is None else upstream.u_R[rows],
             None if upstream.v_R is None else upstream.v_R[rows],
         )

@@ -87,7 +87,12 @@ class ServerProcess:
 
 
 def embedded_server(
-    model_path: str, log_path: Path, options: Sequence[str] = (), host: str = "127.0.0.1", port: int | None = None
+    model_path: str,
+    log_path: Path,
+    options: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> ServerProcess:
     """Return an embedded server, not started yet; ``options`` as on the command line of ``megatron-rl serve``."""
     require_model(model_path)
@@ -95,7 +100,8 @@ def embedded_server(
     command = [sys.executable, "-m", "megatron_rl.rollout.serve", model_path, "--host", host, "--port", str(port)]
     package_root = str(Path(megatron_rl.__file__).parents[1])
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH", "")]))
-    return ServerProcess([*command, *options], host, port, log_path, {**os.environ, "PYTHONPATH": search_path})
+    variables = {**os.environ, "PYTHONPATH": search_path, **(environment or {})}
+    return ServerProcess([*command, *options], host, port, log_path, variables)
 
 
 def require_model(path: str) -> None:

@@ -7,6 +7,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.members import Patience
 from megatron_rl.rollout.process import ServerProcess, embedded_server
+from megatron_rl.rollout.sglang import sglang_server
 from megatron_rl.weights.disk import DiskCarrier
 from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
@@ -30,13 +31,18 @@ def open_fleet(run: Run) -> Fleet:
 
 
 def _server(run: Run, number: int) -> ServerProcess:
-    if run.rollout.engine != "embedded":
-        raise ConfigError(
-            f"rollout.engine = {run.rollout.engine!r} without rollout.urls: start the servers yourself, in their own "
-            "environment, and give their urls; only the embedded server is started from here"
-        )
+    rollout, dtype = run.rollout, run.model.dtype
     log = Path(run.log.path) / "servers" / f"server_{number}.log"
-    return embedded_server(run.model.path, log, ["--dtype", run.model.dtype, "--weight-version", "0"])
+    if rollout.engine == "sglang" and rollout.sglang_python:
+        options = {"dtype": dtype, **rollout.sglang}
+        return sglang_server(rollout.sglang_python, run.model.path, log, options, rollout.environment)
+    if rollout.engine != "embedded":
+        raise ConfigError(
+            f"rollout.engine = {rollout.engine!r} without rollout.urls: start the servers yourself, in their own "
+            "environment, and give their urls"
+        )
+    options = ["--dtype", dtype, "--weight-version", "0"]
+    return embedded_server(run.model.path, log, options, environment=rollout.environment)
 
 
 def _carrier(run: Run) -> Carrier:

@@ -67,7 +67,8 @@ class MainSampler:
         self.witness = witness
         self.groups: Sequence[Group] = ()
         self._prompts = task.prompts("train", run.train.seed)
-        self._heldout = first_prompts(task.prompts("heldout", run.train.seed), run.evaluate.prompts)
+        evaluated = run.evaluate.prompts if run.evaluate.every else 0
+        self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
         self._stop = False
         self._sampling = False
         for number in (signal.SIGTERM, signal.SIGINT):
