@@ -25,6 +25,10 @@ from tests.mutations.mistakes import MISTAKES, Mistake  # noqa: E402 (tests are 
 PROVE = ("configs/demo.toml", "--shrink", "layers=2,hidden=64")
 
 
+BROKEN = r"\b(Name|Attribute|Import|ModuleNotFound|Syntax|Type)Error"
+"""Complaints that say that a mistake does not fit the code any more, not that somebody noticed it."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a check said.
@@ -62,7 +66,7 @@ def run_checks(checks: Sequence[str], mistake: str) -> Result:
     command = [sys.executable, "-m", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     found = re.search(complaint, done.stdout, re.MULTILINE)
-    if done.returncode == 1 and found:
+    if done.returncode == 1 and found and not re.search(BROKEN, found[1]):
         return Result(False, True, found[1])
     return Result(done.returncode == 0, False, (done.stdout + done.stderr)[-2000:])
 

@@ -68,10 +68,13 @@ MISTAKES = (
     Mistake(
         "entropy-without-temperature",
         "parallel.head",
-        "        ctx.save_for_backward(hidden_RH, weight_VH, columns_R,",
-        "        untempered = softmax_sums(_logits(hidden_RH, weight_VH[: shard.rows], 1.0))\n"
-        "        entropies_R = finish(untempered, target_logits_R, shard.group)[1]\n"
-        "        ctx.save_for_backward(hidden_RH, weight_VH, columns_R,",
+        "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n",
+        "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n"
+        "        untempered = [_no_sums(hidden_RH, dtype)]\n"
+        "        for tile in shard.tiles:\n"
+        "            logits_RC = widened_RH @ weight_VH[tile].to(widened_RH.dtype).T\n"
+        "            untempered.append(shard.passes.sums(logits_RC, torch.ones_like(scale)))\n"
+        "        entropies_R = finish(merge_sums(torch.stack(untempered)), target_logits_R, shard.group)[1]\n",
         (HEAD,),
     ),
     Mistake(
