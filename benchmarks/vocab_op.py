@@ -288,7 +288,7 @@ def measure(name: str, case: Case) -> Measured:
         # Leaves: a slice would copy its gradient.
         leaves = [part.detach().requires_grad_() for part in (hidden[:rows], weight[:columns])]
         start = clock(case)
-        outputs = call(*leaves, targets[:rows] % columns)
+        outputs = call(leaves[0], leaves[1], targets[:rows] % columns)
         middle, forward_peak = clock(case), peak_bytes(case.device)
         loss = (outputs[0] * upstream[0, :rows] + outputs[1] * upstream[1, :rows]).sum()
         gradient = torch.autograd.grad(loss, leaves)[0]
