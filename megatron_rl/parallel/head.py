@@ -55,7 +55,7 @@ class Shard:
         rows: rows that are tokens of the model; those after are padding.
         temperature: divides the logits.
         group: the ranks that share the vocabulary.
-        columns: columns of a tile.
+        columns: most columns of a tile.
         passes: the element-wise passes.
         shifted: whether 16-bit logits are computed again in 16 bits, less the normaliser; else in float32.
     """
@@ -70,8 +70,10 @@ class Shard:
 
     @property
     def tiles(self) -> list[slice]:
-        """The rows of the weight, tile by tile."""
-        return [slice(i, min(i + self.columns, self.rows)) for i in range(0, self.rows, self.columns)]
+        """The rows of the weight, tile by tile: of one width but for a few rows, so that one kernel fits them all."""
+        num_tiles = -(-self.rows // self.columns)
+        width = min(self.columns, -(-self.rows // max(num_tiles, 1) // 8) * 8)
+        return [slice(i, min(i + width, self.rows)) for i in range(0, self.rows, max(width, 1))]
 
 
 def head_logprobs_entropies(

@@ -75,8 +75,8 @@ def compiled_passes(device_type: str) -> Passes:
 
     known = config.get_config_copy()
     options: Options = {name: value for name, value in INDUCTOR_OPTIONS[device_type].items() if name in known}
-    fused_sums = torch.compile(_sums, dynamic=True, fullgraph=True, options=options)
-    fused_slopes = torch.compile(_slopes, dynamic=True, fullgraph=True, options=options)
+    fused_sums = torch.compile(_sums, dynamic=True, options=options)
+    fused_slopes = torch.compile(_slopes, dynamic=True, options=options)
     broken: list[str] = []
 
     def usable(logits_RC: Tensor) -> bool:
