@@ -42,6 +42,8 @@ FOLDER_HEAD = """# The run folder
 | `metrics.jsonl` | one JSON object a step, keys below |
 | `rollouts.jsonl` | one a sample: prompt, response, reward, reason, tokens, weight versions; `log.rollouts` |
 | `console.log` | the table of the console, with the time of day |
+| `mismatch.json` | the newest step's tokens on which engine and trainer agree least |
+| `nonfinite/` | where NaN or inf came up: the micro-batch and its weights, for `megatron-rl replay` |
 | `servers/server_0.log` | what a rollout server says, if the run started it |
 | `checkpoints/step_00000060/` | every rank's weights, main weights and Adam moments; `meta.json` is written last |
 | `export/` | the trained model as a Hugging Face checkpoint; `checkpoint.export` |
