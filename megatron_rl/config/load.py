@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from megatron_rl.config.explain import explain
 from megatron_rl.config.section import ReadFrom
 from megatron_rl.config.sources import Key, Source, raise_problems, read_sources
-from megatron_rl.config.tree import field_at, lookup, section_of
+from megatron_rl.config.tree import field_at, lookup, marks_of, section_of
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -112,7 +112,7 @@ def _owner(sources: Sequence[Source], key: Key) -> Source | None:
 
 def _resolve_path(model: type[BaseModel], table: dict[str, object], key: Key, folder: Path) -> None:
     field = field_at(model, table, key)
-    marks = [mark for mark in field.metadata if isinstance(mark, ReadFrom)] if field else []
+    marks = [mark for mark in marks_of(field) if isinstance(mark, ReadFrom)] if field else []
     holder = lookup(table, key[:-1])
     value = lookup(table, key)
     if marks and isinstance(value, str) and isinstance(holder, dict) and value and marks[0].when in value:

@@ -54,6 +54,12 @@ def field_at(model: type[BaseModel], table: Mapping[str, object], key: Key) -> F
     return field
 
 
+def marks_of(field: FieldInfo) -> list[object]:
+    """Return what a field is annotated with, also where only one side of ``InputPath | None`` is."""
+    parts = [getattr(part, "__metadata__", ()) for part in get_args(field.annotation)]
+    return [*field.metadata, *(mark for part in parts for mark in part)]
+
+
 def all_fields(model: type[BaseModel], prefix: Key = (), kind: str = "") -> Iterator[tuple[Key, FieldInfo, str]]:
     """Yield key, field and kind of every setting; kind is such as ``objective.name = "espo"``, or empty."""
     for name, field in model.model_fields.items():

@@ -137,6 +137,7 @@ class Policy:
         """Set the gradients to those of these rows; return (loss, is it finite) of each row, as ``run_rows``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+            chunk.force_all_reduce = whole_gradients  # for buckets that are reduced while the backward pass goes on
         self.optimizer.zero_grad()
         step = partial(_differentiable, loss_of)
         results = self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)

@@ -109,7 +109,7 @@ class Client:
         await self._control(Path.UPDATE_VERSION, {"new_version": version, "abort_all_requests": False})
 
     async def checksums(self) -> tuple[str, Mapping[str, str]]:
-        """Return the algorithm (empty if the server does not say) and each tensor's checksum by the server's names."""
+        """Return the algorithm (empty if it is not known) and each tensor's checksum by the server's names."""
         answer = await self._json("POST", Path.WEIGHTS_CHECKER, {"action": "checksum"})
         ranks = answer.get("ranks")
         merged: dict[str, str] = {}
@@ -118,8 +118,11 @@ class Client:
             if not isinstance(sums, dict):
                 raise BadAnswer(f"{self.url}{Path.WEIGHTS_CHECKER}: rank {rank} has no checksums: {str(entry)[:80]}")
             merged |= {(f"{rank}:{name}" if rank else name): str(value) for name, value in sums.items()}
-        if not merged:
+        if not merged or not isinstance(ranks, list):
             raise BadAnswer(f"{self.url}{Path.WEIGHTS_CHECKER}: no checksums in {str(answer)[:80]}")
+        if "algorithm" not in answer and len(ranks) == 1 and (await self.server_info()).get("device") == "cpu":
+            # SGLang does not say, and has another on GPUs; of several ranks each has a shard.
+            return "sha256/8", merged
         return str(answer.get("algorithm", "")), merged
 
     async def _control(self, path: Path, body: Json, retries: int | None = None) -> None:

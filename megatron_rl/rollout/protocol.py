@@ -150,7 +150,7 @@ class _Reader:
         input_logprobs: tuple[float, ...] = ()
         if request.max_new_tokens == 0:
             entries = self.field(meta, "input_token_logprobs", list)
-            input_logprobs = self.logprobs(entries[1:], request.input_ids[1:])
+            input_logprobs = self.logprobs(entries[1:], request.input_ids[1:], stand_in=0)
         text = self.field(entry, "text", str)
         return Sample(request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions)
 
@@ -181,12 +181,14 @@ class _Reader:
             )
         return kind
 
-    def logprobs(self, entries: Sequence[object], ids: Sequence[int]) -> tuple[float, ...]:
+    def logprobs(self, entries: Sequence[object], ids: Sequence[int], stand_in: int | None = None) -> tuple[float, ...]:
+        """Return the log-probs; SGLang writes a 0 for the id of the vocabulary's last token in an input."""
         if len(entries) != len(ids):
             raise BadAnswer(f"{self.where}: {len(entries)} log-probs for {len(ids)} tokens")
         values = []
         for position, (entry, token_id) in enumerate(zip(entries, ids, strict=True)):
-            value = entry[0] if isinstance(entry, list) and len(entry) >= 2 and entry[1] == token_id else None
+            is_entry = isinstance(entry, list) and len(entry) >= 2 and entry[1] in (token_id, stand_in)
+            value = entry[0] if is_entry else None
             # A hair above 0 is rounding; anything more is not a log-probability.
             if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
                 raise BadAnswer(f"{self.where}: log-prob {position} is {entry!r}, for token {token_id}")

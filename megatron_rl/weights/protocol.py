@@ -22,6 +22,9 @@ from megatron_rl.errors import RolloutError
 NamedTensors = Sequence[tuple[str, Tensor]]
 CHECKSUM = "sha256"
 """Of a tensor's bytes, row-major and little-endian; what the embedded server computes too."""
+SHORT_CHECKSUM = "sha256/8"
+"""The first 8 bytes of the same: SGLang on a CPU. It fuses some tensors; those have names that the sender has not."""
+_DIGITS = {CHECKSUM: 64, SHORT_CHECKSUM: 16}
 
 
 class Server(Protocol):
@@ -98,18 +101,25 @@ class Push(ABC):
         self.failed |= {s.url: why for s, why in zip(self.servers, outcomes, strict=True) if why}
         self.servers = [s for s, why in zip(self.servers, outcomes, strict=True) if not why]
 
+    def _sum(self, name: str, algorithm: str) -> str:
+        return self.sums[name][: _DIGITS[algorithm]]
+
     async def _verify(self) -> None:
         """Compare every server's checksums with the sender's, or among each other if they are of another kind."""
         found: dict[str, Mapping[str, str]] = {}
 
         async def compare(server: Server) -> None:
             algorithm, sums = await server.checksums()
-            if algorithm != CHECKSUM:
+            if algorithm not in _DIGITS:
                 found[server.url] = sums
                 return
-            if wrong := [name for name, value in self.sums.items() if sums.get(name) != value]:
+            names = self.sums.keys() if algorithm == CHECKSUM else self.sums.keys() & sums.keys()
+            wrong = [name for name in self.sums if name in names and sums.get(name) != self._sum(name, algorithm)]
+            if not names:
+                raise RolloutError(f"{server.url}: it has none of the {len(self.sums)} tensors that were sent, by name")
+            if wrong:
                 raise RolloutError(
-                    f"{server.url}: {len(wrong)} of {len(self.sums)} tensors differ from what was sent, first "
+                    f"{server.url}: {len(wrong)} of {len(names)} tensors differ from what was sent, first "
                     f"{wrong[0]!r}; if it serves another dtype than the trainer's, start it with the same one"
                 )
 

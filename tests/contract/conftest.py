@@ -3,20 +3,25 @@
 import asyncio
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
-from megatron_rl.rollout.process import embedded_server
+from megatron_rl.rollout.process import ServerProcess, embedded_server
+from megatron_rl.rollout.sglang import sglang_server
 from tests.rollout import tiny
 
-ENGINES = ("embedded",)
-"""Engines under contract; the recorded replay and the real SGLang join here."""
+ROOT = Path(__file__).parent.parent.parent
+SGLANG = load(Run, [ROOT / "configs" / "demo.toml", ROOT / "configs" / "engine" / "sglang-cpu.toml"]).run.rollout
+ENGINES = ("embedded", pytest.param("sglang", marks=pytest.mark.sglang))
+"""Engines under contract."""
 
 
 @dataclass
@@ -28,8 +33,15 @@ class Contract:
     model: Path
     vocabulary: int = tiny.VOCABULARY
     context: int = 256
-    repeats: bool = field(default=True)
-    """Equal requests with equal seeds are answered equally."""
+    repeats: bool = True
+    """Equal requests with equal seeds are answered equally. SGLang's torch_native attention does not promise it."""
+    head_start_seconds: float = 0.08
+    """A long request has some tokens after this time, and far from all."""
+
+    @property
+    def is_sglang(self) -> bool:
+        """Whether this is the real one."""
+        return self.engine == "sglang"
 
     def ask(self, path: str, body: Mapping[str, object] | None = None, method: str = "POST") -> tuple[int, str]:
         """Return status and text of an answer."""
@@ -57,19 +69,36 @@ class Contract:
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contract]:
     folder = tmp_path_factory.mktemp("contract")
     model = tiny.save("qwen3_moe", folder / "model")
-    process = embedded_server(str(model), folder / "log")
-    process.start()
+    tiny.tokenizer().save_pretrained(model)
+    process = start(request.param, model, folder / "log")
     try:
 
         async def wait() -> None:
             member = Member(Client(process.url), process)
-            await wait_until_healthy(member, Patience(start_timeout_seconds=120))
+            await wait_until_healthy(member, Patience(start_timeout_seconds=240))
             await member.client.close()
 
         asyncio.run(wait())
-        yield Contract(request.param, process.url, model)
+        if request.param == "sglang":
+            yield Contract("sglang", process.url, model, repeats=False, head_start_seconds=0.5)
+        else:
+            yield Contract("embedded", process.url, model)
     finally:
         process.stop()
+
+
+def start(engine: str, model: Path, log: Path) -> ServerProcess:
+    """Start a server of this engine."""
+    if engine == "embedded":
+        process = embedded_server(str(model), log)
+    else:
+        python = str(SGLANG.sglang_python)
+        if not Path(python).exists():
+            pytest.skip("no .venv-sglang: tools/sglang-cpu makes it")
+        options = {**SGLANG.sglang, "dtype": "float32", "enable_return_routed_experts": True}
+        process = sglang_server(python, str(model), log, options, SGLANG.environment)
+    process.start()
+    return process
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ async def during(
 ) -> dict[str, Any]:
     """Return the answer to a request while something else happens after its start."""
     request = asyncio.ensure_future(server.ask_async("/generate", body))
-    await asyncio.sleep(0.08)
+    await asyncio.sleep(server.head_start_seconds)
     assert not request.done(), "the request was over before anything could happen to it"
     await action()
     status, text = await request

@@ -6,7 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_rl.rollout.engine import Batching, Engine
 from megatron_rl.rollout.model import ServedModel
@@ -43,6 +52,12 @@ def save(family: str, folder: Path, tied: bool = False) -> Path:
     """Write a random model to the folder."""
     build(family, tied).save_pretrained(folder)
     return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a word for every id."""
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
 
 
 def work_of(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, object]], **more: object) -> Work:

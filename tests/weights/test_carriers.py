@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.errors import RolloutError
 from megatron_rl.rollout.payload import read_tensors
 from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.protocol import CHECKSUM, Carrier, checksum
+from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, checksum
 from megatron_rl.weights.tensor import TensorCarrier
 
 TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
@@ -51,6 +51,8 @@ class Recorder:
     async def checksums(self) -> tuple[str, Mapping[str, str]]:
         await self._called("checksums")
         sums = {name: checksum(tensor) for name, tensor in self.tensors.items()}
+        if self.algorithm == SHORT_CHECKSUM:  # as SGLang: some names are its own
+            sums = {n: s[:16] for n, s in sums.items() if n != "t0"} | {"t0_fused": "0" * 16}
         return self.algorithm, {n: "damaged" if n == self.damages else s for n, s in sums.items()}
 
 
@@ -119,6 +121,19 @@ def test_foreign_checksums_are_compared_among_the_servers(carrier: Carrier) -> N
     report = asyncio.run(carrier.push(servers, TENSORS, 1))
     assert report.failed.keys() == {"c"}
     assert "differ from those of a" in str(report.failed["c"])
+
+
+def test_short_checksums_are_compared_where_the_names_are_the_same(carrier: Carrier) -> None:
+    servers = [Recorder(url, algorithm=SHORT_CHECKSUM, damages=damages) for url, damages in (("a", ""), ("b", "t1"))]
+    report = asyncio.run(carrier.push(servers, TENSORS, 1))
+    assert report.failed.keys() == {"b"}
+    assert "1 of 6 tensors differ" in str(report.failed["b"])
+
+
+def test_a_server_that_took_nothing_is_found(carrier: Carrier) -> None:
+    empty = Recorder("a", algorithm=SHORT_CHECKSUM)
+    report = asyncio.run(carrier.push([empty], [("t0", torch.ones(3))], 1))
+    assert "none of the 1 tensors that were sent" in str(report.failed["a"])
 
 
 def test_disk_keeps_the_newest_versions_and_no_unfinished_one(tmp_path: Path) -> None:

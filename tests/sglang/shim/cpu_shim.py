@@ -17,13 +17,17 @@ PINNED_MEMORY = "sglang.srt.mem_cache.pool_host.common"
 """Registers host memory with CUDA when routed experts are to be returned; without CUDA there is nothing to register."""
 
 
+MISSING = ("active",)
+"""Names that the packages would not have here: SGLang asks triton for its active driver to see whether there is one."""
+
+
 class Inert:
     """Anything at all: every attribute, item and call of it is inert again; as a decorator it changes nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def __getattr__(self, name: str) -> "Inert":
-        if name.startswith("__"):
+        if name.startswith("__") or name in MISSING:
             raise AttributeError(name)
         return Inert()
 
