@@ -56,6 +56,7 @@ def main() -> None:
     results = {
         name: [run(name, seed, options.steps, options.runs) for seed in range(options.seeds)] for name in OBJECTIVES
     }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     text = [
         "# Accuracy of the demo by objective",

@@ -1,10 +1,13 @@
-"""The command line: ``megatron-rl train | check | prove | serve``. The only place, with the console, that prints."""
+"""The command line: ``megatron-rl VERB``. The only place, with the console, that prints."""
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
@@ -24,6 +27,8 @@ CONFIG_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return its exit code. An error that a user can meet is one message, and code 2 (``check``: 1)."""
     options = _parser().parse_args(argv)
+    if "RANK" not in os.environ:  # a rank that is still starting just ends
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(options.run(options))
     except MegatronRLError as error:
@@ -32,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"megatron-rl {options.verb}: interrupted\n")
         return 130
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,9 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--output", type=Path, metavar="FILE", help="write prove.json here")
     prove.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of the set (default: %(default)s)")
     prove.set_defaults(run=_prove)
-    prove_rank = verbs.add_parser("prove-rank")
-    prove_rank.add_argument("folder", type=Path)
-    prove_rank.set_defaults(run=_prove_rank)
+
+    replay = verbs.add_parser("replay", help="run a saved micro-batch alone and find its first NaN or inf")
+    replay.add_argument("file", type=Path, help="RUN/nonfinite/row.safetensors, beside the weights that it was run on")
+    replay.add_argument("--same-layout", action="store_true", help="on the ranks of the run, instead of one")
+    replay.set_defaults(run=_replay)
+    replay_rank = verbs.add_parser("replay-rank")
+    replay_rank.add_argument("file", type=Path)
+    replay_rank.add_argument("folder", type=Path)
+    replay_rank.set_defaults(run=_replay_rank)
 
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
     add_serve_arguments(serve)
@@ -97,13 +112,24 @@ def _prove(options: argparse.Namespace) -> int:
     return prove(loaded, options.layout, options.shrink, options.objective, options.output, options.ranks)
 
 
-def _prove_rank(options: argparse.Namespace) -> int:
+def _replay(options: argparse.Namespace) -> int:
     from megatron_rl.launch.quiet import quiet_upstream
 
     quiet_upstream()
-    from megatron_rl.prove.rank import main as prove_rank
+    from megatron_rl.launch.replay import replay
 
-    return prove_rank(options.folder)
+    return replay(options.file, options.same_layout)
+
+
+def _replay_rank(options: argparse.Namespace) -> int:
+    from megatron_rl.launch.failures import told
+    from megatron_rl.launch.quiet import quiet_upstream
+
+    quiet_upstream()
+    with told():
+        from megatron_rl.train.evidence import replay_rank
+
+        return replay_rank(options.file, options.folder)
 
 
 def _serve(options: argparse.Namespace) -> int:

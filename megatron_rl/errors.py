@@ -5,6 +5,7 @@
     |-- DataError        a prompt file, a checkpoint or a sample is wrong
     |-- RolloutError     no rollout server could give what was asked
     `-- TrainingError    a step could not be finished
+        `-- NonFiniteError (in policy.nonfinite)    it met NaN or inf
 
 A message says what is wrong, the value seen, where it was set, and what to write instead.
 """

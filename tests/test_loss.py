@@ -93,6 +93,20 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(name, parts):
     assert largest == whole[2].maxima["ratio"].item()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_entropies_get_no_gradient(name):
+    """Windows and weights come from the old policy's entropies; the current ones are for the journal alone."""
+    batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
+    batch = batch.add(prepare(batch, OBJECTIVES[name], Correction(), VOCABULARY))
+    logprobs_R, entropies_R = (
+        new_T[batch.trained_R].requires_grad_(),
+        torch.ones(len(batch.trained_R), requires_grad=True),
+    )
+    loss_of(OBJECTIVES[name])(logprobs_R, entropies_R, batch.micro()).value.backward()
+    assert logprobs_R.grad is not None
+    assert entropies_R.grad is None
+
+
 def context_share(micro: Micro, rank: int, size: int) -> Tensor:
     """Return which tokens of a row a rank holds, zig-zag; the last of three ranks holds none."""
     if size == 3:

@@ -8,10 +8,18 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel import head
-from megatron_rl.parallel.head import choose_backend, compiler_found, head_logprobs_entropies
+from megatron_rl.parallel import head, vocab
+from megatron_rl.parallel.head import (
+    HeadLogprobs,
+    Shard,
+    backend_in_words,
+    choose_backend,
+    head_logprobs_entropies,
+)
+from megatron_rl.parallel.tiles import Passes, compiled_passes, compiler_found, eager_passes
 from megatron_rl.parallel.vocab import vocab_logprobs_entropies
 from tests.ranks import run_ranks
 
@@ -135,7 +143,7 @@ def test_shards_of_the_vocabulary_give_the_whole_one(size):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(head, "TILE_COLUMNS", 8)
+    monkeypatch.setitem(head.TILE_COLUMNS, "cpu", 8)
 
 
 def head_reference(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float, size: int):
@@ -199,6 +207,50 @@ def test_head_in_bfloat16_is_as_exact_as_its_inputs(backend):
         assert (actual.double() - wanted).norm() < 6e-3 * wanted.norm()
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_confident_token_keeps_its_gradient_in_bfloat16(temperature):
+    """A logit near 40 would be rounded to a multiple of 0.25; less the normaliser it is near log 1 = 0."""
+    hidden, weight = 3 * random(16, 32, seed=1, dtype=torch.bfloat16), random(40, 32, seed=20, dtype=torch.bfloat16)
+    targets = (hidden @ weight.T).argmax(1)
+    upstream = random(2, 16, seed=3)
+    expected = head_reference(hidden, weight, targets, upstream, temperature, 40)
+    assert expected[0][0].max() > -0.05, "no token is confident"
+    hidden.requires_grad_()
+    outputs = torch.stack(head_logprobs_entropies(hidden, weight, targets, temperature=temperature, backend="tiles"))
+    (gradient,) = torch.autograd.grad((outputs * upstream).sum(), hidden)
+    error = (gradient.double() - expected[1]).norm() / expected[1].norm()
+    # Rounding of slopes, tiles' sums and results, and of log p near -5: 2^-9 each, and five times that.
+    assert error < 1e-2
+    # The same from logits that were rounded to bfloat16.
+    rounded = torch.stack(full((hidden @ weight.T).double(), targets, temperature))
+    (gradient,) = torch.autograd.grad((rounded * upstream).sum(), hidden)
+    assert error < 0.25 * (gradient.double() - expected[1]).norm() / expected[1].norm()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_an_unused_entropy_costs_nothing_and_ranks_speak_once():
+    seen: list[Tensor | None] = []
+    calls: list[tuple[int, ...]] = []
+    eager = eager_passes()
+
+    def slopes(out, logits, columns, upstream, scale):
+        seen.append(upstream.v_R)
+        eager.slopes(out, logits, columns, upstream, scale)
+
+    def gather(group, tensor):
+        calls.append(tuple(tensor.shape))
+        return tensor.detach()[None]
+
+    hidden, weight = random(6, 5).requires_grad_(), random(30, 5, seed=1).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocab, "gather_over", gather)
+        shard = Shard(0, 30, 1.0, None, 8, Passes(eager.sums, slopes))
+        HeadLogprobs.apply(hidden, weight, torch.arange(6), shard)[0].sum().backward()
+    assert seen == [None] * 4
+    assert calls == [(4, 6)]
+
+
 def test_mixed_types_and_unknown_backends_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="cast one of them"):
         head_logprobs_entropies(random(2, 3), random(4, 3, dtype=torch.float32), torch.tensor([0, 1]))
@@ -208,16 +260,37 @@ def test_mixed_types_and_unknown_backends_are_refused(monkeypatch):
 
 
 def test_choice_of_the_backend(monkeypatch):
-    cpu = torch.device("cpu")
     monkeypatch.delenv(head.BACKEND_VARIABLE, raising=False)
-    assert choose_backend("auto", cpu, num_tiles=1) == "tiles"
-    assert choose_backend("auto", cpu, num_tiles=2) == ("tiles+compile" if compiler_found("cpu") else "tiles")
-    assert choose_backend("plain", cpu, num_tiles=2) == "plain"
+    assert choose_backend("auto", "cpu", num_tiles=1) == "tiles"
+    assert choose_backend("auto", "cpu", num_tiles=2) == ("tiles+compile" if compiler_found("cpu") else "tiles")
+    assert choose_backend("plain", "cpu", num_tiles=2) == "plain"
     monkeypatch.setenv(head.BACKEND_VARIABLE, "tiles")
-    assert choose_backend("auto", cpu, num_tiles=2) == "tiles"
+    assert choose_backend("auto", "cpu", num_tiles=2) == "tiles"
     monkeypatch.setattr(head, "compiler_found", lambda device_type: False)
     monkeypatch.delenv(head.BACKEND_VARIABLE)
-    assert choose_backend("auto", cpu, num_tiles=2) == "tiles"
+    assert choose_backend("auto", "cpu", num_tiles=2) == "tiles"
+    assert backend_in_words("cpu") == "tiles, eager"
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_compiler_that_fails_leaves_the_eager_passes(monkeypatch, caplog):
+    class Failed(BackendCompilerFailed):
+        def __init__(self):
+            RuntimeError.__init__(self, "no such instruction")
+
+    def broken(function, **options):
+        def call(*args):
+            raise Failed
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(head, "compiled_passes", compiled_passes.__wrapped__)
+    hidden, weight, targets = random(6, 5), random(30, 5, seed=1), torch.arange(6)
+    found = head_logprobs_entropies(hidden, weight, targets, backend="tiles+compile")
+    assert "goes on without it" in caplog.text
+    expected = head_logprobs_entropies(hidden, weight, targets, backend="tiles")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -253,10 +326,19 @@ def test_head_on_tensor_ranks_gives_the_whole_and_partial_gradients(size):
 
 @pytest.mark.skipif(not compiler_found("cpu"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.usefixtures("small_tiles")
-def test_compiled_tiles_equal_the_definition():
+def test_compiled_tiles_equal_the_definition_and_the_eager_ones():
     hidden, weight = random(6, 5, seed=1).requires_grad_(), random(30, 5, seed=2).requires_grad_()
     targets, upstream = torch.tensor([0, 26, 7, 8, 15, 16]), random(2, 6, seed=3)
     expected = head_reference(hidden.detach(), weight.detach(), targets, upstream, 0.6, 27)
     outputs = head_logprobs_entropies(hidden, weight, targets, temperature=0.6, vocab_size=27, backend="tiles+compile")
     gradients = torch.autograd.grad((torch.stack(outputs) * upstream).sum(), (hidden, weight))
     torch.testing.assert_close((torch.stack(outputs).detach(), *gradients), expected, **EXACT)
+
+    hidden, weight = (tensor.detach().to(torch.bfloat16).requires_grad_() for tensor in (hidden, weight))
+    results = []
+    for backend in ("tiles", "tiles+compile"):
+        outputs = torch.stack(head_logprobs_entropies(hidden, weight, targets, backend=backend))
+        results.append((outputs.detach(), *torch.autograd.grad((outputs * upstream).sum(), (hidden, weight))))
+    # Sums of 30 terms in another order; a slope on the edge between two bfloat16 may fall to either side (2^-8).
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=2**-7, atol=2**-8)

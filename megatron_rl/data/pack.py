@@ -104,6 +104,16 @@ def pack(batch: Batch, rules: RowRules) -> list[Row]:
     return [Row(batch, tuple(b), padded_B[torch.tensor(b, dtype=torch.int64)], length) for b in bins]
 
 
+def one_row(batch: Batch, rules: RowRules) -> list[Row]:
+    """Return the whole batch as one row, as many times as the mesh asks for rows; no budget applies.
+
+    Copies, not empty rows: what is undefined for an empty row (a load-balancing loss) would look like a finding.
+    """
+    padded_N = _round_up(batch.lengths_B, rules.sequence_multiple)
+    length = int(_round_up(padded_N.sum().clamp(min=1), rules.row_multiple))
+    return [Row(batch, tuple(range(len(batch))), padded_N, length)] * rules.count_multiple
+
+
 def _even_bins(lengths: Sequence[int], rules: RowRules) -> list[list[int]]:
     """Deal sequences, longest first, each into the emptiest row; use more rows until all fit the budget."""
     multiple = rules.count_multiple

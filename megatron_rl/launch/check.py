@@ -17,6 +17,7 @@ OPTIONAL_USE = {
     "liger-kernel": "fused kernels on GPUs",
     "sglang": "not needed here: it has an environment of its own",
     "vllm": "not needed here: it has an environment of its own",
+    "vocabulary operation": "log-probs and entropies from the output layer, where it has more than one tile of rows",
 }
 
 

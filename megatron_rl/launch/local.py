@@ -9,27 +9,32 @@ from collections.abc import Sequence
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
+from megatron_rl.launch.failures import told
 from megatron_rl.launch.plan import make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
 from megatron_rl.parallel.mesh import launched_rank
 from megatron_rl.train.folder import prepare_folder
+from megatron_rl.train.resume import check_resumable
 
 
 def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
-    """Train; return the exit code: 0 when done, 130 when stopped and resumable, else the first failing rank's."""
+    """Train; return the exit code: 0 when done, 130 when stopped and resumable."""
     launched = launched_rank()
     if launched is not None:
         rank, size, _ = launched
         if PREPARED not in os.environ:  # torchrun or srun started this rank, not we
             make_plan(loaded, size)
+            check_resumable(loaded.run, size)
             if rank == 0:
                 prepare_folder(loaded.run)
         quiet_upstream()
-        from megatron_rl.train.rank import run_rank
+        with told():
+            from megatron_rl.train.rank import run_rank
 
-        return run_rank(loaded)
+            return run_rank(loaded)
     plan = make_plan(loaded)
+    check_resumable(loaded.run, plan.layout.ranks)
     for change in prepare_folder(loaded.run):
         sys.stderr.write(f"megatron-rl train: resumed with another setting: {change}\n")
-    return LocalRanks(["train", *words], plan.layout.ranks).run()
+    return LocalRanks(["train", *words], plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()

@@ -12,6 +12,7 @@ from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
+from megatron_rl.policy.hf_files import check_hf_tensors, hf_files
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.rollout.sglang import wrong_options
 from megatron_rl.tasks.jsonl import check_files
@@ -59,7 +60,9 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     batches = batches_of(run, layout)
     shape = None
     try:
-        shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
+        family = family_of(read_hf_config(Path(run.model.path)))
+        shape = shape_of(family)
+        check_hf_tensors(hf_files(Path(run.model.path)), family, Path(run.model.path))
     except MegatronRLError as error:
         problems.append(str(error))
     if shape is not None:
@@ -158,8 +161,8 @@ def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
     if not rollout.sglang_python:
         yield (
-            f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own;'
-            " write its interpreter in rollout.sglang_python, or start the servers there and write their addresses in"
+            f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write'
+            " its interpreter in rollout.sglang_python, or start the servers there and write their addresses in"
             " rollout.urls"
         )
         return

@@ -1,21 +1,19 @@
 """The fused LM head: log-probabilities and entropies straight from hidden states, without ever holding the logits.
 
-Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C columns of one tile.
+Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C columns of one tile, A H + ``SHIFT_COLUMNS``.
 
 The logits exist one tile at a time, and are computed again in the backward pass; two floats per token are kept. Sums
-are formed in float32 or wider: products of the forward pass take inputs widened to float32 (a CPU has no bfloat16
-product with a float32 result; a GPU does), products of the backward pass stay in the inputs' type and are added up in
-float32.
+are formed in float32 or wider. Four products of 2 R H V operations are all the work that counts:
+
+* forward, logits from inputs widened to float32 (a CPU has no bfloat16 product with a float32 result; a GPU does);
+* backward, log p again, in the inputs' type. Rounded to bfloat16, a logit of 30 would be off by 0.06 and its
+  probability by 6 %. So the product forms log p = z - normaliser before it rounds: hidden carries the normaliser, as a
+  sum of two bfloat16, in two more columns, the weight ones. A probability is then off by 2^-9 |log p| of itself;
+* backward, the gradients to hidden (added up in float32 over the tiles) and to the weight (written once a tile).
 """
 
-import importlib.util
 import os
-import shutil
-import sysconfig
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -24,27 +22,28 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.collectives import Group, group_rank
-from megatron_rl.parallel.vocab import (
-    Context,
-    finish,
-    merge_sums,
-    pick,
-    softmax_gradient,
-    softmax_sums,
-    vocab_logprobs_entropies,
-    wide,
-)
+from megatron_rl.parallel.tiles import Passes, Upstream, compiled_passes, compiler_found, eager_passes
+from megatron_rl.parallel.vocab import Context, finish, merge_sums, pick, vocab_logprobs_entropies, wide
 
 Backend = Literal["auto", "plain", "tiles", "tiles+compile"]
 """``plain`` holds all logits (the reference), ``tiles`` runs eagerly, ``tiles+compile`` fuses the element-wise passes;
 ``auto`` is the last where a compiler is found and there is more than one tile, else ``tiles``."""
 
-BACKENDS: tuple[Backend, ...] = ("auto", "plain", "tiles", "tiles+compile")
+BACKENDS: dict[Backend, str] = {
+    "auto": "chosen by what is found",
+    "plain": "plain",
+    "tiles": "tiles, eager",
+    "tiles+compile": "tiles, compiled",
+}
 
 BACKEND_VARIABLE = "MEGATRON_RL_HEAD"
 """Environment variable that says what ``auto`` is."""
 
-TILE_COLUMNS = 8192
+TILE_COLUMNS = {"cpu": 8192, "cuda": 16384}
+"""Columns of a tile by kind of device: enough that products run at full speed, few enough to be small in memory."""
+
+SHIFT_COLUMNS = 8
+"""Columns added to hidden and weight to take off the normaliser: two are used, eight keep rows aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,25 @@ class Shard:
         rows: rows that are tokens of the model; those after are padding.
         temperature: divides the logits.
         group: the ranks that share the vocabulary.
-        sums: ``softmax_sums`` or its compiled form.
-        gradient: ``softmax_gradient`` or its compiled form.
+        columns: most columns of a tile.
+        passes: the element-wise passes.
+        shifted: whether 16-bit logits are computed again in 16 bits, less the normaliser; else in float32.
     """
 
     first_id: int
     rows: int
     temperature: float
     group: Group
-    sums: Callable[[Tensor], Tensor] = softmax_sums
-    gradient: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor] = softmax_gradient
+    columns: int
+    passes: Passes
+    shifted: bool = True
 
     @property
     def tiles(self) -> list[slice]:
-        """The rows of the weight, tile by tile."""
-        return [slice(i, min(i + TILE_COLUMNS, self.rows)) for i in range(0, self.rows, TILE_COLUMNS)]
+        """The rows of the weight, tile by tile: of one width but for a few rows, so that one kernel fits them all."""
+        num_tiles = -(-self.rows // self.columns)
+        width = min(self.columns, -(-self.rows // max(num_tiles, 1) // 8) * 8)
+        return [slice(i, min(i + width, self.rows)) for i in range(0, self.rows, max(width, 1))]
 
 
 def head_logprobs_entropies(
@@ -100,19 +103,19 @@ def head_logprobs_entropies(
     """
     if hidden_RH.dtype != weight_VH.dtype:
         raise ValueError(f"hidden is {hidden_RH.dtype}, weight {weight_VH.dtype}: cast one of them")
-    num_rows = len(weight_VH)
+    num_rows, columns = len(weight_VH), TILE_COLUMNS[weight_VH.device.type]
     first_id = group_rank(group) * num_rows
     rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)
-    chosen = choose_backend(backend, weight_VH.device, -(-rows // TILE_COLUMNS))
+    chosen = choose_backend(backend, weight_VH.device.type, -(-rows // columns))
+    passes = compiled_passes(weight_VH.device.type) if chosen == "tiles+compile" else eager_passes()
+    shard = Shard(first_id, rows, temperature, group, columns, passes)
     if chosen == "plain":
-        return _plain(hidden_RH, weight_VH, targets_R, Shard(first_id, rows, temperature, group))
-    kernels = _compiled() if chosen == "tiles+compile" else (softmax_sums, softmax_gradient)
-    shard = Shard(first_id, rows, temperature, group, *kernels)
-    return _HeadLogprobs.apply(hidden_RH, weight_VH, targets_R - first_id, shard)
+        return _plain(hidden_RH, weight_VH, targets_R, shard)
+    return HeadLogprobs.apply(hidden_RH, weight_VH, targets_R, shard)
 
 
-def choose_backend(backend: Backend, device: torch.device, num_tiles: int) -> Backend:
-    """Return what ``auto`` stands for on this device; the others as they are."""
+def choose_backend(backend: Backend, device_type: str, num_tiles: int) -> Backend:
+    """Return what ``auto`` stands for on this kind of device; the others as they are."""
     if backend == "auto" and (asked := os.environ.get(BACKEND_VARIABLE)):
         named = [known for known in BACKENDS if known == asked]
         if not named:
@@ -121,42 +124,40 @@ def choose_backend(backend: Backend, device: torch.device, num_tiles: int) -> Ba
     if backend != "auto":
         return backend
     # One tile is over before the compiler has started.
-    return "tiles+compile" if num_tiles > 1 and compiler_found(device.type) else "tiles"
+    return "tiles+compile" if num_tiles > 1 and compiler_found(device_type) else "tiles"
 
 
-@cache
-def compiler_found(device_type: str) -> bool:
-    """Return whether torch.compile can build kernels: Triton on a GPU; a C++ compiler and Python's headers on a CPU."""
-    if device_type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    headers = Path(sysconfig.get_paths()["include"], "Python.h")
-    return headers.exists() and any(shutil.which(name) for name in compilers if name)
-
-
-@cache
-def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return torch.compile(softmax_sums, dynamic=True), torch.compile(softmax_gradient, dynamic=True)
+def backend_in_words(device_type: str) -> str:
+    """Return which backend serves a vocabulary of more than one tile on this kind of device, for people."""
+    return BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
 
 
 class _HeadContext(Context, Protocol):
     shard: Shard
 
 
-class _HeadLogprobs(torch.autograd.Function):
+class HeadLogprobs(torch.autograd.Function):
     """The differentiable operation; saves its inputs and two floats a token."""
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
-        ctx: _HeadContext, hidden_RH: Tensor, weight_VH: Tensor, columns_R: Tensor, shard: Shard
+        ctx: _HeadContext, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: Shard
     ) -> tuple[Tensor, Tensor]:
-        sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=wide(hidden_RH.dtype))
-        sums_KR[0] = torch.finfo(sums_KR.dtype).min / 2
-        target_logits_R = torch.full_like(sums_KR[0], -torch.inf)
+        """Return log-probabilities and entropies, [R] each."""
+        columns_R = targets_R - shard.first_id
+        dtype = wide(hidden_RH.dtype)
+        scale = torch.full((), 1 / shard.temperature, dtype=dtype, device=hidden_RH.device)
+        widened_RH = hidden_RH if _has_wide_products(hidden_RH) else hidden_RH.to(dtype)
+        buffer = hidden_RH.new_empty(len(hidden_RH) * min(shard.columns, shard.rows), dtype=dtype)
+        # A rank may hold nothing but padding.
+        sums_PKR = [_no_sums(hidden_RH, dtype)]
+        target_logits_PR = [torch.full_like(sums_PKR[0][0], -torch.inf)]
         for tile in shard.tiles:
-            logits_RC = _logits(hidden_RH, weight_VH[tile], shard.temperature)
-            target_logits_R = torch.maximum(target_logits_R, pick(logits_RC, columns_R - tile.start))
-            sums_KR = merge_sums(torch.stack((sums_KR, shard.sums(logits_RC))))
+            tile_CH = weight_VH[tile].to(widened_RH.dtype)
+            logits_RC = _product(widened_RH, tile_CH.T, _part(buffer, len(hidden_RH), len(tile_CH)))
+            target_logits_PR.append(pick(logits_RC, columns_R - tile.start) * scale)
+            sums_PKR.append(shard.passes.sums(logits_RC, scale))
+        sums_KR, target_logits_R = merge_sums(torch.stack(sums_PKR)), torch.stack(target_logits_PR).amax(0)
         logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)
         ctx.save_for_backward(hidden_RH, weight_VH, columns_R, torch.stack((normalizers_R, entropies_R)))
         ctx.shard = shard
@@ -168,18 +169,21 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override] - the base takes anything
         ctx: _HeadContext, u_R: Tensor | None, v_R: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients to hidden and weight, from those to log-probabilities (u) and entropies (v)."""
         hidden_RH, weight_VH, columns_R, saved_2R = ctx.saved_tensors
         shard = ctx.shard
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        scale = torch.full((), 1 / shard.temperature, dtype=saved_2R.dtype, device=hidden_RH.device)
+        again = _Recomputed(hidden_RH, saved_2R[0], shard)
+        u_R, v_R = (None if upstream_R is None else upstream_R * scale for upstream_R in (u_R, v_R))
+        upstream = Upstream(torch.stack((again.rest_R, saved_2R[1])), u_R, v_R)
         hidden_gradient = torch.zeros_like(hidden_RH, dtype=saved_2R.dtype) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
-        u_R = None if u_R is None else u_R / shard.temperature
-        v_R = None if v_R is None else v_R / shard.temperature
         for tile in shard.tiles:
-            logits_RC = _logits(hidden_RH, weight_VH[tile], shard.temperature)
-            slopes_RC = shard.gradient(logits_RC, columns_R - tile.start, saved_2R, u_R, v_R).to(hidden_RH.dtype)
+            logits_RC, slopes_RC = again.logits(weight_VH[tile])
+            shard.passes.slopes(slopes_RC, logits_RC, columns_R - tile.start, upstream, scale)
             if hidden_gradient is not None:
-                hidden_gradient += _product(slopes_RC, weight_VH[tile])
+                _add_product(hidden_gradient, slopes_RC, weight_VH[tile])
             if weight_gradient is not None:
                 torch.mm(slopes_RC.T, hidden_RH, out=weight_gradient[tile])
         if hidden_gradient is not None:
@@ -187,20 +191,77 @@ class _HeadLogprobs(torch.autograd.Function):
         return hidden_gradient, weight_gradient, None, None
 
 
-def _logits(hidden_RH: Tensor, tile_CH: Tensor, temperature: float) -> Tensor:
-    """Return the scaled logits of one tile, [R, C], in at least float32."""
-    if hidden_RH.is_cuda:
-        logits_RC = _product(hidden_RH, tile_CH.T)
+class _Recomputed:
+    """The logits of the backward pass, tile after tile in the same memory.
+
+    Attributes:
+        rest_R: what is still to be taken from the scaled logits to get log p.
+    """
+
+    def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, shard: Shard) -> None:
+        dtype, width = hidden_RH.dtype, min(shard.columns, shard.rows)
+        self._slopes = hidden_RH.new_empty(len(hidden_RH) * width)
+        if dtype == normalizers_R.dtype or not shard.shifted:
+            self.rest_R = normalizers_R
+            self._left_RA = hidden_RH if _has_wide_products(hidden_RH) else hidden_RH.to(normalizers_R.dtype)
+            self._tile_CA: Tensor | None = None
+            same = dtype == normalizers_R.dtype
+            self._logits = self._slopes if same else self._slopes.new_empty(self._slopes.shape, dtype=wide(dtype))
+            return
+        width_H = hidden_RH.shape[1]
+        raw_R = normalizers_R * shard.temperature
+        shifts_2R = torch.stack((raw_R.to(dtype), (raw_R - raw_R.to(dtype)).to(dtype)))
+        self.rest_R = (raw_R - shifts_2R.to(raw_R.dtype).sum(0)) / shard.temperature
+        self._left_RA = torch.nn.functional.pad(hidden_RH, (0, SHIFT_COLUMNS))
+        self._left_RA[:, width_H : width_H + 2] = -shifts_2R.T
+        self._tile_CA = hidden_RH.new_zeros(width, width_H + SHIFT_COLUMNS)
+        self._tile_CA[:, width_H : width_H + 2] = 1
+        self._logits = self._slopes
+
+    def logits(self, tile_CH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unscaled logits of a tile, less a shift, and where its slopes go: the same memory if it can be."""
+        num_rows, columns = len(self._left_RA), len(tile_CH)
+        if self._tile_CA is None:
+            right_CA = tile_CH.to(self._left_RA.dtype)
+        else:
+            right_CA = self._tile_CA[:columns]
+            right_CA[:, : tile_CH.shape[1]] = tile_CH
+        logits_RC = _product(self._left_RA, right_CA.T, _part(self._logits, num_rows, columns))
+        return logits_RC, logits_RC if self._slopes is self._logits else _part(self._slopes, num_rows, columns)
+
+
+def _part(buffer: Tensor, num_rows: int, columns: int) -> Tensor:
+    """Return a contiguous [R, C] in the front of a flat buffer."""
+    return buffer[: num_rows * columns].view(num_rows, columns)
+
+
+def _no_sums(hidden_RH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the (peak, total, tilt) of no column, [3, R]."""
+    sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=dtype)
+    sums_KR[0] = torch.finfo(dtype).min / 2
+    return sums_KR
+
+
+def _has_wide_products(tensor: Tensor) -> bool:
+    """Return whether products of tensors like this one can be had in float32 or wider without widening the inputs."""
+    return tensor.is_cuda or tensor.dtype == wide(tensor.dtype)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Return left @ right, written to ``out`` in its type."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to ``total``; a CPU rounds each product of 16-bit inputs to 16 bits."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        logits_RC = hidden_RH.to(wide(hidden_RH.dtype)) @ tile_CH.to(wide(tile_CH.dtype)).T
-    return logits_RC if temperature == 1.0 else logits_RC.mul_(1 / temperature)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right; on a GPU 16-bit inputs give a float32 result, elsewhere one of their own type."""
-    if left.is_cuda and left.element_size() == 2:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+        total += left @ right
 
 
 def _plain(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:

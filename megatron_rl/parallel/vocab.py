@@ -75,7 +75,7 @@ class _VocabLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         columns_N = targets_N - group_rank(group) * logits_NV.shape[1]
         parts = []
-        for rows in _chunks(logits_NV):
+        for rows in chunks_of_rows(logits_NV):
             chunk = scaled(logits_NV[rows], temperature)
             parts.append(torch.cat((softmax_sums(chunk), pick(chunk, columns_N[rows])[None])))
         sums_KN = torch.cat(parts, 1) if parts else logits_NV.new_zeros(4, 0, dtype=wide(logits_NV.dtype))
@@ -92,7 +92,7 @@ class _VocabLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, None, None, None]:
         logits_NV, columns_N, normalizers_N, entropies_N = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
-        for rows in _chunks(logits_NV):
+        for rows in chunks_of_rows(logits_NV):
             gradient_NV[rows] = softmax_gradient(
                 scaled(logits_NV[rows], ctx.temperature),
                 columns_N[rows],
@@ -180,6 +180,7 @@ def softmax_gradient(
     )
 
 
-def _chunks(logits_NV: Tensor) -> list[slice]:
+def chunks_of_rows(logits_NV: Tensor) -> list[slice]:
+    """Return slices of rows with at most ``CHUNK_ELEMENTS`` logits each, or of one row."""
     rows = max(1, CHUNK_ELEMENTS // max(logits_NV.shape[1], 1))
     return [slice(start, start + rows) for start in range(0, len(logits_NV), rows)]

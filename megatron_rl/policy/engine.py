@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar, cast
@@ -27,6 +28,7 @@ from megatron_rl.policy.balance import LoadBalancing
 from megatron_rl.policy.groups import build_mesh
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.nonfinite import bad_row, explain
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.upstream import repair
@@ -93,7 +95,9 @@ class Policy:
         total = int(rows[0].batch.lengths_B.sum())
         dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
         scored_2T = torch.zeros(2, total, dtype=dtype, device=self.mesh.world.device)
-        for row, output_2K in self._run(rows, _keep_output, forward_only=True):
+        results = self.run_rows(rows, _keep_output, forward_only=True)
+        self._stop_at_nonfinite(rows, [output_2K.isfinite().all() for _, output_2K in results])
+        for row, output_2K in results:
             scored_2T.index_copy_(1, row.target_tokens_K.to(scored_2T.device), output_2K)
         if not self.mesh.reports_tokens:
             scored_2T.zero_()
@@ -118,19 +122,47 @@ class Policy:
 
         ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read
         them, where the distributed optimizer would keep only its share.
+
+        Raises:
+            NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on whatever rank.
         """
         self.balancing.share_between(rows)
+        losses = self.run_backward(rows, loss_of, whole_gradients)
+        self._stop_at_nonfinite(rows, [finite for _, finite in losses], loss_of)
+        return self._reduce([loss for loss, _ in losses])
+
+    def run_backward(
+        self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool
+    ) -> list[tuple[Loss, Tensor]]:
+        """Set the gradients to those of these rows; return (loss, is it finite) of each row, as ``run_rows``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+            chunk.force_all_reduce = whole_gradients  # for buckets that are reduced while the backward pass goes on
         self.optimizer.zero_grad()
         step = partial(_differentiable, loss_of)
-        losses = [loss for _, loss in self._run(rows, step, forward_only=False, force_all_reduce=whole_gradients)]
-        return self._reduce(losses)
+        results = self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
+        return [result for _, result in results]
+
+    def _stop_at_nonfinite(
+        self, rows: Sequence[Row], finite: Sequence[Tensor], loss_of: LossFunction | None = None
+    ) -> None:
+        """Raise on all ranks if any has a row, or after a backward pass a gradient, with NaN or inf."""
+        buffers = [*chain.from_iterable(chunk.buffers + chunk.expert_parallel_buffers for chunk in self.chunks)]
+        gradients = [buffer.grad_data for buffer in buffers] if loss_of else []
+        row, spoilt = bad_row(self.mesh, finite, gradients, len(rows))
+        if row is not None or spoilt:
+            raise explain(self, rows, row, loss_of)
 
     def step(self) -> StepReport:
-        """Clip, step the optimizer, advance the schedule."""
+        """Clip, step the optimizer, advance the schedule.
+
+        Raises:
+            TrainingError: the gradients are finite but their norm is not.
+        """
         lr = float(self.optimizer.param_groups[0]["lr"])
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"the norm of the gradients is {grad_norm}: each is finite, their squares overflow")
         self.scheduler.step(1)
         return StepReport(float(grad_norm), lr)
 
@@ -181,7 +213,7 @@ class Policy:
         """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
         return export_weights(self.chunks, self.family, self.mesh, 1 << 28, pick=attrgetter("main_grad"))
 
-    def _run(
+    def run_rows(
         self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
     ) -> list[tuple[RankRow, Result]]:
         """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
@@ -246,10 +278,13 @@ def _keep_output(row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Tenso
     return output_2K.sum(), NO_TOKENS, output_2K
 
 
-def _differentiable(loss_of: LossFunction, row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Loss]:
+def _differentiable(
+    loss_of: LossFunction, row: RankRow, output_2K: Tensor
+) -> tuple[Tensor, Tensor, tuple[Loss, Tensor]]:
     logprobs_K, entropies_K = output_2K
     loss = loss_of(logprobs_K, entropies_K, row.micro)
-    return loss.value, NO_TOKENS, Loss(loss.value.detach(), loss.metrics)
+    finite = output_2K.isfinite().all() & loss.value.isfinite()
+    return loss.value, NO_TOKENS, (Loss(loss.value.detach(), loss.metrics), finite)
 
 
 def _combine(parts: Sequence[Columns], how: Callable[..., Tensor]) -> dict[str, Tensor]:

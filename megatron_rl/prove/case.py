@@ -6,11 +6,9 @@ Legend: T tokens, B responses.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Columns
@@ -112,14 +110,3 @@ def moved_scores(batch: Batch, scored: Columns) -> Columns:
     """Return the reference's scores as an old policy's and an engine's, moved by noise: ratios then differ from 1."""
     old_T = scored["old_logprobs_T"] + batch["noise_T"]
     return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T.clone()}
-
-
-def save_batch(batch: Batch, path: Path) -> None:
-    """Write a batch as safetensors."""
-    save_file({"lengths_B": batch.lengths_B, **dict(batch.columns)}, path)
-
-
-def load_batch(path: Path) -> Batch:
-    """Read what ``save_batch`` wrote."""
-    columns = cast(dict[str, Tensor], load_file(path))
-    return Batch(columns.pop("lengths_B"), columns)

@@ -15,25 +15,16 @@ from torch import Tensor
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import ConfigError, TrainingError
+from megatron_rl.data.files import load_batch, save_batch
+from megatron_rl.errors import ConfigError
 from megatron_rl.launch.layout import check_layout, layout_of
-from megatron_rl.launch.ranks import LocalRanks
 from megatron_rl.launch.shape import shape_of
 from megatron_rl.objectives import AnyObjective
 from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.prove.case import (
-    CASE,
-    RESULT,
-    RUNS,
-    Shrink,
-    load_batch,
-    make_batch,
-    make_model,
-    moved_scores,
-    save_batch,
-)
+from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, make_batch, make_model, moved_scores
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, Trial, all_of, reference
+from megatron_rl.prove.ranks import run_forked
 
 ALL_OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo", "cispo", "gmpo", "dppo")
 
@@ -158,9 +149,7 @@ def _run(trial: Trial, runs_of: Sequence[Run], case: Path, folder: Path) -> dict
     (folder / CASE).symlink_to(case)
     runs = [trial.run.model_copy(update={"objective": each.objective}).model_dump(mode="json") for each in runs_of]
     (folder / RUNS).write_text(json.dumps({"runs": runs}), encoding="utf-8")
-    code = LocalRanks(["prove-rank", str(folder)], trial.ranks).run()
-    if code or not (folder / RESULT).exists():
-        raise TrainingError(f"the ranks of layout {trial.text} ended with exit code {code}; their message is above")
+    run_forked(folder, trial.ranks, trial.text)
     return load_file(folder / RESULT)
 
 

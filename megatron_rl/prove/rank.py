@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
+from megatron_rl.data.files import load_batch
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
@@ -16,7 +17,7 @@ from megatron_rl.loss import loss_of, prepare, summary
 from megatron_rl.objectives import AnyObjective
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.prove.case import CASE, RESULT, RUNS, load_batch, moved_scores
+from megatron_rl.prove.case import CASE, RESULT, RUNS, moved_scores
 
 
 def main(folder: Path) -> int:

@@ -187,8 +187,9 @@ class _Reader:
             raise BadAnswer(f"{self.where}: {len(entries)} log-probs for {len(ids)} tokens")
         values = []
         for position, (entry, token_id) in enumerate(zip(entries, ids, strict=True)):
-            known = (token_id, token_id if stand_in is None else stand_in)
-            value = entry[0] if isinstance(entry, list) and len(entry) >= 2 and entry[1] in known else None
+            value: object = None
+            if isinstance(entry, list) and len(entry) >= 2 and entry[1] in (token_id, stand_in):
+                value = entry[0]
             # A hair above 0 is rounding; anything more is not a log-probability.
             if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
                 raise BadAnswer(f"{self.where}: log-prob {position} is {entry!r}, for token {token_id}")

@@ -8,9 +8,8 @@ A checkpoint resumes on the layout that wrote it, bit for bit.
 
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -20,20 +19,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.errors import DataError
 from megatron_rl.parallel.collectives import gather_json
 from megatron_rl.parallel.mesh import World
 from megatron_rl.policy.engine import Policy
 from megatron_rl.train.folder import replace_text
+from megatron_rl.train.resume import (
+    META,
+    check_resumable,
+    checkpoint_folder,
+    layout_record,
+    newest_checkpoint,
+    valid_checkpoints,
+)
 
 
 class Checkpoints:
-    """Writes, keeps and reads the checkpoints of one run folder. Every method but ``newest`` is collective."""
+    """Writes, keeps and reads the checkpoints of one run folder. Every method but ``is_due`` is collective."""
 
     def __init__(self, run: Run, world: World, policy: Policy) -> None:
-        self.folder = Path(run.log.path) / "checkpoints"
+        self.folder = checkpoint_folder(run)
         self.run, self.world, self.policy = run, world, policy
-        self.layout = run.parallel.model_dump() | {"ranks": world.size, "dtype": run.model.dtype}
+        self.layout = layout_record(run, world.size)
 
     def is_due(self, step: int) -> bool:
         """Return whether ``checkpoint.every`` asks for one after this many steps."""
@@ -56,22 +63,12 @@ class Checkpoints:
                 "layout": self.layout,
                 "sha256": dict(digests),
             }
-            replace_text(beside / "meta.json", json.dumps(meta, indent=2) + "\n")
+            replace_text(beside / META, json.dumps(meta, indent=2) + "\n")
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
-            for old in self.all()[: -self.run.checkpoint.keep]:
+            for old in valid_checkpoints(self.folder)[: -self.run.checkpoint.keep]:
                 shutil.rmtree(old)
         dist.barrier()
-
-    def all(self) -> list[Path]:
-        """Return the valid checkpoints, oldest first."""
-        return sorted(
-            path.parent for path in self.folder.glob("step_*/meta.json") if re.fullmatch(r"step_\d+", path.parent.name)
-        )
-
-    def newest(self) -> Path | None:
-        """Return the newest valid checkpoint, None without one."""
-        return self.all()[-1] if self.folder.is_dir() and self.all() else None
 
     def load(self) -> int:
         """Restore the newest checkpoint; return how many rollout batches it has seen, 0 without a checkpoint.
@@ -80,16 +77,11 @@ class Checkpoints:
             ConfigError: it was written by another layout.
             DataError: a file is missing or was changed.
         """
-        newest = self.newest()
+        check_resumable(self.run, self.world.size)
+        newest = newest_checkpoint(self.run)
         if newest is None:
             return 0
-        meta = json.loads((newest / "meta.json").read_text())
-        if meta["layout"] != self.layout:
-            was = {key: value for key, value in meta["layout"].items() if self.layout.get(key) != value}
-            raise ConfigError(
-                f"{newest} was written with another layout: {was}, this run has {_these(self.layout, was)}; "
-                "resume with the layout that wrote it, or start a new run from an exported checkpoint (model.path)"
-            )
+        meta = json.loads((newest / META).read_text())
         file = newest / _rank_file(self.world.rank)
         if not file.is_file() or _digest(file) != meta["sha256"].get(file.name):
             raise DataError(f"{file} is missing or not the file that was written; delete {newest} to use an older one")
@@ -98,10 +90,6 @@ class Checkpoints:
         except SafetensorError as error:
             raise DataError(f"{file} cannot be read: {error}; delete {newest} to use an older one") from error
         return meta["step"]
-
-
-def _these(layout: Mapping[str, object], keys: Iterable[str]) -> dict[str, object]:
-    return {key: layout.get(key) for key in keys}
 
 
 def _name(step: int) -> str:

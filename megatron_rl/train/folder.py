@@ -10,13 +10,14 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.train.versions import found_versions
 
-CONFIG, VERSIONS, METRICS, ROLLOUTS, CONSOLE, MISMATCH = (
+CONFIG, VERSIONS, METRICS, ROLLOUTS, CONSOLE, MISMATCH, NONFINITE = (
     "config.json",
     "versions.json",
     "metrics.jsonl",
     "rollouts.jsonl",
     "console.log",
     "mismatch.json",
+    "nonfinite",
 )
 
 
@@ -28,7 +29,7 @@ def prepare_folder(run: Run) -> list[str]:
     """
     folder = Path(run.log.path)
     config = folder / CONFIG
-    if config.exists() and not run.train.resume:
+    if _holds_a_run(folder) and not run.train.resume:
         raise ConfigError(
             f"{folder} holds a run already (log.path); write train.resume=true to continue it, or another log.path"
         )
@@ -41,7 +42,13 @@ def prepare_folder(run: Run) -> list[str]:
         raise ConfigError(f"cannot write the run folder {folder} (log.path): {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{config} is not JSON: {error}; delete it and resume again") from error
-    return [] if before is None else list(_changes(before, json.loads(to_json(run))))
+    return [] if before is None or not run.train.resume else list(_changes(before, json.loads(to_json(run))))
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Return whether a step was finished here; a run that failed before may be started again in the same place."""
+    metrics = folder / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "checkpoints").glob("step_*"))
 
 
 def _changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> Iterator[str]:

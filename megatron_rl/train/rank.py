@@ -15,6 +15,7 @@ from megatron_rl.parallel.mesh import World, start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.tasks import make_task
 from megatron_rl.train.checkpoints import Checkpoints
+from megatron_rl.train.evidence import evidence
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.fleet import open_fleet
 from megatron_rl.train.journal import Journal, farewell
@@ -42,7 +43,8 @@ def run_rank(loaded: Loaded[Run]) -> int:
             sampler = _sampler(run, world, journal, tokenizer, stack)
             if start:
                 sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
-        done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
+        with evidence(run, policy, sampler.name_of):
+            done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
         finished = done == run.train.steps
         if finished:
             _finish(run, policy, sampler, checkpoints, journal)

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_rl.config.schema import Run
+from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.prompts import first_prompts
-from megatron_rl.data.types import Batch, Group
+from megatron_rl.data.types import Batch, Group, Prompt
 from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.tasks.base import Task, Verdict
@@ -33,7 +33,11 @@ class Sampler(Protocol):
         ...
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
-        """Return the accuracy on held-out prompts and how many there were; None on the other ranks."""
+        """Return the accuracy on held-out prompts and how many there were; None elsewhere, or if asked to stop."""
+        ...
+
+    def name_of(self, sample_index: int) -> str | None:
+        """Return the id of a sample of the newest step, by its place in the step; None on the other ranks."""
         ...
 
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
@@ -63,7 +67,8 @@ class MainSampler:
         self.witness = witness
         self.groups: Sequence[Group] = ()
         self._prompts = task.prompts("train", run.train.seed)
-        self._heldout = first_prompts(task.prompts("heldout", run.train.seed), run.evaluate.prompts)
+        evaluated = run.evaluate.prompts if run.evaluate.every else 0
+        self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
         self._stop = False
         self._sampling = False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,6 +102,18 @@ class MainSampler:
             self.journal.rollouts(step, groups, verdicts)
         return collect(groups, verdicts, self.run)
 
+    def _generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: tuple[int, ...], version: int
+    ) -> list[Group] | None:
+        """Return the groups; None if a stop is asked for before they are there."""
+        try:
+            self._sampling = True
+            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version)
+        except StopRequested:
+            return None
+        finally:
+            self._sampling = False
+
     def _verify(self, groups: Iterable[Group]) -> list[list[Verdict]]:
         return [[self.task.verify(group.prompt, response) for response in group.responses] for group in groups]
 
@@ -109,9 +126,15 @@ class MainSampler:
         settings = self.run.evaluate
         sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
         seed = (self.run.train.seed, step, EVALUATION)
-        groups = self.fleet.generate(self._heldout, 1, sampling, seed, weight_version=step)
+        groups = self._generate(self._heldout, 1, sampling, seed, step)
+        if groups is None:
+            return None
         correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
+
+    def name_of(self, sample_index: int) -> str | None:
+        """See ``Sampler``."""
+        return [response.id for group in self.groups for response in group.responses][sample_index]
 
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
         """See ``Sampler``."""
@@ -145,6 +168,9 @@ class FollowingSampler:
         return is_due(self.run, step)
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
+        """See ``Sampler``."""
+
+    def name_of(self, sample_index: int) -> str | None:
         """See ``Sampler``."""
 
     def compare(self, step: int, scored: Sequence[Batch]) -> None:

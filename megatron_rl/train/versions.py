@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from megatron_rl.parallel.head import backend_in_words
+
 REQUIRED = ("megatron-rl", "torch", "megatron-core", "transformers", "safetensors", "numpy", "pydantic", "aiohttp")
 OPTIONAL = ("transformer-engine", "apex", "flash-attn", "liger-kernel", "sglang", "vllm")
 
@@ -26,6 +28,7 @@ def found_versions() -> dict[str, str | None]:
     found["cuda"] = torch.version.cuda
     found["gpus"] = _gpus()
     found["c++ compiler"] = _compiler()
+    found["vocabulary operation"] = backend_in_words("cuda" if torch.cuda.is_available() else "cpu")
     return found
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +22,8 @@ WORST = 20
 CONTEXT = 12
 """Tokens before a listed one that are shown with it."""
 
-REENCODED = 64
-"""Responses of a step whose text is tokenised again."""
+REENCODED, REENCODED_TOKENS = 64, 1 << 15
+"""Responses of a step whose text is tokenised again, and how many tokens they may have together: it takes time."""
 
 
 class Codec(Tokenizer, Protocol):
@@ -67,7 +68,7 @@ class Witness:
             "cause": found.cause,
             "verdict": found.verdict,
             "gap": found.gap,
-            "causes": {**found.causes, "tokenisation": retokenised(responses[:REENCODED], self.codec)},
+            "causes": {**found.causes, "tokenisation": retokenised(_some(responses), self.codec)},
             "worst_tokens": worst_tokens(batch, samples, self.codec),
             "worst_samples": worst_samples(batch, samples),
         }
@@ -138,6 +139,12 @@ def retokenised(responses: Sequence[Response], codec: Codec) -> dict[str, object
         if codec.encode(codec.decode(ids), add_special_tokens=False) != ids:
             other.append(response.id)
     return {"responses": len(responses), "other_ids": len(other), "samples": other[:WORST]}
+
+
+def _some(responses: Sequence[Response]) -> list[Response]:
+    """Return the first responses, as many as are tokenised again."""
+    ends = accumulate(len(response.output_ids) for response in responses[:REENCODED])
+    return [response for response, end in zip(responses, ends, strict=False) if end <= REENCODED_TOKENS]
 
 
 def _clean(value: object) -> object:

@@ -41,7 +41,7 @@ def test_vocabulary_rows_are_padded_and_cut_again(size: int, rows: int) -> None:
 
 
 def test_the_table_accounts_for_every_tensor_of_the_demo_model() -> None:
-    from megatron_rl.policy.weights import check_hf_tensors, hf_files
+    from megatron_rl.policy.hf_files import check_hf_tensors, hf_files
 
     folder = Path(__file__).parents[2] / "configs" / "demo-model"
     check_hf_tensors(hf_files(folder), family_of(read_hf_config(folder)), folder)

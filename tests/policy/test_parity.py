@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.data.pack import pack
-from megatron_rl.data.types import Loss, Metrics, Micro
+from megatron_rl.data.types import Batch, Loss, Metrics, Micro
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
-from tests.policy.tiny import by_transformers, case, run_of, save_model
+from tests.policy.tiny import by_transformers, case, lonely_case, run_of, save_model
 from tests.ranks import RankError, run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
@@ -35,12 +35,13 @@ def weighted(logprobs_R: Tensor, entropies_R: Tensor, micro: Micro) -> Loss:
     return Loss(value, Metrics({"loss": value.detach()}, {"logprob": largest}))
 
 
-def one_step(folder: str, parallel: dict[str, object], model: dict[str, object]) -> dict[str, Tensor] | None:
+def one_step(
+    folder: str, parallel: dict[str, object], model: dict[str, object], batch: Batch
+) -> dict[str, Tensor] | None:
     """Score, accumulate and step on this rank; the main rank returns everything, the others nothing."""
     run = run_of(Path(folder), parallel=parallel, model=model)
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
-    batch = case()
     rows = pack(batch, policy.row_rules)
     scored = policy.score(rows)
     exported = {f"weight.{name}": tensor.clone() for name, tensor in policy.weights(1 << 16)}
@@ -52,10 +53,11 @@ def one_step(folder: str, parallel: dict[str, object], model: dict[str, object])
     return results if world.is_main else None
 
 
-def step_under(folder: Path, layout: str, **model: object) -> dict[str, Tensor]:
+def step_under(folder: Path, layout: str, batch: Batch | None = None, **model: object) -> dict[str, Tensor]:
     ranks, parallel = LAYOUTS[layout]
     # Forked, with megatron-core imported here: importing it again on every rank would be most of the test's time.
-    results = run_ranks(one_step, ranks, str(folder), parallel, model, initialise=False, timeout_seconds=280)
+    arguments = (str(folder), parallel, model, batch or case())
+    results = run_ranks(one_step, ranks, *arguments, initialise=False, timeout_seconds=280)
     assert results[0] is not None
     return results[0]
 
@@ -94,6 +96,23 @@ def test_policy_agrees_with_transformers_under_any_layout(model: Path, truth: di
         torch.testing.assert_close(ours[name].double(), truth[name], atol=5e-6 * largest, rtol=0, msg=name)
     norm = torch.stack([truth[name].square().sum() for name in gradients]).sum().sqrt()
     torch.testing.assert_close(ours["grad_norm"].double(), norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_idle_experts_and_ranks_without_a_token_change_nothing(model: Path, layout: str) -> None:
+    batch = lonely_case()
+    truth = by_transformers(model, batch)
+
+    ours = step_under(model, layout, batch)
+
+    torch.testing.assert_close(ours["logprobs_T"].double(), truth["logprobs_T"], atol=1e-5, rtol=0)  # as above
+    gradients = [name for name in truth if name.startswith("gradient.")]
+    idle = [name for name in gradients if "experts" in name and not truth[name].any()]
+    assert idle, "the case leaves no expert idle"
+    largest = max(float(truth[name].abs().max()) for name in gradients)
+    for name in gradients:
+        atol = 0 if name in idle else 5e-6 * largest  # as above; nothing may reach an idle expert
+        torch.testing.assert_close(ours[name].double(), truth[name], atol=atol, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tensor", "pipeline", "tensor and expert"])

@@ -61,6 +61,15 @@ def case() -> Batch:
     )
 
 
+def lonely_case() -> Batch:
+    """Return one response of four tokens: most experts get none, and most ranks have nothing to train."""
+    batch = case().select([3])
+    place_T = torch.arange(int(batch.lengths_B))
+    batch = batch.add({"loss_mask_T": (place_T >= 2) & (place_T < 4)})
+    kept = place_T < 4
+    return Batch(torch.tensor([4]), {n: c[kept] if n.endswith("_T") else c for n, c in batch.columns.items()})
+
+
 def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
     """Return log-probs, entropies, loss and gradients (under on-disk names), in float64, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")

@@ -133,6 +133,8 @@ def test_the_folder_is_made_with_settings_and_versions(tmp_path):
 
 def test_a_used_folder_is_refused_unless_resumed_and_changes_are_told(tmp_path):
     prepare_folder(run_in(tmp_path))
+    prepare_folder(run_in(tmp_path))  # nothing was trained yet: a failed start may be repeated
+    (Path(run_in(tmp_path).log.path) / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ConfigError, match=r"train\.resume=true"):
         prepare_folder(run_in(tmp_path))
     changes = prepare_folder(run_in(tmp_path, "train.resume=true", "train.steps=7", "optimizer.lr=0.5"))

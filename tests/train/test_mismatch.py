@@ -135,7 +135,9 @@ def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_pa
 
 def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path):
     witness = Witness(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
-    told = [witness.compare(3, groups, scored(groups, gaps)) for gaps in ({}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {})]
+    told = [
+        witness.compare(3, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
+    ]
     assert [line is not None for line in told] == [True, False, True, False, True]
     assert json.loads((tmp_path / "mismatch.json").read_text())["cause"] == "numerics"
 

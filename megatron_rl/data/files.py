@@ -1,0 +1,29 @@
+"""A batch as a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_rl.data.types import Batch
+
+
+def save_batch(batch: Batch, path: Path, words: Mapping[str, str] | None = None) -> None:
+    """Write a batch as safetensors, with words of any kind in its header."""
+    columns = {name: column.detach().cpu().clone().contiguous() for name, column in batch.columns.items()}
+    save_file({"lengths_B": batch.lengths_B, **columns}, path, metadata=dict(words or {}))
+
+
+def load_batch(path: Path) -> Batch:
+    """Read what ``save_batch`` wrote."""
+    columns = cast(dict[str, Tensor], load_file(path))
+    return Batch(columns.pop("lengths_B"), columns)
+
+
+def read_words(path: Path) -> dict[str, str]:
+    """Return the words in the header."""
+    with safe_open(path, framework="pt") as reader:
+        return dict(reader.metadata() or {})

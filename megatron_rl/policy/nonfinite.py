@@ -1,0 +1,231 @@
+"""Where the first NaN or inf of a step comes from: a micro-batch run again alone, watched module by module.
+
+``Policy`` raises flags while it computes; only when one is up, all ranks come here together. Every function is
+collective. Legend: T tokens, K trained tokens of this rank, B responses.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_rl.data.pack import Row, one_row
+from megatron_rl.data.types import Batch, Loss, Micro
+from megatron_rl.errors import TrainingError
+from megatron_rl.parallel.collectives import broadcast_json, gather_json, group_rank, group_size, max_over
+from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.policy.rows import RankRow
+from megatron_rl.policy.weights import shards_of
+
+if TYPE_CHECKING:
+    from megatron_rl.policy.engine import Policy
+
+LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first tensor that is not finite, in the order of the forward pass (of the backward pass for gradients).
+
+    Attributes:
+        kind: ``output``, ``log-prob``, ``loss column``, ``loss`` or ``gradient``; ``none`` if the micro-batch is
+            finite when run again alone.
+        name: module, column, or Hugging Face name of the parameter.
+        layer: of the whole model, from 0; None outside of the layers.
+        rank: that holds the tensor; the lowest of several.
+        sample: ``sample_index_B`` of the first response that it is in; None if no single one has it.
+        depth, order: where in the pass it stands.
+        weights: Hugging Face names of the weights that are not finite themselves.
+    """
+
+    kind: str
+    name: str
+    layer: int | None = None
+    rank: int = 0
+    sample: int | None = None
+    depth: int = 0
+    order: int = 0
+    weights: tuple[str, ...] = ()
+
+    def words(self) -> str:
+        """Return it in words."""
+        if self.kind == "none":
+            return "a value that is not finite, which did not come up again when its micro-batch was run alone"
+        where = "" if self.layer is None else f" in layer {self.layer}"
+        sample = "" if self.sample is None else f", sample {self.sample}"
+        more = f" and {len(self.weights) - 3} more" if len(self.weights) > 3 else ""
+        weights = f"; weights that are not finite: {', '.join(self.weights[:3])}{more}" if self.weights else ""
+        return f"NaN or inf in the {self.kind} {self.name}{where}, rank {self.rank}{sample}{weights}"
+
+
+class NonFiniteError(TrainingError):
+    """A step met NaN or inf. Raised on all ranks alike, before the optimizer saw any of it.
+
+    Attributes:
+        finding: the first tensor.
+        batch: the responses of the micro-batch that it is in.
+    """
+
+    def __init__(self, finding: Finding, batch: Batch) -> None:
+        super().__init__(f"the step was stopped, the weights are as before it: {finding.words()}")
+        self.finding, self.batch = finding, batch
+
+
+def bad_row(
+    mesh: Mesh, finite: Sequence[Tensor], gradients: Iterable[Tensor], num_rows: int
+) -> tuple[int | None, bool]:
+    """Return the first row with a value that is not finite, and whether any gradient is: the same on every rank.
+
+    finite: a bool for each row of this rank. One all-reduce of two numbers.
+    """
+    flags = torch.stack(list(finite)).tolist() if finite else []
+    mine = [place for place, fine in enumerate(flags) if not fine]
+    first = group_rank(mesh.data) + mine[0] * group_size(mesh.data) if mine else num_rows
+    spoilt = [~torch.isfinite(torch.stack(torch.aminmax(gradient))).all() for gradient in gradients]
+    any_spoilt = bool(torch.stack(spoilt).any()) if spoilt else False
+    own = torch.tensor([num_rows - first, int(any_spoilt)], device=mesh.world.device)
+    before_end, gradient = max_over(torch.distributed.group.WORLD, own).tolist()
+    return (num_rows - before_end if before_end else None), bool(gradient)
+
+
+def explain(policy: "Policy", rows: Sequence[Row], row: int | None, loss_of: LossFunction | None) -> NonFiniteError:
+    """Return the error for a flag that is up: in this row's values, or without a row in the gradients."""
+    if row is not None:
+        batch = rows[row].batch.select(rows[row].sequences)
+        return NonFiniteError(_first(_forward(policy, batch, loss_of), _spoilt_weights(policy)), batch)
+    assert loss_of is not None, "gradients come from a loss"
+    for each in rows:
+        batch = each.batch.select(each.sequences)
+        if len(batch) and (found := _backward(policy, batch, loss_of)):
+            return NonFiniteError(_first(found, _spoilt_weights(policy)), batch)
+    return NonFiniteError(Finding("none", ""), rows[0].batch.select(rows[0].sequences))
+
+
+def _first(found: Sequence[Finding], weights: tuple[str, ...]) -> Finding:
+    earliest = min(found, key=lambda one: (one.depth, one.order, one.rank), default=Finding("none", ""))
+    samples = [one.sample for one in found if one.sample is not None]
+    return replace(earliest, sample=min(samples, default=None), weights=weights)
+
+
+def _gathered(policy: "Policy", own: Sequence[Finding]) -> list[Finding]:
+    """Return the findings of all ranks."""
+    ranks = gather_json([asdict(one) for one in own], policy.mesh.world.device)
+    return [Finding(**fields) for found in cast(list[list[dict[str, Any]]], ranks) for fields in found]
+
+
+def _spoilt_weights(policy: "Policy") -> tuple[str, ...]:
+    names = [name for name, tensor in policy.weights(1 << 28) if not bool(tensor.isfinite().all())]
+    return tuple(cast(list[str], broadcast_json(names, source=0, device=policy.mesh.world.device)))
+
+
+@torch.no_grad()
+def _forward(policy: "Policy", batch: Batch, loss_of: LossFunction | None) -> list[Finding]:
+    """Run one micro-batch alone, forward only; return what each rank saw first, and what came out of it."""
+    found: list[Finding] = []
+    with _watched(policy, found):
+        step = partial(_inspect, policy, batch, loss_of, found)
+        policy.run_rows(one_row(batch, policy.row_rules), step, forward_only=True)
+    return _gathered(policy, found)
+
+
+@contextmanager
+def _watched(policy: "Policy", found: list[Finding]) -> Iterator[None]:
+    """Note the first module of this rank whose output is not finite."""
+    rank, last = policy.mesh.world.rank, policy.family.num_layers
+    order = iter(range(1 << 60))
+
+    def look(place: tuple[str, int | None], module: nn.Module, inputs: object, output: object) -> None:
+        name, layer = place
+        number = next(order)
+        if not found and any(not bool(tensor.isfinite().all()) for tensor in _floats(output)):
+            depth = layer if layer is not None else (-1 if name.startswith("embedding") else last)
+            found.append(Finding("output", f"of {name}", layer, rank, depth=depth, order=number))
+
+    hooks = [module.register_forward_hook(partial(look, place)) for place, module in _places(policy)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _places(policy: "Policy") -> Iterator[tuple[tuple[str, int | None], nn.Module]]:
+    """Yield every module of this rank with its name within its layer, and the layer's number in the whole model."""
+    for chunk in unwrap_model(list(policy.chunks)):
+        numbers = {f"decoder.layers.{own}": layer.layer_number - 1 for own, layer in enumerate(chunk.decoder.layers)}
+        for name, module in chunk.named_modules():
+            owner = ".".join(name.split(".")[:3])
+            inside = name.removeprefix(owner).removeprefix(".") or "the whole layer"
+            yield ((inside, numbers[owner]) if owner in numbers else (name or "the model", None)), module
+
+
+def _floats(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, Sequence):
+        for part in cast(Sequence[object], output):
+            yield from _floats(part)
+
+
+NO_TOKENS = torch.zeros((), dtype=torch.int)
+
+
+def _inspect(
+    policy: "Policy",
+    batch: Batch,
+    loss_of: LossFunction | None,
+    found: list[Finding],
+    row: RankRow,
+    output_2K: Tensor,
+) -> tuple[Tensor, Tensor, None]:
+    """Look at log-probs, entropies, the loss's columns and the loss, as megatron's loss function."""
+    mesh, depth = policy.mesh, policy.family.num_layers + 1
+
+    def note(kind: str, name: str, bad_K: Tensor, below: int) -> None:
+        if bool(bad_K.any()):
+            tokens = row.target_tokens_K[bad_K.cpu().nonzero().flatten()] if bad_K.dim() else row.target_tokens_K[:0]
+            responses = batch.response_ids_T[tokens]
+            names = batch["sample_index_B"][responses] if "sample_index_B" in batch else responses
+            sample = int(names.min()) if len(names) else None
+            found.append(Finding(kind, name, None, mesh.world.rank, sample, depth + below))
+
+    note("log-prob", "of the trained tokens", ~output_2K[0].isfinite(), 0)
+    note("log-prob", "(their entropy) of the trained tokens", ~output_2K[1].isfinite(), 1)
+    if loss_of is not None:
+        value = loss_of(output_2K[0], output_2K[1], row.micro).value
+        for number, (name, column) in enumerate(sorted(row.micro.columns.items())):
+            note("loss column", name, ~column.isfinite(), 2 + number)
+        note("loss", "of the micro-batch", ~value.isfinite(), 2 + len(row.micro.columns))
+    return output_2K.sum(), NO_TOKENS, None
+
+
+def _backward(policy: "Policy", batch: Batch, loss_of: LossFunction) -> list[Finding]:
+    """Run one micro-batch alone, forward and backward; return each rank's gradients that are not finite."""
+    if not (found := _spoilt_gradients(policy, batch, loss_of)):
+        return []
+    numbers = batch["sample_index_B"].tolist() if "sample_index_B" in batch else list(range(len(batch)))
+    for response, number in enumerate(numbers):
+        if alone := _spoilt_gradients(policy, batch.select([response]), loss_of):
+            return [replace(one, sample=number) for one in alone]
+    return found
+
+
+def _spoilt_gradients(policy: "Policy", batch: Batch, loss_of: LossFunction) -> list[Finding]:
+    policy.run_backward(one_row(batch, policy.row_rules), loss_of, whole_gradients=True)
+    last = policy.family.num_layers
+    found: list[Finding] = []
+    for number, shard in enumerate(shards_of(policy.chunks, policy.family, policy.mesh)):
+        gradient = cast(Tensor, getattr(shard.parameter, "main_grad"))  # noqa: B009 (megatron's, no attribute of Tensor)
+        if not bool(gradient.isfinite().all()):
+            name = shard.name.megatron
+            layer = shard.layer if "{layer}" in name else None
+            depth = layer if layer is not None else (-1 if name.startswith("embedding") else last)
+            words = "of " + ", ".join(shard.hf_names)
+            found.append(Finding("gradient", words, layer, policy.mesh.world.rank, None, -depth, -number))
+    return _gathered(policy, found)

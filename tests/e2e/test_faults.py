@@ -1,0 +1,88 @@
+"""Faults: a server that dies costs nothing; a rank that dies, or a server that never answers, is one clear error."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import psutil
+import pytest
+
+from megatron_rl.errors import TrainingError
+from megatron_rl.launch.ranks import LocalRanks
+from tests.e2e.job import ONE_RANK, Job, same_result
+
+
+def test_a_killed_server_costs_time_and_nothing_else(tmp_path, straight):
+    with Job(tmp_path / "run") as job:
+        job.until_steps(1).server().kill()
+        assert job.end() == 0, job.output()
+    same_result(tmp_path / "run", straight)
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(tmp_path):
+    with Job(tmp_path / "run", "train.steps=1000") as job:
+        job.until_steps(1).ranks()[1].kill()
+        assert job.end() == 2
+        assert "megatron-rl train: rank 1 was ended by SIGKILL" in job.output()
+        assert "Traceback" not in job.output()
+
+
+def test_nothing_outlives_a_killed_supervisor(tmp_path):
+    with Job(tmp_path / "run", "train.steps=1000") as job:
+        job.until_steps(1)
+        assert len(job.look()) == 3
+        job.process.kill()
+        assert job.end() == -signal.SIGKILL  # which waits for the others
+
+
+class Garbage(BaseHTTPRequestHandler):
+    """Answers everything, with nothing of sense."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>welcome</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def garbage() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Garbage) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def only_error(job: Job) -> str:
+    assert job.end() == 2, job.output()
+    assert "Traceback" not in job.output()
+    assert job.output().count("megatron-rl train: ") == 1, job.output()
+    return job.output()
+
+
+def test_a_server_that_is_not_there_is_one_error(tmp_path):
+    with Job(tmp_path / "run", 'rollout.urls=["http://127.0.0.1:9"]', "rollout.start_timeout_seconds=1") as job:
+        assert "the server http://127.0.0.1:9 has not become healthy within 1 s" in only_error(job)
+
+
+def test_a_server_that_answers_garbage_is_one_error(tmp_path, garbage):
+    with Job(tmp_path / "run", *ONE_RANK, f'rollout.urls=["{garbage}"]', "rollout.start_timeout_seconds=1") as job:
+        assert garbage in only_error(job)
+
+
+def test_what_nobody_expected_is_one_traceback(tmp_path, capfd):
+    before = psutil.Process().children()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(TrainingError, match=r"rank \d failed, its traceback is above: \w"):
+            LocalRanks(["replay-rank", str(tmp_path / "nowhere"), str(tmp_path)], 2).run()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert capfd.readouterr().err.count("Traceback (most recent call last)") == 1
+    assert psutil.Process().children() == before

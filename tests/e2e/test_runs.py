@@ -1,0 +1,52 @@
+"""Runs that go well: what a user finds afterwards, whoever started the ranks."""
+
+import json
+
+from tests.e2e.job import ONE_RANK, Job, metrics_of
+
+
+def test_the_run_folder_holds_what_is_promised(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert names >= {"config.json", "versions.json", "metrics.jsonl", "rollouts.jsonl", "console.log", "checkpoints"}
+    assert [line["step"] for line in metrics_of(straight)] == [0, 1, 2, 3]
+    assert [line["weight_version"] for line in metrics_of(straight)] == [0, 1, 2, 3]
+    samples = [json.loads(line) for line in (straight / "rollouts.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 * 4 * 4
+
+
+def test_ratios_of_a_first_update_are_exactly_one(straight):
+    assert [line["first_ratio_max"] for line in metrics_of(straight)] == [1.0] * 4
+    assert max(line["ratio_max"] for line in metrics_of(straight)) > 1.0
+
+
+def test_engine_and_trainer_agree_on_the_logprobs_they_both_give(straight):
+    assert max(line["mismatch_max"] for line in metrics_of(straight)) < 1e-4
+
+
+def test_torchrun_starts_the_ranks_just_as_well(tmp_path, straight):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "megatron_rl")
+    with Job(tmp_path / "run", "train.steps=2", command=torchrun) as job:
+        assert job.end() == 0, job.output()
+        assert job.metrics() == metrics_of(straight)[:2]
+
+
+def test_own_prompts_and_verifier_from_a_file(tmp_path):
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(f'{{"q": "{a}+{b}=", "a": {a + b}}}\n' for a in range(5) for b in (1, 2))
+    )
+    (tmp_path / "mine.py").write_text(
+        "def verify(prompt, response, answer):\n    return 0.25 if response.endswith(str(answer)) else 0.125\n"
+    )
+    settings = [
+        "task.name=jsonl",
+        f"task.path={tmp_path / 'sums.jsonl'}",
+        "task.prompt_field=q",
+        "task.answer_field=a",
+        f"task.verifier={tmp_path / 'mine.py'}:verify",
+        "train.tokens_per_microbatch=8192",
+        "task.max_prompt_tokens=16",
+        "train.steps=1",
+    ]
+    with Job(tmp_path / "run", *ONE_RANK, *settings) as job:
+        assert job.end() == 0, job.output()
+        assert 0.125 <= job.metrics()[0]["reward_mean"] <= 0.25

@@ -1,0 +1,80 @@
+"""Stops: a run that is asked to stop leaves a checkpoint and no process, and goes on as if it had not been stopped."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.e2e.job import ONE_RANK, Job, same_result
+
+RESUME = "train.resume=true"
+
+
+def test_a_stopped_run_goes_on_to_the_result_of_one_that_was_not(tmp_path, straight):
+    folder = tmp_path / "run"
+    with Job(folder) as job:
+        job.until_steps(2).process.send_signal(signal.SIGTERM)
+        assert job.end() == 130, job.output()
+        assert "to continue it: the same command with train.resume=true" in job.output()
+        assert "Traceback" not in job.output()
+        assert len(list((folder / "checkpoints").glob("step_*"))) == 1
+        assert len(job.metrics()) < 4
+    with Job(folder, RESUME) as job:
+        assert job.end() == 0, job.output()
+    same_result(folder, straight)
+
+
+def test_two_and_two_steps_are_four(tmp_path, straight):
+    folder = tmp_path / "run"
+    for settings in (["train.steps=2"], [RESUME]):
+        with Job(folder, *settings) as job:
+            assert job.end() == 0, job.output()
+    same_result(folder, straight)
+
+
+def test_control_c_stops_cleanly(tmp_path):
+    with Job(tmp_path / "run", *ONE_RANK, "train.steps=1000") as job:
+        job.until_steps(1)
+        os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
+        assert job.end() == 130, job.output()
+        assert "once more stops at once" in job.output()
+        assert "train.resume=true" in job.output()
+        assert "Traceback" not in job.output()
+        assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
+
+
+@pytest.mark.parametrize("moment", ["ranks start", "the server starts"])
+def test_a_stop_while_starting_is_quick_and_quiet(tmp_path, moment):
+    folder = tmp_path / "run"
+    with Job(folder) as job:
+        log = folder / "servers" / "server_0.log"
+        job.until(lambda: len(job.ranks()) == 2 if moment == "ranks start" else log.exists())
+        began = time.monotonic()
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 130, job.output()
+        assert time.monotonic() - began < 20
+        assert "Traceback" not in job.output()
+        assert job.metrics() == []
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    with Job(tmp_path / "run", *ONE_RANK, "train.steps=1000") as job:
+        (rank,) = job.until_steps(1).ranks()
+        rank.suspend()  # it could not finish its step if it wanted to
+        job.process.send_signal(signal.SIGTERM)
+        job.until(lambda: "once more stops at once" in job.output())
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 130, job.output()
+
+
+def test_a_damaged_checkpoint_is_told_once_and_by_name(tmp_path, straight):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    for file in (folder / "checkpoints" / "step_00000004").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with Job(folder, RESUME, "train.steps=5") as job:
+        assert job.end() == 2
+        assert job.output().count("is missing or not the file that was written") == 1
+        assert "Traceback" not in job.output()

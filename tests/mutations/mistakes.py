@@ -1,0 +1,168 @@
+"""Mistakes that peers have made and ours to make, each as a change of a line, and what must notice it.
+
+Plain data: read by the loader in ``sitecustomize.py`` and by ``benchmarks/mutations.py``.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One line of the package replaced by a wrong one.
+
+    Attributes:
+        name: one word or more, joined by dashes.
+        module: below ``megatron_rl``.
+        right, wrong: source text; ``right`` stands in the module exactly once.
+        checks: pytest node ids, or ``prove LAYOUT OBJECTIVE``; tried in order until one notices.
+    """
+
+    name: str
+    module: str
+    right: str
+    wrong: str
+    checks: tuple[str, ...]
+
+
+SPLIT = "tests/test_loss.py::test_any_split_into_micro_batches_adds_up_to_the_whole"
+CONTEXT = "tests/test_loss.py::test_context_ranks_give_the_loss_and_gradient_of_one_rank"
+DETACHED = "tests/test_loss.py::test_entropies_get_no_gradient"
+EQUATIONS = "tests/test_policy_loss.py::test_loss_and_gradient_equal_the_transcription"
+BOUNDS = "tests/test_policy_loss.py::test_bounds_are_inclusive"
+DIRECTION = "tests/test_policy_loss.py::test_direction_of_the_clip"
+VOCABULARY = "tests/test_vocab.py::test_known_answers"
+SHARDS = "tests/test_vocab.py::test_shards_of_the_vocabulary_give_the_whole_one"
+HEAD = "tests/test_vocab.py::test_head_equals_the_definition"
+
+MISTAKES = (
+    Mistake(
+        "mean-of-micro-batch-means",
+        "loss",
+        'value = (micro["weights_T"] * values_R).sum()',
+        "value = values_R.mean() if len(values_R) else values_R.sum()",
+        (SPLIT,),
+    ),
+    Mistake(
+        "segment-mean-of-one-rank",
+        "segments",
+        "sum_over(micro.context_group, sums)[:,",
+        "sums[:,",
+        (CONTEXT,),
+    ),
+    Mistake(
+        "window-with-gradient",
+        "loss",
+        "        cost = objective.cost(logprobs_R, micro)\n",
+        "        live = {n: c * entropies_R / entropies_R.detach() for n, c in micro.columns.items() if 'clip' in n}\n"
+        "        micro = Micro({**micro.columns, **live}, micro.num_segments, micro.context_group)\n"
+        "        cost = objective.cost(logprobs_R, micro)\n",
+        (DETACHED,),
+    ),
+    Mistake(
+        "log-prob-and-entropy-without-temperature",
+        "parallel.vocab",
+        "return logits if temperature == 1.0 else logits / temperature",
+        "return logits",
+        (VOCABULARY,),
+    ),
+    Mistake(
+        "entropy-without-temperature",
+        "parallel.head",
+        "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n",
+        "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n"
+        "        untempered = [_no_sums(hidden_RH, dtype)]\n"
+        "        for tile in shard.tiles:\n"
+        "            logits_RC = widened_RH @ weight_VH[tile].to(widened_RH.dtype).T\n"
+        "            untempered.append(shard.passes.sums(logits_RC, torch.ones_like(scale)))\n"
+        "        entropies_R = finish(merge_sums(torch.stack(untempered)), target_logits_R, shard.group)[1]\n",
+        (HEAD,),
+    ),
+    Mistake(
+        "vocabulary-padding-not-masked",
+        "parallel.head",
+        "rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)",
+        "rows = num_rows",
+        (HEAD,),
+    ),
+    Mistake(
+        "gradient-of-other-vocabulary-shards-zero",
+        "parallel.vocab",
+        "    return gradient_NV.scatter_add_(",
+        "    gradient_NV *= inside_N[:, None]\n    return gradient_NV.scatter_add_(",
+        (SHARDS,),
+    ),
+    Mistake(
+        "masked-tokens-counted",
+        "data.types",
+        'counts_B.index_add_(0, self.response_ids_T, self["loss_mask_T"].long())',
+        "self.lengths_B",
+        (EQUATIONS,),
+    ),
+    Mistake(
+        "sign-of-the-advantage",
+        "objectives.base",
+        "values_R = -advantages_R * torch.where",
+        "values_R = advantages_R * torch.where",
+        (DIRECTION, EQUATIONS),
+    ),
+    Mistake(
+        "clip-bounds-exclusive",
+        "objectives.base",
+        "(rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))",
+        "(rises_R & (ratio_R < upper_R)) | (falls_R & (ratio_R > lower_R))",
+        (BOUNDS,),
+    ),
+    Mistake(
+        "clipped-side-without-regard-to-the-advantage",
+        "objectives.base",
+        "(rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))",
+        "(ratio_R <= upper_R) & (ratio_R >= lower_R)",
+        (DIRECTION,),
+    ),
+    Mistake(
+        "gradient-averaged-over-data-ranks",
+        "policy.model",
+        "    finalize_model_grads(model, None, **kwargs)",
+        "    finalize_model_grads(model, None, **kwargs)\n"
+        "    for chunk in model:\n"
+        "        chunk.scale_gradients(1 / parallel_state.get_data_parallel_world_size(with_context_parallel=True))",
+        ("prove data=2 grpo",),
+    ),
+    Mistake(
+        "plain-halves-in-place-of-zig-zag",
+        "policy.rows",
+        "    local_T = zigzag(lengths_N, rank, size)\n",
+        "    starts_N = lengths_N.cumsum(0) - lengths_N\n"
+        "    local_T = torch.cat([torch.arange(s + rank * n // size, s + (rank + 1) * n // size)\n"
+        "                         for s, n in zip(starts_N.tolist(), lengths_N.tolist())])\n",
+        ("prove context=2 gspo",),
+    ),
+    Mistake(
+        "shards-not-marked-for-the-gradient-norm",
+        "policy.engine",
+        "        mark_shards(shards_of(self.chunks, self.family, self.mesh))\n",
+        "",
+        ("prove tensor=2 grpo",),
+    ),
+    Mistake(
+        "norms-not-summed-over-sequence-parallel-ranks",
+        "policy.layers",
+        'setattr(parameter, "sequence_parallel", config.sequence_parallel)',
+        'setattr(parameter, "sequence_parallel", False)',
+        ("prove tensor=2 grpo",),
+    ),
+    Mistake(
+        "attention-reaches-into-the-sequence-before-it-in-the-row",
+        "policy.rows",
+        "key[place, :length] = gathered_R[start : start + length]",
+        "key[place, :length] = gathered_R[max(start - 1, 0) : max(start - 1, 0) + length]",
+        ("prove tokens=4096 grpo",),
+    ),
+    Mistake(
+        "metrics-counted-on-every-tensor-rank",
+        "parallel.mesh",
+        "return self.is_last_stage and group_rank(self.tensor) == 0",
+        "return self.is_last_stage",
+        ("prove tensor=2 grpo",),
+    ),
+)

@@ -1,0 +1,152 @@
+"""Write docs/config.md and docs/run-folder.md from the code: python tools/make_config_reference.py [--check]
+
+With --check nothing is written; the exit code is 1 if a page is not what the code says.
+"""
+
+import argparse
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from megatron_rl.config.schema import Run
+from megatron_rl.config.tree import members
+from megatron_rl.train.journal import DOCUMENTED
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+MADE = "<!-- Made by tools/make_config_reference.py: change the code, then run it. -->"
+WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+
+CONFIG_HEAD = """# Configuration
+
+`megatron-rl train a.toml b.toml key=value`: later files are stronger, tables are merged, and `section.key=value` is
+stronger than any file. A key that is not on this page is an error. A relative path in a file begins at that file's
+folder; in `key=value`, and in `log.path`, at the folder where the command runs. `megatron-rl check` prints every value
+with the place where it was set.
+"""
+
+FOLDER_HEAD = """# The run folder
+
+`log.path` of a run; `tools/demo` takes the first free one of `runs/demo`, `runs/demo-2`, ...
+
+| file | what |
+|---|---|
+| `config.json` | all settings, defaults included |
+| `versions.json` | python, torch, megatron-core and what else can change a number |
+| `metrics.jsonl` | one JSON object a step, keys below |
+| `rollouts.jsonl` | one a sample: prompt, response, reward, reason, tokens, weight versions; `log.rollouts` |
+| `console.log` | the table of the console, with the time of day |
+| `mismatch.json` | the newest step's tokens on which engine and trainer agree least |
+| `nonfinite/` | where NaN or inf came up: the micro-batch and its weights, for `megatron-rl replay` |
+| `servers/server_0.log` | what a rollout server says, if the run started it |
+| `checkpoints/step_00000060/` | every rank's weights, main weights and Adam moments; `meta.json` is written last |
+| `export/` | the trained model as a Hugging Face checkpoint; `checkpoint.export` |
+
+Two runs are compared with `python tools/compare_runs.py RUN_A RUN_B`, bit for bit, times aside.
+
+## Keys of metrics.jsonl
+
+| key | meaning |
+|---|---|
+"""
+
+
+def config_page() -> str:
+    """Return docs/config.md."""
+    parts = [MADE, CONFIG_HEAD]
+    for name, field in Run.model_fields.items():
+        for tag, section in members(field).items():
+            title = f'[{name}] with {field.discriminator} = "{tag}"' if tag else f"[{name}]"
+            parts.append(f"## {title}\n\n{_paragraph(section)}\n")
+            parts.append(
+                "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *_rows(section)]) + "\n"
+            )
+    return "\n".join(parts)
+
+
+def _rows(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = members(field).get("")
+        if inner is not None:
+            yield from _rows(inner, f"{prefix}{name}.")
+        else:
+            meaning = _cell(field.description or "")
+            yield f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {meaning} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("``", "`").split()).replace("|", "\\|")
+
+
+def _paragraph(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").partition("\n\n")[0].replace("``", "`")
+
+
+def _kind(field: FieldInfo) -> str:
+    words = _type(field.annotation)
+    bounds = [
+        f"{sign} {value:g}"
+        for mark in field.metadata
+        for sign, value in ((s, getattr(mark, a)) for s, a in BOUNDS if hasattr(mark, a))
+    ]
+    return ", ".join([words, *bounds])
+
+
+BOUNDS = ((">=", "ge"), (">", "gt"), ("<=", "le"), ("<", "lt"))
+
+
+def _type(annotation: object) -> str:
+    if isinstance(annotation, type) and annotation in WORDS:
+        return WORDS[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(part) for part in arguments if part is not types.NoneType)
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return "table"
+    return _type(arguments[0]) if arguments else str(annotation)  # Annotated
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be set"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    assert value is not PydanticUndefined, field
+    if value is None:
+        return "none"
+    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
+
+
+def folder_page() -> str:
+    """Return docs/run-folder.md."""
+    rows = [f"| `{key}` | {_cell(meaning)} |" for key, meaning in DOCUMENTED.items()]
+    return "\n".join([MADE, FOLDER_HEAD.rstrip("\n"), *rows]) + "\n\nA number that is not finite is written as null.\n"
+
+
+def main() -> int:
+    """Write the pages, or check them; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name, text in (("config.md", config_page()), ("run-folder.md", folder_page())):
+        file = DOCS / name
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                file.write_text(text, encoding="utf-8")
+    print(f"{'out of date' if check else 'written'}: {', '.join(stale)}" if stale else "up to date")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
