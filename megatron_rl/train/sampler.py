@@ -81,21 +81,16 @@ class MainSampler:
 
     def sample(self, step: int) -> Batch | None:
         """See ``Sampler``."""
-        return share(None if self._stop else self._sample(step), self.world)
+        return share(self._sample(step), self.world)
 
     def _sample(self, step: int) -> Batch | None:
         train = self.run.train
         first = step * train.prompts_per_step
         prompts = tuple(self._prompts[position] for position in range(first, first + train.prompts_per_step))
-        try:
-            self._sampling = True
-            groups = self.fleet.generate(
-                prompts, train.group_size, self.run.rollout.sampling, seed=(train.seed, step), weight_version=step
-            )
-        except StopRequested:
+        seed = (train.seed, step)
+        groups = self._generate(prompts, train.group_size, self.run.rollout.sampling, seed, version=step)
+        if groups is None:
             return None
-        finally:
-            self._sampling = False
         self.groups = groups
         verdicts = self._verify(groups)
         if self.run.log.rollouts:
