@@ -5,7 +5,7 @@ Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C column
 The logits exist one tile at a time, and are computed again in the backward pass; two floats per token are kept. Sums
 are formed in float32 or wider. Four products of 2 R H V operations are all the work that counts:
 
-* forward, logits from inputs widened to float32 (a CPU has no bfloat16 product with a float32 result; a GPU does);
+* forward, logits from 16-bit inputs with a float32 result (parallel/products.py);
 * backward, log p again, in the inputs' type. Rounded to bfloat16, a logit of 30 would be off by 0.06 and its
   probability by 6 %. So the product forms log p = z - normaliser before it rounds: hidden carries the normaliser, as a
   sum of two bfloat16, in two more columns, the weight ones. A probability is then off by 2^-9 |log p| of itself;
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.collectives import Group, group_rank
+from megatron_rl.parallel.products import WideProducts, brgemm_found
 from megatron_rl.parallel.tiles import Passes, Upstream, compiled_passes, compiler_found, eager_passes
 from megatron_rl.parallel.vocab import Context, finish, merge_sums, pick, vocab_logprobs_entropies, wide
 
@@ -129,7 +130,10 @@ def choose_backend(backend: Backend, device_type: str, num_tiles: int) -> Backen
 
 def backend_in_words(device_type: str) -> str:
     """Return which backend serves a vocabulary of more than one tile on this kind of device, for people."""
-    return BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
+    words = BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
+    if device_type != "cpu":
+        return words
+    return f"{words}; bfloat16 products {'by brgemm' if brgemm_found() else 'widened to float32 (twice the time)'}"
 
 
 class _HeadContext(Context, Protocol):
@@ -147,14 +151,14 @@ class HeadLogprobs(torch.autograd.Function):
         columns_R = targets_R - shard.first_id
         dtype = wide(hidden_RH.dtype)
         scale = torch.full((), 1 / shard.temperature, dtype=dtype, device=hidden_RH.device)
-        widened_RH = hidden_RH if _has_wide_products(hidden_RH) else hidden_RH.to(dtype)
+        products = WideProducts(hidden_RH)
         buffer = hidden_RH.new_empty(len(hidden_RH) * min(shard.columns, shard.rows), dtype=dtype)
         # A rank may hold nothing but padding.
         sums_PKR = [_no_sums(hidden_RH, dtype)]
         target_logits_PR = [torch.full_like(sums_PKR[0][0], -torch.inf)]
         for tile in shard.tiles:
-            tile_CH = weight_VH[tile].to(widened_RH.dtype)
-            logits_RC = _product(widened_RH, tile_CH.T, _part(buffer, len(hidden_RH), len(tile_CH)))
+            tile_CH = weight_VH[tile]
+            logits_RC = products.into(_part(buffer, len(hidden_RH), len(tile_CH)), tile_CH)
             target_logits_PR.append(pick(logits_RC, columns_R - tile.start) * scale)
             sums_PKR.append(shard.passes.sums(logits_RC, scale))
         sums_KR, target_logits_R = merge_sums(torch.stack(sums_PKR)), torch.stack(target_logits_PR).amax(0)
@@ -199,35 +203,45 @@ class _Recomputed:
     """
 
     def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, shard: Shard) -> None:
-        dtype, width = hidden_RH.dtype, min(shard.columns, shard.rows)
+        width = min(shard.columns, shard.rows)
         self._slopes = hidden_RH.new_empty(len(hidden_RH) * width)
-        if dtype == normalizers_R.dtype or not shard.shifted:
-            self.rest_R = normalizers_R
-            self._left_RA = hidden_RH if _has_wide_products(hidden_RH) else hidden_RH.to(normalizers_R.dtype)
-            self._tile_CA: Tensor | None = None
-            same = dtype == normalizers_R.dtype
-            self._logits = self._slopes if same else self._slopes.new_empty(self._slopes.shape, dtype=wide(dtype))
-            return
-        width_H = hidden_RH.shape[1]
-        raw_R = normalizers_R * shard.temperature
-        shifts_2R = torch.stack((raw_R.to(dtype), (raw_R - raw_R.to(dtype)).to(dtype)))
-        self.rest_R = (raw_R - shifts_2R.to(raw_R.dtype).sum(0)) / shard.temperature
-        self._left_RA = torch.nn.functional.pad(hidden_RH, (0, SHIFT_COLUMNS))
-        self._left_RA[:, width_H : width_H + 2] = -shifts_2R.T
-        self._tile_CA = hidden_RH.new_zeros(width, width_H + SHIFT_COLUMNS)
-        self._tile_CA[:, width_H : width_H + 2] = 1
-        self._logits = self._slopes
+        narrow = hidden_RH.dtype != normalizers_R.dtype
+        self._shifted = (
+            _Shifted(hidden_RH, normalizers_R, shard.temperature, width) if narrow and shard.shifted else None
+        )
+        self.rest_R = normalizers_R if self._shifted is None else self._shifted.rest_R
+        self._products = WideProducts(hidden_RH)
+        in_place = self._shifted is not None or not narrow
+        self._logits = self._slopes if in_place else torch.empty_like(self._slopes, dtype=self._products.dtype)
 
     def logits(self, tile_CH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the unscaled logits of a tile, less a shift, and where its slopes go: the same memory if it can be."""
-        num_rows, columns = len(self._left_RA), len(tile_CH)
-        if self._tile_CA is None:
-            right_CA = tile_CH.to(self._left_RA.dtype)
-        else:
-            right_CA = self._tile_CA[:columns]
-            right_CA[:, : tile_CH.shape[1]] = tile_CH
-        logits_RC = _product(self._left_RA, right_CA.T, _part(self._logits, num_rows, columns))
-        return logits_RC, logits_RC if self._slopes is self._logits else _part(self._slopes, num_rows, columns)
+        slopes_RC, logits_RC = (
+            _part(buffer, len(self.rest_R), len(tile_CH)) for buffer in (self._slopes, self._logits)
+        )
+        if self._shifted is not None:
+            return self._shifted.into(logits_RC, tile_CH), slopes_RC
+        return self._products.into(logits_RC, tile_CH), slopes_RC
+
+
+class _Shifted:
+    """Logits less the normaliser in 16 bits, formed by the product itself: -shift rides on hidden, 1 on the weight."""
+
+    def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, temperature: float, columns: int) -> None:
+        width_H, dtype = hidden_RH.shape[1], hidden_RH.dtype
+        raw_R = normalizers_R * temperature
+        shifts_2R = torch.stack((raw_R.to(dtype), (raw_R - raw_R.to(dtype)).to(dtype)))
+        self.rest_R = (raw_R - shifts_2R.to(raw_R.dtype).sum(0)) / temperature
+        self._left_RA = torch.nn.functional.pad(hidden_RH, (0, SHIFT_COLUMNS))
+        self._left_RA[:, width_H : width_H + 2] = -shifts_2R.T
+        self._tile_CA = hidden_RH.new_zeros(columns, width_H + SHIFT_COLUMNS)
+        self._tile_CA[:, width_H : width_H + 2] = 1
+
+    def into(self, out_RC: Tensor, tile_CH: Tensor) -> Tensor:
+        """Write the shifted logits of a tile."""
+        right_CA = self._tile_CA[: len(tile_CH)]
+        right_CA[:, : tile_CH.shape[1]] = tile_CH
+        return torch.mm(self._left_RA, right_CA.T, out=out_RC)
 
 
 def _part(buffer: Tensor, num_rows: int, columns: int) -> Tensor:
@@ -240,18 +254,6 @@ def _no_sums(hidden_RH: Tensor, dtype: torch.dtype) -> Tensor:
     sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=dtype)
     sums_KR[0] = torch.finfo(dtype).min / 2
     return sums_KR
-
-
-def _has_wide_products(tensor: Tensor) -> bool:
-    """Return whether products of tensors like this one can be had in float32 or wider without widening the inputs."""
-    return tensor.is_cuda or tensor.dtype == wide(tensor.dtype)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """Return left @ right, written to ``out`` in its type."""
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
