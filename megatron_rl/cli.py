@@ -26,7 +26,7 @@ CONFIG_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return its exit code. An error that a user can meet is one message, and code 2 (``check``: 1)."""
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     if "RANK" not in os.environ:  # a rank that is still starting just ends
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -41,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; settings may also stand after options, where argparse itself takes none."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or "config" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.config = [*options.config, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
