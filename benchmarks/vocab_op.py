@@ -5,7 +5,8 @@
 
 Each line is one forward and one backward pass of (u log p + v H) summed, to hidden and weight.
 limit: the bare products alone. On a CPU one in float32 and three in bfloat16 (float32 inputs: four in float32), into
-    tiles that are reused; on a GPU four in the inputs' type, each over the whole vocabulary at once.
+    tiles that are reused, and a second line with all four in bfloat16; on a GPU four in the inputs' type, each over
+    the whole vocabulary at once.
 time: on a CPU of a child process, after a first call on a small slice that compiles; with ``--time processor`` its
     processor seconds per thread, which a busy machine disturbs less. On a GPU the median of five.
 peak: above what inputs take, in multiples of one float32 logits tensor; the larger of that of the forward pass alone,
@@ -22,6 +23,7 @@ import ast
 import ctypes
 import gc
 import importlib
+import importlib.abc
 import json
 import subprocess
 import sys
@@ -118,6 +120,15 @@ def bare_package(name: str, folder: Path) -> None:
     sys.modules[name] = module
 
 
+class NoLiger(importlib.abc.MetaPathFinder):
+    """Says of liger-kernel what Python says of a package that is not installed: its import would want Triton."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """Raise for liger-kernel; find nothing else."""
+        if fullname.split(".")[0] == "liger_kernel":
+            raise ModuleNotFoundError("not for this line", name="liger_kernel")
+
+
 def definitions_of(file: Path, names: Iterable[str], namespace: dict[str, object]) -> dict[str, object]:
     """Return a namespace in which only these functions and classes of a file were executed."""
     wanted = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
@@ -157,13 +168,12 @@ def verl_plain(peers: Path) -> Operation:
 
 
 def verl_fused(peers: Path) -> Operation:
-    # Its optional import of liger-kernel would want Triton.
-    hidden_module: dict[str, object] = {"liger_kernel": None}
-    sys.modules.update(hidden_module)  # pyrefly: ignore[no-matching-overload] - how Python says "not there"
+    """verl's own chunks of rows; on a GPU it would call liger-kernel, which has a line of its own."""
     for name in ("verl", "verl.utils"):
         bare_package(name, peers / name.replace(".", "/"))
+    sys.meta_path.insert(0, NoLiger())
     module = importlib.import_module("verl.utils.experimental.torch_functional")
-    del sys.modules["liger_kernel"]
+    sys.meta_path.pop(0)
     return module.FusedLinearForPPO()
 
 
@@ -211,6 +221,7 @@ def operation(name: str, peers: Path) -> Operation:
     return tiles(int(columns), mode == "compiled", logits == "shifted")
 
 
+LIMIT, NARROW_LIMIT = "limit: bare products", "limit: all four in bfloat16"
 PEER_NAMES = (
     "naive log-softmax",
     "megatron-core + verl's entropy",
@@ -330,12 +341,12 @@ def errors(values: Tensor, gradient: Tensor, given: tuple[Tensor, Tensor, Tensor
     return (values[:, :rows] - wanted).abs().max().item(), difference.item()
 
 
-def limit(case: Case) -> Measured:
-    """Return the time of the bare products."""
+def limit(name: str, case: Case) -> Measured:
+    """Return the time of the bare products: on a CPU the first in float32, or all in the inputs' type."""
     hidden, weight, _, _ = inputs(case)
     hidden, weight = hidden.detach(), weight.detach()
     columns = case.vocabulary if case.device == "cuda" else TILE_COLUMNS["cpu"]
-    wide = hidden.dtype if case.device == "cuda" else torch.float32
+    wide = torch.float32 if name == LIMIT and case.device == "cpu" else hidden.dtype
     widened = hidden.to(wide)
     first = hidden.new_empty(case.rows * columns, dtype=wide)
     slopes = torch.randn(case.rows, columns, device=case.device).to(hidden.dtype).flatten()
@@ -358,13 +369,13 @@ def limit(case: Case) -> Measured:
         return parts[0], sum(parts)
 
     results = [once() for _ in range(6 if case.device == "cuda" else 1)][-5:]
-    return Measured("limit: bare products", median(r[0] for r in results), median(r[1] for r in results))
+    return Measured(name, median(r[0] for r in results), median(r[1] for r in results))
 
 
 def guarded(name: str, case: Case) -> Measured:
     """Return a line, or the reason why there is none."""
     try:
-        return limit(case) if name.startswith("limit") else measure(name, case)
+        return limit(name, case) if name in (LIMIT, NARROW_LIMIT) else measure(name, case)
     except Exception as error:  # a peer may fail in any way, and the table goes on
         return Measured(
             name,
@@ -408,7 +419,7 @@ def line_of(found: Measured, limit_seconds: float) -> str:
     if found.reason:
         return f"| {found.name} | skipped: {found.reason} | | | | | |"
     cells = [f"{found.forward_seconds:.3g}", f"{found.seconds:.3g}", f"{found.seconds / limit_seconds:.2f}"]
-    if not found.name.startswith("limit"):
+    if found.name not in (LIMIT, NARROW_LIMIT):
         cells += [f"{found.peak:.3f}", f"{found.value_error:.1e}", f"{found.gradient_error:.1e}"]
     return f"| {found.name} | {' | '.join(cells)} |{' | | |' if found.name.startswith('limit') else ''}"
 
@@ -449,8 +460,10 @@ def table(case: Case, names: list[str]) -> None:
     print(f"{hardware(case.device, case.threads)}, time by {case.time}\n")
     print("| | forward s | forward + backward s | of the limit | peak | error of values | of the gradient |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    bare = line("limit: bare products", case)
+    bare = line(LIMIT, case)
     print(line_of(bare, bare.seconds), flush=True)
+    if case.device == "cpu" and case.dtype == "bf16":
+        print(line_of(line(NARROW_LIMIT, case), bare.seconds), flush=True)
     for name in names:
         print(line_of(line(name, case), bare.seconds), flush=True)
     if case.device == "cuda" and bare.seconds:
