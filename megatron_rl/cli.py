@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="validate configs and print layout, batches and versions; starts nothing")
     check.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
     check.add_argument("--ranks", type=int, help="trainer ranks of the real run (default: parallel.ranks)")
+    check.add_argument("--cluster", action="store_true", help="look at the nodes of the allocation this runs in")
     check.set_defaults(run=_check)
 
     prove = verbs.add_parser("prove", help="show that any layout gives one rank's loss and gradient")
@@ -76,6 +77,26 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--output", type=Path, metavar="FILE", help="write prove.json here")
     prove.add_argument("--ranks", type=int, default=4, help="most ranks of a layout of the set (default: %(default)s)")
     prove.set_defaults(run=_prove)
+
+    slurm = verbs.add_parser("slurm", help="write the Slurm script of a run, and submit it if asked")
+    slurm.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    slurm.add_argument("--submit", action="store_true", help="hand the script to sbatch")
+    slurm.add_argument("--dry-run", action="store_true", help="only print it, which is the default")
+    slurm.set_defaults(run=_slurm)
+
+    fleet = verbs.add_parser("fleet", help="run one server of a config's fleet, as a step of a Slurm job does")
+    fleet.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    fleet.add_argument("--registry", type=Path, required=True, metavar="FOLDER", help="where its address is written")
+    fleet.add_argument("--host", help="address to listen on (default: this node's, as the job's script knows it)")
+    fleet.set_defaults(run=_fleet)
+
+    preflight = verbs.add_parser("preflight", help="the first steps of a Slurm job: are the nodes fit for it")
+    preflight.add_argument("step", choices=("report", "judge", "link"))
+    preflight.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    preflight.add_argument("--folder", type=Path, required=True, help="where nodes write and read")
+    preflight.add_argument("--nodes", nargs="+", default=[], help="judge: names of the nodes")
+    preflight.add_argument("--needed", type=int, default=1, help="judge: how many of them the run needs")
+    preflight.set_defaults(run=_preflight)
 
     replay = verbs.add_parser("replay", help="run a saved micro-batch alone and find its first NaN or inf")
     replay.add_argument("file", type=Path, help="RUN/nonfinite/row.safetensors, beside the weights that it was run on")
@@ -114,7 +135,12 @@ def _train(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from megatron_rl.launch.check import check
 
-    return check(_load(options.config) if options.config else None, options.ranks)
+    loaded = _load(options.config) if options.config else None
+    if options.cluster and loaded is not None:
+        from megatron_rl.launch.preflight import check_cluster
+
+        return check_cluster(options.config, loaded.run)
+    return check(loaded, options.ranks)
 
 
 def _prove(options: argparse.Namespace) -> int:
@@ -122,6 +148,30 @@ def _prove(options: argparse.Namespace) -> int:
     from megatron_rl.prove.main import prove
 
     return prove(loaded, options.layout, options.shrink, options.objective, options.output, options.ranks)
+
+
+def _slurm(options: argparse.Namespace) -> int:
+    from megatron_rl.launch.slurm import slurm
+
+    return slurm(_load(options.config), options.config, submit=options.submit and not options.dry_run)
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    loaded = _load(options.config)
+    from megatron_rl.launch.fleet import keep_server
+
+    return keep_server(loaded.run, options.registry, options.host)
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from megatron_rl.launch import preflight
+
+    if options.step == "judge":
+        return preflight.judge(options.folder, options.nodes, options.needed)
+    if options.step == "link":
+        return preflight.link(options.folder, timeout_seconds=60)
+    return preflight.report(_load(options.config).run, options.folder)
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rl.config.cluster import Slurm
 from megatron_rl.config.section import InputPath, PathToFunction, Section
 from megatron_rl.loss import Correction, ReferenceKL
 from megatron_rl.objectives import GRPO, AnyObjective
@@ -125,6 +126,8 @@ class Rollout(Section):
     """Servers to start on this machine; ignored when ``urls`` are given."""
     urls: tuple[str, ...] = ()
     """Running servers to use, such as ``http://10.0.0.7:30000``."""
+    registry: str = ""
+    """Folder where ``servers`` servers, started by others, write their addresses; ``megatron-rl slurm`` sets it."""
     sampling: Sampling = Sampling()
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """A request without an answer for this long is sent elsewhere."""
@@ -198,7 +201,8 @@ class Train(Section):
     filter_zero_variance: bool = False
     """Drop groups whose rewards are all equal (they are counted either way)."""
     step_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """A collective that waits this long ends the run with an error."""
+    """Ranks that wait for each other this long are a hang: a report says which of them did not come, and the run ends
+    with exit code 75."""
 
 
 class Evaluate(Section):
@@ -258,6 +262,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     weights: Weights = Weights()
     log: Log = Log()
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="after")
     def _float64_is_for_proofs(self) -> "Run":

@@ -13,13 +13,14 @@ from megatron_rl.launch.failures import told
 from megatron_rl.launch.plan import make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
+from megatron_rl.parallel.ledger import keep_ledger
 from megatron_rl.parallel.mesh import launched_rank
 from megatron_rl.train.folder import prepare_folder
 from megatron_rl.train.resume import check_resumable
 
 
 def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
-    """Train; return the exit code: 0 when done, 130 when stopped and resumable."""
+    """Train; return the exit code: 0 when done, 130 when stopped and resumable, 75 after a hang."""
     launched = launched_rank()
     if launched is not None:
         rank, size, _ = launched
@@ -29,6 +30,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
             if rank == 0:
                 prepare_folder(loaded.run)
         quiet_upstream()
+        keep_ledger()
         with told():
             from megatron_rl.train.rank import run_rank
 

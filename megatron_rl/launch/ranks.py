@@ -12,6 +12,7 @@ from types import FrameType
 from megatron_rl.errors import MegatronRLError, TrainingError
 from megatron_rl.launch.failures import REPORTS, Failure, read_failure
 from megatron_rl.rollout.process import guarded
+from megatron_rl.train.hang import HUNG
 
 STOPPED = 130
 """Exit code of a run that was asked to stop and can be resumed."""
@@ -96,6 +97,8 @@ class LocalRanks:
         stop_by = None
         while True:
             codes = self._look()
+            if HUNG in codes:  # the report was printed by a rank, and the others end by themselves
+                return HUNG
             if self._failures or any(code not in (None, 0, STOPPED) for code in codes):
                 time.sleep(SETTLE_SECONDS)  # what broke first may not be seen first
                 return self._end_of(self._look())

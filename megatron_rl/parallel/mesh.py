@@ -69,6 +69,11 @@ def launched_rank() -> tuple[int, int, int] | None:
     return None
 
 
+def task_number() -> int:
+    """Return which task of its Slurm step this process is, 0 outside of Slurm."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
+
+
 def on_cuda() -> bool:
     """Return whether this process trains on a GPU: if there is one, unless MEGATRON_RL_DEVICE=cpu."""
     chosen = os.environ.get("MEGATRON_RL_DEVICE", "auto")

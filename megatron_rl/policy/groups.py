@@ -19,7 +19,7 @@ def build_mesh(run: Run, world: World) -> Mesh:
         expert_model_parallel_size=layout["expert_model_parallel_size"],
         expert_tensor_parallel_size=layout["expert_tensor_parallel_size"],
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, int(run.train.step_timeout_seconds // 60)),
+        distributed_timeout_minutes=max(1, int(2 * run.train.step_timeout_seconds // 60)),
     )
     # No dropout anywhere, so the tracker need not fork the device's generator: that would need CUDA.
     model_parallel_cuda_manual_seed(run.train.seed, inference_rng_tracker=True)

@@ -28,7 +28,12 @@ _NOT_THEIRS = re.compile(r"PYTHON(PATH|HOME)|VIRTUAL_ENV|(LOCAL_|GROUP_|ROLE_)?(
 
 
 def sglang_server(
-    python: str, model_path: str, log_path: Path, options: Options, environment: Mapping[str, str]
+    python: str,
+    model_path: str,
+    log_path: Path,
+    options: Options,
+    environment: Mapping[str, str],
+    host: str = "127.0.0.1",
 ) -> ServerProcess:
     """Return an SGLang server, not started yet.
 
@@ -38,9 +43,10 @@ def sglang_server(
         log_path: takes its output.
         options: by name with underscores; ``True`` is a flag alone.
         environment: variables besides this process's.
+        host: address to listen on.
     """
     require_model(model_path)
-    host, port = "127.0.0.1", free_port()
+    port = free_port(host)
     given: Options = {"model_path": model_path, "host": host, "port": port, "weight_version": "0", **options}
     command = [python, "-m", "sglang.launch_server", *arguments(given)]
     return ServerProcess(command, host, port, log_path, _environment(environment), _GRACE_SECONDS)

@@ -18,6 +18,7 @@ from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.evidence import evidence
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.fleet import open_fleet
+from megatron_rl.train.hang import Watchdog
 from megatron_rl.train.journal import Journal, farewell
 from megatron_rl.train.loop import train
 from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
@@ -30,7 +31,8 @@ STOPPED = 130
 def run_rank(loaded: Loaded[Run]) -> int:
     """Run this rank; return its exit code."""
     run = loaded.run
-    world = start_world(run.train.step_timeout_seconds, run.train.deterministic)
+    # The watchdog knows more than the groups' own timeout, which is there for a rank without one.
+    world = start_world(2 * run.train.step_timeout_seconds, run.train.deterministic)
     torch.manual_seed(run.train.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
@@ -38,6 +40,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
     checkpoints = Checkpoints(run, world, policy)
     start = checkpoints.load() if run.train.resume else 0
     with ExitStack() as stack:
+        stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
         journal = stack.enter_context(Journal(Path(run.log.path) if world.is_main else None, run.train.steps, start))
         with journal.phase("start"):
             sampler = _sampler(run, world, journal, tokenizer, stack)

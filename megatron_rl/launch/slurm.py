@@ -1,0 +1,192 @@
+"""``megatron-rl slurm``: renders one batch script, keeps it in the run folder, and submits it if asked.
+
+The script is the launcher: plain bash that a user can read, change and submit by hand. One srun task per rank; servers
+of the fleet beside them, found through the run folder. Source: Slurm's pages on sbatch, srun and heterogeneous jobs.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Template
+
+from megatron_rl.config.cluster import Slurm
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.schema import Run
+from megatron_rl.config.sources import raise_problems
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.plan import make_plan
+from megatron_rl.train.folder import replace_text
+from megatron_rl.train.hang import HUNG
+from megatron_rl.train.versions import package_version
+
+SCRIPT = Path(__file__).with_name("job.sh")
+"""The text that every job has in common; ``$names`` in it are filled in, ``$$`` is a dollar of bash."""
+
+JOB = "job.sbatch"
+"""Name of the rendered script in the run folder."""
+
+SET_BY_THE_JOB = ("train.resume=", "rollout.registry=")
+"""Words of the command line that the script gives anew at each start."""
+
+OURS = ("job-name", "output", "error", "open-mode", "signal", "time", "nodes", "ntasks", "ntasks-per-node")
+OURS_TOO = ("cpus-per-task", "gpus-per-node", "gpus", "requeue", "no-requeue", "array")
+"""Options of sbatch that settings of ours decide, or that would break the script."""
+
+
+def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Path | None = None) -> int:
+    """Write the script to the run folder and print it, or submit it and print the job's number; return the exit code.
+
+    Args:
+        loaded: the configuration.
+        words: config files and settings as given to the verb; the job reads them again.
+        submit: whether to hand the script to sbatch.
+        folder: where the job runs and relative paths begin; None: here.
+    """
+    if submit and shutil.which("sbatch") is None:
+        raise ConfigError("sbatch is not on this machine's PATH; run this on a login node, or leave out --submit")
+    text = render(loaded, words, folder or Path.cwd())
+    run = Path(loaded.run.log.path).absolute()
+    try:
+        (run / "slurm").mkdir(parents=True, exist_ok=True)
+        replace_text(run / JOB, text)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run folder {run} (log.path): {error.strerror}") from error
+    if not submit:
+        sys.stdout.write(text)
+        return 0
+    done = subprocess.run(["sbatch", "--parsable", str(run / JOB)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {run / JOB}: {done.stderr.strip()}")
+    job = done.stdout.strip().partition(";")[0]
+    sys.stdout.write(f"submitted job {job}: its log is {run}/slurm/job-{job}.log\n")
+    return 0
+
+
+def render(loaded: Loaded[Run], words: Sequence[str], folder: Path) -> str:
+    """Return the batch script of a run; a ConfigError lists everything that cannot work."""
+    run, problems = loaded.run, list(_problems(loaded))
+    raise_problems(problems)
+    make_plan(loaded, run.slurm.nodes * run.slurm.ranks, on_gloo=run.slurm.gpus_per_node == 0)
+    slurm, path = run.slurm, Path(run.log.path).absolute()
+    filled = {
+        "version": package_version("megatron-rl") or "?",
+        "command": shlex.join(["megatron-rl", "slurm", *words]),
+        "header": "\n".join(_header(run, path)),
+        "folder": shlex.quote(str(folder)),
+        "run": shlex.quote(str(path)),
+        "config": shlex.join(word for word in words if not word.startswith(SET_BY_THE_JOB)),
+        "resume": str(int(run.train.resume)),
+        "setup": "\n".join(slurm.setup) or ": # nothing was asked for",
+        "step": " ".join(_step(slurm, path, folder)),
+        "trainer": _component(run, 0),
+        "fleet": _component(run, 1) if slurm.rollout_nodes else "--overlap",
+        "nodes": str(slurm.nodes),
+        "ranks": str(slurm.nodes * slurm.ranks),
+        "ranks_per_node": str(slurm.ranks),
+        "servers": str(0 if run.rollout.urls else run.rollout.servers),
+        "server_options": " ".join(_server_options(run)),
+        "trainer_nodes": "SLURM_JOB_NODELIST_HET_GROUP_0" if slurm.rollout_nodes else "SLURM_JOB_NODELIST",
+        "preflight": "1" if slurm.preflight else "0",
+        "restarts": str(slurm.restarts),
+        "hung": str(HUNG),
+    }
+    return Template(SCRIPT.read_text(encoding="utf-8")).substitute(filled)
+
+
+def servers_per_node(run: Run) -> int:
+    """Return how many servers share a node."""
+    return -(-run.rollout.servers // (run.slurm.rollout_nodes or run.slurm.nodes))
+
+
+def _header(run: Run, path: Path) -> Iterator[str]:
+    slurm = run.slurm
+    options: dict[str, bool | int | str] = {
+        "job-name": re.sub(r"[^\w.-]", "_", path.name),
+        "output": f"{path}/slurm/job-%j.log",
+        "open-mode": "append",
+        "time": slurm.time_limit,
+        "signal": f"B:USR1@{slurm.stop_seconds}",
+        "requeue": True,
+        "nodes": slurm.nodes + slurm.spare_nodes,
+        "ntasks-per-node": slurm.ranks,
+        "cpus-per-task": slurm.cpus_per_rank,
+    }
+    if slurm.gpus_per_node:
+        options["gpus-per-node"] = slurm.gpus_per_node
+    yield "# The trainer" if slurm.rollout_nodes or run.rollout.urls else "# The trainer and the fleet"
+    yield from _directives({**options, **slurm.options})
+    if slurm.rollout_nodes:
+        yield "#SBATCH hetjob"
+        yield "# The fleet"
+        per_node = servers_per_node(run)
+        gpus = slurm.gpus_per_node
+        fleet: dict[str, bool | int | str] = {
+            "nodes": slurm.rollout_nodes,
+            "ntasks-per-node": per_node,
+            "cpus-per-task": slurm.cpus_per_rank * max(gpus // per_node, 1),
+        }
+        if gpus:
+            fleet["gpus-per-node"] = gpus
+        yield from _directives({**fleet, **slurm.options, **slurm.rollout_options})
+
+
+def _directives(options: Mapping[str, bool | int | str]) -> Iterator[str]:
+    for name, value in options.items():
+        if value is not False:
+            yield f"#SBATCH --{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
+
+
+def _component(run: Run, group: int) -> str:
+    return f"--het-group={group}" if run.slurm.rollout_nodes else ""
+
+
+def _server_options(run: Run) -> Iterator[str]:
+    per_node = servers_per_node(run)
+    yield f"--nodes={-(-run.rollout.servers // per_node) if per_node else 1}"
+    yield f"--ntasks-per-node={per_node}"
+    if run.slurm.gpus_per_node and per_node:
+        yield f"--gpus-per-task={run.slurm.gpus_per_node // per_node}"
+
+
+def _step(slurm: Slurm, run: Path, folder: Path) -> Iterator[str]:
+    """Yield the words of a step before those of the program: srun, and what starts the container."""
+    mounts = [*(f"{path}:{path}" for path in dict.fromkeys((str(run), str(folder)))), *slurm.mounts]
+    yield 'srun --kill-on-bad-exit=1 --open-mode=append "$${options[@]}"'.replace("$$", "$")
+    if slurm.container == "pyxis":
+        yield f"--container-image={shlex.quote(slurm.image)} --container-mounts={shlex.quote(','.join(mounts))}"
+    if slurm.container == "apptainer":
+        yield f"apptainer exec --nv --bind {shlex.quote(','.join(mounts))} {shlex.quote(slurm.image)}"
+    yield f"{shlex.quote(slurm.python)} -m megatron_rl"
+
+
+def _problems(loaded: Loaded[Run]) -> Iterator[str]:
+    run, slurm = loaded.run, loaded.run.slurm
+    for table in ("options", "rollout_options"):
+        for name in getattr(slurm, table):
+            if name.replace("_", "-") in (*OURS, *OURS_TOO):
+                key = f"slurm.{table}.{name}"
+                yield f"{key} ({loaded.origin(key)}) is decided by other settings of [slurm]; leave it out"
+    if run.rollout.urls and slurm.rollout_nodes:
+        yield (
+            f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}), but rollout.urls"
+            " names servers that run already; leave one of them out"
+        )
+    gpus, per_node = slurm.gpus_per_node, servers_per_node(run)
+    if slurm.rollout_nodes and gpus and per_node > gpus:
+        yield (
+            f"rollout.servers = {run.rollout.servers} ({loaded.origin('rollout.servers')}) on {slurm.rollout_nodes}"
+            f" node(s) of {gpus} GPUs leaves less than one GPU a server; write at most {gpus * slurm.rollout_nodes}"
+        )
+    if not slurm.rollout_nodes and not run.rollout.urls and gpus:
+        yield (
+            f"slurm.rollout_nodes = 0 ({loaded.origin('slurm.rollout_nodes')}) with slurm.gpus_per_node = {gpus}:"
+            " servers would take the trainer's GPUs; write slurm.rollout_nodes = 1 or more, or rollout.urls"
+        )
+    for words in (os.fspath(Path(run.log.path).absolute()), *slurm.mounts):
+        if re.search(r"[\n,]", words):
+            yield f"{words!r} holds a comma or a line break, which sbatch and mounts cannot; use another path"

@@ -1,0 +1,106 @@
+"""The script of a job, as text: what it asks for, what it runs, what is refused."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.slurm import render
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0")
+"""Without settings of one's own for them."""
+
+
+def script(tmp_path: Path, *settings: str) -> str:
+    given = {setting.partition("=")[0] for setting in settings}
+    words = [f"log.path={tmp_path / 'run'}", *settings]
+    words += [word for word in TWO_NODES if word.partition("=")[0] not in given]
+    text = render(load(Run, [str(DEMO)], words), [str(DEMO), *words], tmp_path)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    return text
+
+
+def directives(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_trainer_and_fleet_are_components_with_their_own_nodes(tmp_path):
+    text = script(
+        tmp_path,
+        "slurm.gpus_per_node=8",
+        "slurm.rollout_nodes=2",
+        "rollout.servers=4",
+        "slurm.options={ partition = 'h100', exclusive = true }",
+        "slurm.rollout_options={ partition = 'l40' }",
+    )
+
+    trainer, fleet = " ".join(directives(text)).split(" hetjob ")
+    assert "--nodes=2 --ntasks-per-node=8 " in trainer
+    assert trainer.endswith("--gpus-per-node=8 --partition=h100 --exclusive")
+    assert "--nodes=2 --ntasks-per-node=2 --cpus-per-task=32 --gpus-per-node=8 --partition=l40" in fleet
+    assert "--het-group=1 --nodes=2 --ntasks-per-node=2 --gpus-per-task=4" in text
+
+
+def test_servers_may_share_the_trainer_s_nodes_or_run_already(tmp_path):
+    together, connected = script(tmp_path), script(tmp_path, 'rollout.urls=["http://10.0.0.7:30000"]')
+
+    assert "hetjob" not in together + connected
+    assert "--het-group" not in together + connected
+    assert "servers=1\n" in together
+    assert "servers=0\n" in connected
+
+
+def test_a_restart_s_signal_comes_with_time_to_spare_and_the_log_goes_on(tmp_path):
+    found = directives(script(tmp_path, "slurm.stop_seconds=600", "slurm.time_limit=2-00:00:00"))
+
+    assert {"--signal=B:USR1@600", "--time=2-00:00:00", "--requeue", "--open-mode=append"} <= set(found)
+
+
+def test_steps_run_in_the_container_that_is_asked_for(tmp_path):
+    run = tmp_path / "run"
+    mounts = f"{run}:{run},{tmp_path}:{tmp_path},/data:/data"
+    settings = ("slurm.image=train.sqsh", 'slurm.mounts=["/data:/data"]', "slurm.python=python3")
+
+    pyxis = script(tmp_path, "slurm.container=pyxis", *settings)
+    apptainer = script(tmp_path, "slurm.container=apptainer", *settings)
+
+    assert f"--container-image=train.sqsh --container-mounts={mounts} python3 -m megatron_rl" in pyxis
+    assert f"apptainer exec --nv --bind {mounts} train.sqsh python3 -m megatron_rl" in apptainer
+
+
+def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
+    text = script(tmp_path, "rollout.environment={ A = 'x $y' }")
+
+    (line,) = [line for line in text.splitlines() if line.startswith("config=(")]
+    said = subprocess.run(["bash", "-c", f'{line}; printf "%s\\n" "${{config[@]}}"'], capture_output=True, text=True)
+    assert "rollout.environment={ A = 'x $y' }" in said.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("slurm.options={ nodes = 3 }", r"slurm.options.nodes \(command line.*is decided by other settings"),
+        ("slurm.nodes=3", r"6 ranks|3 ranks cannot be shared"),
+        ("slurm.gpus_per_node=8", r"servers would take the trainer's GPUs; write slurm.rollout_nodes"),
+        ("slurm.image=x", r"container is 'none' and image 'x'; write both"),
+        ("slurm.time_limit=soon", r"slurm.time_limit"),
+    ],
+)
+def test_what_no_job_could_be_is_refused(tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        script(tmp_path, setting)
+
+
+def test_a_script_needs_no_slurm_but_submitting_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = [str(DEMO), *TWO_NODES, f"log.path={tmp_path / 'run'}"]
+
+    assert main(["slurm", *words, "--dry-run"]) == 0
+    assert (tmp_path / "run" / "job.sbatch").read_text() == capsys.readouterr().out
+    assert main(["slurm", *words, "--submit"]) == 2
+    assert "sbatch is not on this machine's PATH" in capsys.readouterr().err
