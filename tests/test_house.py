@@ -20,7 +20,7 @@ MOST_FUNCTION_LINES = 60
 MOST_LOOP_LINES = 120
 MOST_CONFIG_FIELDS = 130
 MOST_ARGUMENTS = 6
-VERBS = ["check", "prove", "replay", "serve", "train"]
+VERBS = ["check", "fleet", "preflight", "prove", "replay", "serve", "slurm", "train"]
 
 
 def every_file():

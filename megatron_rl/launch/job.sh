@@ -68,15 +68,16 @@ options=("$${on_ranks[@]}" --output="$$logs/rank-%t.log")
 step train "$${config[@]}" &
 trainer=$$!
 
-# Slurm's signal before the time limit: the ranks finish their step, write a checkpoint and end with 130.
+# Slurm's signal before the time limit: the ranks finish their step, write a checkpoint and end with 130. srun hands
+# USR1 on to them; TERM would make it kill the step.
 stopping=0
-stop() { stopping=1; say "asked to stop: the ranks finish their step"; kill -TERM "$$trainer" 2>/dev/null; }
-trap stop USR1
+ask_to_stop() { say "$$1: the ranks finish their step"; kill -USR1 "$$trainer" 2>/dev/null; }
+trap 'stopping=1; ask_to_stop "the time limit is near"' USR1
 # A fleet that is gone for good must not leave the ranks waiting.
 if [ -n "$$fleet" ]; then
     (
         while kill -0 "$$fleet" 2>/dev/null; do sleep 2; done
-        [ -e "$$registry/end" ] || { say "the fleet ended: stopping the ranks"; kill -TERM "$$trainer" 2>/dev/null; }
+        [ -e "$$registry/end" ] || ask_to_stop "the fleet ended"
     ) &
 fi
 
@@ -102,6 +103,6 @@ queue_again() {
     say "$$1: the job goes back into the queue and will continue from its newest checkpoint"
     scontrol requeue "$$SLURM_JOB_ID" && sleep 120 # until Slurm ends this script
 }
-[ $$code -eq 130 ] && [ $$stopping -eq 1 ] && queue_again "the time limit is near"
+[ $$code -ne 0 ] && [ $$stopping -eq 1 ] && queue_again "the time limit is near"
 [ $$code -eq $$hung ] && queue_again "the ranks hung, see $$run/hang"
 exit $$code

@@ -49,8 +49,12 @@ class Sampler(Protocol):
         ...
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Each asks the run to end after its step; srun hands on the last one only."""
+
+
 class StopRequested(BaseException):
-    """SIGTERM or Ctrl-C arrived while the fleet was sampling; no batch was lost, none was begun."""
+    """A signal to stop arrived while the fleet was sampling; no batch was lost, none was begun."""
 
 
 def is_due(run: Run, step: int) -> bool:
@@ -71,7 +75,7 @@ class MainSampler:
         self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
         self._stop = False
         self._sampling = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -151,7 +155,7 @@ class FollowingSampler:
 
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def sample(self, step: int) -> Batch | None:

@@ -103,6 +103,8 @@ def test_a_job_of_two_nodes_and_a_fleet_trains_to_its_end(uninterrupted):
 
 
 def finish(cluster: Cluster, run: Path, job: str) -> None:
+    state = cluster.wait_for(job, "PENDING", "COMPLETED", "FAILED", "TIMEOUT")
+    assert state["JobState"] == "PENDING", log_of(run, job)
     cluster.start_now(job)
     state = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=300)
     assert state["JobState"] == "COMPLETED", log_of(run, job)
