@@ -12,7 +12,7 @@ from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
-from megatron_rl.policy.hf_files import check_hf_tensors, hf_files
+from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.rollout.sglang import wrong_options
 from megatron_rl.tasks.jsonl import check_files
@@ -62,7 +62,7 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     try:
         family = family_of(read_hf_config(Path(run.model.path)))
         shape = shape_of(family)
-        check_hf_tensors(hf_files(Path(run.model.path)), family, Path(run.model.path))
+        open_source(Path(run.model.path), family).check(family)
     except MegatronRLError as error:
         problems.append(str(error))
     if shape is not None:

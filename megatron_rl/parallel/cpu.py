@@ -109,6 +109,9 @@ REPLACEMENTS = (
     Replacement(f"{_RANDOM}:_get_cuda_rng_state", "recomputation saves the CUDA generator", _get_rng_state),
     Replacement(f"{_RANDOM}:_set_cuda_rng_state", "recomputation restores the CUDA generator", _set_rng_state),
     Replacement("torch.cuda:get_rng_state", "the random tracker reads the CUDA generator", _get_rng_state),
+    Replacement(
+        "torch._dynamo.config:disable", "the router's bias is counted by compiled code, which stops at the mode", True
+    ),
     Replacement("torch.cuda:manual_seed", "the random tracker seeds the CUDA generator", torch.manual_seed),
 )
 

@@ -211,7 +211,7 @@ class Policy:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
-        return export_weights(self.chunks, self.family, self.mesh, 1 << 28, pick=attrgetter("main_grad"))
+        return export_weights(self.chunks, self.family, self.mesh, 1 << 28, attrgetter("main_grad"), trained_only=True)
 
     def run_rows(
         self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False

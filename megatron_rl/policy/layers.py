@@ -11,9 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 from megatron_rl.policy.rows import Bucket, PackedRow
@@ -88,6 +89,36 @@ class PackedAttention(nn.Module):
         return attended.transpose(1, 2).flatten(0, 1)
 
 
+class WholeLinear(nn.Module):
+    """A matrix that every tensor-parallel rank holds whole, applied to this rank's share of the sequence.
+
+    transformer-engine's spec has it for the way down to the latents. The local spec cuts that matrix instead, and
+    megatron-core 0.16 then loses a part of its gradient: the rotary part of the keys goes to the heads of all ranks,
+    and what the other ranks' heads send back is dropped.
+    """
+
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
+        super().__init__()
+        weight = torch.empty(outputs, inputs, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = nn.Parameter(weight)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """Return the product, and no bias: megatron's signature."""
+        return F.linear(hidden, self.weight), None
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's latent attention with whole matrices on the way down, as transformer-engine's spec builds it."""
+
+    def __init__(self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, **kwargs: object) -> None:
+        super().__init__(config, submodules, **kwargs)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)
+        latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent)
+
+
 def block_spec(
     config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
@@ -106,10 +137,11 @@ def _local(spec: ModuleSpec) -> ModuleSpec:
     for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if "Norm" in getattr(getattr(inner, name, None), "__name__", ""):
             inner = dataclasses.replace(inner, **{name: Norm})
+    module = LatentAttention if attention.module is MLASelfAttention else attention.module
     submodules = dataclasses.replace(
         spec.submodules,
         input_layernorm=Norm,
         pre_mlp_layernorm=Norm,
-        self_attention=dataclasses.replace(attention, submodules=inner),
+        self_attention=dataclasses.replace(attention, module=module, submodules=inner),
     )
     return dataclasses.replace(spec, submodules=submodules)

@@ -11,7 +11,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
@@ -78,7 +78,8 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
     """
     dtype, parallel = DTYPES[run.model.dtype], run.parallel
     on_cuda = mesh.world.device.type == "cuda"
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    kind = MLATransformerConfig if family.has_latent_attention else TransformerConfig
+    known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(run.model.megatron) - known):
         raise ConfigError(f"model.megatron has fields that TransformerConfig does not know: {', '.join(unknown)}")
     interleaved = parallel.virtual_pipeline > 1
@@ -105,7 +106,7 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         **(FUSIONS_OFF if not has_transformer_engine() else {}),
         **RECOMPUTE[run.model.recompute],
     }
-    return TransformerConfig(**{**fields, **run.model.megatron})
+    return kind(**{**fields, **run.model.megatron})
 
 
 FUSIONS_OFF: Mapping[str, object] = dict.fromkeys(
@@ -176,6 +177,9 @@ def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: 
         share_embeddings_and_output_weights=family.tied,
         position_embedding_type="rope",
         rotary_base=int(family.rotary_base),
+        rotary_percent=family.rotary_percent,
+        rope_scaling=family.rotary_factor is not None,
+        rope_scaling_factor=family.rotary_factor or 1.0,
         vp_stage=vp_stage,
     )
     model.head_temperature = run.rollout.sampling.temperature

@@ -220,7 +220,8 @@ def _spoilt_gradients(policy: "Policy", batch: Batch, loss_of: LossFunction) -> 
     policy.run_backward(one_row(batch, policy.row_rules), loss_of, whole_gradients=True)
     last = policy.family.num_layers
     found: list[Finding] = []
-    for number, shard in enumerate(shards_of(policy.chunks, policy.family, policy.mesh)):
+    shards = [shard for shard in shards_of(policy.chunks, policy.family, policy.mesh) if shard.is_trained]
+    for number, shard in enumerate(shards):
         gradient = cast(Tensor, getattr(shard.parameter, "main_grad"))  # noqa: B009 (megatron's, no attribute of Tensor)
         if not bool(gradient.isfinite().all()):
             name = shard.name.megatron

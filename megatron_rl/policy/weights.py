@@ -12,24 +12,24 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_rl.errors import DataError
 from megatron_rl.parallel.collectives import Group, gather_over, group_rank, group_size
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.policy.hf_files import check_hf_tensors, hf_files
+from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names.rules import Family, Name
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter of this rank: its table entry, its global indices, and its tensor."""
+    """One parameter (or router's bias) of this rank: its table entry, its global indices, and its tensor."""
 
     name: Name
     layer: int
     expert: int
     parameter: Tensor
+    is_trained: bool = True
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -56,12 +56,15 @@ class Shard:
 _ENGINE_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    (re.compile(r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$"), r"self_attention.\1_layernorm.weight"),
     (re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
 )
 
 
 def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh) -> list[Shard]:
-    """Return every parameter of this rank with its table entry; a tied head is left out (it is the embedding).
+    """Return every parameter of this rank, and every router's bias, with its table entry.
+
+    A tied head is left out: it is the embedding.
 
     Raises:
         DataError: a parameter has no entry in the table.
@@ -72,7 +75,9 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
     )
     shards = []
     for chunk in unwrap_model(list(chunks)):
-        for own_name, parameter in chunk.named_parameters():
+        trained = dict(chunk.named_parameters())
+        biases = {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
+        for own_name, parameter in (trained | biases).items():
             if family.tied and own_name == "output_layer.weight":
                 continue
             canonical = own_name
@@ -87,7 +92,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
                 canonical = canonical.replace(match[0], "local_experts.{expert}.", 1)
             if canonical not in entries:
                 raise DataError(f"the model's parameter {own_name} has no entry in the table of names ({canonical})")
-            shards.append(Shard(entries[canonical], layer, expert, parameter))
+            shards.append(Shard(entries[canonical], layer, expert, parameter, own_name in trained))
     return shards
 
 
@@ -106,22 +111,24 @@ def mark_shards(shards: Sequence[Shard]) -> None:
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh, folder: Path) -> None:
-    """Fill this rank's parameters from a Hugging Face checkpoint; every tensor must be there and fit.
+    """Fill this rank's parameters from a checkpoint folder of either kind; every tensor must be there and fit.
 
     Raises:
         DataError: a tensor is missing, extra or misshapen, or a file cannot be read.
     """
-    files = hf_files(folder)
-    check_hf_tensors(files, family, folder)
-    readers = {path: safe_open(path, framework="pt") for path in set(files.values())}
+    source = open_source(folder, family)
+    source.check(family)
     for shard in shards_of(chunks, family, mesh):
-        parts = [readers[files[name]].get_tensor(name) for name in shard.hf_names]
+        parts = [source.read(name) for name in shard.hf_names]
         group = shard.group(mesh)
         piece = shard.name.layout.shard(parts, group_rank(group), group_size(group))
+        if not shard.is_trained:
+            # megatron keeps a router's bias in float32, but its bfloat16 wrapper has just cast it
+            shard.parameter.data = shard.parameter.data.to(torch.promote_types(piece.dtype, torch.float32))
         shard.parameter.copy_(piece)
     for chunk in unwrap_model(list(chunks)):
         if family.tied and chunk.post_process and not chunk.pre_process:
-            part = readers[files[_embedding(family).hf[0]]].get_tensor(_embedding(family).hf[0])
+            part = source.read(_embedding(family).hf[0])
             rank, size = group_rank(mesh.tensor), group_size(mesh.tensor)
             chunk.output_layer.weight.copy_(_embedding(family).layout.shard([part], rank, size))
 
@@ -137,6 +144,7 @@ def export_weights(
     mesh: Mesh,
     bucket_bytes: int,
     pick: Callable[[Tensor], Tensor] = Tensor.detach,
+    trained_only: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under its Hugging Face name, on the CPU of the main rank; nothing on the others.
 
@@ -144,7 +152,8 @@ def export_weights(
     rank that speaks for them. ``pick`` chooses what to hand out of each parameter (its gradient, say). Collective:
     every rank must exhaust it.
     """
-    spoken_for = [shard for shard in shards_of(chunks, family, mesh) if shard.is_first_copy(mesh)]
+    shards = [shard for shard in shards_of(chunks, family, mesh) if shard.is_trained or not trained_only]
+    spoken_for = [shard for shard in shards if shard.is_first_copy(mesh)]
     for owner in range(mesh.world.size):
         mine = [shard for shard in spoken_for if shard.speaker(mesh) == owner]
         # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
@@ -162,12 +171,12 @@ def export_weights(
 
 
 def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]]:
-    """Cut a list of shards into runs that fit in a bucket."""
+    """Cut a list of shards into runs of one dtype that fit in a bucket."""
     bucket: list[Shard] = []
     used = 0
     for shard in shards:
         size = shard.parameter.numel() * shard.parameter.element_size()
-        if bucket and used + size > bucket_bytes:
+        if bucket and (used + size > bucket_bytes or shard.parameter.dtype != bucket[0].parameter.dtype):
             yield bucket
             bucket, used = list[Shard](), 0
         bucket.append(shard)

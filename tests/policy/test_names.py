@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.names.rules import QKV, GateUp, Layout, Split, VocabularyRows, Whole
 
@@ -41,10 +42,9 @@ def test_vocabulary_rows_are_padded_and_cut_again(size: int, rows: int) -> None:
 
 
 def test_the_table_accounts_for_every_tensor_of_the_demo_model() -> None:
-    from megatron_rl.policy.hf_files import check_hf_tensors, hf_files
-
     folder = Path(__file__).parents[2] / "configs" / "demo-model"
-    check_hf_tensors(hf_files(folder), family_of(read_hf_config(folder)), folder)
+    family = family_of(read_hf_config(folder))
+    open_source(folder, family).check(family)
 
 
 def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
@@ -55,5 +55,5 @@ def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no key 'hidden_size'"):
+    with pytest.raises(ConfigError, match="no key 'num_experts'"):
         family_of({"model_type": "qwen3_moe"})

@@ -5,10 +5,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.policy.names import qwen3_moe
+from megatron_rl.policy.names import deepseek, dense, glm4_moe, mixtral, qwen2_moe, qwen3_moe
 from megatron_rl.policy.names.rules import Family, HFConfig
 
-FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {"qwen3_moe": qwen3_moe.family}
+FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {
+    "llama": dense.llama,
+    "qwen2": dense.qwen2,
+    "qwen3": dense.qwen3,
+    "mixtral": mixtral.family,
+    "qwen2_moe": qwen2_moe.family,
+    "qwen3_moe": qwen3_moe.family,
+    "glm4_moe": glm4_moe.family,
+    "deepseek_v2": deepseek.v2,
+    "deepseek_v3": deepseek.v3,
+}
 """``model_type`` of config.json -> the function that reads it."""
 
 

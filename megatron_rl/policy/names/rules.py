@@ -4,13 +4,15 @@ A family is a table of ``Name`` entries; loading, pushing and converting all fol
 exact inverses: they only cut, reorder and pad, so values keep every bit.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+Shape = tuple[int, ...]
 HFConfig = Mapping[str, Any]
 """A parsed config.json: its values are whatever the JSON holds."""
 
@@ -119,7 +121,7 @@ class GateUp:
 
 @dataclass(frozen=True)
 class Name:
-    """One entry: a Megatron name, the Hugging Face names that make it, and the layout between them.
+    """One entry: a Megatron name, the Hugging Face names that make it, their shapes, and the layout between them.
 
     ``{layer}`` and ``{expert}`` stand for global indices. Megatron names are those of the local layer spec, not of
     transformer-engine's.
@@ -128,15 +130,40 @@ class Name:
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
+    shapes: tuple[Shape, ...]
+    layers: tuple[int, ...] = (0,)
+    """The layers that have it; meaningless where no ``{layer}`` is in the names."""
+    experts: int = 0
+    """How many copies a layer has, one an expert; 0 for a tensor that no expert owns."""
 
     @property
     def is_expert(self) -> bool:
         """True where each expert has a tensor of its own."""
-        return "{expert}" in self.megatron
+        return self.experts > 0
 
     def hf_names(self, layer: int, expert: int) -> tuple[str, ...]:
         """Return the Hugging Face names for these indices."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield the (layer, expert) of every copy."""
+        return ((layer, expert) for layer in self.layers for expert in range(self.experts or 1))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Another form that a checkpoint may have: one tensor whose rows are those of ``parts``, one below the other.
+
+    Where the parts belong to experts, the tensor has one more dimension in front, over the experts.
+    """
+
+    hf: str
+    parts: tuple[str, ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        """True where it holds all experts of a layer."""
+        return "{expert}" in self.parts[0]
 
 
 @dataclass(frozen=True)
@@ -146,22 +173,28 @@ class Family:
     Attributes:
         fields: arguments of TransformerConfig.
         names: the table.
-        hf_shapes: expected shape of each Hugging Face tensor, by name pattern.
         vocab_size: true vocabulary, before padding.
         max_position_embeddings: longest sequence.
         rotary_base: base of the rotary embedding.
+        rotary_percent: share of a head's dimensions that rotate.
+        rotary_factor: by which Llama 3 stretches long wavelengths; None: not at all.
         tied: the output head is the embedding.
         dense_layers: layers without experts.
+        joined: other forms of some tensors.
+        carried: patterns of tensors that a checkpoint may have besides: they go along, training does not see them.
     """
 
     fields: Mapping[str, object]
     names: tuple[Name, ...]
-    hf_shapes: Mapping[str, tuple[int, ...]]
     vocab_size: int
     max_position_embeddings: int
     rotary_base: float
     tied: bool
+    rotary_percent: float = 1.0
+    rotary_factor: float | None = None
     dense_layers: frozenset[int] = field(default_factory=frozenset)
+    joined: tuple[Joined, ...] = ()
+    carried: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -173,20 +206,20 @@ class Family:
         """Number of experts of a mixture layer; 0 for a dense model."""
         return int(str(self.fields.get("num_moe_experts") or 0))
 
-    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+    @property
+    def has_latent_attention(self) -> bool:
+        """True for multi-head latent attention, which megatron-core builds from other modules."""
+        return bool(self.fields.get("multi_latent_attention"))
+
+    def hf_tensors(self) -> dict[str, Shape]:
         """Return the name and shape of every tensor that a checkpoint of this model must hold."""
-        shapes = {}
+        shapes: dict[str, Shape] = {}
         for name in self.names:
-            layers = range(self.num_layers) if "{layer}" in name.megatron else [0]
-            for layer in layers:
-                is_mlp = "layers.{layer}.mlp." in name.megatron
-                if is_mlp and (layer in self.dense_layers) != name.megatron.startswith(DENSE_MLP):
-                    continue
-                for expert in range(self.num_experts) if name.is_expert else [0]:
-                    for pattern, full in zip(name.hf, name.hf_names(layer, expert), strict=True):
-                        shapes[full] = self.hf_shapes[pattern]
+            for layer, expert in name.places():
+                shapes.update(zip(name.hf_names(layer, expert), name.shapes, strict=True))
         return shapes
 
-
-DENSE_MLP = "decoder.layers.{layer}.mlp.linear_"
-"""How the names of a dense layer's MLP begin."""
+    def is_carried(self, hf_name: str) -> bool:
+        """Return whether this tensor, which the table does not have, may be there all the same."""
+        tied_head = self.tied and hf_name == "lm_head.weight"
+        return tied_head or any(re.fullmatch(pattern, hf_name) for pattern in self.carried)

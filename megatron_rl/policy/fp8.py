@@ -1,0 +1,38 @@
+"""FP8 weights with one float32 scale for each block, as DeepSeek-V3's checkpoints have them.
+
+Block (i, j) of ``X.weight`` is ``float8_e4m3fn`` values times ``X.weight_scale_inv[i, j]``. Blocks at the
+lower and right edge may be smaller.
+"""
+
+import torch
+from torch import Tensor
+
+SCALE_SUFFIX = "_scale_inv"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    """Return the shape of the scales of a matrix."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def dequantised(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return values [rows, columns] times the scale of their block, multiplied in float32 and rounded once."""
+    return (values.float() * _spread(scales, values.shape, block)).to(dtype)
+
+
+def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return (float8 values, float32 scales) of a matrix: the largest of a block becomes float8's largest, 448."""
+    rows, columns = scales_shape(tuple(weight.shape), block)
+    padded = torch.zeros(rows * block[0], columns * block[1])
+    padded[: weight.shape[0], : weight.shape[1]] = weight.float()
+    largest = padded.view(rows, block[0], columns, block[1]).abs().amax(dim=(1, 3))
+    scales = torch.where(largest > 0, largest / LARGEST, 1.0)
+    values = weight.float() / _spread(scales, weight.shape, block)
+    return values.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
+
+
+def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """Return the scale of each element."""
+    rows = scales.float().repeat_interleave(block[0], dim=0)[: shape[0]]
+    return rows.repeat_interleave(block[1], dim=1)[:, : shape[1]]
