@@ -116,6 +116,10 @@ class Sampling(Section):
     """Extra tokens that end a response; the tokenizer's end-of-sequence token always does."""
 
 
+RoutingReplay = Literal["none", "report", "r2", "r3"]
+"""Whose choice of experts is taken again, see ``Rollout.routing_replay``."""
+
+
 class Rollout(Section):
     """The fleet that samples."""
 
@@ -126,6 +130,9 @@ class Rollout(Section):
     urls: tuple[str, ...] = ()
     """Running servers to use, such as ``http://10.0.0.7:30000``."""
     sampling: Sampling = Sampling()
+    routing_replay: RoutingReplay = "none"
+    """Experts that training takes: ``r2`` those that scoring took, ``r3`` those that the engine took (it must return
+    them). ``report`` only compares the engine's with the trainer's."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """A request without an answer for this long is sent elsewhere."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_rl.errors import DataError
 from megatron_rl.rollout.process import require_model
 from megatron_rl.rollout.requests import BadRequest
+from megatron_rl.rollout.routes import RouteRecorder
 
 
 class ServedModel:
@@ -34,6 +35,7 @@ class ServedModel:
         self.eos = _eos_ids(self.model)
         has_tokenizer = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        self.routes = RouteRecorder(self.model)
         self.context_length = _context_length(self.model)
         self._staged: dict[str, Tensor] | None = None
 

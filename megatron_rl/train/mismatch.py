@@ -41,7 +41,7 @@ TAIL = 10.0
 
 @dataclass(frozen=True)
 class Routing:
-    """How often engine and trainer chose other experts: the hook for engines that return the experts they chose.
+    """How often engine and trainer chose other experts, where the engine returns its choice.
 
     Attributes:
         tokens: share of trained tokens with a different choice in any layer.

@@ -18,6 +18,7 @@ from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.tasks.base import Task, Verdict
 from megatron_rl.train.collect import collect, share
 from megatron_rl.train.journal import Journal
+from megatron_rl.train.routes import wanted_routes
 from megatron_rl.train.witness import Witness
 
 
@@ -103,7 +104,8 @@ class MainSampler:
         """Return the groups; None if a stop is asked for before they are there."""
         try:
             self._sampling = True
-            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version)
+            routes = wanted_routes(self.run)
+            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version, routes)
         except StopRequested:
             return None
         finally:

@@ -50,3 +50,16 @@ def test_own_prompts_and_verifier_from_a_file(tmp_path):
     with Job(tmp_path / "run", *ONE_RANK, *settings) as job:
         assert job.end() == 0, job.output()
         assert 0.125 <= job.metrics()[0]["reward_mean"] <= 0.25
+
+
+def test_the_engines_experts_are_taken_in_training(tmp_path, straight):
+    settings = ["rollout.routing_replay=r3", "train.steps=2"]
+    with Job(tmp_path / "run", *settings) as job:
+        assert job.end() == 0, job.output()
+        lines = job.metrics()
+    assert [line["routing_missing_tokens"] for line in lines] == [0, 0]
+    assert [line["first_ratio_max"] for line in lines] == [1.0, 1.0]
+    # float32 on both sides: hardly a token is so near a tie that rounding decides.
+    assert max(line["routing_differs_tokens"] for line in lines) < 1e-3
+    assert max(line["mismatch_max"] for line in lines) < 1e-4
+    assert lines[0]["reward_mean"] == metrics_of(straight)[0]["reward_mean"]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_rl.data.routes import RouteShape
+
 HFConfig = Mapping[str, Any]
 """A parsed config.json: its values are whatever the JSON holds."""
 
@@ -172,6 +174,13 @@ class Family:
     def num_experts(self) -> int:
         """Number of experts of a mixture layer; 0 for a dense model."""
         return int(str(self.fields.get("num_moe_experts") or 0))
+
+    @property
+    def routes(self) -> RouteShape:
+        """What a record of its tokens' experts looks like."""
+        layers = tuple(n for n in range(self.num_layers) if n not in self.dense_layers) if self.num_experts else ()
+        per_token = int(str(self.fields.get("moe_router_topk") or 0))
+        return RouteShape(layers, self.num_layers, self.num_experts, per_token)
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of every tensor that a checkpoint of this model must hold."""
