@@ -7,7 +7,7 @@ exchange of sequences and experts, and the split of rows over data-parallel rank
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -33,7 +33,7 @@ from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, load_
 from megatron_rl.policy.replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.upstream import repair
-from megatron_rl.policy.weights import export_weights, load_weights, mark_shards, shards_of
+from megatron_rl.policy.weights import Export, load_weights, mark_shards, shards_of
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 """(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
@@ -213,13 +213,13 @@ class Policy:
         """Optimizer steps taken since the start of the run."""
         return self.scheduler.num_steps
 
-    def weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole model under Hugging Face names, on the main rank; other ranks take part and get nothing."""
-        return export_weights(self.chunks, self.family, self.mesh, bucket_bytes)
+    def weights(self, bucket_bytes: int) -> Export:
+        """Return the whole model under Hugging Face names, to iterate over on all ranks: the main one gets it."""
+        return Export(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
-        return export_weights(self.chunks, self.family, self.mesh, 1 << 28, pick=attrgetter("main_grad"))
+    def gradients(self) -> Export:
+        """Return the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
+        return replace(self.weights(1 << 28), pick=attrgetter("main_grad"))
 
     def run_rows(
         self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False

@@ -130,11 +130,15 @@ class Fleet:
         """
         kept: list[NamedTensors] = []
         try:
+            carrier = self.sync.carrier
             push = self._loop.call(self.sync.begin(self.members, version))
-            for bucket in self.sync.carrier.buckets(named_tensors):
+            carrier.open()
+            for bucket in carrier.buckets(named_tensors):
                 self._loop.call(push.send(bucket))
                 if self.keep_weights:
                     kept.append([(name, tensor.clone()) for name, tensor in bucket])
+                bucket.clear()
+            carrier.join(push)
             return self._loop.call(self.sync.end(push, version, kept))
         finally:
             self._loop.call(self.sync.release())

@@ -51,11 +51,15 @@ class ServedModel:
         """Close an update and forget what it brought."""
         self._staged = None
 
-    def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""
+    def require_update(self) -> None:
+        """Refuse what comes outside of an update."""
         if self._staged is None:
             raise BadRequest("a weight update must run between begin_weight_update and end_weight_update")
-        staged, self._staged = self._staged, None
+
+    def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""
+        self.require_update()
+        staged, self._staged = self._staged or {}, None
         for name, tensor in named_tensors:
             if name not in self.tensors:
                 raise BadRequest(

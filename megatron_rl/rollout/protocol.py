@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,9 @@ class Path(StrEnum):
     ABORT = "/abort_request"
     BEGIN_UPDATE = "/begin_weight_update"
     UPDATE_FROM_TENSOR = "/update_weights_from_tensor"
+    JOIN_GROUP = "/init_weights_update_group"
+    UPDATE_FROM_DISTRIBUTED = "/update_weights_from_distributed"
+    LEAVE_GROUP = "/destroy_weights_update_group"
     END_UPDATE = "/end_weight_update"
     UPDATE_FROM_DISK = "/update_weights_from_disk"
     UPDATE_VERSION = "/update_weight_version"
@@ -94,6 +97,25 @@ class Sample:
     weight_versions: tuple[tuple[str, int, int], ...]
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
     """The experts that each token but the last took, as of ``RouteShape.decode``; None: the server did not say."""
+
+
+class TensorHeader(Protocol):
+    """What is known of a tensor before it comes; see ``megatron_rl.weights``, which this package does not import."""
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """As torch names it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        ...
 
 
 def generate_body(requests: Sequence[SampleRequest]) -> Json:
