@@ -117,11 +117,17 @@ class Sampling(Section):
     """Extra tokens that end a response; the tokenizer's end-of-sequence token always does."""
 
 
+RoutingReplay = Literal["none", "report", "r2", "r3"]
+"""Whose choice of experts is taken again, see ``Rollout.routing_replay``."""
+
+
 class Rollout(Section):
     """The fleet that samples."""
 
     engine: Literal["embedded", "sglang", "vllm"] = "embedded"
     """``embedded`` needs no GPU and no other package; the others are separate servers, spoken to by HTTP."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights in the engine, which pushes are rounded to; without a value ``model.dtype``."""
     servers: Annotated[int, Field(ge=0)] = 1
     """Servers to start on this machine; ignored when ``urls`` are given."""
     urls: tuple[str, ...] = ()
@@ -129,6 +135,9 @@ class Rollout(Section):
     registry: str = ""
     """Folder where ``servers`` servers, started by others, write their addresses; ``megatron-rl slurm`` sets it."""
     sampling: Sampling = Sampling()
+    routing_replay: RoutingReplay = "none"
+    """Experts that training takes: ``r2`` those that scoring took, ``r3`` those that the engine took (it must return
+    them). ``report`` only compares the engine's with the trainer's."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """A request without an answer for this long is sent elsewhere."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
@@ -230,10 +239,12 @@ class Checkpoint(Section):
 class Weights(Section):
     """How new weights reach the fleet."""
 
-    carrier: Literal["tensor", "disk"] = "tensor"
-    """``tensor``: in the body of a request; ``disk``: safetensors in the run folder, which the servers must see."""
+    carrier: Literal["auto", "tensor", "disk", "distributed"] = "auto"
+    """``tensor``: in the body of a request; ``disk``: safetensors in the run folder, which the servers must see,
+    written by all ranks at once; ``distributed``: a torch.distributed group with each server, NCCL on GPUs, else gloo.
+    ``auto``: ``disk`` for vLLM, ``distributed`` for SGLang if the trainer has GPUs, else ``tensor``."""
     bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
-    """Most bytes of weights sent at once."""
+    """Most bytes of weights that a rank holds besides its own during a push; a quarter of it is sent at once."""
 
 
 class Log(Section):

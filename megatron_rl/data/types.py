@@ -44,6 +44,9 @@ class Response:
     """``stop``, ``length`` or ``abort``."""
     weight_versions: tuple[tuple[int, int, int], ...]
     """(version, start, end): which weights made which output tokens."""
+    routes: Tensor | None = field(default=None, compare=False, repr=False)
+    """The experts that the engine chose: [prompt + output tokens - 1, L, E] as of ``RouteShape``; None: not returned.
+    The last token was never read by the model, so it has none."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from types import FrameType
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.mesh import task_number
-from megatron_rl.train.fleet import END, server_of
 from megatron_rl.train.folder import replace_text
+from megatron_rl.train.servers import END, server_of
 
 log = logging.getLogger(__name__)
 

@@ -69,6 +69,7 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
         gloo = not on_cuda() if on_gloo is None else on_gloo
         problems += check_layout(loaded, layout, shape, on_gloo=gloo)
         problems += _lengths(loaded, batches, shape)
+        problems += _replay(loaded, shape)
     problems += _batch(loaded)
     problems += _fleet(loaded)
     if isinstance(run.task, JsonlTask):
@@ -138,6 +139,20 @@ def _lengths(loaded: Loaded[Run], batches: Batches, shape: Shape) -> Iterator[st
             f"{key} = {run.rollout.sampling.max_new_tokens} ({loaded.origin(key)}): the longest sequence has {longest}"
             f" tokens ({parts}), but the model's positions end at {shape.positions}; {fix}"
         )
+
+
+def _replay(loaded: Loaded[Run], shape: Shape) -> Iterator[str]:
+    run, key = loaded.run, "rollout.routing_replay"
+    mode = run.rollout.routing_replay
+    said = f"{key} = {mode!r} ({loaded.origin(key)})"
+    if mode == "none":
+        return
+    if not shape.experts:
+        yield f"{said}, but the model has no experts; leave it out"
+    if run.model.megatron.get("moe_router_fusion"):
+        yield f"{said}: megatron-core's fused router replays nothing; leave model.megatron.moe_router_fusion out"
+    if mode != "r2" and run.rollout.engine == "vllm":
+        yield f"{said}: vLLM does not return the experts that it chose; write r2 or none"
 
 
 def _fleet(loaded: Loaded[Run]) -> Iterator[str]:

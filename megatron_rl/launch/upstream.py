@@ -25,6 +25,7 @@ OURS: Mapping[str, str] = {
     "recompute_granularity": "model.recompute",
     "overlap_p2p_comm": "parallel.virtual_pipeline",
     "batch_p2p_comm": "parallel.virtual_pipeline",
+    "moe_enable_routing_replay": "rollout.routing_replay",
 }
 """Fields of megatron-core that settings of ours decide; a second opinion could only contradict them."""
 

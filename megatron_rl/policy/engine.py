@@ -7,7 +7,7 @@ exchange of sequences and experts, and the split of rows over data-parallel rank
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -30,9 +30,10 @@ from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.nonfinite import bad_row, explain
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
+from megatron_rl.policy.replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.upstream import repair
-from megatron_rl.policy.weights import export_weights, load_weights, mark_shards, shards_of
+from megatron_rl.policy.weights import Export, load_weights, mark_shards, shards_of
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 """(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
@@ -61,6 +62,7 @@ class Policy:
         mark_shards(shards_of(self.chunks, self.family, self.mesh))
         load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
         self.balancing = LoadBalancing(self.chunks)
+        self.replay = Replay(run.rollout.routing_replay, self.chunks, self.family, self.mesh)
         self._reference = self._copy() if run.kl.coefficient else None
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
@@ -86,12 +88,18 @@ class Policy:
             one_each=not self._packing,
         )
 
-    @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> Columns:
         """Return ``old_logprobs_T`` and ``old_entropies_T`` of the mini-batch: nats, 0 where untrained, on the CPU.
 
         The forward pass is the one of ``accumulate``: same rows, same kernels, so the first ratios are exactly 1.
+        With routing replay also what ``Replay.columns`` says.
         """
+        with self.replay.recording() as routes:
+            scored = self._score(rows)
+        return {**scored, **self.replay.columns(routes, rows[0].batch)}
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[Row]) -> Columns:
         total = int(rows[0].batch.lengths_B.sum())
         dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
         scored_2T = torch.zeros(2, total, dtype=dtype, device=self.mesh.world.device)
@@ -112,9 +120,9 @@ class Policy:
         """
         if self._reference is None:
             raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
-        with self.weights_kept():
+        with self.weights_kept(), self.replay.off():
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], self._reference)
-            scored = self.score(rows)
+            scored = self._score(rows)
         return {"ref_logprobs_T": scored["old_logprobs_T"]}
 
     def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
@@ -205,19 +213,22 @@ class Policy:
         """Optimizer steps taken since the start of the run."""
         return self.scheduler.num_steps
 
-    def weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole model under Hugging Face names, on the main rank; other ranks take part and get nothing."""
-        return export_weights(self.chunks, self.family, self.mesh, bucket_bytes)
+    def weights(self, bucket_bytes: int) -> Export:
+        """Return the whole model under Hugging Face names, to iterate over on all ranks: the main one gets it."""
+        return Export(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
-        return export_weights(self.chunks, self.family, self.mesh, 1 << 28, attrgetter("main_grad"), trained_only=True)
+    def gradients(self) -> Export:
+        """Return the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
+        weights = self.weights(1 << 28)
+        trained = [shard for shard in weights.shards if shard.is_trained]
+        return replace(weights, shards=trained, pick=attrgetter("main_grad"))
 
     def run_rows(
         self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
     ) -> list[tuple[RankRow, Result]]:
         """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
-        mine = [rank_row(row, self.mesh) for row in rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]]
+        own = rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]
+        mine = [self.replay.arm(rank_row(row, self.mesh), row.batch) for row in own]
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward, loss_step, self.balancing.is_on),
             data_iterator=[iter(mine) for _ in self.chunks],

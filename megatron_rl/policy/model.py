@@ -101,6 +101,7 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
+        "moe_enable_routing_replay": run.rollout.routing_replay != "none",
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "deterministic_mode": False,
         **(FUSIONS_OFF if not has_transformer_engine() else {}),

@@ -1,7 +1,7 @@
 """One packed row as a rank of the policy sees it: its tokens, its targets, and how its sequences attend.
 
 Legend: R positions of the whole row, T positions of this context-parallel rank, K trained positions among them,
-B sequences of a bucket, S their longest length.
+B sequences of a bucket, S their longest length, L layers with experts, E experts that a token takes in each.
 """
 
 from dataclasses import dataclass, field
@@ -32,6 +32,27 @@ class Bucket:
 
 
 @dataclass
+class Routes:
+    """Which experts the tokens of a row take on this rank: as given, and as the routers choose. See ``replay``.
+
+    T counts the positions that a router of this rank sees: under sequence parallelism a part of the rank's row.
+
+    Attributes:
+        token_ids_T: which token of the mini-batch each position is, -1 at padding.
+        given_TLE: experts to take or to compare with.
+        known_T: where ``given_TLE`` says anything.
+        replays: whether the routers take what is given.
+        chosen: place among the L layers -> [T, E] what the router chose by itself; None: not recorded.
+    """
+
+    token_ids_T: Tensor
+    given_TLE: Tensor
+    known_T: Tensor
+    replays: bool
+    chosen: dict[int, Tensor] | None
+
+
+@dataclass
 class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row, with what ``PackedAttention`` needs besides."""
 
@@ -42,6 +63,7 @@ class PackedRow(PackedSeqParams):
     max_seqlen_kv: int = 0
     buckets: list[Bucket] = field(default_factory=list)
     output_index_T: Tensor | None = None
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,7 @@ class RankRow:
     """A row on its way through this rank's part of the model.
 
     Attributes:
+        token_ids_T: which token of the mini-batch stands at each position, -1 at padding.
         input_ids_T: tokens, 0 at padding.
         position_ids_T: position within the sequence.
         padding_T: True at padding.
@@ -59,6 +82,7 @@ class RankRow:
         packed: how sequences attend.
     """
 
+    token_ids_T: Tensor
     input_ids_T: Tensor
     position_ids_T: Tensor
     padding_T: Tensor
@@ -82,6 +106,7 @@ def rank_row(row: Row, mesh: Mesh) -> RankRow:
     starts_N = lengths_N.cumsum(0) - lengths_N
     position_ids_R = torch.arange(row.length) - torch.repeat_interleave(starts_N, lengths_N)
     return RankRow(
+        token_ids_T=token_ids_T,
         input_ids_T=input_ids_T.to(device),
         position_ids_T=position_ids_R[local_T].to(device),
         padding_T=(token_ids_T < 0).to(device),
@@ -118,7 +143,9 @@ def _micro(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> Micro:
     """Gather the columns at the trained tokens; segments are numbered within the row."""
     device = mesh.world.device
     columns = {
-        name: column[target_tokens_K].to(device) for name, column in row.batch.columns.items() if name.endswith("_T")
+        name: column[target_tokens_K].to(device)
+        for name, column in row.batch.columns.items()
+        if name.endswith("_T") and not name.endswith("routes_T")  # large, and no loss asks for them
     }
     num_segments = 0
     if "segment_ids_T" in row.batch:

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -137,37 +136,58 @@ def _embedding(family: Family) -> Name:
     return next(name for name in family.names if name.megatron.startswith("embedding."))
 
 
-@torch.no_grad()
-def export_weights(
-    chunks: Sequence[DistributedDataParallel],
-    family: Family,
-    mesh: Mesh,
-    bucket_bytes: int,
-    pick: Callable[[Tensor], Tensor] = Tensor.detach,
-    trained_only: bool = False,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under its Hugging Face name, on the CPU of the main rank; nothing on the others.
+PARTS = 4
+"""Of a bucket: gathered shards, a tensor that they make, its parts while it is put together, and tensors that whoever
+asked has not done with yet."""
 
-    Shards are gathered a bucket at a time within their tensor-parallel group, then sent to the main rank by the one
-    rank that speaks for them. ``pick`` chooses what to hand out of each parameter (its gradient, say). Collective:
-    every rank must exhaust it.
+
+@dataclass(frozen=True)
+class Export:
+    """The model under Hugging Face names, tensor by tensor.
+
+    ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
+    be larger, it is never cut. ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating
+    and ``own`` are collective: every rank must exhaust the same one of them.
     """
-    shards = [shard for shard in shards_of(chunks, family, mesh) if shard.is_trained or not trained_only]
-    spoken_for = [shard for shard in shards if shard.is_first_copy(mesh)]
-    for owner in range(mesh.world.size):
-        mine = [shard for shard in spoken_for if shard.speaker(mesh) == owner]
+
+    shards: Sequence[Shard]
+    mesh: Mesh
+    bucket_bytes: int
+    pick: Callable[[Tensor], Tensor] = Tensor.detach
+
+    def own(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that this rank speaks for, on the CPU: those of all ranks together are the model, once."""
+        for owner in range(self.mesh.world.size):
+            for merged in self._merged(owner):
+                yield from merged
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor on the CPU of the main rank, nothing on the others; owners send theirs there."""
+        mesh = self.mesh
+        for owner in range(mesh.world.size):
+            for merged in self._merged(owner):
+                if owner == 0:
+                    yield from merged
+                else:
+                    _send(dict(merged), mesh)
+            if mesh.world.rank == owner != 0:
+                _send({}, mesh)
+            elif mesh.world.rank == 0 != owner:
+                yield from _receive(owner, mesh)
+
+    @torch.no_grad()
+    def _merged(self, owner: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Yield the owner's tensors, bucket by bucket, to the owner itself; the ranks that share them take part."""
+        mine = [shard for shard in self.shards if shard.is_first_copy(self.mesh) and shard.speaker(self.mesh) == owner]
         # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
         dense, experts = ([s for s in mine if s.name.is_expert == expert] for expert in (False, True))
-        for bucket in chain(_buckets(dense, bucket_bytes), _buckets(experts, bucket_bytes)):
-            merged = _merge(bucket, mesh, pick)
-            if mesh.world.rank == owner == 0:
-                yield from merged.items()
-            elif mesh.world.rank == owner:
-                _send(merged, mesh)
-        if mesh.world.rank == owner != 0:
-            _send({}, mesh)
-        elif mesh.world.rank == 0 != owner:
-            yield from _receive(owner, mesh)
+        for part in (dense, experts):
+            share = self.bucket_bytes // PARTS // group_size(part[0].group(self.mesh)) if part else 0
+            for bucket in _buckets(part, share):
+                gathered = _gather(bucket, self.mesh, self.pick)
+                if self.mesh.world.rank == owner:
+                    yield _merge(bucket, gathered)
+                del gathered  # before the next one comes
 
 
 def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]]:
@@ -185,20 +205,25 @@ def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]
         yield bucket
 
 
-def _merge(bucket: Sequence[Shard], mesh: Mesh, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Gather one bucket over its group with one collective and undo the sharding."""
+def _gather(bucket: Sequence[Shard], mesh: Mesh, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the shards of all ranks of the bucket's group, [ranks, elements], by one collective."""
     group = bucket[0].group(mesh)
-    flat = torch.cat([pick(shard.parameter).flatten() for shard in bucket])
-    gathered = gather_over(group, flat)
-    merged: dict[str, Tensor] = {}
+    if group_size(group) > 1:
+        return gather_over(group, torch.cat([pick(shard.parameter).flatten() for shard in bucket]))
+    return torch.cat([pick(shard.parameter).flatten() for shard in bucket])[None]
+
+
+def _merge(bucket: Sequence[Shard], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a bucket's shards make: copies, so that the bucket can go."""
     offset = 0
     for shard in bucket:
         count = shard.parameter.numel()
         pieces = [rank_flat[offset : offset + count].view(shard.parameter.shape) for rank_flat in gathered]
-        parts = shard.name.layout.merge(pieces)
-        merged.update((name, part.contiguous().cpu()) for name, part in zip(shard.hf_names, parts, strict=True))
+        for name, part in zip(shard.hf_names, shard.name.layout.merge(pieces), strict=True):
+            whole = part.contiguous().cpu()
+            shares = whole.untyped_storage().data_ptr() == gathered.untyped_storage().data_ptr()
+            yield name, whole.clone() if shares else whole
         offset += count
-    return merged
 
 
 def _send(tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
@@ -226,3 +251,4 @@ def _receive(owner: int, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
         dist.recv(flat, src=owner)
         for (name, shape, dtype), part in zip(entries, flat.cpu().split(sizes), strict=True):
             yield name, part.clone().view(getattr(torch, dtype)).view(shape)
+        del flat, part  # before the next one comes

@@ -1,5 +1,6 @@
 """Rows of the embedded server as the JSON that SGLang would answer."""
 
+from megatron_rl.data.routes import encode_routes
 from megatron_rl.rollout.model import ServedModel
 from megatron_rl.rollout.requests import Row
 
@@ -22,6 +23,7 @@ def answer_of(row: Row, model: ServedModel, latency_seconds: float) -> Json:
             "weight_versions": _versions(row),
             "e2e_latency": latency_seconds,
             **_logprobs(row),
+            **({} if row.routes is None else {"routed_experts": encode_routes(row.routes.numpy())}),
         },
     }
 

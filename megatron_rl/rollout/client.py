@@ -15,6 +15,7 @@ from megatron_rl.rollout.protocol import (
     SampleRequest,
     ServerSilent,
     ServerUnreachable,
+    TensorHeader,
     generate_body,
     parse_json,
     parse_samples,
@@ -96,6 +97,30 @@ class Client:
         await self._control(
             Path.UPDATE_FROM_TENSOR, {"serialized_named_tensors": [payload], "flush_cache": False}, retries=0
         )
+
+    async def tensor_parallel(self) -> int:
+        """Return the ranks that share the server's model."""
+        return int(str((await self.server_info()).get("tp_size") or 1))
+
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
+        """Make the server's ranks 1 and up of a group whose rank 0 listens there."""
+        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
+        await self._control(Path.JOIN_GROUP, {**body, "group_name": name, "backend": backend}, retries=0)
+
+    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
+        """Make the server read one bucket that is broadcast in the group."""
+        body = {
+            "names": [tensor.name for tensor in tensors],
+            "dtypes": [tensor.dtype for tensor in tensors],
+            "shapes": [tensor.shape for tensor in tensors],
+            "group_name": group,
+            "flush_cache": False,
+        }
+        await self._control(Path.UPDATE_FROM_DISTRIBUTED, body, retries=0)
+
+    async def leave_group(self, name: str) -> None:
+        """Make the server forget a group."""
+        await self._control(Path.LEAVE_GROUP, {"group_name": name}, retries=0)
 
     async def end_update(self) -> None:
         """Close a weight update: from now on the new weights are used."""

@@ -3,7 +3,7 @@
 Between two steps a batch is plain data: rows can be dropped, sent back or joined by the rows of another batch. The last
 sampled token of a row has not been through the model yet, so weights that change between steps make the next token.
 
-Legend: B rows, V vocabulary, S stop tokens, N output tokens.
+Legend: B rows, V vocabulary, S stop tokens, N output tokens, X routes of N output tokens.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from megatron_rl.rollout.kvcache import RowCache
 from megatron_rl.rollout.requests import Row
+from megatron_rl.rollout.routes import RouteRecorder, listening
 from megatron_rl.rollout.sampler import SamplingColumns, sample
 
 _COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped: dropping copies the whole cache
@@ -36,6 +37,8 @@ class Columns:
     stops_BS: Tensor
     outputs_BN: Tensor
     logprobs_BN: Tensor
+    routes_BX: Tensor
+    """Empty while no row wants routes; one that joins later has them from then on."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Columns":
         """Return the columns with the function applied to each."""
@@ -46,13 +49,20 @@ class DecodeBatch:
     """Rows in the middle of their decoding."""
 
     def __init__(
-        self, model: PreTrainedModel, rows: list[Row], columns: Columns, cache: RowCache, seeds: Sequence[int]
+        self,
+        model: PreTrainedModel,
+        rows: list[Row],
+        columns: Columns,
+        cache: RowCache,
+        seeds: Sequence[int],
+        recorder: RouteRecorder | None = None,
     ) -> None:
         self.model = model
         self.rows = rows
         self.seeds = list(seeds)
         self.columns = columns
         self.cache = cache
+        self.recorder = recorder
         self._refresh()
 
     def __len__(self) -> int:
@@ -73,15 +83,25 @@ class DecodeBatch:
             width = self.cache.width + 1
             mask = torch.arange(width) >= (width - 1 - columns.lengths_B)[:, None]
             mask = mask[:, None, None, :]
-        logits_BV = self.model(
-            input_ids=columns.last_B[:, None],
-            position_ids=columns.lengths_B[:, None],
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
+        with listening(self.recorder) as heard:
+            logits_BV = self.model(
+                input_ids=columns.last_B[:, None],
+                position_ids=columns.lengths_B[:, None],
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits[:, -1]
+        if self.recorder and heard:
+            self._keep_routes(self.recorder.stacked(heard, len(self.rows)))
         columns.lengths_B = columns.lengths_B + 1
         return self.take(logits_BV)
+
+    def _keep_routes(self, routes_B1AE: Tensor) -> None:
+        """Keep where the newest tokens went: they are output tokens ``counts - 1``."""
+        c, size = self.columns, routes_B1AE[0].numel()
+        by_token_BNX = c.routes_BX.view(len(self.rows), -1, size)
+        slots_B = (c.counts_B - 1).clamp(max=by_token_BNX.shape[1] - 1)  # as in take
+        by_token_BNX[self.ids_B, slots_B] = routes_B1AE.reshape(-1, size)
 
     def take(self, logits_BV: Tensor) -> list[Row]:
         """Draw a token for every row from these logits; return the rows that this finished."""
@@ -111,6 +131,10 @@ class DecodeBatch:
         row, count = self.rows[i], int(self.columns.counts_B[i])
         row.output_ids = self.columns.outputs_BN[i, :count].tolist()
         row.logprobs = self.columns.logprobs_BN[i, :count].tolist()
+        if row.prefix_routes is not None:
+            known, each = len(row.prefix_routes) - len(row.prompt), row.prefix_routes.shape[1:]
+            newer = self.columns.routes_BX[i].view(-1, *each)[known : count - 1]
+            row.routes = torch.cat([row.prefix_routes, newer])
         return row
 
     def _remove(self, ids: Sequence[int]) -> list[Row]:
@@ -159,7 +183,8 @@ class DecodeBatch:
         parts = [self.columns, other.columns]
         columns = Columns(**{f.name: _cat([getattr(c, f.name) for c in parts]) for f in dataclasses.fields(Columns)})
         cache = RowCache.stack([self.cache, other.cache])
-        return DecodeBatch(self.model, self.rows + other.rows, columns, cache, self.seeds + other.seeds)
+        rows, seeds = self.rows + other.rows, self.seeds + other.seeds
+        return DecodeBatch(self.model, rows, columns, cache, seeds, self.recorder or other.recorder)
 
 
 def _cat(columns: Sequence[Tensor]) -> Tensor:

@@ -148,7 +148,8 @@ class Engine:
         rows = [row for row in rows if not row.finish]
         if not rows:
             return
-        batch, finished = prefill(self.model.model, rows, [self._seed_of(row) for row in rows], self.model.eos)
+        seeds = [self._seed_of(row) for row in rows]
+        batch, finished = prefill(self.model.model, rows, seeds, self.model.eos, self.model.routes)
         self.batch = self.batch.join(batch) if self.batch else batch
         self._finish(finished)
 

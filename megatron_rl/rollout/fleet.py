@@ -19,6 +19,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from megatron_rl.config.schema import Sampling
+from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import RolloutError
 from megatron_rl.rollout.background import LoopThread
@@ -98,6 +99,7 @@ class Fleet:
         sampling: Sampling,
         seed: Sequence[int],
         weight_version: int | None = None,
+        routes: RouteShape | None = None,
     ) -> list[Group]:
         """Return ``group_size`` responses to each prompt, in order.
 
@@ -107,8 +109,9 @@ class Fleet:
             sampling: how they are drawn.
             seed: (run seed, step), or whatever else makes this call's samples different from all others.
             weight_version: the weights that must make every token; None: any.
+            routes: of the model, if the servers shall return the experts that they chose.
         """
-        chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request)
+        chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request, routes)
         answers = self._loop.call(self._ask_all([chunk.requests for chunk in chunks], weight_version))
         return [group for chunk, samples in zip(chunks, answers, strict=True) for group in groups(chunk, samples)]
 
@@ -127,11 +130,15 @@ class Fleet:
         """
         kept: list[NamedTensors] = []
         try:
+            carrier = self.sync.carrier
             push = self._loop.call(self.sync.begin(self.members, version))
-            for bucket in self.sync.carrier.buckets(named_tensors):
+            carrier.open()
+            for bucket in carrier.buckets(named_tensors):
                 self._loop.call(push.send(bucket))
                 if self.keep_weights:
                     kept.append([(name, tensor.clone()) for name, tensor in bucket])
+                bucket.clear()
+            carrier.join(push)
             return self._loop.call(self.sync.end(push, version, kept))
         finally:
             self._loop.call(self.sync.release())

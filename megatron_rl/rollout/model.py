@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_rl.errors import DataError
 from megatron_rl.rollout.process import require_model
 from megatron_rl.rollout.requests import BadRequest
+from megatron_rl.rollout.routes import RouteRecorder
 
 
 class ServedModel:
@@ -34,6 +35,7 @@ class ServedModel:
         self.eos = _eos_ids(self.model)
         has_tokenizer = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        self.routes = RouteRecorder(self.model)
         self.context_length = _context_length(self.model)
         self._staged: dict[str, Tensor] | None = None
 
@@ -49,11 +51,15 @@ class ServedModel:
         """Close an update and forget what it brought."""
         self._staged = None
 
-    def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""
+    def require_update(self) -> None:
+        """Refuse what comes outside of an update."""
         if self._staged is None:
             raise BadRequest("a weight update must run between begin_weight_update and end_weight_update")
-        staged, self._staged = self._staged, None
+
+    def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""
+        self.require_update()
+        staged, self._staged = self._staged or {}, None
         for name, tensor in named_tensors:
             if name not in self.tensors:
                 raise BadRequest(

@@ -3,9 +3,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from megatron_rl.config.schema import Sampling
+from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt, Response, fold_seed
 from megatron_rl.rollout.protocol import BadAnswer, Json, Sample, SampleRequest
 
@@ -20,7 +23,12 @@ class Chunk:
 
 
 def plan(
-    prompts: Sequence[Prompt], group_size: int, params: Json, seeds: Sequence[int], rows_per_request: int
+    prompts: Sequence[Prompt],
+    group_size: int,
+    params: Json,
+    seeds: Sequence[int],
+    rows_per_request: int,
+    routes: RouteShape | None = None,
 ) -> list[Chunk]:
     """Return the requests for ``group_size`` responses to each prompt.
 
@@ -36,7 +44,8 @@ def plan(
         for prompt in part:
             repeat = repeats[prompt.id]
             repeats[prompt.id] += 1
-            requests += [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
+            named = [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
+            requests += [replace(request, routes=routes) for request in named]
         chunks.append(Chunk(part, tuple(requests), group_size))
     return chunks
 
@@ -82,6 +91,7 @@ def _response(prompt: Prompt, index: int, request: SampleRequest, sample: Sample
         text=sample.text,
         finish_reason=sample.finish_reason,
         weight_versions=tuple((_number(v, request.rid), start, end) for v, start, end in sample.weight_versions),
+        routes=None if sample.routes is None else torch.from_numpy(sample.routes),
     )
 
 

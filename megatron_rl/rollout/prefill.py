@@ -1,6 +1,7 @@
 """Puts whole prompts through the model: to begin decoding, or to score them.
 
-Legend: B rows, T positions, V vocabulary, N output tokens, S stop tokens.
+Legend: B rows, T positions, V vocabulary, N output tokens, S stop tokens, A layers of the
+model, E experts that a token takes.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from megatron_rl.rollout.decode import Columns, DecodeBatch
 from megatron_rl.rollout.kvcache import RowCache
 from megatron_rl.rollout.requests import Row
+from megatron_rl.rollout.routes import RouteRecorder, listening
 
 PREFILL_TOKENS = 16384
 """Prompt tokens, padding included, in one forward pass."""
@@ -20,7 +22,11 @@ SCORE_LOGITS = 1 << 27
 
 
 def prefill(
-    model: PreTrainedModel, rows: list[Row], seeds: Sequence[int], eos: Sequence[int]
+    model: PreTrainedModel,
+    rows: list[Row],
+    seeds: Sequence[int],
+    eos: Sequence[int],
+    recorder: RouteRecorder | None = None,
 ) -> tuple[DecodeBatch, list[Row]]:
     """Return a batch of these rows, each with its next token drawn, and the rows that this already finished.
 
@@ -29,12 +35,16 @@ def prefill(
     unique: dict[tuple[int, ...], int] = {}
     places_B = torch.tensor([unique.setdefault((*row.prompt, *row.output_ids), len(unique)) for row in rows])
     prefixes = list(unique)
-    parts = [_begin(model, part) for part in _slices(prefixes, PREFILL_TOKENS)]
-    cache = parts[0][0] if len(parts) == 1 else RowCache.stack([cache for cache, _ in parts])
+    recorder = recorder if any(row.returns_routes for row in rows) else None
+    parts = [_begin(model, part, recorder) for part in _slices(prefixes, PREFILL_TOKENS)]
+    cache = parts[0][0] if len(parts) == 1 else RowCache.stack([cache for cache, _, _ in parts])
+    routes = [routes_TAE for _, _, part in parts for routes_TAE in part]
+    for row, place in zip(rows, places_B.tolist(), strict=True):
+        row.prefix_routes = routes[place] if row.returns_routes and routes else None
     if len(prefixes) < len(rows):
         cache.select(places_B, 0)
-    logits_BV = torch.cat([logits_BV for _, logits_BV in parts])[places_B]
-    batch = DecodeBatch(model, rows, _columns(rows, eos), cache, seeds)
+    logits_BV = torch.cat([logits_BV for _, logits_BV, _ in parts])[places_B]
+    batch = DecodeBatch(model, rows, _columns(rows, eos, recorder), cache, seeds, recorder)
     return batch, batch.take(logits_BV)
 
 
@@ -65,12 +75,17 @@ def padded_inputs(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str,
     return ids_BT, {"position_ids": positions_BT, "attention_mask": (used_BT[:, None] & causal_TT)[:, None]}
 
 
-def _begin(model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> tuple[RowCache, Tensor]:
-    """Return the cache of these token sequences and the logits [B, V] after each."""
+def _begin(
+    model: PreTrainedModel, prefixes: Sequence[Sequence[int]], recorder: RouteRecorder | None
+) -> tuple[RowCache, Tensor, list[Tensor]]:
+    """Return the cache of these token sequences, the logits [B, V] after each, the routes [T, A, E] of each."""
     cache = RowCache(model.config.get_text_config().num_hidden_layers)
     ids_BT, inputs = padded_inputs(prefixes)
-    logits_BTV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
-    return cache, logits_BTV[:, -1]
+    with listening(recorder) as heard:
+        logits_BTV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
+    routes_BTAE = recorder.stacked(heard, len(prefixes)) if recorder and heard else ()
+    routes = [row_TAE[len(row_TAE) - len(ids) :] for row_TAE, ids in zip(routes_BTAE, prefixes, strict=False)]
+    return cache, logits_BTV[:, -1], routes
 
 
 def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[Sequence[int]]]:
@@ -78,7 +93,7 @@ def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[Se
     return [sequences[i : i + at_once] for i in range(0, len(sequences), at_once)]
 
 
-def _columns(rows: list[Row], eos: Sequence[int]) -> Columns:
+def _columns(rows: list[Row], eos: Sequence[int], recorder: RouteRecorder | None) -> Columns:
     stops = [_stops(row, eos) for row in rows]
     num_stops = max(1, *map(len, stops))
     width = max(row.limit for row in rows)
@@ -91,6 +106,7 @@ def _columns(rows: list[Row], eos: Sequence[int]) -> Columns:
         stops_BS=torch.tensor([ids + [-1] * (num_stops - len(ids)) for ids in stops]),
         outputs_BN=torch.zeros(len(rows), width, dtype=torch.int64),
         logprobs_BN=torch.zeros(len(rows), width, dtype=torch.float64),
+        routes_BX=torch.zeros(len(rows), width * recorder.size if recorder else 0, dtype=torch.int16),
     )
     for i, row in enumerate(rows):  # rows that were sent back bring the tokens they already have
         columns.outputs_BN[i, : len(row.output_ids)] = torch.tensor(row.output_ids, dtype=torch.int64)

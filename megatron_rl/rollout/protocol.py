@@ -7,10 +7,13 @@ tokenised once, by the task.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import numpy as np
+
+from megatron_rl.data.routes import RouteShape
 from megatron_rl.errors import RolloutError
 
 T = TypeVar("T")
@@ -32,6 +35,9 @@ class Path(StrEnum):
     ABORT = "/abort_request"
     BEGIN_UPDATE = "/begin_weight_update"
     UPDATE_FROM_TENSOR = "/update_weights_from_tensor"
+    JOIN_GROUP = "/init_weights_update_group"
+    UPDATE_FROM_DISTRIBUTED = "/update_weights_from_distributed"
+    LEAVE_GROUP = "/destroy_weights_update_group"
     END_UPDATE = "/end_weight_update"
     UPDATE_FROM_DISK = "/update_weights_from_disk"
     UPDATE_VERSION = "/update_weight_version"
@@ -65,6 +71,8 @@ class SampleRequest:
     rid: str
     input_ids: tuple[int, ...]
     sampling_params: Json
+    routes: RouteShape | None = None
+    """Of the experts that its tokens take, if the server shall return them."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -87,6 +95,27 @@ class Sample:
     text: str
     finish_reason: str
     weight_versions: tuple[tuple[str, int, int], ...]
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """The experts that each token but the last took, as of ``RouteShape.decode``; None: the server did not say."""
+
+
+class TensorHeader(Protocol):
+    """What is known of a tensor before it comes; see ``megatron_rl.weights``, which this package does not import."""
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """As torch names it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        ...
 
 
 def generate_body(requests: Sequence[SampleRequest]) -> Json:
@@ -98,6 +127,7 @@ def generate_body(requests: Sequence[SampleRequest]) -> Json:
         "sampling_params": [request.sampling_params for request in requests],
         "return_logprob": True,
         "logprob_start_len": 0 if scoring else -1,
+        **({"return_routed_experts": True} if any(request.routes for request in requests) else {}),
     }
 
 
@@ -152,7 +182,17 @@ class _Reader:
             entries = self.field(meta, "input_token_logprobs", list)
             input_logprobs = self.logprobs(entries[1:], request.input_ids[1:], stand_in=0)
         text = self.field(entry, "text", str)
-        return Sample(request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions)
+        routes = self.routes(meta, request, len(request.input_ids) + len(output_ids) - 1)
+        return Sample(request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes)
+
+    def routes(self, meta: Json, request: SampleRequest, tokens: int) -> np.ndarray | None:
+        """Return the record of every token but the last, which the model has not read."""
+        if request.routes is None or meta.get("routed_experts") is None:
+            return None
+        try:
+            return request.routes.decode(self.field(meta, "routed_experts", str), tokens)
+        except ValueError as error:
+            raise BadAnswer(f"{self.where}: routed_experts of {tokens} tokens: {error}") from error
 
     def field(self, holder: object, name: str, kind: type[T]) -> T:
         value = holder.get(name) if isinstance(holder, dict) else None

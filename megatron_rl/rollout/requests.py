@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from megatron_rl.data.types import fold_seed
 
@@ -59,6 +60,7 @@ class GenerateBody(_Strict):
     rid: str | list[str] | None = None
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
+    return_routed_experts: bool = False
     stream: bool = False
 
 
@@ -105,6 +107,12 @@ class Row:
     finish: Mapping[str, str | int | None] | None = None
     num_retractions: int = 0
     seed: int | None = None
+    returns_routes: bool = False
+    """Whether the experts that its tokens took are wanted."""
+    routes: Tensor | None = None
+    """int16 [tokens but the last, A, E], see ``RouteRecorder``; None: not wanted, or not decoded yet."""
+    prefix_routes: Tensor | None = None
+    """Those of the tokens that were there when decoding began, or began again under other weights."""
     work: Work = field(init=False, repr=False)
     index: int = field(init=False)
     """Position among the rows of its request."""
@@ -141,6 +149,7 @@ def parse_work(raw: bytes) -> Work:
             input_start=start if logprob else -1,
             limit=p.max_new_tokens,
             seed=_seed_of(p, i),
+            returns_routes=body.return_routed_experts,
         )
         for prompt, p, rid, logprob, start in zip(prompts, params, rids, logprobs, starts, strict=True)
         for i in range(p.n)

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from megatron_rl.rollout.answers import answer_of
 from megatron_rl.rollout.engine import Engine, EngineStopped, PauseMode
+from megatron_rl.rollout.groups import WeightGroups
 from megatron_rl.rollout.payload import read_tensors
 from megatron_rl.rollout.protocol import Path
 from megatron_rl.rollout.requests import BadRequest, Row, Work, parse_work
@@ -31,6 +32,7 @@ class EmbeddedServer:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.model = engine.model
+        self.groups = WeightGroups()
         self._next_version: str | None = None
 
     def application(self) -> web.Application:
@@ -49,6 +51,9 @@ class EmbeddedServer:
             Path.FLUSH: self.flush,
             Path.BEGIN_UPDATE: self.begin_update,
             Path.UPDATE_FROM_TENSOR: self.update_from_tensor,
+            Path.JOIN_GROUP: self.join_group,
+            Path.UPDATE_FROM_DISTRIBUTED: self.update_from_distributed,
+            Path.LEAVE_GROUP: self.leave_group,
             Path.END_UPDATE: self.end_update,
             Path.UPDATE_FROM_DISK: self.update_from_disk,
             Path.UPDATE_VERSION: self.update_version,
@@ -191,6 +196,27 @@ class EmbeddedServer:
         staged = await self._engine(lambda: self.model.stage(tensors))
         self._next_version = _version(body)
         return _done(f"{staged} tensors staged")
+
+    async def join_group(self, request: web.Request) -> web.Response:
+        """Join the sender of weights in a group."""
+        known = {"master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"}
+        await self.groups.join(await _body(request, known))
+        return _done("joined")
+
+    async def update_from_distributed(self, request: web.Request) -> web.Response:
+        """Stage one bucket of tensors that is broadcast in a group."""
+        known = {"names", "dtypes", "shapes", "group_name", "flush_cache", "abort_all_requests", "weight_version"}
+        body = await _body(request, known)
+        await self._engine(self.model.require_update)
+        tensors = await self.groups.receive(body)
+        staged = await self._engine(lambda: self.model.stage(tensors))
+        self._next_version = _version(body)
+        return _done(f"{staged} tensors staged")
+
+    async def leave_group(self, request: web.Request) -> web.Response:
+        """Leave a group."""
+        self.groups.leave(_text(await _body(request, {"group_name"}), "group_name"))
+        return _done("left")
 
     async def end_update(self, request: web.Request) -> web.Response:
         """Make the staged tensors the model's."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,6 +55,15 @@ class Carrier(Protocol):
         """Open a push."""
         ...
 
+    def open(self) -> None:
+        """Called in the trainer's thread when a push has begun."""
+
+    def join(self, push: Any) -> None:
+        """Called in the trainer's thread after the last bucket."""
+
+    async def repeat(self, servers: Sequence[Client], version: int) -> Report | None:
+        """Give servers the newest version once more; None: it would have to be sent again."""
+
     def buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
         """Cut the tensors into buckets."""
         ...
@@ -74,9 +83,12 @@ class WeightSync:
         self._pushing = False
 
     async def begin(self, members: Sequence[Member], version: int) -> Push:
-        """Pause the ready members and open a push to them."""
+        """Pause the ready members, and those that wait for a push, and open one to them."""
         await self._lock.acquire()
         self._pushing = True
+        for member in members:
+            if member.waits:
+                member.join()
         ready = [member for member in members if member.ready]
         await asyncio.gather(*(self._pause(member) for member in ready))
         self._paused = [member for member in ready if member.ready]
@@ -114,18 +126,25 @@ class WeightSync:
             await member.client.resume()
             if self.version is None or member.version == self.version:
                 return
-            if not self._kept:
-                raise RolloutError(
-                    f"{member.url} has weights {member.version}, the fleet {self.version}: it waits for the next push"
-                )
-            push = await self.carrier.begin([member.client], int(self.version))
-            for bucket in self._kept:
-                await push.send(bucket)
-            for error in (await push.finish()).failed.values():
+            report = await self.carrier.repeat([member.client], int(self.version))
+            if report is None:
+                report = await self._push_kept(member, self.version)
+            for error in report.failed.values():
                 raise error
             log.info("%s had weights %s and now has %s", member.url, member.version, self.version)
             member.version = self.version
             await member.client.flush()
+
+    async def _push_kept(self, member: Member, version: str) -> Report:
+        if not self._kept:
+            member.waits = True
+            raise RolloutError(
+                f"{member.url} has weights {member.version}, the fleet {version}: it waits for the next push"
+            )
+        push = await self.carrier.begin([member.client], int(version))
+        for bucket in self._kept:
+            await push.send(bucket)
+        return await push.finish()
 
     async def require(self, member: Member, version: str) -> None:
         """Make sure that a member has the weights of this version; one that nobody named yet gets the name."""

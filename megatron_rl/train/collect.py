@@ -15,6 +15,7 @@ from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.parallel.collectives import broadcast_json, broadcast_tensor
 from megatron_rl.parallel.mesh import World
 from megatron_rl.tasks.base import Verdict
+from megatron_rl.train.routes import route_columns, wanted_routes
 
 
 def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run: Run) -> Batch:
@@ -23,7 +24,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     Columns: ``input_ids_T``; ``loss_mask_T``, True on response tokens; ``rollout_logprobs_T``, 0 on prompts;
     ``weight_versions_T``, the weights that sampled a token, -1 on prompts; ``sample_index_B``, the place of the sample
     among all of the step, as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``;
-    ``advantages_B``.
+    ``advantages_B``. With the engine's experts also those of ``route_columns``.
     """
     responses = [
         (number, group.prompt, response) for number, group in enumerate(groups) for response in group.responses
@@ -55,6 +56,8 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "group_ids_B": group_ids_B,
         "advantages_B": advantages(run.advantage.kind, rewards_B, group_ids_B, verified_B),
     }
+    if (shape := wanted_routes(run)) is not None:
+        columns |= route_columns([response for _, _, response in responses], lengths, shape)
     batch = Batch(torch.tensor(lengths), columns)
     return drop_signalless(batch) if run.train.filter_zero_variance else batch
 

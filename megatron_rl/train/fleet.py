@@ -1,25 +1,28 @@
 """The fleet that a configuration asks for: servers of our own, or running ones, and the carrier of weights to them."""
 
-import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import ConfigError, RolloutError
+from megatron_rl.parallel.collectives import gather_json
+from megatron_rl.parallel.mesh import World
+from megatron_rl.parallel.pair import Backend
+from megatron_rl.policy.weights import PARTS
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.process import ServerProcess, embedded_server
-from megatron_rl.rollout.sglang import sglang_server
-from megatron_rl.weights.disk import DiskCarrier
+from megatron_rl.train.servers import servers_of
+from megatron_rl.weights.disk import DiskCarrier, write_share
+from megatron_rl.weights.distributed import DistributedCarrier
 from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
 
-END = "end"
-"""Name of the file in a registry that says that the run is over."""
 
-
-def open_fleet(run: Run) -> Fleet:
+def open_fleet(run: Run, world: World) -> Fleet:
     """Start or find the servers and wait until all are healthy.
 
     Raises:
@@ -32,50 +35,67 @@ def open_fleet(run: Run) -> Fleet:
         start_timeout_seconds=rollout.start_timeout_seconds,
         attempts=rollout.attempts,
     )
-    servers: Sequence[str | ServerProcess] = rollout.urls or [server_of(run, n) for n in range(rollout.servers)]
-    if rollout.registry:
-        servers = registered(Path(rollout.registry), rollout.servers, rollout.start_timeout_seconds)
-    return Fleet(servers, _carrier(run), patience, rollout.rows_per_request, rollout.requests_per_server)
+    servers = servers_of(run)
+    carrier = _carrier(run, world)
+    # Disk has a copy already. With the distributed carrier no process shall ever hold the whole model.
+    keeps = isinstance(carrier, TensorCarrier)
+    return Fleet(servers, carrier, patience, rollout.rows_per_request, rollout.requests_per_server, keeps)
 
 
-def registered(folder: Path, count: int, timeout_seconds: float) -> list[str]:
-    """Wait until that many servers have written their address; return their URLs, each once.
-
-    Raises:
-        RolloutError: they did not come in time.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    while len(found := sorted(folder.glob("server_*.json"))) < count:
-        if time.monotonic() > deadline:
-            raise RolloutError(
-                f"{len(found)} of {count} servers (rollout.servers) have registered in {folder} (rollout.registry)"
-                f" within {timeout_seconds:g} s; see their logs; raise rollout.start_timeout_seconds if they are slow"
-            )
-        time.sleep(0.2)
-    return [json.loads(path.read_text())["url"] for path in found]
+def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed"]:
+    """Return how weights travel: as configured, or what suits the engine and the trainer's device."""
+    if run.weights.carrier != "auto":
+        return run.weights.carrier
+    if run.rollout.engine == "vllm":
+        return "disk"
+    return "distributed" if run.rollout.engine == "sglang" and on_gpus else "tensor"
 
 
-def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
-    """Return a server of the configured engine, not started yet.
-
-    Raises:
-        ConfigError: servers of this engine cannot be started from here.
-    """
-    rollout, dtype = run.rollout, run.model.dtype
-    log = Path(run.log.path) / "servers" / f"server_{number}.log"
-    if rollout.engine == "sglang" and rollout.sglang_python:
-        options = {"dtype": dtype, **rollout.sglang}
-        return sglang_server(rollout.sglang_python, run.model.path, log, options, rollout.environment, host)
-    if rollout.engine != "embedded":
-        raise ConfigError(
-            f"rollout.engine = {rollout.engine!r} without rollout.urls: start the servers yourself, in their own "
-            "environment, and give their urls"
-        )
-    options = ["--dtype", dtype, "--weight-version", "0"]
-    return embedded_server(run.model.path, log, options, host, environment=rollout.environment)
+def weights_folder(run: Run) -> Path:
+    """Return where the disk carrier keeps versions."""
+    return Path(run.log.path) / "weights"
 
 
-def _carrier(run: Run) -> Carrier:
-    if run.weights.carrier == "disk":
-        return DiskCarrier(run.weights.bucket_bytes, Path(run.log.path) / "weights", Path(run.model.path))
-    return TensorCarrier(run.weights.bucket_bytes)
+class Weights(Protocol):
+    """The policy's weights under Hugging Face names; both ways are collective."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors on the main rank, none elsewhere."""
+        ...
+
+    def own(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that this rank speaks for."""
+        ...
+
+
+def writes_shares(run: Run, world: World) -> bool:
+    """Return whether every rank writes its own tensors."""
+    return carrier_name(run, on_gpus=world.device.type == "cuda") == "disk"
+
+
+def write_own(run: Run, world: World, weights: Weights, version: int) -> None:
+    """Write this rank's tensors for the push that the main rank makes meanwhile."""
+    carrier = _carrier(run, world)
+    gather = partial(gather_json, device=world.device)
+    write_share(weights_folder(run), version, world.rank, carrier.buckets(weights.own()), gather)
+
+
+def part_bytes(run: Run) -> int:
+    """Return the size of what is sent at once: the other parts of a bucket are still being put together."""
+    return run.weights.bucket_bytes // PARTS
+
+
+def _carrier(run: Run, world: World) -> Carrier:
+    on_gpus, patience = world.device.type == "cuda", run.rollout.request_timeout_seconds
+    name, size = carrier_name(run, on_gpus=on_gpus), part_bytes(run)
+    if name == "disk":
+        gather = partial(gather_json, device=world.device)
+        carrier: Carrier = DiskCarrier(size, weights_folder(run), Path(run.model.path), gather=gather)
+    elif name == "distributed":
+        backend: Backend = "nccl" if on_gpus else "gloo"
+        carrier = DistributedCarrier(size, backend, world.device, min(patience, Patience().control_timeout_seconds))
+    else:
+        carrier = TensorCarrier(size)
+    if run.rollout.dtype is not None:
+        carrier.dtype = getattr(torch, run.rollout.dtype)
+    return carrier

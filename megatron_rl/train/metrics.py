@@ -9,6 +9,7 @@ from megatron_rl.advantages import zero_variance
 from megatron_rl.data.types import Batch, Metrics
 from megatron_rl.loss import mismatch, summary
 from megatron_rl.policy.engine import StepReport
+from megatron_rl.train.routes import missing_routes, routing
 
 
 class StepMetrics:
@@ -49,6 +50,9 @@ class StepMetrics:
             "mismatch_p99": gap.get("mismatch_abs_p99"),
             "mismatch_max": gap.get("mismatch_abs_max"),
         }
+        if (found := routing(scored)) is not None:
+            self._values |= {"routing_differs_tokens": found.tokens, "routing_differs_layers": found.layers}
+            self._values["routing_missing_tokens"] = missing_routes(scored)
 
     def updated(self, summed: Metrics, report: StepReport) -> None:
         """Take one optimizer step."""

@@ -41,7 +41,7 @@ TAIL = 10.0
 
 @dataclass(frozen=True)
 class Routing:
-    """How often engine and trainer chose other experts: the hook for engines that return the experts they chose.
+    """How often engine and trainer chose other experts, where the engine returns its choice.
 
     Attributes:
         tokens: share of trained tokens with a different choice in any layer.
@@ -63,7 +63,7 @@ class Settings:
     @classmethod
     def of(cls, run: Run) -> "Settings":
         """Return the settings of a run; an engine that we did not start has the type given for it, or the model's."""
-        engine = str(run.rollout.sglang.get("dtype", "auto"))
+        engine = str(run.rollout.sglang.get("dtype", run.rollout.dtype or "auto"))
         return cls(engine if engine in ROUNDING else run.model.dtype, run.model.dtype, run.rollout.sampling)
 
     @property

@@ -60,7 +60,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
 def _sampler(run: Run, world: World, journal: Journal, tokenizer: Codec, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
-    fleet = stack.enter_context(open_fleet(run))
+    fleet = stack.enter_context(open_fleet(run, world))
     return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal, Witness(run, tokenizer))
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Protocol
 
-from torch import Tensor
-
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Batch, Group, Prompt
@@ -17,7 +15,9 @@ from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.tasks.base import Task, Verdict
 from megatron_rl.train.collect import collect, share
+from megatron_rl.train.fleet import Weights, write_own, writes_shares
 from megatron_rl.train.journal import Journal
+from megatron_rl.train.routes import wanted_routes
 from megatron_rl.train.witness import Witness
 
 
@@ -44,7 +44,7 @@ class Sampler(Protocol):
         """Explain the gap between the engine's log-probs and the trainer's."""
         ...
 
-    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load(self, weights: Weights, version: int) -> None:
         """Bring new weights to the fleet."""
         ...
 
@@ -107,7 +107,8 @@ class MainSampler:
         """Return the groups; None if a stop is asked for before they are there."""
         try:
             self._sampling = True
-            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version)
+            routes = wanted_routes(self.run)
+            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version, routes)
         except StopRequested:
             return None
         finally:
@@ -141,9 +142,9 @@ class MainSampler:
         if verdict is not None:
             self.journal.say(verdict)
 
-    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load(self, weights: Weights, version: int) -> None:
         """See ``Sampler``."""
-        self.fleet.update(weights, version)
+        self.fleet.update(weights.own() if writes_shares(self.run, self.world) else weights, version)
 
 
 EVALUATION = 0x6576616C
@@ -175,7 +176,10 @@ class FollowingSampler:
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
         """See ``Sampler``."""
 
-    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load(self, weights: Weights, version: int) -> None:
         """See ``Sampler``."""
-        for _ in weights:
-            pass
+        if writes_shares(self.run, self.world):
+            write_own(self.run, self.world, weights, version)
+        else:
+            for _ in weights:
+                pass

@@ -15,6 +15,7 @@ from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.tasks import Tokenizer
 from megatron_rl.train.folder import MISMATCH, replace_text
 from megatron_rl.train.mismatch import Diagnosis, Settings, diagnose, log_gap
+from megatron_rl.train.routes import routing
 
 WORST = 20
 """Tokens, and samples, that are listed."""
@@ -52,7 +53,7 @@ class Witness:
 
     def compare(self, step: int, groups: Sequence[Group], batch: Batch) -> str | None:
         """Write ``mismatch.json``; return the verdict if its cause is another than at the last step."""
-        found = diagnose(batch, step, self.settings)
+        found = diagnose(batch, step, self.settings, routing(batch))
         if found is None:
             return None
         samples = [Sample(response, group.prompt.id) for group in groups for response in group.responses]

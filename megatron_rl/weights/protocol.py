@@ -30,6 +30,16 @@ _PAD_ROWS = 64
 _DIGITS = {CHECKSUM: 64, SHORT_CHECKSUM: 16}
 
 
+@dataclass(frozen=True)
+class TensorHeader:
+    """What is known of a tensor before it comes."""
+
+    name: str
+    dtype: str
+    """As torch names it, such as ``bfloat16``."""
+    shape: tuple[int, ...]
+
+
 class Server(Protocol):
     """What a carrier asks of a server. Every call raises RolloutError when it fails."""
 
@@ -40,6 +50,19 @@ class Server(Protocol):
 
     async def update_from_tensor(self, payload: str) -> None:
         """Take a bucket."""
+
+    async def tensor_parallel(self) -> int:
+        """Return the ranks that share its model."""
+        ...
+
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
+        """Join a group of ``size`` ranks, of which the sender is rank 0 and has its store there."""
+
+    async def update_from_distributed(self, tensors: Sequence["TensorHeader"], group: str) -> None:
+        """Take a bucket that is broadcast in the group, in this order."""
+
+    async def leave_group(self, name: str) -> None:
+        """Leave the group."""
 
     async def end_update(self) -> None:
         """Use the new weights."""
@@ -81,7 +104,7 @@ class Push(ABC):
 
     async def send(self, bucket: NamedTensors) -> None:
         """Send one bucket of tensors in checkpoint names to every server."""
-        self.sums |= await asyncio.to_thread(lambda: {name: checksums(tensor) for name, tensor in bucket})
+        self.sums |= await asyncio.to_thread(sums_of, bucket)
         self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
         await self._carry(bucket)
 
@@ -149,10 +172,24 @@ class Carrier(ABC):
     """A way for weights to reach servers."""
 
     bucket_bytes: int
+    dtype: torch.dtype | None = None
+    """Type that floating-point tensors are sent in; None: their own."""
 
     @abstractmethod
     async def begin(self, servers: Sequence[Server], version: int) -> Push:
         """Open a push to these servers."""
+
+    def open(self) -> None:
+        """Called in the trainer's thread when a push has begun; collective where ranks bring tensors of their own."""
+        return
+
+    def join(self, push: Push) -> None:
+        """Called in the trainer's thread after the last bucket; collective where ranks bring tensors of their own."""
+        return
+
+    async def repeat(self, servers: Sequence[Server], version: int) -> PushReport | None:
+        """Give servers the newest version once more; None: it would have to be sent again."""
+        return None
 
     async def push(
         self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: int
@@ -161,6 +198,7 @@ class Carrier(ABC):
         push = await self.begin(servers, version)
         for bucket in self.buckets(named_tensors):
             await push.send(bucket)
+            bucket.clear()
         return await push.finish()
 
     def buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
@@ -172,10 +210,19 @@ class Carrier(ABC):
                 yield bucket
                 bucket = []
                 size = 0
-            bucket.append((name, tensor.detach().to("cpu").contiguous()))
-            size += tensor.nbytes
+            bucket.append((name, self._sent(tensor)))
+            size += bucket[-1][1].nbytes
         if bucket:
             yield bucket
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def sums_of(bucket: NamedTensors) -> dict[str, tuple[str, str]]:
+    """Return the checksums of each tensor."""
+    return {name: checksums(tensor) for name, tensor in bucket}
 
 
 def checksum(tensor: Tensor) -> str:

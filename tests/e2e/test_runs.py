@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.e2e.job import ONE_RANK, Job, metrics_of
 
 
@@ -50,3 +52,27 @@ def test_own_prompts_and_verifier_from_a_file(tmp_path):
     with Job(tmp_path / "run", *ONE_RANK, *settings) as job:
         assert job.end() == 0, job.output()
         assert 0.125 <= job.metrics()[0]["reward_mean"] <= 0.25
+
+
+def test_the_engines_experts_are_taken_in_training(tmp_path, straight):
+    settings = ["rollout.routing_replay=r3", "train.steps=2"]
+    with Job(tmp_path / "run", *settings) as job:
+        assert job.end() == 0, job.output()
+        lines = job.metrics()
+    assert [line["routing_missing_tokens"] for line in lines] == [0, 0]
+    assert [line["first_ratio_max"] for line in lines] == [1.0, 1.0]
+    # float32 on both sides: hardly a token is so near a tie that rounding decides.
+    assert max(line["routing_differs_tokens"] for line in lines) < 1e-3
+    assert max(line["mismatch_max"] for line in lines) < 1e-4
+    assert lines[0]["reward_mean"] == metrics_of(straight)[0]["reward_mean"]
+
+
+@pytest.mark.parametrize("carrier", ["disk", "distributed"])
+def test_every_carrier_brings_the_same_weights(tmp_path, straight, carrier):
+    with Job(tmp_path / "run", f"weights.carrier={carrier}", "weights.bucket_bytes=196608", "train.steps=3") as job:
+        assert job.end() == 0, job.output()
+        assert job.metrics() == metrics_of(straight)[:3]
+    if carrier == "disk":
+        folder = tmp_path / "run" / "weights" / "version-3"
+        writers = {path.name.split("-")[1] for path in folder.glob("model-*.safetensors")}
+        assert writers == {"00000", "00001"}

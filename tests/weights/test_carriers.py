@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.errors import RolloutError
 from megatron_rl.rollout.payload import read_tensors
 from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, checksum, checksums
+from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, TensorHeader, checksum, checksums
 from megatron_rl.weights.tensor import TensorCarrier
 
 TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
@@ -36,6 +36,18 @@ class Recorder:
     async def update_from_tensor(self, payload: str) -> None:
         await self._called("bucket")
         self.tensors |= dict(read_tensors(payload))
+
+    async def tensor_parallel(self) -> int:
+        return 1
+
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
+        await self._called("join")
+
+    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
+        await self._called("bucket")
+
+    async def leave_group(self, name: str) -> None:
+        await self._called("leave")
 
     async def end_update(self) -> None:
         await self._called("end")
@@ -151,7 +163,7 @@ def test_disk_keeps_the_newest_versions_and_no_unfinished_one(tmp_path: Path) ->
         asyncio.run(carrier.push([Recorder("a")], TENSORS, version))
     assert sorted(p.name for p in carrier.folder.iterdir()) == ["version-3", "version-4"]
     newest = sorted(p.name for p in (carrier.folder / "version-4").iterdir())
-    assert newest[:2] == ["config.json", "model-00001.safetensors"]
+    assert newest[:2] == ["config.json", "model-00000-00001.safetensors"]
     assert newest[-1] == "model.safetensors.index.json"
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_rl.data.routes import RouteShape
+
 Shape = tuple[int, ...]
 HFConfig = Mapping[str, Any]
 """A parsed config.json: its values are whatever the JSON holds."""
@@ -210,6 +212,13 @@ class Family:
     def has_latent_attention(self) -> bool:
         """True for multi-head latent attention, which megatron-core builds from other modules."""
         return bool(self.fields.get("multi_latent_attention"))
+
+    @property
+    def routes(self) -> RouteShape:
+        """What a record of its tokens' experts looks like."""
+        layers = tuple(n for n in range(self.num_layers) if n not in self.dense_layers) if self.num_experts else ()
+        per_token = int(str(self.fields.get("moe_router_topk") or 0))
+        return RouteShape(layers, self.num_layers, self.num_experts, per_token)
 
     def hf_tensors(self) -> dict[str, Shape]:
         """Return the name and shape of every tensor that a checkpoint of this model must hold."""

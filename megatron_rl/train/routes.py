@@ -1,0 +1,67 @@
+"""The engine's record of experts as columns of a batch, and what is told about it.
+
+Legend: T tokens, L layers with experts, E experts that a token takes in each.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.routes import RouteShape
+from megatron_rl.data.types import Batch, Columns, Response
+from megatron_rl.errors import RolloutError
+from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.train.mismatch import Routing
+
+
+def wanted_routes(run: Run) -> RouteShape | None:
+    """Return the shape of the record that the engine shall return; None: it need not."""
+    if run.rollout.routing_replay not in ("report", "r3"):
+        return None
+    return family_of(read_hf_config(Path(run.model.path))).routes
+
+
+def route_columns(responses: Sequence[Response], lengths: Sequence[int], shape: RouteShape) -> Columns:
+    """Return ``rollout_routes_T``, [T, L, E], and ``rollout_routed_T``, True where the engine said which experts.
+
+    Raises:
+        RolloutError: no response has a record at all.
+    """
+    if responses and all(response.routes is None for response in responses):
+        raise RolloutError(
+            "rollout.routing_replay needs the experts that the engine chose, and no server returned any; start SGLang"
+            " with --enable-return-routed-experts, or set rollout.routing_replay to r2 or none"
+        )
+    dtype = getattr(torch, shape.dtype)
+    routes_TLE = torch.zeros(sum(lengths), *shape.each, dtype=dtype)
+    routed_T = torch.zeros(sum(lengths), dtype=torch.bool)
+    start = 0
+    for response, length in zip(responses, lengths, strict=True):
+        if response.routes is not None:
+            routes_TLE[start : start + length - 1] = response.routes
+            routed_T[start : start + length - 1] = True
+        start += length
+    return {"rollout_routes_T": routes_TLE, "rollout_routed_T": routed_T}
+
+
+def routing(batch: Batch) -> Routing | None:
+    """Return how often engine and trainer chose other experts, over the tokens that have a record; None: not known."""
+    if "routing_differs_T" not in batch:
+        return None
+    differs_T: Tensor = batch["routing_differs_T"][batch["rollout_routed_T"]].double()
+    if not len(differs_T):
+        return None
+    layers = batch["rollout_routes_T"].shape[1]
+    return Routing(float((differs_T > 0).double().mean()), float(differs_T.mean()) / layers)
+
+
+def missing_routes(batch: Batch) -> int | None:
+    """Return the tokens without a record that should have one: all but each sequence's last. None: none was asked."""
+    if "rollout_routed_T" not in batch:
+        return None
+    needed_T = torch.ones(len(batch["rollout_routed_T"]), dtype=torch.bool)
+    needed_T[batch.starts_B + batch.lengths_B - 1] = False
+    return int((needed_T & ~batch["rollout_routed_T"]).sum())

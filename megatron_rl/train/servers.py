@@ -1,0 +1,65 @@
+"""The servers that a configuration asks for: running ones, registered ones, or ones of our own."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError, RolloutError
+from megatron_rl.rollout.process import ServerProcess, embedded_server
+from megatron_rl.rollout.sglang import sglang_server
+
+END = "end"
+"""Name of the file in a registry that says that the run is over."""
+
+
+def servers_of(run: Run) -> Sequence[str | ServerProcess]:
+    """Return the addresses of running servers, or servers that are not started yet.
+
+    Raises:
+        ConfigError: servers of this engine cannot be started from here.
+        RolloutError: others should have started them, and did not.
+    """
+    rollout = run.rollout
+    if rollout.registry:
+        return registered(Path(rollout.registry), rollout.servers, rollout.start_timeout_seconds)
+    return rollout.urls or [server_of(run, number) for number in range(rollout.servers)]
+
+
+def registered(folder: Path, count: int, timeout_seconds: float) -> list[str]:
+    """Wait until that many servers have written their address; return their URLs, each once.
+
+    Raises:
+        RolloutError: they did not come in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while len(found := sorted(folder.glob("server_*.json"))) < count:
+        if time.monotonic() > deadline:
+            raise RolloutError(
+                f"{len(found)} of {count} servers (rollout.servers) have registered in {folder} (rollout.registry)"
+                f" within {timeout_seconds:g} s; see their logs; raise rollout.start_timeout_seconds if they are slow"
+            )
+        time.sleep(0.2)
+    return [json.loads(path.read_text())["url"] for path in found]
+
+
+def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
+    """Return a server of the configured engine, not started yet.
+
+    Raises:
+        ConfigError: servers of this engine cannot be started from here.
+    """
+    rollout, dtype = run.rollout, run.rollout.dtype or run.model.dtype
+    log = Path(run.log.path) / "servers" / f"server_{number}.log"
+    if rollout.engine == "sglang" and rollout.sglang_python:
+        returns = {"enable_return_routed_experts": True} if rollout.routing_replay in ("report", "r3") else {}
+        options = {"dtype": dtype, **returns, **rollout.sglang}
+        return sglang_server(rollout.sglang_python, run.model.path, log, options, rollout.environment, host)
+    if rollout.engine != "embedded":
+        raise ConfigError(
+            f"rollout.engine = {rollout.engine!r} without rollout.urls: start the servers yourself, in their own "
+            "environment, and give their urls"
+        )
+    options = ["--dtype", dtype, "--weight-version", "0"]
+    return embedded_server(run.model.path, log, options, host, environment=rollout.environment)

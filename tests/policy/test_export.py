@@ -1,0 +1,85 @@
+"""What a rank holds besides its shards while the model goes out: measured, tensor by tensor."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_rl.parallel.mesh import start_world
+from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.weights import PARTS
+from megatron_rl.weights.tensor import TensorCarrier
+from tests.policy.tiny import run_of, save_model
+from tests.ranks import run_ranks
+
+BUCKET_BYTES = 128 << 10
+LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
+    "one rank": (1, {}),
+    "tensor": (2, {"tensor": 2}),
+    "pipeline": (2, {"pipeline": 2}),
+    "tensor and expert": (2, {"tensor": 2, "expert": 2}),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that operations made under it and that still live, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Storages that came in are not new, whatever view of them comes out.
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
+                storage = tensor.untyped_storage()
+                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+def peaks(folder: str, parallel: dict[str, object], own: bool) -> tuple[int, int]:
+    """Return the most bytes that this rank held, and the bytes that it got."""
+    run = run_of(Path(folder), parallel=parallel)
+    policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
+    carrier, seen = TensorCarrier(BUCKET_BYTES // PARTS), 0
+    with LiveBytes() as bytes_:
+        weights = policy.weights(BUCKET_BYTES)
+        for bucket in carrier.buckets(weights.own() if own else iter(weights)):
+            seen += sum(tensor.nbytes for _, tensor in bucket)
+            bucket.clear()
+    return bytes_.peak, seen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["to the main rank", "each its own"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_rank_holds_more_than_a_bucket_besides_its_shards(model: Path, layout: str, own: bool) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    results = run_ranks(peaks, ranks, str(model), parallel, own, initialise=False, timeout_seconds=200)
+
+    total = (model / "model.safetensors").stat().st_size
+    assert max(peak for peak, _ in results) <= BUCKET_BYTES
+    assert total / 8 > BUCKET_BYTES  # so that the whole model could not have been within the bound
+    assert sum(seen for _, seen in results) == pytest.approx(total, rel=0.02)  # the file has a header too
+    assert own is False or all(seen for _, seen in results) or "tensor" in layout

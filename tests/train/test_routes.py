@@ -1,0 +1,87 @@
+"""An engine's record of experts on its way into a batch: nothing wrong passes, what is missing is counted."""
+
+import base64
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rl.data.routes import RouteShape, encode_routes
+from megatron_rl.data.types import Batch, Response
+from megatron_rl.errors import RolloutError
+from megatron_rl.rollout.protocol import BadAnswer, SampleRequest, generate_body, parse_samples
+from megatron_rl.train.routes import missing_routes, route_columns, routing
+from tests.rollout.test_protocol import answer
+
+SHAPE = RouteShape(layers=(0, 2), all_layers=3, experts=4, per_token=2)
+REQUEST = SampleRequest("r1", (5, 6, 7), {"max_new_tokens": 4}, SHAPE)
+
+
+def record(tokens: int) -> np.ndarray:
+    """Return [tokens, 3, 2]; the middle layer has no experts, and zeros."""
+    first = np.arange(tokens * 3).reshape(tokens, 3) % 4
+    routes = np.stack([first, (first + 1) % 4], axis=-1)
+    routes[:, 1] = 0
+    return routes
+
+
+def test_a_record_is_read_for_all_tokens_but_the_last() -> None:
+    sent = record(5)
+    [sample] = parse_samples([answer(routed_experts=encode_routes(sent))], [REQUEST], "here")
+    assert sample.routes is not None
+    assert sample.routes.dtype == np.uint8
+    assert np.array_equal(sample.routes, sent[:, [0, 2]])
+    assert generate_body([REQUEST])["return_routed_experts"] is True
+
+
+def test_without_a_record_the_sample_stands() -> None:
+    [sample] = parse_samples([answer()], [REQUEST], "here")
+    assert sample.routes is None
+    assert "return_routed_experts" not in generate_body([SampleRequest("r", (1,), {"max_new_tokens": 4})])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (encode_routes(record(6)), r"36 numbers, expected 5 tokens \* 3 layers \* 2 experts = 30"),
+        (encode_routes(record(5)[:, :2]), "20 numbers, expected"),
+        (encode_routes(np.where(record(5) == 3, 4, record(5))), "experts 0 to 4, the model's are 0 to 3"),
+        (encode_routes(np.zeros((5, 3, 2))), "the same expert twice"),
+        ("not base64!", "not base64"),
+        (base64.b64encode(b"abc").decode(), "0 numbers"),
+        (7, "expected a str"),
+    ],
+)
+def test_a_wrong_record_is_no_answer(wrong: object, message: str) -> None:
+    with pytest.raises(BadAnswer, match=message):
+        parse_samples([answer(routed_experts=wrong)], [REQUEST], "here")
+
+
+def response(tokens: int, *, known: bool) -> Response:
+    routes = torch.from_numpy(SHAPE.decode(encode_routes(record(tokens + 1)), tokens + 1)) if known else None
+    return Response("r", "p", 0, (1,) * tokens, (-1.0,) * tokens, "", "stop", ((0, 0, tokens),), routes)
+
+
+def test_every_token_finds_its_own_record_and_the_others_are_counted() -> None:
+    responses, lengths = [response(3, known=True), response(4, known=False), response(1, known=True)], [5, 6, 3]
+    columns = route_columns(responses, lengths, SHAPE)
+    batch = Batch(torch.tensor(lengths), columns)
+    alone = batch.select([2, 0])
+    assert responses[2].routes is not None
+    assert torch.equal(alone["rollout_routes_T"][:2], responses[2].routes)
+    assert alone["rollout_routed_T"].tolist() == [True, True, False, True, True, True, True, False]
+    assert missing_routes(batch) == 5
+    assert missing_routes(alone) == 0
+
+
+def test_no_record_at_all_says_what_to_start() -> None:
+    with pytest.raises(RolloutError, match="--enable-return-routed-experts"):
+        route_columns([response(3, known=False)], [5], SHAPE)
+
+
+def test_differences_are_shares_of_tokens_and_layers() -> None:
+    columns = route_columns([response(3, known=True)], [5], SHAPE)
+    batch = Batch(torch.tensor([5]), {**columns, "routing_differs_T": torch.tensor([0, 2, 1, 0, 0])})
+    found = routing(batch)
+    assert found is not None
+    assert (found.tokens, found.layers) == (0.5, 3 / 8)

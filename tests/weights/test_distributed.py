@@ -1,0 +1,85 @@
+"""The distributed carrier against real servers that die or hang at the worst moment."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
+from megatron_rl.rollout.process import ServerProcess, embedded_server
+from megatron_rl.weights.distributed import DistributedCarrier
+from megatron_rl.weights.protocol import PushReport
+from tests.rollout import tiny
+
+TIMEOUT_SECONDS = 4.0
+CARRIER = DistributedCarrier(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[list[ServerProcess]]:
+    model = tiny.save("qwen3_moe", tmp_path / "model")
+    started = [embedded_server(str(model), tmp_path / f"log{n}", environment={"OMP_NUM_THREADS": "1"}) for n in (0, 1)]
+    try:
+        for process in started:
+            process.start()
+        asyncio.run(healthy(started))
+        yield started
+    finally:
+        for process in started:
+            if process.exit_status is None:
+                os.kill(process.pid, signal.SIGCONT)
+            process.stop()
+
+
+async def healthy(servers: list[ServerProcess]) -> None:
+    for process in servers:
+        member = Member(Client(process.url), process)
+        await wait_until_healthy(member, Patience(start_timeout_seconds=120))
+        await member.client.close()
+
+
+def weights(servers: list[ServerProcess]) -> list[tuple[str, Tensor]]:
+    folder = Path(servers[0].command[3])
+    return [(name, tensor + 1) for name, tensor in sorted(load_file(folder / "model.safetensors").items())]
+
+
+async def push_while(servers: list[ServerProcess], number: int) -> tuple[PushReport, float]:
+    """Push; after the first bucket the first server gets this signal."""
+    clients = [Client(process.url, control_timeout_seconds=TIMEOUT_SECONDS) for process in servers]
+    begun = time.monotonic()
+    push = await CARRIER.begin(clients, 5)
+    for place, bucket in enumerate(CARRIER.buckets(weights(servers))):
+        if place == 1:
+            os.kill(servers[0].pid, number)
+        await push.send(bucket)
+    report = await push.finish()
+    for client in clients:
+        await client.close()
+    return report, time.monotonic() - begun
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_is_dropped_and_the_other_has_the_weights(
+    servers: list[ServerProcess], number: int
+) -> None:
+    report, seconds = asyncio.run(push_while(servers, number))
+
+    assert set(report.failed) == {servers[0].url}
+    # The timeout once, not once a bucket.
+    assert seconds < (1 if number == signal.SIGKILL else 2) * TIMEOUT_SECONDS + 4
+
+    async def version() -> str:
+        client = Client(servers[1].url)
+        found = await client.version()
+        await client.close()
+        return found
+
+    assert asyncio.run(version()) == "5"
