@@ -4,7 +4,7 @@ A family is a table of ``Name`` entries; loading, pushing and converting all fol
 exact inverses: they only cut, reorder and pad, so values keep every bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -134,6 +134,10 @@ class Name:
         """True where each expert has a tensor of its own."""
         return "{expert}" in self.megatron
 
+    def full(self, layer: int, expert: int) -> str:
+        """Return the Megatron name for these indices."""
+        return self.megatron.format(layer=layer, expert=expert)
+
     def hf_names(self, layer: int, expert: int) -> tuple[str, ...]:
         """Return the Hugging Face names for these indices."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
@@ -173,19 +177,23 @@ class Family:
         """Number of experts of a mixture layer; 0 for a dense model."""
         return int(str(self.fields.get("num_moe_experts") or 0))
 
-    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the name and shape of every tensor that a checkpoint of this model must hold."""
-        shapes = {}
+    def parameters(self) -> Iterator[tuple[Name, int, int]]:
+        """Yield every parameter of the model: its table entry, layer and expert (0 where the entry has none)."""
         for name in self.names:
-            layers = range(self.num_layers) if "{layer}" in name.megatron else [0]
-            for layer in layers:
+            for layer in range(self.num_layers) if "{layer}" in name.megatron else [0]:
                 is_mlp = "layers.{layer}.mlp." in name.megatron
                 if is_mlp and (layer in self.dense_layers) != name.megatron.startswith(DENSE_MLP):
                     continue
                 for expert in range(self.num_experts) if name.is_expert else [0]:
-                    for pattern, full in zip(name.hf, name.hf_names(layer, expert), strict=True):
-                        shapes[full] = self.hf_shapes[pattern]
-        return shapes
+                    yield name, layer, expert
+
+    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor that a checkpoint of this model must hold."""
+        return {
+            full: self.hf_shapes[pattern]
+            for name, layer, expert in self.parameters()
+            for pattern, full in zip(name.hf, name.hf_names(layer, expert), strict=True)
+        }
 
 
 DENSE_MLP = "decoder.layers.{layer}.mlp.linear_"
