@@ -35,6 +35,7 @@ from megatron_rl.train.resume import (
     INDEX,
     META,
     SAMPLER,
+    Meta,
     checkpoint_folder,
     checkpoint_name,
     layout_record,
@@ -89,7 +90,7 @@ class Checkpoints:
             return
         beside = Path(str(words))
         pieces = self._copies.take(self.policy.pieces())
-        meta = {"format": 2, "step": step, "updates": self.policy.updates, "layout": self.layout}
+        meta = Meta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
         self._writing = [self._in_background(final, partial(_write_rank, beside, self.world.rank, pieces))]
         if self.world.is_main:
             finish = partial(_finish, beside, final, meta, json.dumps(sampler_state), self.world.size)
@@ -144,6 +145,9 @@ class Checkpoints:
                 future.set_result(None)
             except (OSError, SafetensorError) as error:
                 future.set_exception(self._cannot_write(final, error))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
 
         threading.Thread(target=run, name=final.name, daemon=True).start()
         return future
@@ -166,7 +170,7 @@ def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[Place, Tensor]])
     replace_text(beside / f"rank_{rank:05}.json", index)
 
 
-def _finish(beside: Path, final: Path, meta: Mapping[str, object], sampler_state: str, ranks: int) -> None:
+def _finish(beside: Path, final: Path, meta: Meta, sampler_state: str, ranks: int) -> None:
     """Wait for all ranks' files, which may come from other machines, and make the checkpoint of them."""
     parts = [beside / f"rank_{rank:05}.json" for rank in range(ranks)]
     while not all(part.exists() for part in parts):
@@ -179,7 +183,9 @@ def _finish(beside: Path, final: Path, meta: Mapping[str, object], sampler_state
         (beside / name).write_text(text, encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
     digests = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    (beside / META).write_text(json.dumps({**meta, "bytes": sizes, "sha256": digests}, indent=2) + "\n")
+    described = meta.model_copy(update={"bytes": sizes, "sha256": digests})
+    described = described.model_copy(update={"digest": described.computed_digest()})
+    (beside / META).write_text(described.model_dump_json(indent=2) + "\n")
     commit(beside, final)
 
 

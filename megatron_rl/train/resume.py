@@ -1,6 +1,7 @@
 """Which checkpoint a run would continue from, and whether it can: asked before any rank starts."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +33,13 @@ class Meta(BaseModel):
     """Size of every other file."""
     sha256: dict[str, str]
     """Of the files that hold no tensors; those of tensors are in the index."""
+    digest: str = ""
+    """SHA-256 of all of the above."""
+
+    def computed_digest(self) -> str:
+        """Return what ``digest`` must be."""
+        text = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checkpoint_folder(run: Run) -> Path:
@@ -76,6 +84,8 @@ def read_meta(folder: Path) -> Meta:
     except (OSError, ValidationError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise DataError(f"{folder / META} cannot be read: {first}; {or_older(folder)}") from error
+    if meta.digest != meta.computed_digest():
+        raise DataError(f"{folder / META} is not the file that was written; {or_older(folder)}")
     for name, size in meta.bytes.items():
         path = folder / Path(name).name
         found = path.stat().st_size if path.is_file() else None
