@@ -45,8 +45,9 @@ FOLDER_HEAD = """# The run folder
 | `mismatch.json` | the newest step's tokens on which engine and trainer agree least |
 | `nonfinite/` | where NaN or inf came up: the micro-batch and its weights, for `megatron-rl replay` |
 | `servers/server_0.log` | what a rollout server says, if the run started it |
-| `checkpoints/step_00000060/` | every rank's weights, main weights and Adam moments; `meta.json` is written last |
+| `checkpoints/step_00000060/` | weights, moments, generators, sampler: [checkpoints.md](checkpoints.md) |
 | `export/` | the trained model as a Hugging Face checkpoint; `checkpoint.export` |
+| `exports/step_00000060/` | the same on the way there; `checkpoint.export_every` |
 
 Two runs are compared with `python tools/compare_runs.py RUN_A RUN_B`, bit for bit, times aside.
 

@@ -232,8 +232,14 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0: only at the end and on an interrupt."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints to keep."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Keep those after a multiple of so many steps for good; 0: none."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy of the state in host memory; off: training waits."""
     export: bool = True
     """Write the final weights as a Hugging Face checkpoint too."""
+    export_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between Hugging Face checkpoints in ``exports``, for evaluation and serving; 0: none."""
 
 
 class Weights(Section):

@@ -26,7 +26,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
         rank, size, _ = launched
         if PREPARED not in os.environ:  # torchrun or srun started this rank, not we
             make_plan(loaded, size)
-            check_resumable(loaded.run, size)
+            check_resumable(loaded.run)
             if rank == 0:
                 prepare_folder(loaded.run)
         quiet_upstream()
@@ -36,7 +36,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
 
             return run_rank(loaded)
     plan = make_plan(loaded)
-    check_resumable(loaded.run, plan.layout.ranks)
+    check_resumable(loaded.run)
     for change in prepare_folder(loaded.run):
         sys.stderr.write(f"megatron-rl train: resumed with another setting: {change}\n")
     return LocalRanks(["train", *words], plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()

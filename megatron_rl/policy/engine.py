@@ -5,7 +5,7 @@ exchange of sequences and experts, and the split of rows over data-parallel rank
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,19 +21,22 @@ from torch import Tensor
 from megatron_rl.config.schema import Run
 from megatron_rl.data.pack import Row, RowRules
 from megatron_rl.data.types import Columns, Loss, Metrics, Micro
-from megatron_rl.errors import DataError, TrainingError
+from megatron_rl.errors import TrainingError
 from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.parallel.mesh import World
+from megatron_rl.parallel.rng import rng_states, set_rng_states
 from megatron_rl.policy.balance import LoadBalancing
 from megatron_rl.policy.groups import build_mesh
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.nonfinite import bad_row, explain
-from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
+from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, optimizer_parts
+from megatron_rl.policy.piece_files import PieceReader, Place, check_model
+from megatron_rl.policy.pieces import PER_RANK, load_pieces, pieces_of, rng_pieces
 from megatron_rl.policy.replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.upstream import repair
-from megatron_rl.policy.weights import Export, load_weights, mark_shards, shards_of
+from megatron_rl.policy.weights import Export, load_weights, mark_shards, shards_of, tied_copies
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 """(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
@@ -183,29 +186,30 @@ class Policy:
         finally:
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], kept)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return this rank's whole state: parameters, main parameters and Adam moments, shared with the policy."""
-        parameters = {
-            f"model.{number}.{name}": parameter.data
-            for number, chunk in enumerate(self.chunks)
-            for name, parameter in chunk.module.named_parameters()
-        }
-        return {**parameters, **optimizer_tensors(self.optimizer)}
+    def pieces(self) -> list[tuple[Place, Tensor]]:
+        """Return this rank's part of the whole state, shared with the policy: model, optimizer, random generators.
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Put back what ``state_tensors`` gave after ``updates`` optimizer steps.
+        The pieces of all ranks together hold every element of the state once; they serve any layout.
+        """
+        shards, parts = shards_of(self.chunks, self.family, self.mesh), optimizer_parts(self.optimizer)
+        random = rng_pieces(rng_states(self.mesh.world.device), self.mesh)
+        return [*pieces_of(shards, parts, self.mesh), *random.values()]
+
+    def load_pieces(self, reader: PieceReader, updates: int, *, same_layout: bool) -> None:
+        """Put back what all ranks' ``pieces`` gave after ``updates`` optimizer steps, whatever their layout was.
+
+        Random generators are only put back on the layout that they were of.
 
         Raises:
-            DataError: a tensor is missing or misshapen.
+            DataError: the pieces are of another model, not whole, or damaged.
         """
-        for name, tensor in self.state_tensors().items():
-            saved = tensors.get(name)
-            if saved is None or saved.shape != tensor.shape:
-                found = "missing" if saved is None else f"{list(saved.shape)}"
-                raise DataError(f"the checkpoint's tensor {name} is {found}, expected {list(tensor.shape)}")
-            if name.startswith("model."):
-                tensor.copy_(saved)
-        load_optimizer_tensors(self.optimizer, {k: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        check_model(reader, self.family)
+        shards = [*shards_of(self.chunks, self.family, self.mesh), *tied_copies(self.chunks, self.family)]
+        load_pieces(reader, shards, optimizer_parts(self.optimizer), self.mesh, updates)
+        if same_layout:
+            random = rng_pieces(rng_states(self.mesh.world.device), self.mesh)
+            states = {name: reader.read(place, PER_RANK) for name, (place, _) in random.items()}
+            set_rng_states(self.mesh.world.device, states)
         self.scheduler.step(updates - self.updates)
 
     @property

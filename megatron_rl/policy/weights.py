@@ -31,6 +31,11 @@ class Shard:
     is_trained: bool = True
 
     @property
+    def full_name(self) -> str:
+        """Its name in the whole model, the same under every layout."""
+        return self.name.full(self.layer, self.expert)
+
+    @property
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face tensors that it is a part of."""
         return self.name.hf_names(self.layer, self.expert)
@@ -44,6 +49,15 @@ class Shard:
         if self.name.is_expert:
             return group_rank(mesh.expert_data) == 0
         return group_rank(mesh.data) == 0 and group_rank(mesh.context) == 0
+
+    def copies(self, mesh: Mesh) -> tuple[int, int]:
+        """Which of the equal copies of this shard this rank holds, and how many there are."""
+        axes = [mesh.expert_data] if self.name.is_expert else [mesh.data, mesh.context]
+        axes += [self.group(mesh)] if self.name.layout.dim is None else []
+        copy, copies = 0, 1
+        for axis in axes:
+            copy, copies = copy * group_size(axis) + group_rank(axis), copies * group_size(axis)
+        return copy, copies
 
     def speaker(self, mesh: Mesh) -> int:
         """The global rank that gathers this tensor's shards and hands them on."""
@@ -95,6 +109,15 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
     return shards
 
 
+def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> list[Shard]:
+    """Return the output head of a last stage without the embedding it is tied to, as another copy of the embedding."""
+    if not family.tied:
+        return []
+    embedding = next(name for name in family.names if name.megatron.startswith("embedding."))
+    heads = [chunk for chunk in unwrap_model(list(chunks)) if chunk.post_process and not chunk.pre_process]
+    return [Shard(embedding, 0, 0, chunk.output_layer.weight) for chunk in heads]
+
+
 def mark_shards(shards: Sequence[Shard]) -> None:
     """Tell megatron which parameters are cut over tensor-parallel ranks.
 
@@ -117,7 +140,7 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
     """
     source = open_source(folder, family)
     source.check(family)
-    for shard in shards_of(chunks, family, mesh):
+    for shard in [*shards_of(chunks, family, mesh), *tied_copies(chunks, family)]:
         parts = [source.read(name) for name in shard.hf_names]
         group = shard.group(mesh)
         piece = shard.name.layout.shard(parts, group_rank(group), group_size(group))
@@ -125,15 +148,6 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
             # megatron keeps a router's bias in float32, but its bfloat16 wrapper has just cast it
             shard.parameter.data = shard.parameter.data.to(torch.promote_types(piece.dtype, torch.float32))
         shard.parameter.copy_(piece)
-    for chunk in unwrap_model(list(chunks)):
-        if family.tied and chunk.post_process and not chunk.pre_process:
-            part = source.read(_embedding(family).hf[0])
-            rank, size = group_rank(mesh.tensor), group_size(mesh.tensor)
-            chunk.output_layer.weight.copy_(_embedding(family).layout.shard([part], rank, size))
-
-
-def _embedding(family: Family) -> Name:
-    return next(name for name in family.names if name.megatron.startswith("embedding."))
 
 
 PARTS = 4

@@ -1,37 +1,56 @@
-"""Training checkpoints: every rank's exact state, written beside and renamed, so that the newest is always whole.
+"""Training checkpoints: the exact state in pieces, written while training goes on, whole or not at all.
 
-    RUN/checkpoints/step_00000020/meta.json          step, layout, checksums; its presence makes the checkpoint valid
-                                  rank_00000.safetensors   this rank's weights, main weights and Adam moments
+    RUN/checkpoints/step_00000020/meta.json      step, layout, sizes, checksums
+                                  index.json     where every piece of every tensor belongs, and its checksum
+                                  sampler.json   what the sampler must know: prompts taken
+                                  rank_00000.safetensors   pieces that this rank held: weights, moments, generators
 
-A checkpoint resumes on the layout that wrote it, bit for bit.
+A checkpoint resumes under any layout, and bit for bit under the layout that wrote it.
 """
 
-import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import cast
 
-import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import DataError
-from megatron_rl.parallel.collectives import gather_json
+from megatron_rl.errors import DataError, TrainingError
+from megatron_rl.parallel.collectives import broadcast_json
+from megatron_rl.parallel.host import HostCopies
 from megatron_rl.parallel.mesh import World
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.piece_files import Place, index_pieces, index_text, write_pieces
+from megatron_rl.train.commit import begin, clear_leftovers, commit, drop
+from megatron_rl.train.export import export_hf
 from megatron_rl.train.folder import replace_text
 from megatron_rl.train.resume import (
+    INDEX,
     META,
-    check_resumable,
+    SAMPLER,
+    Meta,
     checkpoint_folder,
+    checkpoint_name,
     layout_record,
     newest_checkpoint,
+    open_pieces,
+    or_older,
+    read_checked,
+    read_meta,
+    step_of,
     valid_checkpoints,
 )
+
+JSON = Mapping[str, object]
+POLL_SECONDS = 0.05
+"""Between looks for the files of other ranks."""
 
 
 class Checkpoints:
@@ -39,71 +58,136 @@ class Checkpoints:
 
     def __init__(self, run: Run, world: World, policy: Policy) -> None:
         self.folder = checkpoint_folder(run)
-        self.run, self.world, self.policy = run, world, policy
+        self.settings, self.run, self.world, self.policy = run.checkpoint, run, world, policy
         self.layout = layout_record(run, world.size)
+        self._copies = HostCopies()
+        self._writing: list[Future[None]] = []
 
     def is_due(self, step: int) -> bool:
-        """Return whether ``checkpoint.every`` asks for one after this many steps."""
-        return self.run.checkpoint.every > 0 and step % self.run.checkpoint.every == 0
+        """Return whether a checkpoint or an export is due after this many steps."""
+        return _divides(self.settings.every, step) or _divides(self.settings.export_every, step)
 
-    def save(self, step: int) -> None:
-        """Write the state after ``step`` rollout batches; drop checkpoints beyond ``checkpoint.keep``."""
-        final, beside = self.folder / _name(step), self.folder / f".{_name(step)}.part"
-        if self.world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        dist.barrier()
-        file = beside / _rank_file(self.world.rank)
-        save_file(_unshared(self.policy.state_tensors()), file)
-        digests = cast(list[tuple[str, str]], gather_json([file.name, _digest(file)], self.world.device))
-        if self.world.is_main:
-            meta = {
-                "step": step,
-                "updates": self.policy.updates,
-                "layout": self.layout,
-                "sha256": dict(digests),
-            }
-            replace_text(beside / META, json.dumps(meta, indent=2) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            beside.rename(final)
-            for old in valid_checkpoints(self.folder)[: -self.run.checkpoint.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+    def write_due(self, step: int, sampler_state: JSON) -> None:
+        """Write what is due after ``step`` rollout batches."""
+        if _divides(self.settings.every, step):
+            self.save(step, sampler_state)
+        if _divides(self.settings.export_every, step):
+            export_hf(self.policy, self.run, Path(self.run.log.path) / "exports" / checkpoint_name(step))
 
-    def load(self) -> int:
-        """Restore the newest checkpoint; return how many rollout batches it has seen, 0 without a checkpoint.
+    def save(self, step: int, sampler_state: JSON) -> None:
+        """Copy the state after ``step`` rollout batches and begin to write it; an earlier one is finished first.
 
         Raises:
-            ConfigError: it was written by another layout.
-            DataError: a file is missing or was changed.
+            TrainingError: a checkpoint cannot be written, on whatever rank.
         """
-        check_resumable(self.run, self.world.size)
+        self.finish()
+        final, beside = self.folder / checkpoint_name(step), None
+        if self.world.is_main and not final.exists():
+            beside = self._begin(final)
+        # What exists already is the one that the run was resumed from, when it is asked to stop before its first step.
+        words = broadcast_json(beside and str(beside), source=0, device=self.world.device)
+        if words is None:
+            return
+        beside = Path(str(words))
+        pieces = self._copies.take(self.policy.pieces())
+        meta = Meta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
+        self._writing = [self._in_background(final, partial(_write_rank, beside, self.world.rank, pieces))]
+        if self.world.is_main:
+            finish = partial(_finish, beside, final, meta, json.dumps(sampler_state), self.world.size)
+            self._writing.append(self._in_background(final, lambda: (finish(), self._drop_old())))
+        if not self.settings.asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when what this rank has to write is on the disk; on the main rank, when the checkpoint is complete.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        for writing in self._writing:
+            writing.result()
+        self._writing = []
+
+    def load(self) -> tuple[int, JSON]:
+        """Restore the newest checkpoint; return how many rollout batches it has seen, and the sampler's state.
+
+        Without a checkpoint: 0 and nothing.
+
+        Raises:
+            DataError: a file is missing or was changed, or it is of another model.
+        """
         newest = newest_checkpoint(self.run)
         if newest is None:
-            return 0
-        meta = json.loads((newest / META).read_text())
-        file = newest / _rank_file(self.world.rank)
-        if not file.is_file() or _digest(file) != meta["sha256"].get(file.name):
-            raise DataError(f"{file} is missing or not the file that was written; delete {newest} to use an older one")
+            return 0, {}
+        meta = read_meta(newest)
+        sampler_state = json.loads(read_checked(newest, SAMPLER, meta))
+        reader = open_pieces(newest, meta)
         try:
-            self.policy.load_state_tensors(load_file(file), meta["updates"])
-        except SafetensorError as error:
-            raise DataError(f"{file} cannot be read: {error}; delete {newest} to use an older one") from error
-        return meta["step"]
+            self.policy.load_pieces(reader, meta.updates, same_layout=meta.layout == self.layout)
+        except DataError as error:
+            raise DataError(f"{error}; {or_older(newest)}") from error
+        return meta.step, sampler_state
+
+    def _begin(self, final: Path) -> Path:
+        try:
+            clear_leftovers(self.folder)
+            return begin(final)
+        except OSError as error:
+            raise self._cannot_write(final, error) from error
+
+    def _in_background(self, final: Path, work: Callable[[], object]) -> Future[None]:
+        """Do the work in a thread that ends with this process; the future tells how it went."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+                future.set_result(None)
+            except (OSError, SafetensorError) as error:
+                future.set_exception(self._cannot_write(final, error))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+
+        threading.Thread(target=run, name=final.name, daemon=True).start()
+        return future
+
+    def _cannot_write(self, final: Path, error: Exception) -> TrainingError:
+        newest = newest_checkpoint(self.run)
+        complete = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
+        return TrainingError(f"the checkpoint {final} cannot be written: {error}; {complete}")
+
+    def _drop_old(self) -> None:
+        """Delete checkpoints beyond ``checkpoint.keep``, but for those that ``checkpoint.keep_every`` keeps."""
+        for old in valid_checkpoints(self.folder)[: -self.settings.keep]:
+            if not _divides(self.settings.keep_every, step_of(old)):
+                drop(old)
 
 
-def _name(step: int) -> str:
-    return f"step_{step:08}"
+def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[Place, Tensor]]) -> None:
+    """Write this rank's file, then its part of the index, whose presence says that the file is whole."""
+    index = index_text(write_pieces(beside, rank, pieces))
+    replace_text(beside / f"rank_{rank:05}.json", index)
 
 
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05}.safetensors"
+def _finish(beside: Path, final: Path, meta: Meta, sampler_state: str, ranks: int) -> None:
+    """Wait for all ranks' files, which may come from other machines, and make the checkpoint of them."""
+    parts = [beside / f"rank_{rank:05}.json" for rank in range(ranks)]
+    while not all(part.exists() for part in parts):
+        time.sleep(POLL_SECONDS)
+    pieces = list(chain.from_iterable(index_pieces(part.read_bytes(), part) for part in parts))
+    for part in parts:
+        part.unlink()
+    texts = {INDEX: index_text(pieces), SAMPLER: sampler_state}
+    for name, text in texts.items():
+        (beside / name).write_text(text, encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+    digests = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    described = meta.model_copy(update={"bytes": sizes, "sha256": digests})
+    described = described.model_copy(update={"digest": described.computed_digest()})
+    (beside / META).write_text(described.model_dump_json(indent=2) + "\n")
+    commit(beside, final)
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""The final weights as a Hugging Face checkpoint."""
+"""The weights as a Hugging Face checkpoint."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Run
 from megatron_rl.policy.engine import Policy
+from megatron_rl.train.commit import begin, commit
 
 SHARD_BYTES = 4 << 30
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -24,16 +25,13 @@ def export_hf(policy: Policy, run: Run, folder: Path) -> None:
         for _ in weights:
             pass
     else:
-        beside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        beside = begin(folder)
         _write_shards(weights, beside)
         for pattern in COPIED:
             for source in Path(run.model.path).glob(pattern):
                 if not source.name.endswith(".index.json"):
                     shutil.copy(source, beside / source.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        commit(beside, folder)
     dist.barrier()
 
 

@@ -44,7 +44,7 @@ def train(
         with journal.phase("rollout"):
             batch = sampler.sample(step)
         if batch is None:
-            checkpoints.save(step)
+            checkpoints.save(step, sampler.state())
             return step
         metrics.sampled(batch)
 
@@ -68,6 +68,7 @@ def train(
 
         journal.write(step, metrics.summary())
         if checkpoints.is_due(step + 1):
-            checkpoints.save(step + 1)
+            with journal.phase("checkpoint"):
+                checkpoints.write_due(step + 1, sampler.state())
 
     return run.train.steps

@@ -38,19 +38,21 @@ def run_rank(loaded: Loaded[Run]) -> int:
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
     vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size)
     checkpoints = Checkpoints(run, world, policy)
-    start = checkpoints.load() if run.train.resume else 0
+    start, sampler_state = checkpoints.load() if run.train.resume else (0, {})
     with ExitStack() as stack:
         stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
         journal = stack.enter_context(Journal(Path(run.log.path) if world.is_main else None, run.train.steps, start))
         with journal.phase("start"):
             sampler = _sampler(run, world, journal, tokenizer, stack)
             if start:
+                sampler.load_state(sampler_state)
                 sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
         with evidence(run, policy, sampler.name_of):
             done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
         finished = done == run.train.steps
         if finished:
             _finish(run, policy, sampler, checkpoints, journal)
+        checkpoints.finish()
     dist.destroy_process_group()
     if world.is_main:
         sys.stdout.write("\n".join(farewell(Path(run.log.path), resumable=not finished)) + "\n")
@@ -70,6 +72,6 @@ def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints
             result = sampler.evaluate(run.train.steps)
         if result is not None:
             journal.write(run.train.steps, {"accuracy": result[0], "evaluated_prompts": result[1]})
-    checkpoints.save(run.train.steps)
+    checkpoints.save(run.train.steps, sampler.state())
     if run.checkpoint.export:
         export_hf(policy, run, Path(run.log.path) / "export")

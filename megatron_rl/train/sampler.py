@@ -4,7 +4,7 @@ The two classes have the same methods, and each call is collective, so that the 
 """
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Protocol
 
@@ -48,6 +48,14 @@ class Sampler(Protocol):
         """Bring new weights to the fleet."""
         ...
 
+    def state(self) -> dict[str, object]:
+        """Return what a checkpoint must keep of the sampler, as JSON; nothing on the other ranks."""
+        ...
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        """Go on from what ``state`` gave."""
+        ...
+
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Each asks the run to end after its step; srun hands on the last one only."""
@@ -73,6 +81,7 @@ class MainSampler:
         self._prompts = task.prompts("train", run.train.seed)
         evaluated = run.evaluate.prompts if run.evaluate.every else 0
         self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
+        self._next_prompt = 0
         self._stop = False
         self._sampling = False
         for number in STOP_SIGNALS:
@@ -89,13 +98,13 @@ class MainSampler:
 
     def _sample(self, step: int) -> Batch | None:
         train = self.run.train
-        first = step * train.prompts_per_step
-        prompts = tuple(self._prompts[position] for position in range(first, first + train.prompts_per_step))
+        places = range(self._next_prompt, self._next_prompt + train.prompts_per_step)
+        prompts = tuple(self._prompts[place] for place in places)
         seed = (train.seed, step)
         groups = self._generate(prompts, train.group_size, self.run.rollout.sampling, seed, version=step)
         if groups is None:
             return None
-        self.groups = groups
+        self.groups, self._next_prompt = groups, places.stop
         verdicts = self._verify(groups)
         if self.run.log.rollouts:
             self.journal.rollouts(step, groups, verdicts)
@@ -146,6 +155,14 @@ class MainSampler:
         """See ``Sampler``."""
         self.fleet.update(weights.own() if writes_shares(self.run, self.world) else weights, version)
 
+    def state(self) -> dict[str, object]:
+        """See ``Sampler``."""
+        return {"next_prompt": self._next_prompt}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        """See ``Sampler``."""
+        self._next_prompt = int(str(state["next_prompt"]))
+
 
 EVALUATION = 0x6576616C
 """Keeps the sampling seeds of an evaluation apart from those of training."""
@@ -183,3 +200,10 @@ class FollowingSampler:
         else:
             for _ in weights:
                 pass
+
+    def state(self) -> dict[str, object]:
+        """See ``Sampler``."""
+        return {}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        """See ``Sampler``."""

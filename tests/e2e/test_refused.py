@@ -75,9 +75,30 @@ def test_a_run_that_failed_before_its_first_step_can_be_started_again_in_its_pla
         refusal(*train(tmp_path / "run"))
 
 
-def test_resuming_with_another_layout(straight, refusal):
-    said = refusal(*train(straight, "train.resume=true", "parallel.expert=1"))
-    assert "was written with another layout: expert 2 there and 1 here" in said
+def test_resuming_with_another_model(tmp_path, straight, refusal):
+    model = copied_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers - 1}))
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if f"layers.{layers - 1}." not in name}
+    save_file(kept, model / "model.safetensors")
+    said = refusal(*train(straight, "train.resume=true", f"model.path={model}"))
+    assert "is of another model than model.path" in said
+    assert f"extra: decoder.layers.{layers - 1}.input_layernorm.weight" in said
+
+
+def test_resuming_from_a_checkpoint_with_a_part_cut_off(tmp_path, straight, refusal):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    newest = folder / "checkpoints" / "step_00000004"
+    older = shutil.copytree(newest, newest.with_name("step_00000003"))
+    for name in ("rank_00001.safetensors", "index.json", "meta.json"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[: len(whole) // 2])
+        said = refusal(*train(folder, "train.resume=true"))
+        assert str(newest / name) in said
+        assert said.endswith(f"delete {newest} to go on from {older}\n")
+        (newest / name).write_bytes(whole)
 
 
 def test_serving_on_a_port_in_use(refusal):

@@ -34,6 +34,18 @@ def test_two_and_two_steps_are_four(tmp_path, straight):
     same_result(folder, straight)
 
 
+def test_a_run_goes_on_under_another_layout(tmp_path):
+    folder = tmp_path / "run"
+    for settings in (["train.steps=2"], [RESUME, *ONE_RANK]):
+        with Job(folder, *settings) as job:
+            assert job.end() == 0, job.output()
+            said = job.output()
+    assert "resumed with another setting: parallel.tensor: 2 -> 1" in said
+    assert [line["step"] for line in job.metrics()] == [0, 1, 2, 3]
+    assert [line["weight_version"] for line in job.metrics()] == [0, 1, 2, 3]
+    assert max(line["mismatch_max"] for line in job.metrics()) < 1e-4
+
+
 def test_control_c_stops_cleanly(tmp_path):
     with Job(tmp_path / "run", *ONE_RANK, "train.steps=1000") as job:
         job.until_steps(1)

@@ -14,11 +14,11 @@ from megatron_rl.prove.case import make_batch
 VOCABULARY = 18
 
 
-def save_model(folder: Path, *, tied: bool = False) -> Path:
+def save_model(folder: Path, *, tied: bool = False, vocabulary: int = VOCABULARY) -> Path:
     """Write a random checkpoint whose routers and softmaxes are decided, and return its folder."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,

@@ -143,6 +143,10 @@ class Name:
         """True where each expert has a tensor of its own."""
         return self.experts > 0
 
+    def full(self, layer: int, expert: int) -> str:
+        """Return the Megatron name for these indices."""
+        return self.megatron.format(layer=layer, expert=expert)
+
     def hf_names(self, layer: int, expert: int) -> tuple[str, ...]:
         """Return the Hugging Face names for these indices."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
@@ -220,12 +224,17 @@ class Family:
         per_token = int(str(self.fields.get("moe_router_topk") or 0))
         return RouteShape(layers, self.num_layers, self.num_experts, per_token)
 
+    def parameters(self) -> Iterator[tuple[Name, int, int]]:
+        """Yield every parameter of the model: its table entry, layer and expert (0 where the entry has none)."""
+        for name in self.names:
+            for layer, expert in name.places():
+                yield name, layer, expert
+
     def hf_tensors(self) -> dict[str, Shape]:
         """Return the name and shape of every tensor that a checkpoint of this model must hold."""
         shapes: dict[str, Shape] = {}
-        for name in self.names:
-            for layer, expert in name.places():
-                shapes.update(zip(name.hf_names(layer, expert), name.shapes, strict=True))
+        for name, layer, expert in self.parameters():
+            shapes.update(zip(name.hf_names(layer, expert), name.shapes, strict=True))
         return shapes
 
     def is_carried(self, hf_name: str) -> bool:

@@ -1,0 +1,165 @@
+"""How long training waits for a checkpoint, next to `cp` of the same bytes: python benchmarks/checkpoint.py [--saves 5]
+
+A random Qwen3-MoE of 20 M parameters is trained on synthetic rows and saved again and again, on one rank; then it is
+loaded, under the layout that wrote it and under another. Every time is the median; every ratio is to `cp` with fsync.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 4096
+
+
+def save_model(folder: Path) -> None:
+    """Write a random model."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=96,
+        norm_topk_prob=True,
+        max_position_embeddings=512,
+    )
+    Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long the work takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def copied(source: Path, target: Path) -> None:
+    """Copy a folder as `cp` does, until it is on the disk."""
+    from megatron_rl.data.files import flush
+
+    subprocess.run(["cp", "-r", source, target], check=True)
+    for path in target.iterdir():
+        flush(path)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]]) -> int:
+    """Be a rank: train and save, or load if there is a checkpoint; the main rank writes what it measured."""
+    import torch
+
+    from megatron_rl.config.schema import Run
+    from megatron_rl.data.pack import pack
+    from megatron_rl.data.types import Loss, Metrics, Micro
+    from megatron_rl.parallel.mesh import start_world
+    from megatron_rl.policy.engine import Policy
+    from megatron_rl.prove.case import make_batch
+    from megatron_rl.train.checkpoints import Checkpoints
+    from megatron_rl.train.resume import newest_checkpoint
+
+    def loss_of(logprobs_R: torch.Tensor, entropies_R: torch.Tensor, micro: Micro) -> Loss:
+        value = -logprobs_R.sum() / 100
+        return Loss(value, Metrics({"loss": value.detach()}, {}))
+
+    sections = {"model": {"path": str(folder / "model")}, "log": {"path": str(folder / "run")}, **settings}
+    run = Run.model_validate({"train": {"tokens_per_microbatch": 128}, **sections})
+    world = start_world(600, deterministic=True)
+    policy = Policy(run, world, total_updates=10**6)
+    rows = pack(make_batch(VOCABULARY, seed=3), policy.row_rules)
+    checkpoints = Checkpoints(run, world, policy)
+
+    def update() -> None:
+        policy.accumulate(rows, loss_of)
+        policy.step()
+
+    found: dict[str, list[float]] = {name: [] for name in ("update", "stall", "complete", "update while writing")}
+    if newest_checkpoint(run) is not None:
+        before = peak_bytes()
+        found = {"load": [seconds(checkpoints.load)], "load peak": [float(peak_bytes() - before)]}
+    for save in range(saves if not found.get("load") else 0):
+        update()
+        found["update"].append(seconds(update))
+        began = time.perf_counter()
+        found["stall"].append(seconds(lambda number=save: checkpoints.save(number, {})))
+        while any(not writing.done() for writing in checkpoints._writing):
+            found["update while writing"].append(seconds(update))
+        found["complete"].append(time.perf_counter() - began)
+        checkpoints.finish()
+    if world.is_main:
+        (folder / "found.json").write_text(json.dumps(found))
+    return 0
+
+
+def launch(folder: Path, ranks: int, saves: int, **settings: Mapping[str, object]) -> dict[str, list[float]]:
+    """Run the ranks and return what they measured."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    words = [str(Path(__file__)), "--rank", str(folder), str(saves), json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launcher, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "found.json").read_text())
+
+
+def measure(folder: Path, saves: int) -> list[tuple[str, float, float]]:
+    """Return (what, seconds, ratio to cp)."""
+    save_model(folder / "model")
+    later = launch(folder, 1, saves, checkpoint={"keep": 1, "asynchronous": True})
+    (checkpoint,) = (folder / "run" / "checkpoints").glob("step_*")
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    cp = statistics.median(seconds(lambda n=n: copied(checkpoint, folder / f"copy_{n}")) for n in range(saves))
+    same = launch(folder, 1, 0)
+    other = launch(folder, 2, 0, parallel={"tensor": 2, "expert": 2})
+    shutil.rmtree(folder / "run")
+    waited = launch(folder, 1, saves, checkpoint={"keep": 1, "asynchronous": False})
+    middle = {name: statistics.median(values[1:] or values) for name, values in later.items() if values}
+    print(
+        f"{size / 1e6:.0f} MB; cp with fsync {cp:.2f} s, {size / cp / 1e6:.0f} MB/s; an update {middle['update']:.2f} s"
+    )
+    print(f"loading: {same['load peak'][0] / size:.2f} and {other['load peak'][0] / size:.2f} of its size in memory")
+    rows = [
+        ("cp and fsync", cp),
+        ("save, `asynchronous`: training waits", middle["stall"]),
+        ("the first one (it gets the memory)", later["stall"][0]),
+        ("until it is complete", middle["complete"]),
+        ("save, not `asynchronous`: training waits", statistics.median(waited["stall"][1:])),
+        ("load, same layout", same["load"][0]),
+        ("load on tensor=2 expert=2", other["load"][0]),
+    ]
+    slower = statistics.median(later["update while writing"] or [middle["update"]]) / middle["update"]
+    print(f"an update while a checkpoint is written takes {slower:.2f} times as long")
+    return [(what, value, value / cp) for what, value in rows]
+
+
+def main() -> int:
+    """Measure and print the table, or be a rank."""
+    if sys.argv[1:2] == ["--rank"]:
+        return rank(Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=5)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), parser.parse_args().saves)
+    print("| | seconds | of `cp` |\n|---|---|---|")
+    for what, value, ratio in rows:
+        print(f"| {what} | {value:.3f} | {ratio:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
