@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -29,6 +30,12 @@ SCRIPT = Path(__file__).with_name("job.sh")
 
 JOB = "job.sbatch"
 """Name of the rendered script in the run folder."""
+
+HOPELESS = frozenset({"PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"})
+"""Why Slurm lets a job wait that it can never start."""
+
+LOOK_SECONDS = 4.0
+"""How long to look, after a submission, for a reason of this kind."""
 
 SET_BY_THE_JOB = ("train.resume=", "rollout.registry=")
 """Words of the command line that the script gives anew at each start."""
@@ -59,12 +66,31 @@ def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Pa
     if not submit:
         sys.stdout.write(text)
         return 0
-    done = subprocess.run(["sbatch", "--parsable", str(run / JOB)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"sbatch refused {run / JOB}: {done.stderr.strip()}")
-    job = done.stdout.strip().partition(";")[0]
+    job = _submit(run / JOB)
     sys.stdout.write(f"submitted job {job}: its log is {run}/slurm/job-{job}.log\n")
     return 0
+
+
+def _submit(script: Path) -> str:
+    """Return the job's number; a ConfigError says why Slurm does not take it, or would never start it."""
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {script}: {done.stderr.strip()}")
+    job = done.stdout.strip().partition(";")[0]
+    # A heterogeneous job that no partition could ever hold is taken all the same, and waits for ever.
+    deadline = time.monotonic() + LOOK_SECONDS
+    while time.monotonic() < deadline:
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%t %r"], capture_output=True, text=True, check=False)
+        if hopeless := HOPELESS & set(asked.stdout.split()):
+            subprocess.run(["scancel", job], check=False)
+            raise ConfigError(
+                f"Slurm would never start {script}: {', '.join(hopeless)}; ask for less in [slurm] (nodes,"
+                " rollout_nodes, time_limit), or for another partition in slurm.options. The job was taken back"
+            )
+        if any(state != "PD" for state in asked.stdout.split()[::2]):
+            break
+        time.sleep(0.5)
+    return job
 
 
 def render(loaded: Loaded[Run], words: Sequence[str], folder: Path) -> str:
