@@ -18,8 +18,12 @@ def missing() -> str | None:
     """Return why no cluster can be brought up here, None if one can."""
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
-    absent = [name for name in NEEDED if shutil.which(name) is None]
-    return f"{', '.join(absent)} not found; on Debian: apt-get install {PACKAGES}" if absent else None
+    if absent := [name for name in NEEDED if shutil.which(name) is None]:
+        return f"{', '.join(absent)} not found; on Debian: apt-get install {PACKAGES}"
+    probe = f"rlprobe{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
+    return f"no network namespace can be made here: {made.stderr.strip()}" if made.returncode else None
 
 
 class Cluster:

@@ -14,10 +14,11 @@ from tests.slurm.cluster import Cluster, missing
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.toml"
 
+WHY_NOT = missing()
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
 
 
