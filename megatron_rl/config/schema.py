@@ -260,6 +260,17 @@ class Log(Section):
     """The run folder; a relative path begins at the folder where the command runs, not at the config file's."""
     rollouts: bool = True
     """Write every sample to ``rollouts.jsonl``."""
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get the metrics too; each needs its package. Without a server in the environment (WANDB_API_KEY,
+    MLFLOW_TRACKING_URI, ...) they write to the run folder."""
+    project: str = "megatron-rl"
+    """Name of the project in the trackers; the run is named like its folder."""
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port of an endpoint ``/metrics`` with the newest step's numbers; none without a value, 0 takes a free one."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that the endpoint listens on."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose scoring and training are traced by torch's profiler, every rank into ``RUN/profile``."""
 
 
 class Run(Section):

@@ -16,6 +16,7 @@ from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.rollout.sglang import wrong_options
 from megatron_rl.tasks.jsonl import check_files
+from megatron_rl.train.sinks import missing_packages
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
         problems += _replay(loaded, shape)
     problems += _batch(loaded)
     problems += _fleet(loaded)
+    problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
     if isinstance(run.task, JsonlTask):
         problems += check_files(run.task)
     raise_problems(problems)
@@ -170,6 +172,11 @@ def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
             f'rollout.engine = "{rollout.engine}" ({origin}) runs in an environment of its own;'
             " start its servers there and write their addresses in rollout.urls"
         )
+
+
+def _sink_key(loaded: Loaded[Run], name: str) -> str:
+    key = "log.prometheus_port" if name == "prometheus" else "log.sinks"
+    return f"{key} ({loaded.origin(key)}): {name}"
 
 
 def _sglang(loaded: Loaded[Run]) -> Iterator[str]:

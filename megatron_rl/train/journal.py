@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +13,7 @@ from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
 from megatron_rl.train.folder import CONFIG, CONSOLE, METRICS, MISMATCH, ROLLOUTS, keep_steps_before
+from megatron_rl.train.sinks import Sink, flat
 
 DOCUMENTED: Mapping[str, str] = {
     "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
@@ -59,8 +60,17 @@ class Journal:
     Lines of ``step`` and later that an earlier run left are dropped, so that a resumed run repeats none.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int, step: int = 0, *, terminal: bool | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None,
+        total_steps: int,
+        step: int = 0,
+        *,
+        sinks: Sequence[Sink] = (),
+        traces: Callable[[int, str], AbstractContextManager[object]] = lambda step, phase: nullcontext(),
+        terminal: bool | None = None,
+    ) -> None:
+        self.folder, self._sinks, self._traces, self._step = folder, sinks, traces, step
         self.board = Board(total_steps, terminal=terminal) if folder else None
         self._seconds: dict[str, float] = {}
         self._began: float | None = None  # the first phase begins the first step
@@ -84,7 +94,8 @@ class Journal:
         if self.board:
             self.board.doing(name)
         try:
-            yield
+            with self._traces(self._step, name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
@@ -96,12 +107,14 @@ class Journal:
         seconds = {name: round(value, 4) for name, value in self._seconds.items()}
         seconds["total"] = round(now - (self._began or now), 4)
         self._seconds.clear()
-        self._began = now
+        self._began, self._step = now, step + 1
         if self.board is None:
             return
         self._line(METRICS, {"step": step, **{k: _finite(v) for k, v in metrics.items()}, "seconds": seconds})
         for line in self.board.row(step, metrics, seconds):
             self._log(line)
+        for sink in self._sinks:
+            sink.write(step, flat(metrics, seconds))
 
     def rollouts(self, step: int, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]) -> None:
         """Write every sample of a step with its reward."""
@@ -138,7 +151,10 @@ class Journal:
             self.board.close()
         for file in self._files.values():
             file.close()
+        for sink in self._sinks:
+            sink.close()
         self._files = {}
+        self._sinks = ()
 
     def _line(self, name: str, record: Mapping[str, object]) -> None:
         self._files[name].write(json.dumps(record, allow_nan=False) + "\n")

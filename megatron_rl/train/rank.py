@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from megatron_rl.config.load import Loaded
+from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.parallel.mesh import World, start_world
@@ -21,7 +21,9 @@ from megatron_rl.train.fleet import open_fleet
 from megatron_rl.train.hang import Watchdog
 from megatron_rl.train.journal import Journal, farewell
 from megatron_rl.train.loop import train
+from megatron_rl.train.profile import Traces
 from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
+from megatron_rl.train.sinks import open_sinks
 from megatron_rl.train.witness import Codec, Witness
 
 STOPPED = 130
@@ -41,7 +43,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
     start, sampler_state = checkpoints.load() if run.train.resume else (0, {})
     with ExitStack() as stack:
         stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
-        journal = stack.enter_context(Journal(Path(run.log.path) if world.is_main else None, run.train.steps, start))
+        journal = stack.enter_context(_journal(run, world, start))
         with journal.phase("start"):
             sampler = _sampler(run, world, journal, tokenizer, stack)
             if start:
@@ -57,6 +59,15 @@ def run_rank(loaded: Loaded[Run]) -> int:
     if world.is_main:
         sys.stdout.write("\n".join(farewell(Path(run.log.path), resumable=not finished)) + "\n")
     return 0 if finished else STOPPED
+
+
+def _journal(run: Run, world: World, start: int) -> Journal:
+    folder = Path(run.log.path)
+    traces = Traces(folder / "profile", run.log.profile_steps, world.rank)
+    if not world.is_main:
+        return Journal(None, run.train.steps, start, traces=traces)
+    shown = {key: value for key, value, _ in settings(run) if key != "rollout.environment"}  # which may hold secrets
+    return Journal(folder, run.train.steps, start, sinks=open_sinks(run.log, shown), traces=traces)
 
 
 def _sampler(run: Run, world: World, journal: Journal, tokenizer: Codec, stack: ExitStack) -> Sampler:
