@@ -14,9 +14,11 @@ from torch import Tensor
 from megatron_rl.data.pack import pack
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.piece_folder import open_pieces, read_meta
 from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.resume import checkpoint_name, open_pieces, read_meta
+from megatron_rl.train.resume import checkpoint_name
 from tests.policy import families
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
@@ -284,10 +286,22 @@ def test_another_precision_goes_on_from_the_main_weights(straight, models, tmp_p
         assert torch.equal(loaded[f"exp_avg_sq {name}"], saved[f"exp_avg_sq {name}"])
 
 
-def test_a_checkpoint_gives_the_hugging_face_weights(straight, models):
-    folder, _ = straight("tensor2 expert2 data2")
+@pytest.mark.parametrize("name", ["tensor2 expert2 data2", "deepseek bfloat16 pipeline2"])
+def test_a_checkpoint_is_a_model_folder_too(straight, models, name):
+    folder, model = straight(name)[0], models[LAYOUTS[name].model]
     checkpoint = folder / "checkpoints" / checkpoint_name(2)
-    family = family_of(read_hf_config(models["untied"]))
-    weights = dict(open_pieces(checkpoint, read_meta(checkpoint)).hf_weights(family))
-    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == family.hf_tensors()
-    assert all(torch.equal(contents(folder, models["untied"], 2)[f"model {n}"], t) for n, t in weights.items())
+    family = family_of(read_hf_config(checkpoint))
+    source = open_source(checkpoint, family)
+    source.check(family)
+    saved = contents(folder, model, 2)
+    assert all(torch.equal(source.read(name), saved[f"model {name}"]) for name in family.hf_tensors())
+    assert all(source.specs[name].dtype is saved[f"model {name}"].dtype for name in family.hf_tensors())
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint(straight, tmp_path):
+    folder, expected = straight("tensor2 expert2 data2")
+    checkpoint = folder / "checkpoints" / checkpoint_name(2)
+
+    result = work_under({"untied": checkpoint}, "one", tmp_path, (0,), resume=False)
+
+    torch.testing.assert_close(result["logprobs_ST"][0], expected["logprobs_ST"][0], atol=FLOAT32.logprob, rtol=0)
