@@ -1,17 +1,33 @@
-"""Which kind of checkpoint a folder holds."""
+"""Checkpoint folders: which kind one holds, and the small files that go from one to the next."""
 
+import shutil
 from pathlib import Path
 
 from megatron_rl.policy.hf_files import HFSource
 from megatron_rl.policy.names import read_hf_config
 from megatron_rl.policy.names.rules import Family
+from megatron_rl.policy.piece_folder import INDEX, META, SAMPLER, PieceSource
 from megatron_rl.policy.sources import Source
+
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Config, tokenizer, generation config and chat template go along as they are."""
+_OF_THE_WEIGHTS = ("model.safetensors.index.json", INDEX, META, SAMPLER)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model besides its weights."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in _OF_THE_WEIGHTS:
+                shutil.copyfile(path, target / path.name)
 
 
 def open_source(folder: Path, family: Family) -> Source:
-    """Return the tensors of a checkpoint folder; its config.json is in it in either case.
+    """Return the tensors of a checkpoint folder; its config.json is in it in any case.
 
     Raises:
         DataError: the folder holds no checkpoint, or a file of it cannot be read.
     """
+    if (folder / META).is_file() and (folder / INDEX).is_file():
+        return PieceSource(folder, family)
     return HFSource(folder, family, read_hf_config(folder))

@@ -10,7 +10,7 @@ Files are safetensors; an index in JSON says where every piece belongs and its S
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -146,11 +146,9 @@ class PieceReader:
         shards = self._shards(tensor)
         return layout.merge([self._elements(s, 0, math.prod(s[0].shape)).view(s[0].shape) for s in shards])
 
-    def hf_weights(self, family: Family) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model under Hugging Face names, one tensor of the table at a time."""
-        for name, layer, expert in family.parameters():
-            parts = self.merged(f"model/{name.full(layer, expert)}", name.layout)
-            yield from zip(name.hf_names(layer, expert), parts, strict=True)
+    def dtype(self, tensor: str) -> torch.dtype:
+        """Return the type of a tensor's elements."""
+        return getattr(torch, self._shards(tensor)[0][0].dtype)
 
     def _shards(self, tensor: str) -> list[list[Piece]]:
         """Return the pieces of every shard, in order."""

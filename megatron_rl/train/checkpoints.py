@@ -3,6 +3,7 @@
     RUN/checkpoints/step_00000020/meta.json      step, layout, sizes, checksums
                                   index.json     where every piece of every tensor belongs, and its checksum
                                   sampler.json   what the sampler must know: prompts taken
+                                  config.json, tokenizer.json, ...   those of the model
                                   rank_00000.safetensors   pieces that this rank held: weights, moments, generators
 
 A checkpoint resumes under any layout, and bit for bit under the layout that wrote it.
@@ -27,19 +28,13 @@ from megatron_rl.parallel.collectives import broadcast_json
 from megatron_rl.parallel.host import HostCopies
 from megatron_rl.parallel.mesh import World
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.folders import copy_companions
 from megatron_rl.policy.piece_files import Place, index_pieces, index_text, write_pieces
-from megatron_rl.train.commit import begin, clear_leftovers, commit, drop
-from megatron_rl.train.export import export_hf
-from megatron_rl.train.folder import replace_text
-from megatron_rl.train.resume import (
+from megatron_rl.policy.piece_folder import (
     INDEX,
     META,
     SAMPLER,
     Meta,
-    checkpoint_folder,
-    checkpoint_name,
-    layout_record,
-    newest_checkpoint,
     open_pieces,
     or_older,
     read_checked,
@@ -47,6 +42,10 @@ from megatron_rl.train.resume import (
     step_of,
     valid_checkpoints,
 )
+from megatron_rl.train.commit import begin, clear_leftovers, commit, drop
+from megatron_rl.train.export import export_hf
+from megatron_rl.train.folder import replace_text
+from megatron_rl.train.resume import checkpoint_folder, checkpoint_name, layout_record, newest_checkpoint
 
 JSON = Mapping[str, object]
 POLL_SECONDS = 0.05
@@ -67,15 +66,17 @@ class Checkpoints:
         """Return whether a checkpoint or an export is due after this many steps."""
         return _divides(self.settings.every, step) or _divides(self.settings.export_every, step)
 
-    def write_due(self, step: int, sampler_state: JSON) -> None:
+    def write_due(self, step: int, sampler_state: JSON | None) -> None:
         """Write what is due after ``step`` rollout batches."""
         if _divides(self.settings.every, step):
             self.save(step, sampler_state)
         if _divides(self.settings.export_every, step):
             export_hf(self.policy, self.run, Path(self.run.log.path) / "exports" / checkpoint_name(step))
 
-    def save(self, step: int, sampler_state: JSON) -> None:
+    def save(self, step: int, sampler_state: JSON | None) -> None:
         """Copy the state after ``step`` rollout batches and begin to write it; an earlier one is finished first.
+
+        ``sampler_state`` is the main rank's; what the others give is not read.
 
         Raises:
             TrainingError: a checkpoint cannot be written, on whatever rank.
@@ -93,7 +94,7 @@ class Checkpoints:
         meta = Meta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
         self._writing = [self._in_background(final, partial(_write_rank, beside, self.world.rank, pieces))]
         if self.world.is_main:
-            finish = partial(_finish, beside, final, meta, json.dumps(sampler_state), self.world.size)
+            finish = partial(_finish, beside, final, meta, json.dumps(sampler_state), Path(self.run.model.path))
             self._writing.append(self._in_background(final, lambda: (finish(), self._drop_old())))
         if not self.settings.asynchronous:
             self.finish()
@@ -170,14 +171,15 @@ def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[Place, Tensor]])
     replace_text(beside / f"rank_{rank:05}.json", index)
 
 
-def _finish(beside: Path, final: Path, meta: Meta, sampler_state: str, ranks: int) -> None:
+def _finish(beside: Path, final: Path, meta: Meta, sampler_state: str, model: Path) -> None:
     """Wait for all ranks' files, which may come from other machines, and make the checkpoint of them."""
-    parts = [beside / f"rank_{rank:05}.json" for rank in range(ranks)]
+    parts = [beside / f"rank_{rank:05}.json" for rank in range(int(str(meta.layout["ranks"])))]
     while not all(part.exists() for part in parts):
         time.sleep(POLL_SECONDS)
     pieces = list(chain.from_iterable(index_pieces(part.read_bytes(), part) for part in parts))
     for part in parts:
         part.unlink()
+    copy_companions(model, beside)
     texts = {INDEX: index_text(pieces), SAMPLER: sampler_state}
     for name, text in texts.items():
         (beside / name).write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
 """The weights as a Hugging Face checkpoint."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Run
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.folders import copy_companions
 from megatron_rl.train.commit import begin, commit
 
 SHARD_BYTES = 4 << 30
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Config, tokenizer, generation config and chat template go along as they are."""
 
 
 def export_hf(policy: Policy, run: Run, folder: Path) -> None:
@@ -27,10 +25,7 @@ def export_hf(policy: Policy, run: Run, folder: Path) -> None:
     else:
         beside = begin(folder)
         _write_shards(weights, beside)
-        for pattern in COPIED:
-            for source in Path(run.model.path).glob(pattern):
-                if not source.name.endswith(".index.json"):
-                    shutil.copy(source, beside / source.name)
+        copy_companions(Path(run.model.path), beside)
         commit(beside, folder)
     dist.barrier()
 

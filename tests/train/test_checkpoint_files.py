@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.policy.piece_files import PieceReader, index_pieces
+from megatron_rl.policy.piece_folder import INDEX, META, SAMPLER, valid_checkpoints
 from megatron_rl.train import checkpoints as module
-from megatron_rl.train.resume import INDEX, META, SAMPLER, checkpoint_name, newest_checkpoint, valid_checkpoints
+from megatron_rl.train.resume import checkpoint_name, newest_checkpoint
 from tests.train.small import small
 
 KILLS = 20

@@ -14,9 +14,12 @@ from torch import Tensor
 from megatron_rl.data.pack import pack
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.piece_folder import open_pieces, read_meta
 from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.resume import checkpoint_name, open_pieces, read_meta
+from megatron_rl.train.resume import checkpoint_name
+from tests.policy import families
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
 from tests.ranks import run_ranks
@@ -24,16 +27,18 @@ from tests.ranks import run_ranks
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, sizes of the axes, and other sections of the configuration."""
+    """Ranks, sizes of the axes, precision, model, and fields of megatron-core."""
 
     ranks: int
     parallel: Mapping[str, object] = field(default_factory=dict)
     dtype: str = "float32"
-    tied: bool = False
+    model: str = "untied"
     megatron: Mapping[str, object] = field(default_factory=dict)
 
 
 PLAIN = {"distributed_optimizer": False}
+MOVING = {"moe_router_bias_update_rate": 0.01}
+"""The routers' bias is no parameter, but moves with every step."""
 LAYOUTS = {
     "one": Layout(1),
     "data2": Layout(2),
@@ -41,7 +46,9 @@ LAYOUTS = {
     "tensor2": Layout(2, {"tensor": 2}),  # experts cut over tensor ranks too
     "pipeline2": Layout(2, {"pipeline": 2}),
     "interleaved": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "interleaved tensor2 expert2": Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "expert": 2}),
     "context2": Layout(2, {"context": 2}),
+    "context2 data2": Layout(4, {"context": 2}),
     "expert2": Layout(2, {"expert": 2}),
     "expert4": Layout(4, {"expert": 4}),
     "tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2}),
@@ -57,13 +64,25 @@ LAYOUTS = {
     "bfloat16 data2": Layout(2, dtype="bfloat16"),
     "bfloat16 tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2}, dtype="bfloat16"),
     "bfloat16 plain tensor2": Layout(2, {"tensor": 2, **PLAIN}, dtype="bfloat16"),
-    "tied": Layout(1, tied=True),
-    "tied pipeline2": Layout(2, {"pipeline": 2}, tied=True),
-    "tied tensor2 pipeline2": Layout(4, {"tensor": 2, "pipeline": 2, **PLAIN}, tied=True),
+    "tied": Layout(1, model="tied"),
+    "tied pipeline2": Layout(2, {"pipeline": 2}, model="tied"),
+    "tied tensor2 pipeline2": Layout(4, {"tensor": 2, "pipeline": 2, **PLAIN}, model="tied"),
+    "deepseek": Layout(1, model="deepseek", megatron=MOVING),
+    "deepseek tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2}, model="deepseek", megatron=MOVING),
+    "deepseek bfloat16 pipeline2": Layout(2, {"pipeline": 2}, "bfloat16", "deepseek", MOVING),
     "dropout": Layout(2, {"tensor": 2}, megatron={"hidden_dropout": 0.2}),
 }
 STRAIGHT = (2, 3, 4)
-FAST = ["one", "interleaved", "tensor2 expert2 data2", "bfloat16 data2", "plain tensor2", "tied pipeline2", "dropout"]
+FAST = [
+    "one",
+    "interleaved",
+    "tensor2 expert2 data2",
+    "bfloat16 data2",
+    "plain tensor2",
+    "tied pipeline2",
+    "dropout",
+    "deepseek bfloat16 pipeline2",
+]
 FAST_PAIRS = [
     ("one", "tensor2 expert2 data2"),
     ("tensor2 pipeline2", "expert4"),
@@ -74,6 +93,7 @@ FAST_PAIRS = [
     ("bfloat16 plain tensor2", "bfloat16"),
     ("tied tensor2 pipeline2", "tied"),
     ("tied", "tied pipeline2"),
+    ("deepseek tensor2 expert2", "deepseek"),
 ]
 """From every axis to another and from none, both optimizers both ways."""
 
@@ -87,9 +107,9 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 PAIRS = [
-    *pairs_of([n for n, it in LAYOUTS.items() if it.dtype == "float32" and not it.tied and n != "dropout"]),
-    *pairs_of([n for n, it in LAYOUTS.items() if it.dtype == "bfloat16"]),
-    *pairs_of([n for n, it in LAYOUTS.items() if it.tied]),
+    pair
+    for model, dtype in dict.fromkeys((it.model, it.dtype) for it in LAYOUTS.values())
+    for pair in pairs_of([n for n, it in LAYOUTS.items() if (it.model, it.dtype) == (model, dtype) and n != "dropout"])
 ]
 
 
@@ -165,10 +185,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[bool, Path]:
-    """Models without and with a tied head; 19 rows of vocabulary are padded to 20 under tensor parallelism."""
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of models; 19 rows of vocabulary are padded to 20 under tensor parallelism."""
     folder = tmp_path_factory.mktemp("models")
-    return {tied: save_model(folder / f"tied_{tied}", tied=tied, vocabulary=19) for tied in (False, True)}
+    tied = {name: save_model(folder / name, tied=name == "tied", vocabulary=19) for name in ("untied", "tied")}
+    return {**tied, "deepseek": families.save("deepseek_v3", folder / "deepseek")}
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +205,10 @@ def straight(models, tmp_path_factory):
 
 
 def work_under(
-    models: Mapping[bool, Path], name: str, folder: Path, saves: tuple[int, ...], *, resume: bool
+    models: Mapping[str, Path], name: str, folder: Path, saves: tuple[int, ...], *, resume: bool
 ) -> dict[str, Tensor]:
     layout = LAYOUTS[name]
-    arguments = (str(models[layout.tied]), str(folder), layout, saves, resume)
+    arguments = (str(models[layout.model]), str(folder), layout, saves, resume)
     return run_ranks(work, layout.ranks, *arguments, initialise=False, timeout_seconds=280)[0]
 
 
@@ -220,7 +241,7 @@ def test_two_and_two_updates_are_four_bit_for_bit(straight, models, tmp_path, na
 
 @pytest.mark.parametrize("pair", some(FAST_PAIRS, PAIRS), ids=" to ".join)
 def test_another_layout_goes_on_with_the_same_state(straight, models, tmp_path, pair):
-    (whole, expected), model = straight(pair[0]), models[LAYOUTS[pair[0]].tied]
+    (whole, expected), model = straight(pair[0]), models[LAYOUTS[pair[0]].model]
     folder = resumable(whole, tmp_path, 2)
 
     result = work_under(models, pair[1], folder, (0, 3), resume=True)
@@ -242,13 +263,21 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     return float(torch.stack([tensor.double().norm() for tensor in tensors.values()]).norm())
 
 
+def test_the_bias_of_a_router_moves_and_is_saved(straight, models):
+    (folder, _), model = straight("deepseek bfloat16 pipeline2"), models["deepseek"]
+    before, after = contents(folder, model, 2), contents(folder, model, 4)
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3
+    assert not any(torch.equal(before[name], after[name]) for name in biases)
+
+
 @pytest.mark.parametrize(("wrote", "reads"), [("data2", "bfloat16"), ("bfloat16 tensor2 expert2", "one")])
 def test_another_precision_goes_on_from_the_main_weights(straight, models, tmp_path, wrote, reads):
     folder = resumable(straight(wrote)[0], tmp_path, 2)
 
     work_under(models, reads, folder, (0,), resume=True)
 
-    saved, loaded = contents(folder, models[False], 2), contents(folder, models[False], AGAIN)
+    saved, loaded = contents(folder, models["untied"], 2), contents(folder, models["untied"], AGAIN)
     exact = {name.partition(" ")[2]: tensor for name, tensor in saved.items() if name.startswith("model ")}
     exact |= {name.partition(" ")[2]: tensor for name, tensor in saved.items() if name.startswith("main ")}
     for name, tensor in exact.items():
@@ -257,10 +286,22 @@ def test_another_precision_goes_on_from_the_main_weights(straight, models, tmp_p
         assert torch.equal(loaded[f"exp_avg_sq {name}"], saved[f"exp_avg_sq {name}"])
 
 
-def test_a_checkpoint_gives_the_hugging_face_weights(straight, models):
-    folder, _ = straight("tensor2 expert2 data2")
+@pytest.mark.parametrize("name", ["tensor2 expert2 data2", "deepseek bfloat16 pipeline2"])
+def test_a_checkpoint_is_a_model_folder_too(straight, models, name):
+    folder, model = straight(name)[0], models[LAYOUTS[name].model]
     checkpoint = folder / "checkpoints" / checkpoint_name(2)
-    family = family_of(read_hf_config(models[False]))
-    weights = dict(open_pieces(checkpoint, read_meta(checkpoint)).hf_weights(family))
-    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == family.hf_tensors()
-    assert all(torch.equal(contents(folder, models[False], 2)[f"model {n}"], t) for n, t in weights.items())
+    family = family_of(read_hf_config(checkpoint))
+    source = open_source(checkpoint, family)
+    source.check(family)
+    saved = contents(folder, model, 2)
+    assert all(torch.equal(source.read(name), saved[f"model {name}"]) for name in family.hf_tensors())
+    assert all(source.specs[name].dtype is saved[f"model {name}"].dtype for name in family.hf_tensors())
+
+
+def test_a_run_starts_from_the_weights_of_a_checkpoint(straight, tmp_path):
+    folder, expected = straight("tensor2 expert2 data2")
+    checkpoint = folder / "checkpoints" / checkpoint_name(2)
+
+    result = work_under({"untied": checkpoint}, "one", tmp_path, (0,), resume=False)
+
+    torch.testing.assert_close(result["logprobs_ST"][0], expected["logprobs_ST"][0], atol=FLOAT32.logprob, rtol=0)
