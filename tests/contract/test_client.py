@@ -88,7 +88,7 @@ def test_samples_come_in_order_with_logprobs_and_versions(server: Contract) -> N
 def test_scores_are_the_models_own(server: Contract) -> None:
     sequences = [tuple(ids) for ids in tiny.prompts_of(2, 9, 30)]
     scored = generate(server, [SampleRequest(str(ids), ids, {"max_new_tokens": 0}) for ids in sequences])
-    model = tiny.build("qwen3_moe")
+    model = server.build()
     for ids, sample in zip(sequences, scored, strict=True):
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -102,7 +102,7 @@ def test_a_prompt_that_is_too_long_is_refused(server: Contract) -> None:
 
 
 def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: Carrier) -> None:
-    model = tiny.build("qwen3_moe")
+    model = server.build()
     tensors = {name: tensor * 1.25 for name, tensor in load_file(server.model / "model.safetensors").items()}
     report, version = push(server, carrier, tensors, 3)
     assert (report.failed, report.num_tensors, version) == ({}, len(tensors), "3")
@@ -135,7 +135,7 @@ def test_equal_seeds_are_equal_samples(server: Contract) -> None:
 
 
 def test_drawn_tokens_have_the_models_own_logprobs_at_the_temperature(server: Contract) -> None:
-    model = tiny.build("qwen3_moe")
+    model = server.build()
     for request, sample in zip(REQUESTS, generate(server, REQUESTS), strict=True):
         ids = [*request.input_ids, *sample.output_ids]
         with torch.no_grad():
