@@ -152,6 +152,13 @@ class Rollout(Section):
     """Options for the SGLang servers that this run starts, named as on SGLang's command line with underscores."""
     sglang_python: InputPath | None = None
     """Interpreter of the environment that SGLang is installed in, to start servers with."""
+    vllm: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options for the vLLM servers that this run starts, named as on vLLM's command line with underscores."""
+    vllm_python: InputPath | None = None
+    """Interpreter of the environment that vLLM is installed in, to start servers with."""
+    router: InputPath | None = None
+    """The command ``sglang-router`` of the environment that it is installed in: with more than one server, plain
+    generation goes through it."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables for the servers that this run starts."""
 

@@ -153,8 +153,6 @@ def _replay(loaded: Loaded[Run], shape: Shape) -> Iterator[str]:
         yield f"{said}, but the model has no experts; leave it out"
     if run.model.megatron.get("moe_router_fusion"):
         yield f"{said}: megatron-core's fused router replays nothing; leave model.megatron.moe_router_fusion out"
-    if mode != "r2" and run.rollout.engine == "vllm":
-        yield f"{said}: vLLM does not return the experts that it chose; write r2 or none"
 
 
 def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
@@ -166,12 +164,18 @@ def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
         )
     if not rollout.urls and rollout.engine == "sglang":
         yield from _sglang(loaded)
-    if not rollout.urls and rollout.engine == "vllm":
+    if not rollout.urls and rollout.engine == "vllm" and not rollout.vllm_python:
         origin = loaded.origin("rollout.engine")
         yield (
-            f'rollout.engine = "{rollout.engine}" ({origin}) runs in an environment of its own;'
-            " start its servers there and write their addresses in rollout.urls"
+            f'rollout.engine = "{rollout.engine}" ({origin}) runs in an environment of its own; write its interpreter'
+            " in rollout.vllm_python, or start the servers there and write their addresses in rollout.urls"
         )
+    carrier = loaded.run.weights.carrier
+    if rollout.engine == "vllm" and carrier not in ("auto", "disk"):
+        said = f"weights.carrier = {carrier!r} ({loaded.origin('weights.carrier')})"
+        yield f"{said}: vLLM reads weights from a folder only; write disk or auto"
+    if rollout.router is not None and rollout.engine == "vllm":
+        yield f"rollout.router ({loaded.origin('rollout.router')}) speaks SGLang's protocol, not vLLM's; leave it out"
 
 
 def _sink_key(loaded: Loaded[Run], name: str) -> str:

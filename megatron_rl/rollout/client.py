@@ -154,13 +154,13 @@ class Client:
     async def _control(self, path: Path, body: Json, retries: int | None = None) -> None:
         await self._ask("POST", path, body, self.control_timeout_seconds, self.retries if retries is None else retries)
 
-    async def _json(self, method: str, path: Path, body: Json | None = None) -> Json:
+    async def _json(self, method: str, path: str, body: Json | None = None) -> Json:
         answer = parse_json(await self._ask(method, path, body, self.control_timeout_seconds, self.retries), self.url)
         if not isinstance(answer, dict):
             raise BadAnswer(f"{self.url}{path} answered a {type(answer).__name__}, expected an object")
         return answer
 
-    async def _ask(self, method: str, path: Path, body: Json | None, timeout_seconds: float, retries: int = 0) -> bytes:
+    async def _ask(self, method: str, path: str, body: Json | None, timeout_seconds: float, retries: int = 0) -> bytes:
         for attempt in range(retries + 1):
             try:
                 return await self._ask_once(method, path, body, timeout_seconds)
@@ -170,7 +170,7 @@ class Client:
                 await asyncio.sleep(_RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
-    async def _ask_once(self, method: str, path: Path, body: Json | None, timeout_seconds: float) -> bytes:
+    async def _ask_once(self, method: str, path: str, body: Json | None, timeout_seconds: float) -> bytes:
         if self._session is None:
             # A kept connection that the server has just closed would look like a dead server. No limit on connections
             # either: the fleet decides how much a server gets at once.

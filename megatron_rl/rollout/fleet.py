@@ -28,6 +28,7 @@ from megatron_rl.rollout.members import Member, Patience, wait_until_healthy, wa
 from megatron_rl.rollout.plan import groups, plan, sampling_params
 from megatron_rl.rollout.process import ServerProcess
 from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
+from megatron_rl.rollout.router import Router
 from megatron_rl.rollout.sync import Carrier, NamedTensors, Report, WeightSync
 
 T = TypeVar("T")
@@ -35,6 +36,9 @@ T = TypeVar("T")
 
 class Fleet:
     """The servers of a run. Use it as a context manager, or close it."""
+
+    client: type[Client] = Client
+    """Speaks to a server; of another kind for another engine."""
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Fleet:
         self.keep_weights = keep_weights
         self.sync = WeightSync(carrier, self.patience)
         self.members = [self._member(server) for server in servers]
+        self.router: Router | None = None
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
         self._loop = LoopThread("rollout fleet")
@@ -77,9 +82,8 @@ class Fleet:
         process = None if isinstance(server, str) else server
         url = server if isinstance(server, str) else server.url
         patience = self.patience
-        return Member(
-            Client(url, patience.request_timeout_seconds, patience.control_timeout_seconds, retries=2), process
-        )
+        timeouts = patience.request_timeout_seconds, patience.control_timeout_seconds
+        return Member(self.client(url, *timeouts, retries=2), process)
 
     def __enter__(self) -> "Fleet":
         return self
@@ -143,14 +147,24 @@ class Fleet:
         finally:
             self._loop.call(self.sync.release())
 
+    def put_behind(self, router: ServerProcess | str) -> None:
+        """Send plain generation through a router from now on; start it if it is a process."""
+        self.router = Router(router, self.patience)
+        if self.router.member.process is not None:
+            self.router.member.process.start()
+        self._loop.call(self._open_router(self.router))
+
     def close(self) -> None:
         """Stop the servers that this fleet started, and the thread; more than once does no harm."""
         if self._loop.is_open:
             self._loop.call(self._close())
             self._loop.close()
-        for member in self.members:
+        for member in self._all_members():
             if member.process is not None:
                 member.process.stop()
+
+    def _all_members(self) -> list[Member]:
+        return [*self.members, *([self.router.member] if self.router else [])]
 
     # What follows runs on the loop.
 
@@ -163,16 +177,25 @@ class Fleet:
                 asyncio.ensure_future(watch(member, self.patience, self.sync.catch_up, self._changed.set))
             )
 
+    async def _open_router(self, router: Router) -> None:
+        await wait_until_healthy(router.member, self.patience)
+        router.member.join()
+        self._watches.append(
+            asyncio.ensure_future(watch(router.member, self.patience, router.caught_up, self._changed.set))
+        )
+
     async def _close(self) -> None:
         for task in self._watches:
             task.cancel()
-        for member in self.members:
+        for member in self._all_members():
             await member.client.close()
 
     async def _ask_all(self, chunks: Sequence[Sequence[SampleRequest]], version: int | None) -> list[list[Sample]]:
         wanted = None if version is None else str(version)
         if wanted is not None:
             await together([self._require(member, wanted) for member in self.members if member.ready])
+        if self.router is not None:
+            await self.router.follow([m.url for m in self.members if m.ready and wanted in (None, m.version)])
         return await together([self._ask(chunk, wanted) for chunk in chunks])
 
     async def _require(self, member: Member, version: str) -> None:
@@ -185,7 +208,9 @@ class Fleet:
         """Return the samples of one chunk, from whichever server gives them first."""
         errors: list[str] = []
         for attempt in range(self.patience.attempts):
-            member = await self._pick(version, errors)
+            # A router gets one chance: what it failed at goes to a server that is chosen here.
+            plain = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
+            member = await self._pick(version, errors, self.router if plain else None)
             # A request that was given up may still run where it was: its id is not used again.
             named = [replace(r, rid=f"{r.rid}@{attempt}") if attempt else r for r in requests]
             try:
@@ -206,11 +231,13 @@ class Fleet:
             f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
         )
 
-    async def _pick(self, version: str | None, errors: Sequence[str]) -> Member:
-        """Return the ready server with the least to do, as soon as one has room."""
+    async def _pick(self, version: str | None, errors: Sequence[str], router: Router | None) -> Member:
+        """Return the router if it may be used, else the ready server with the least to do, when one has room."""
         lonely_since = time.monotonic()
         while True:
             ready = [m for m in self.members if m.ready and version in (None, m.version)]
+            if router is not None and router.serves(ready, self.requests_per_server):
+                return router.member
             free = [m for m in ready if len(m.requests) < self.requests_per_server]
             if free:
                 return min(free, key=lambda member: member.rows)

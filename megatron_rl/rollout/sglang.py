@@ -49,7 +49,7 @@ def sglang_server(
     port = free_port(host)
     given: Options = {"model_path": model_path, "host": host, "port": port, "weight_version": "0", **options}
     command = [python, "-m", "sglang.launch_server", *arguments(given)]
-    return ServerProcess(command, host, port, log_path, _environment(environment), _GRACE_SECONDS)
+    return ServerProcess(command, host, port, log_path, own_environment(environment), _GRACE_SECONDS)
 
 
 def arguments(options: Options) -> list[str]:
@@ -84,7 +84,7 @@ def option_names(python: str, environment: tuple[tuple[str, str], ...] = ()) -> 
     said = " ".join(command)
     try:
         shown = subprocess.run(
-            command, env=_environment(dict(environment)), capture_output=True, text=True, timeout=_HELP_SECONDS
+            command, env=own_environment(dict(environment)), capture_output=True, text=True, timeout=_HELP_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(
@@ -97,6 +97,7 @@ def option_names(python: str, environment: tuple[tuple[str, str], ...] = ()) -> 
     return names
 
 
-def _environment(more: Mapping[str, str]) -> dict[str, str]:
+def own_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's variables without those of its own interpreter and rank, and with more."""
     inherited = {name: value for name, value in os.environ.items() if not _NOT_THEIRS.fullmatch(name)}
     return inherited | dict(more)

@@ -15,6 +15,8 @@ from megatron_rl.parallel.pair import Backend
 from megatron_rl.policy.weights import PARTS
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.members import Patience
+from megatron_rl.rollout.router import router_process
+from megatron_rl.rollout.vllm import VllmFleet
 from megatron_rl.train.servers import servers_of
 from megatron_rl.weights.disk import DiskCarrier, write_share
 from megatron_rl.weights.distributed import DistributedCarrier
@@ -39,7 +41,15 @@ def open_fleet(run: Run, world: World) -> Fleet:
     carrier = _carrier(run, world)
     # Disk has a copy already. With the distributed carrier no process shall ever hold the whole model.
     keeps = isinstance(carrier, TensorCarrier)
-    return Fleet(servers, carrier, patience, rollout.rows_per_request, rollout.requests_per_server, keeps)
+    kind = VllmFleet if rollout.engine == "vllm" else Fleet
+    fleet = kind(servers, carrier, patience, rollout.rows_per_request, rollout.requests_per_server, keeps)
+    if rollout.router is not None and len(servers) > 1:
+        try:
+            fleet.put_behind(router_process(rollout.router, Path(run.log.path) / "servers" / "router.log"))
+        except BaseException:
+            fleet.close()
+            raise
+    return fleet
 
 
 def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed"]:

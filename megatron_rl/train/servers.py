@@ -9,6 +9,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, RolloutError
 from megatron_rl.rollout.process import ServerProcess, embedded_server
 from megatron_rl.rollout.sglang import sglang_server
+from megatron_rl.rollout.vllm import vllm_server
 
 END = "end"
 """Name of the file in a registry that says that the run is over."""
@@ -52,10 +53,13 @@ def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
     """
     rollout, dtype = run.rollout, run.rollout.dtype or run.model.dtype
     log = Path(run.log.path) / "servers" / f"server_{number}.log"
+    returns = {"enable_return_routed_experts": True} if rollout.routing_replay in ("report", "r3") else {}
     if rollout.engine == "sglang" and rollout.sglang_python:
-        returns = {"enable_return_routed_experts": True} if rollout.routing_replay in ("report", "r3") else {}
         options = {"dtype": dtype, **returns, **rollout.sglang}
         return sglang_server(rollout.sglang_python, run.model.path, log, options, rollout.environment, host)
+    if rollout.engine == "vllm" and rollout.vllm_python:
+        options = {"dtype": dtype, **returns, **rollout.vllm}
+        return vllm_server(rollout.vllm_python, run.model.path, log, options, rollout.environment, host)
     if rollout.engine != "embedded":
         raise ConfigError(
             f"rollout.engine = {rollout.engine!r} without rollout.urls: start the servers yourself, in their own "

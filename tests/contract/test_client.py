@@ -1,8 +1,10 @@
 """The fleet's own client and carriers, against every engine under contract."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from megatron_rl.weights.tensor import TensorCarrier
 from tests.contract.conftest import Contract
 from tests.rollout import tiny
 
+T = TypeVar("T")
 BUCKET_BYTES = 1 << 13
 REQUESTS = [
     SampleRequest(f"client/{i}", (3, 1, 4, i), {"max_new_tokens": 4 + i, "temperature": 0.7, "sampling_seed": i})
@@ -24,43 +27,55 @@ REQUESTS = [
 ]
 
 
-def generate(server: Contract, requests: list[SampleRequest], version: str | None = None) -> list[Sample]:
-    async def ask() -> list[Sample]:
-        client = Client(server.url)
+def call(server: Contract, ask: Callable[[Client], Awaitable[T]]) -> T:
+    async def run() -> T:
+        client = server.client()
         try:
-            return await client.generate(requests, version)
+            return await ask(client)
         finally:
             await client.close()
 
-    return asyncio.run(ask())
+    return asyncio.run(run())
+
+
+def generate(server: Contract, requests: list[SampleRequest], version: str | None = None) -> list[Sample]:
+    return call(server, lambda client: client.generate(requests, version))
+
+
+def checksums(server: Contract) -> tuple[str, Mapping[str, str]]:
+    return call(server, lambda client: client.checksums())
+
+
+def reset(server: Contract) -> None:
+    """Give the server the checkpoint's weights again."""
+    call(server, lambda client: client.update_from_disk(str(server.model)))
+    call(server, lambda client: client.set_version("default"))
 
 
 def push(server: Contract, carrier: Carrier, tensors: dict[str, Tensor], version: int) -> tuple[PushReport, str]:
-    async def send() -> tuple[PushReport, str]:
-        client = Client(server.url)
-        try:
-            await client.pause("retract")
-            report = await carrier.push([client], tensors.items(), version)
-            await client.flush()
-            await client.resume()
-            return report, await client.version()
-        finally:
-            await client.close()
+    async def send(client: Client) -> tuple[PushReport, str]:
+        await client.pause("retract")
+        report = await carrier.push([client], tensors.items(), version)
+        await client.flush()
+        await client.resume()
+        return report, await client.version()
 
-    return asyncio.run(send())
+    return call(server, send)
 
 
 @pytest.fixture(params=["tensor", "disk"])
 def carrier(request: pytest.FixtureRequest, server: Contract, tmp_path: Path) -> Iterator[Carrier]:
     """A carrier; the server has the checkpoint's weights again after the test."""
+    if (server.engine, request.param) == ("vllm", "tensor"):
+        pytest.skip("vLLM reads weights from a folder only")
     yield (
         TensorCarrier(BUCKET_BYTES) if request.param == "tensor" else DiskCarrier(BUCKET_BYTES, tmp_path, server.model)
     )
-    server.json("/update_weights_from_disk", {"model_path": str(server.model), "weight_version": "default"})
+    reset(server)
 
 
 def test_samples_come_in_order_with_logprobs_and_versions(server: Contract) -> None:
-    server.json("/update_weight_version", {"new_version": "7", "abort_all_requests": False})
+    call(server, lambda client: client.set_version("7"))
     samples = generate(server, REQUESTS, version="7")
     assert [sample.rid for sample in samples] == [request.rid for request in REQUESTS]
     assert [len(sample.logprobs) for sample in samples] == [4, 5, 6, 7, 8]
@@ -73,7 +88,7 @@ def test_samples_come_in_order_with_logprobs_and_versions(server: Contract) -> N
 def test_scores_are_the_models_own(server: Contract) -> None:
     sequences = [tuple(ids) for ids in tiny.prompts_of(2, 9, 30)]
     scored = generate(server, [SampleRequest(str(ids), ids, {"max_new_tokens": 0}) for ids in sequences])
-    model = tiny.build("qwen3_moe")
+    model = server.build()
     for ids, sample in zip(sequences, scored, strict=True):
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -82,12 +97,12 @@ def test_scores_are_the_models_own(server: Contract) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused(server: Contract) -> None:
-    with pytest.raises(RequestRefused, match="longer than the model's context"):
+    with pytest.raises(RequestRefused, match=r"longer than the model's context|maximum (context|model) length"):
         generate(server, [SampleRequest("long", (1,) * 300, {"max_new_tokens": 3})])
 
 
 def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: Carrier) -> None:
-    model = tiny.build("qwen3_moe")
+    model = server.build()
     tensors = {name: tensor * 1.25 for name, tensor in load_file(server.model / "model.safetensors").items()}
     report, version = push(server, carrier, tensors, 3)
     assert (report.failed, report.num_tensors, version) == ({}, len(tensors), "3")
@@ -101,17 +116,61 @@ def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: C
 
 
 def test_both_carriers_leave_the_same_checksums(server: Contract, tmp_path: Path) -> None:
+    if server.engine == "vllm":
+        pytest.skip("vLLM reads weights from a folder only")
     tensors = {name: tensor * 0.75 for name, tensor in load_file(server.model / "model.safetensors").items()}
     found = []
     for version, carrier in enumerate([TensorCarrier(BUCKET_BYTES), DiskCarrier(BUCKET_BYTES, tmp_path, server.model)]):
         assert not push(server, carrier, tensors, version)[0].failed
-        found.append(server.json("/weights_checker", {"action": "checksum"})["ranks"])
+        found.append(checksums(server))
     assert found[0] == found[1]
-    server.json("/update_weights_from_disk", {"model_path": str(server.model), "weight_version": "default"})
-    assert server.json("/weights_checker", {"action": "checksum"})["ranks"] != found[0]
+    reset(server)
+    assert checksums(server) != found[0]
 
 
 def test_equal_seeds_are_equal_samples(server: Contract) -> None:
     if not server.repeats:
         pytest.skip("SGLang's torch_native attention does not promise it")
     assert generate(server, REQUESTS) == generate(server, REQUESTS)
+
+
+def test_drawn_tokens_have_the_models_own_logprobs_at_the_temperature(server: Contract) -> None:
+    model = server.build()
+    for request, sample in zip(REQUESTS, generate(server, REQUESTS), strict=True):
+        ids = [*request.input_ids, *sample.output_ids]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(request.input_ids) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(sample.output_ids)[:, None])[:, 0]
+        assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-5)  # float32 on both sides
+
+
+def test_a_stop_token_is_the_last_of_its_response(server: Contract) -> None:
+    [free] = generate(server, [SampleRequest("free", (3, 1, 4), {"max_new_tokens": 12, "temperature": 1e-6})])
+    stop = free.output_ids[5]
+    params = {"max_new_tokens": 12, "temperature": 1e-6, "stop_token_ids": [stop]}
+    [sample] = generate(server, [SampleRequest("stopped", (3, 1, 4), params)])
+    assert sample.finish_reason == "stop"
+    assert sample.output_ids == free.output_ids[: free.output_ids.index(stop) + 1]
+
+
+def test_a_pause_holds_and_an_abort_ends(server: Contract) -> None:
+    long = [SampleRequest("long", (3, 1, 4), {"max_new_tokens": 240, "ignore_eos": True})]
+
+    async def scenario(client: Client) -> tuple[bool, Sample, Sample]:
+        await client.pause("in_place")
+        request = asyncio.ensure_future(client.generate([replace(long[0], rid="held")]))
+        await asyncio.sleep(0.5)
+        held = not request.done()
+        await client.resume()
+        [whole] = await request
+        request = asyncio.ensure_future(client.generate([replace(long[0], rid="cut")]))
+        await asyncio.sleep(server.head_start_seconds)
+        await client.abort(None)
+        [cut] = await request
+        return held, whole, cut
+
+    held, whole, cut = call(server, scenario)
+    assert held
+    assert (whole.finish_reason, len(whole.output_ids)) == ("length", 240)
+    assert cut.finish_reason == "abort"
+    assert len(cut.output_ids) < 240

@@ -25,6 +25,7 @@ class FakeServer:
         status: of ``/generate``.
         delay_seconds: before an answer of ``/generate``.
         hangs: nothing is answered at all while it is set.
+        breaks: the connection of ``/generate`` is closed in the middle of a request while it is set.
     """
 
     def __init__(self, version: str = "0") -> None:
@@ -33,6 +34,7 @@ class FakeServer:
         self.status = 200
         self.delay_seconds = 0.0
         self.hangs = False
+        self.breaks = False
         self.calls: Counter[str] = Counter()
         self.rows: list[str] = []
         self.url = ""
@@ -47,6 +49,8 @@ class FakeServer:
         while self.hangs:
             await asyncio.sleep(0.02)
         body = json.loads(await request.read() or b"{}")
+        if request.path == Path.GENERATE and self.breaks and request.transport is not None:
+            request.transport.close()
         if request.path == Path.GENERATE:
             return await self.generate(body)
         if request.path == Path.UPDATE_VERSION:
@@ -56,6 +60,10 @@ class FakeServer:
 
     async def generate(self, body: dict[str, Any]) -> web.Response:
         await asyncio.sleep(self.delay_seconds)
+        if isinstance(body["rid"], str):  # one sequence, as through a router
+            self.rows.append(body["rid"])
+            answer = self.sample(body["rid"], body["input_ids"], body["sampling_params"])
+            return web.json_response(answer, status=self.status)
         rows = zip(body["rid"], body["input_ids"], body["sampling_params"], strict=True)
         answers = [self.sample(*row) for row in rows]
         instead = self.trick(answers)

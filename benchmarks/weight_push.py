@@ -1,0 +1,129 @@
+"""Seconds and bytes of a weight push, by carrier and model size, against a plain copy of the same bytes.
+
+    python benchmarks/weight_push.py [--megabytes 5 50] [--repeats 3]
+
+Real embedded servers on this machine, random Qwen3-MoE models in float32. A plain copy is the same file read and
+written once more through memory. Each time is the best of the repeats; the carriers take turns. A push includes pausing
+(no request runs), checksums on both sides, naming the version and flushing.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.members import Patience
+from megatron_rl.rollout.process import embedded_server
+from megatron_rl.weights.disk import DiskCarrier
+from megatron_rl.weights.distributed import DistributedCarrier
+from megatron_rl.weights.protocol import Carrier
+from megatron_rl.weights.tensor import TensorCarrier
+
+BUCKET_BYTES = 16 << 20
+
+
+def make_model(folder: Path, megabytes: int) -> dict[str, Tensor]:
+    """Write a random model of about this size; return its tensors."""
+    torch.manual_seed(0)
+    hidden, layers, experts = 256, 4, 8
+    # 3 matrices an expert, 4 bytes a number
+    width = max(32, megabytes * (1 << 20) // (layers * experts * 3 * hidden * 4) // 32 * 32)
+    config = Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=width,
+        max_position_embeddings=256,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def carriers(folder: Path, model: Path) -> dict[str, Carrier]:
+    """Return one of each kind."""
+    return {
+        "tensor": TensorCarrier(BUCKET_BYTES),
+        "disk": DiskCarrier(BUCKET_BYTES, folder / "weights", model),
+        "distributed (gloo)": DistributedCarrier(BUCKET_BYTES, "gloo", torch.device("cpu")),
+    }
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Return the time of a plain copy of the model's file."""
+    begun = time.perf_counter()
+    shutil.copyfile(source, target)
+    return time.perf_counter() - begun
+
+
+def measure(megabytes: int, servers: int, repeats: int, folder: Path) -> dict[str, object]:
+    """Return the best times of one model size."""
+    model = folder / f"model-{megabytes}"
+    tensors = make_model(model, megabytes)
+    processes = [embedded_server(str(model), folder / f"log-{megabytes}-{n}") for n in range(servers)]
+    kinds = carriers(folder, model)
+    best: dict[str, float] = dict.fromkeys([*kinds, "plain copy"], float("inf"))
+    with Fleet(processes, kinds["tensor"], Patience(), keep_weights=False) as fleet:
+        version = 0
+        for _ in range(repeats):
+            best["plain copy"] = min(best["plain copy"], copy_seconds(model / "model.safetensors", folder / "copy"))
+            for name, carrier in kinds.items():
+                version += 1
+                fleet.sync.carrier = carrier
+                begun = time.perf_counter()
+                report = fleet.update(fresh(tensors.items()), version)
+                best[name] = min(best[name], time.perf_counter() - begun)
+                if report.failed:
+                    raise SystemExit(f"{name}: {report.failed}")
+    return {"bytes": sum(tensor.nbytes for tensor in tensors.values()), "servers": servers, "seconds": best}
+
+
+def fresh(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """Yield copies, as a trainer's export does."""
+    for name, tensor in tensors:
+        yield name, tensor.clone()
+
+
+def main() -> None:
+    """Measure, and print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[5, 50])
+    parser.add_argument("--servers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results = []
+    print("| MB | servers | carrier | seconds | of a plain copy |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for megabytes in args.megabytes:
+            for servers in args.servers:
+                found = measure(megabytes, servers, args.repeats, Path(folder))
+                results.append(found)
+                seconds = found["seconds"]
+                assert isinstance(seconds, dict)
+                for name, value in seconds.items():
+                    share = f"{value / seconds['plain copy']:.1f}"
+                    print(
+                        f"| {int(str(found['bytes'])) / 1e6:.1f} | {servers} | {name} | {value:.3f} | {share} |",
+                        flush=True,
+                    )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
