@@ -1,11 +1,27 @@
-"""Which kind of checkpoint a folder holds."""
+"""Checkpoint folders: which kind one holds, and the small files that go from one to the next."""
 
+import shutil
 from pathlib import Path
 
-from megatron_rl.policy.hf_files import HFSource
+from megatron_rl.policy.dist_source import DistSource
+from megatron_rl.policy.hf_files import INDEX, HFSource
 from megatron_rl.policy.names import read_hf_config
 from megatron_rl.policy.names.rules import Family
 from megatron_rl.policy.sources import Source
+from megatron_rl.policy.torch_dist import FORMAT, is_torch_dist
+
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Config, tokenizer, generation config and chat template go along as they are."""
+MANIFEST = "manifest.json"
+_OF_THE_WEIGHTS = (INDEX, FORMAT, MANIFEST)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model besides its weights."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in _OF_THE_WEIGHTS:
+                shutil.copyfile(path, target / path.name)
 
 
 def open_source(folder: Path, family: Family) -> Source:
@@ -14,4 +30,6 @@ def open_source(folder: Path, family: Family) -> Source:
     Raises:
         DataError: the folder holds no checkpoint, or a file of it cannot be read.
     """
+    if is_torch_dist(folder):
+        return DistSource(folder, family)
     return HFSource(folder, family, read_hf_config(folder))

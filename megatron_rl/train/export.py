@@ -11,10 +11,9 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Run
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.folders import copy_companions
 
 SHARD_BYTES = 4 << 30
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Config, tokenizer, generation config and chat template go along as they are."""
 
 
 def export_hf(policy: Policy, run: Run, folder: Path) -> None:
@@ -28,10 +27,7 @@ def export_hf(policy: Policy, run: Run, folder: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         _write_shards(weights, beside)
-        for pattern in COPIED:
-            for source in Path(run.model.path).glob(pattern):
-                if not source.name.endswith(".index.json"):
-                    shutil.copy(source, beside / source.name)
+        copy_companions(Path(run.model.path), beside)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     dist.barrier()
