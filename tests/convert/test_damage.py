@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import Wanted
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.policy.hf_files import INDEX, hf_tensors
+from megatron_rl.policy.hf_files import INDEX, HFSource, hf_tensors
+from megatron_rl.policy.names.rules import Family
 from megatron_rl.policy.safetensor_files import read_header
 from megatron_rl.policy.torch_dist import METADATA, read_metadata, read_region
 from tests.policy import families
@@ -123,8 +124,8 @@ def test_a_file_cut_while_it_is_read_leaves_no_target(source: Path, tmp_path: Pa
     path = tmp_path / "hf" / "model.safetensors"
     check = to_megatron._check_dtypes
 
-    def cut(*arguments: object) -> None:
-        check(*arguments)
+    def cut(reader: HFSource, family: Family) -> None:
+        check(reader, family)
         path.write_bytes(path.read_bytes()[:-10_000])
 
     monkeypatch.setattr(to_megatron, "_check_dtypes", cut)
