@@ -102,7 +102,8 @@ def upcycle(dense: Path, target: Path, sizes: tuple[int, int], noise: float, see
     beside = target.with_name(f".{target.name}.part")
     beside.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(layers.values(), 1):
         file = f"model-{number:05}-of-{len(layers):05}.safetensors"
         tensors = dict(_filled(names, source, noise, generator))

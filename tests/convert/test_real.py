@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ dtype = "bfloat16"
 name = "jsonl"
 path = "{folder}/prompts.jsonl"
 verifier = "exact"
+max_prompt_tokens = 64
 [rollout]
 engine = "embedded"
 sampling = {{ max_new_tokens = 8 }}
@@ -93,9 +95,9 @@ def by_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> list[li
 
 @contextlib.contextmanager
 def sglang(folder: Path, log: Path) -> Iterator[str]:
-    options = {"device": "cpu", "dtype": "float32", "mem_fraction_static": 0.2, "max_total_tokens": 4096}
-    options |= {"disable_radix_cache": True, "disable_overlap_schedule": True, "attention_backend": "torch_native"}
-    server = sglang_server(str(SGLANG), str(folder), log, options, {"SGLANG_USE_CPU_ENGINE": "1"})
+    settings = tomllib.loads((ROOT / "configs" / "engine" / "sglang-cpu.toml").read_text())["rollout"]
+    options = {**settings["sglang"], "dtype": "float32", "mem_fraction_static": 0.3, "max_total_tokens": 4096}
+    server = sglang_server(str(SGLANG), str(folder), log, options, settings["environment"])
     server.start()
     try:
         deadline = time.monotonic() + 600
