@@ -14,6 +14,7 @@ from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
 from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.torch_dist import is_torch_dist
 from megatron_rl.rollout.sglang import wrong_options
 from megatron_rl.tasks.jsonl import check_files
 from megatron_rl.train.sinks import missing_packages
@@ -185,6 +186,12 @@ def _sink_key(loaded: Loaded[Run], name: str) -> str:
 
 def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
+    if is_torch_dist(Path(loaded.run.model.path)):
+        yield (
+            f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) is a distributed checkpoint, which"
+            " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers on the checkpoint"
+            " that it came from and write their addresses in rollout.urls"
+        )
     if not rollout.sglang_python:
         yield (
             f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write'

@@ -95,15 +95,28 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
     if launched is None:
         raise ConfigError("this process is no trainer rank: RANK and WORLD_SIZE are not set; use `megatron-rl train`")
     rank, size, local_rank = launched
-    if on_cuda():
-        device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        cpu.activate()
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device, backend = _prepare_device(local_rank)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
+
+
+def lone_world() -> World:
+    """Make this process the only rank there is; it listens on no port."""
+    device, backend = _prepare_device(0)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(0, 1, device)
+
+
+def _prepare_device(local_rank: int) -> tuple[torch.device, str]:
+    """Return this rank's device, ready to be used, and the backend that talks between such devices."""
+    if on_cuda():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device, "nccl"
+    cpu.activate()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return torch.device("cpu"), "gloo"

@@ -3,15 +3,19 @@
 import shutil
 from pathlib import Path
 
-from megatron_rl.policy.hf_files import HFSource
+from megatron_rl.policy.dist_source import DistSource
+from megatron_rl.policy.hf_files import INDEX, HFSource
 from megatron_rl.policy.names import read_hf_config
 from megatron_rl.policy.names.rules import Family
-from megatron_rl.policy.piece_folder import INDEX, META, SAMPLER, PieceSource
+from megatron_rl.policy.piece_folder import INDEX as PIECES
+from megatron_rl.policy.piece_folder import META, SAMPLER, PieceSource
 from megatron_rl.policy.sources import Source
+from megatron_rl.policy.torch_dist import FORMAT, is_torch_dist
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 """Config, tokenizer, generation config and chat template go along as they are."""
-_OF_THE_WEIGHTS = ("model.safetensors.index.json", INDEX, META, SAMPLER)
+MANIFEST = "manifest.json"
+_OF_THE_WEIGHTS = (INDEX, FORMAT, MANIFEST, PIECES, META, SAMPLER)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -23,11 +27,13 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def open_source(folder: Path, family: Family) -> Source:
-    """Return the tensors of a checkpoint folder; its config.json is in it in any case.
+    """Return the tensors of a checkpoint folder; its config.json is in it in either case.
 
     Raises:
         DataError: the folder holds no checkpoint, or a file of it cannot be read.
     """
-    if (folder / META).is_file() and (folder / INDEX).is_file():
+    if (folder / META).is_file() and (folder / PIECES).is_file():
         return PieceSource(folder, family)
+    if is_torch_dist(folder):
+        return DistSource(folder, family)
     return HFSource(folder, family, read_hf_config(folder))

@@ -21,13 +21,21 @@ def dequantised(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: t
     return (values.float() * _spread(scales, values.shape, block)).to(dtype)
 
 
-def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return (float8 values, float32 scales) of a matrix: the largest of a block becomes float8's largest, 448."""
+def quantised(weight: Tensor, block: tuple[int, int], old: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (float8 values, float32 scales) of a matrix.
+
+    A block's scale makes its largest value float8's largest, 448. Where the scales that the matrix once came with are
+    given and still hold its values, they stay: a block that has not changed then comes out as it was, bit for bit.
+    """
     rows, columns = scales_shape(tuple(weight.shape), block)
     padded = torch.zeros(rows * block[0], columns * block[1])
     padded[: weight.shape[0], : weight.shape[1]] = weight.float()
     largest = padded.view(rows, block[0], columns, block[1]).abs().amax(dim=(1, 3))
     scales = torch.where(largest > 0, largest / LARGEST, 1.0)
+    if old is not None:
+        # bfloat16 rounds by up to 2^-8; and a block that has shrunk to half would waste float8's range
+        holds = (largest <= old * LARGEST * (1 + 2**-8)) & (largest > old * LARGEST / 2)
+        scales = torch.where(holds | (largest == 0), old, scales)
     values = weight.float() / _spread(scales, weight.shape, block)
     return values.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
 

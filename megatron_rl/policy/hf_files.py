@@ -5,7 +5,7 @@ and values come out as the family's table has them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,13 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor's bytes are, and the scales of its blocks if it is quantised."""
+    """Where a tensor's bytes are, and the scales of its blocks if it is quantised.
 
+    Attributes:
+        of: the tensor of the file that it is, or is a part of.
+    """
+
+    of: str
     extent: Extent
     scales: Extent | None = None
     block: tuple[int, int] = (0, 0)
@@ -33,11 +38,6 @@ class Piece:
     def spec(self) -> Spec:
         """Shape and dtype once it is read."""
         return Spec(self.extent.shape, torch.bfloat16 if self.scales else self.extent.dtype)
-
-    def read(self) -> Tensor:
-        """Return the tensor, dequantised."""
-        values = self.extent.read()
-        return dequantised(values, self.scales.read(), self.block) if self.scales else values
 
 
 class HFSource(Source):
@@ -56,9 +56,20 @@ class HFSource(Source):
             _take_apart(self.pieces, joined, family)
         self.specs = {name: piece.spec for name, piece in self.pieces.items()}
 
+        self.watch: Callable[[str, Tensor], None] = _ignore
+
     def read(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self.pieces[name].read()
+        """Return a tensor, dequantised; ``watch`` is told the name in the file, and shown the bytes."""
+        piece = self.pieces[name]
+        values = piece.extent.read()
+        self.watch(piece.of, values)
+        if piece.scales is None:
+            return values
+        return dequantised(values, piece.scales.read(), piece.block)
+
+
+def _ignore(name: str, values: Tensor) -> None:
+    """Stand where nobody watches."""
 
 
 def hf_tensors(folder: Path) -> dict[str, Extent]:
@@ -107,20 +118,18 @@ def _whole_pieces(files: Mapping[str, Extent], hf: HFConfig) -> dict[str, Piece]
     """Return the tensors with their scales, if config.json says that they have some."""
     block = fp8_block(hf)
     if block is None:
-        return {name: Piece(extent) for name, extent in files.items()}
+        return {name: Piece(name, extent) for name, extent in files.items()}
     pieces = {}
     for name, extent in files.items():
-        if name.removesuffix(SCALE_SUFFIX) in files and name.endswith(SCALE_SUFFIX):
-            continue
         if extent.dtype is not torch.float8_e4m3fn:
-            pieces[name] = Piece(extent)
+            pieces[name] = Piece(name, extent)
             continue
         scales = files.get(name + SCALE_SUFFIX)
         expected = scales_shape(extent.shape, block) if len(extent.shape) == 2 else None
         if scales is None or scales.shape != expected:
             found = None if scales is None else list(scales.shape)
             raise DataError(f"{name} {list(extent.shape)} is FP8; its {name + SCALE_SUFFIX} is {found}, not {expected}")
-        pieces[name] = Piece(extent, scales, block)
+        pieces[name] = Piece(name, extent, scales, block)
     return pieces
 
 
@@ -164,5 +173,5 @@ def _take_apart(pieces: dict[str, Piece], joined: Joined, family: Family) -> Non
                 own = part.format(layer=layer, expert=expert)
                 if own in pieces:
                     raise DataError(f"tensor {own} is in the checkpoint, and again as a part of {name}")
-                pieces[own] = Piece(matrix.rows(row, height))
+                pieces[own] = Piece(name, matrix.rows(row, height))
                 row += height

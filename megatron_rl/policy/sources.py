@@ -6,13 +6,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from megatron_rl.errors import DataError
+from megatron_rl.policy.fp8 import SCALE_SUFFIX
 from megatron_rl.policy.names.rules import Family
 
 SHOWN = 20
@@ -45,6 +48,15 @@ class Source(ABC):
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, in memory of its own."""
 
+    def for_thread(self) -> Self:
+        """Return a reader of the same checkpoint for another thread."""
+        return copy(self)
+
+    def goes_along(self, name: str, family: Family) -> bool:
+        """Return whether a tensor is none of the model's own: it is carried from checkpoint to checkpoint."""
+        is_scale = name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.specs
+        return is_scale or family.is_carried(name)
+
     def check(self, family: Family) -> None:
         """Compare names and shapes with what the family must have.
 
@@ -53,7 +65,7 @@ class Source(ABC):
         """
         expected = family.hf_tensors()
         problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in self.specs]
-        problems += [f"extra: {n}" for n in self.specs if n not in expected and not family.is_carried(n)]
+        problems += [f"extra: {n}" for n in self.specs if n not in expected and not self.goes_along(n, family)]
         problems += [
             f"misshapen: {name} is {list(spec.shape)}, expected {list(expected[name])}"
             for name, spec in self.specs.items()

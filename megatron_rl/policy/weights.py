@@ -17,6 +17,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.parallel.collectives import Group, gather_over, group_rank, group_size
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.policy.folders import open_source
+from megatron_rl.policy.names.engine import local_name
 from megatron_rl.policy.names.rules import Family, Name
 
 
@@ -65,15 +66,6 @@ class Shard:
         return mesh.world.rank if group is None else dist.get_global_rank(group, 0)
 
 
-# transformer-engine fuses a norm into the matrix product after it, and numbers experts' weights in one module.
-_ENGINE_NAMES = (
-    (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
-    (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
-    (re.compile(r"self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$"), r"self_attention.\1_layernorm.weight"),
-    (re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
-)
-
-
 def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh) -> list[Shard]:
     """Return every parameter of this rank, and every router's bias, with its table entry.
 
@@ -93,9 +85,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
         for own_name, parameter in (trained | biases).items():
             if family.tied and own_name == "output_layer.weight":
                 continue
-            canonical = own_name
-            for pattern, replacement in _ENGINE_NAMES:
-                canonical = pattern.sub(replacement, canonical)
+            canonical = local_name(own_name)
             layer = expert = 0
             if match := re.search(r"layers\.(\d+)\.", canonical):
                 layer = chunk.decoder.layers[int(match[1])].layer_number - 1

@@ -12,10 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
+from megatron_rl.policy.folders import open_source
+from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.torch_dist import is_torch_dist
 from megatron_rl.rollout.process import require_model
 from megatron_rl.rollout.requests import BadRequest
 from megatron_rl.rollout.routes import RouteRecorder
@@ -27,8 +30,7 @@ class ServedModel:
     def __init__(self, path: str, dtype: str, version: str) -> None:
         require_model(path)
         self.path = path
-        # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self.model = _read(Path(path), getattr(torch, dtype)).eval()
         self.model.requires_grad_(False)
         self.version = version
         self.tensors = checkpoint_views(self.model)
@@ -99,6 +101,25 @@ class ServedModel:
     def checksums(self) -> dict[str, str]:
         """Return the sha256 of each tensor's bytes, little-endian, row-major, in the type it is served in."""
         return {name: checksum(tensor) for name, tensor in self.tensors.items()}
+
+
+def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model with its weights, from a checkpoint of either kind."""
+    # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
+    if not is_torch_dist(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    family = family_of(read_hf_config(folder))
+    source = open_source(folder, family)
+    source.check(family)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    with torch.no_grad():
+        for name, view in checkpoint_views(model).items():
+            if name not in source.specs:
+                raise DataError(f"{folder} has no tensor {name}, which transformers' {type(model).__name__} needs")
+            view.copy_(source.read(name))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def checksum(tensor: Tensor) -> str:

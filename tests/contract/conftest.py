@@ -85,8 +85,8 @@ class Contract:
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contract]:
     folder = tmp_path_factory.mktemp("contract")
     # vLLM has no attention on CPUs for heads of 8, and cannot reload experts that it pads to a multiple of 32.
-    sizes = {"head_dim": 32, "width": 32} if request.param == "vllm" else {}
-    model = tiny.save("qwen3_moe", folder / "model", **sizes)
+    head_dim, width = (32, 32) if request.param == "vllm" else (8, 24)
+    model = tiny.save("qwen3_moe", folder / "model", head_dim=head_dim, width=width)
     tiny.tokenizer().save_pretrained(model)
     process = start(request.param, model, folder / "log")
     try:

@@ -35,9 +35,12 @@ def read_hf_config(folder: Path) -> HFConfig:
             f"no config.json in {str(folder)!r} (model.path); give the folder of a Hugging Face checkpoint"
         )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        hf = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise DataError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(hf, dict):
+        raise DataError(f"{path} holds no JSON object, but {type(hf).__name__}")
+    return hf
 
 
 def family_of(hf: HFConfig) -> Family:
@@ -53,5 +56,9 @@ def family_of(hf: HFConfig) -> Family:
         )
     try:
         return FAMILIES[model_type](hf)
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"config.json of a {model_type} model has no key {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"config.json of a {model_type} model has a value of the wrong kind: {error}") from error

@@ -1,0 +1,104 @@
+"""The manifest of a converted checkpoint: every tensor, where it went, shape, dtype and SHA-256 of its bytes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_rl.errors import DataError
+from megatron_rl.policy.folders import MANIFEST
+from megatron_rl.policy.names.rules import HFConfig
+from megatron_rl.policy.safetensor_files import DTYPES
+from megatron_rl.policy.torch_dist import Chunk
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Row(BaseModel):
+    """A tensor of the Hugging Face side."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    file: Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")]
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    to: tuple[str, ...] = ()
+    """Keys of the distributed checkpoint that hold it."""
+
+
+class Manifest(BaseModel):
+    """What a conversion did."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    conversion: str
+    model_type: str
+    fp8_block: tuple[int, int] | None = None
+    tensors: tuple[Row, ...]
+
+
+class Written(BaseModel):
+    """A tensor of the distributed checkpoint, or the parts of it that a job has written."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+
+
+class Record(BaseModel):
+    """What a job has done."""
+
+    rows: tuple[Row, ...]
+    tensors: dict[str, Written] = {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in safetensors files."""
+    return _NAMES[dtype]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that safetensors files call so."""
+    return DTYPES[name]
+
+
+def write_manifest(
+    folder: Path,
+    hf: HFConfig,
+    rows: Sequence[Row],
+    conversion: str,
+    fp8_block: tuple[int, int] | None = None,
+) -> Manifest:
+    """Write and return the manifest of a conversion."""
+    manifest = Manifest(
+        format=1,
+        conversion=conversion,
+        model_type=hf["model_type"],
+        fp8_block=fp8_block,
+        tensors=tuple(rows),
+    )
+    lines = ",\n  ".join(row.model_dump_json() for row in manifest.tensors)
+    head = json.dumps(manifest.model_dump(exclude={"tensors"}))[:-1]
+    (folder / MANIFEST).write_text(f'{head}, "tensors": [\n  {lines}\n]}}\n', encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder; None if it has none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(f"{path} is not a manifest: {error.errors()[0]['msg']}; remove it to do without") from error

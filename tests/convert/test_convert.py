@@ -1,0 +1,227 @@
+"""Conversion: bytes survive it, megatron-core reads what it writes, a kill costs nothing, bad input is one error."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.convert import to_hf, to_megatron
+from megatron_rl.convert.main import main
+from megatron_rl.convert.manifest import read_manifest
+from megatron_rl.convert.to_hf import Wanted
+from megatron_rl.convert.verify import compare
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.parallel.mesh import start_world
+from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.names.engine import local_name
+from megatron_rl.policy.weights import shards_of
+from tests.policy import families
+from tests.policy.families import MODELS
+from tests.policy.tiny import run_of
+from tests.ranks import run_ranks
+
+CONSOLE = Console(quiet=True)
+FORMS = {"apart, float32": (False, torch.float32), "fused, bfloat16": (True, torch.bfloat16)}
+
+
+def there(source: Path, target: Path):
+    return to_megatron.convert(source, target, 2, CONSOLE)
+
+
+def back(source: Path, target: Path, **wanted: bool):
+    return to_hf.convert(source, target, Wanted(**wanted), 2, CONSOLE)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.save("deepseek_v3", tmp_path_factory.mktemp("demo"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_gives_the_same_file(tmp_path: Path, name: str, form: str) -> None:
+    fused, dtype = FORMS[form]
+    source = families.save(name, tmp_path / "hf", dtype, fused=fused)
+
+    manifest = there(source, tmp_path / "megatron")
+    _, unchanged = back(tmp_path / "megatron", tmp_path / "again")
+
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert unchanged == len(manifest.tensors) == len(load_file(source / "model.safetensors"))
+    assert (tmp_path / "again" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    for one, two in ((source, "megatron"), (tmp_path / "megatron", "again")):
+        found = compare(one, tmp_path / two, 2, CONSOLE)
+        assert found.is_same
+        assert found.equal >= unchanged
+
+
+def test_fused_experts_can_be_written_apart(tmp_path: Path) -> None:
+    fused = families.save("mixtral", tmp_path / "fused", fused=True)
+    apart = families.save("mixtral", tmp_path / "apart")
+    there(fused, tmp_path / "megatron")
+
+    back(tmp_path / "megatron", tmp_path / "again", apart=True)
+
+    expected, found = load_file(apart / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def read_by_megatron(folder: str, parallel: dict[str, object]) -> list[str]:
+    """Load the checkpoint by megatron-core's own reader; return the parameters that are not those of our own."""
+    policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
+    (chunk,) = policy.chunks
+    shards = shards_of(policy.chunks, policy.family, policy.mesh)
+    ours = [shard.parameter.detach().clone() for shard in shards]
+    for shard in shards:
+        shard.parameter.detach().fill_(7)
+    module = chunk.module
+    state = module.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": policy.mesh.data})
+    state = {name: entry for name, entry in state.items() if "_extra_state" not in name}
+    written = {local_name(key): key for key in _keys(Path(folder))}
+    for entry in state.values():
+        entry.key = written[local_name(entry.key)]  # the local layers' names for some norms
+    module.load_state_dict(dist_checkpointing.load(state, folder), strict=False)
+    return [s.name.megatron for s, value in zip(shards, ours, strict=True) if not torch.equal(s.parameter, value)]
+
+
+def _keys(folder: Path) -> set[str]:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return {key for row in manifest.tensors for key in row.to}
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "expert": 2}], ids=["one rank", "tensor and expert"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "llama"])
+def test_megatron_reads_it_under_any_layout(tmp_path: Path, name: str, parallel: dict[str, object]) -> None:
+    parallel = parallel if name != "llama" or not parallel else {"tensor": 2}
+    there(families.save(name, tmp_path / "hf"), tmp_path / "megatron")
+
+    for different in run_ranks(
+        read_by_megatron, 2 if parallel else 1, str(tmp_path / "megatron"), parallel, initialise=False
+    ):
+        assert different == []
+
+
+SLOWLY = """
+import sys, time
+from megatron_rl.policy import hf_files
+read = hf_files.HFSource.read
+hf_files.HFSource.read = lambda self, name: (time.sleep(0.01), read(self, name))[1]
+from megatron_rl.convert.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_half_done_and_goes_on(demo: Path, tmp_path: Path) -> None:
+    target, part = tmp_path / "megatron", tmp_path / ".megatron.part"
+    command = [sys.executable, "-c", SLOWLY, "hf-to-megatron", str(demo), str(target), "--threads", "1"]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 120
+        while not list(part.glob(".jobs/__1_*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in part.glob("*.distcp") if _is_recorded(path)}
+    assert kept
+
+    there(demo, target)
+
+    assert not part.exists()
+    assert {name: (target / name).stat().st_mtime_ns for name in kept} == kept  # done once
+    assert compare(demo, target, 1, CONSOLE).is_same
+
+
+def _is_recorded(path: Path) -> bool:
+    return (path.parent / ".jobs" / f"{path.name}.json").is_file()
+
+
+def test_a_changed_source_starts_anew(demo: Path, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(demo, source)
+    stale = tmp_path / ".megatron.part"
+    (stale / ".jobs").mkdir(parents=True)
+    (stale / ".jobs" / "plan.json").write_text("{}")
+    (stale / "__0_0.distcp").write_bytes(b"old")
+    (stale / ".jobs" / "__0_0.distcp.json").write_text('{"bytes": 3, "record": {"rows": [], "tensors": {}}}')
+
+    there(source, tmp_path / "megatron")
+
+    assert compare(source, tmp_path / "megatron", 1, CONSOLE).is_same
+
+
+def test_layers_for_multi_token_prediction_go_along(tmp_path: Path) -> None:
+    source = families.save("glm4_moe", tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    extra = {"model.layers.4.eh_proj.weight": torch.randn(64, 128), "model.layers.4.enorm.weight": torch.randn(64)}
+    save_file(load_file(source / "model.safetensors") | extra, source / "model.safetensors", {"format": "pt"})
+
+    there(source, tmp_path / "megatron")
+    back(tmp_path / "megatron", tmp_path / "again")
+
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_target_that_is_there_is_left_alone(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is there already"):
+        there(demo, tmp_path)
+
+
+def test_verify_names_what_differs(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(demo, tmp_path / "other")
+    tensors = load_file(demo / "model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5
+    save_file(tensors, tmp_path / "other" / "model.safetensors")
+
+    assert main(["verify", str(demo), str(tmp_path / "other")]) == 1
+
+    assert "model.norm.weight: largest difference 0.5" in capsys.readouterr().out
+    assert main(["verify", str(demo), str(demo)]) == 0
+
+
+def test_outputs_are_compared_on_a_prompt(demo: Path, tmp_path: Path) -> None:
+    there(demo, tmp_path / "megatron")
+    folders = [str(demo), str(tmp_path / "megatron")]
+    command = [sys.executable, "-m", "megatron_rl.convert.main", "verify", *folders, "--logits", "3,1,4,1,5,9"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+
+    assert done.returncode == 0, done.stderr
+    assert "log-probs of the prompt's 5 tokens differ by at most" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing: model.norm.weight"),
+        (lambda t: t.update({"model.layers.0.more": torch.zeros(2)}), "extra: model.layers.0.more"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(65)}), r"misshapen: model.norm.weight is \[65\]"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}), "not a floating-point tensor"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.0.up_proj.weight": torch.zeros(48, 64).bfloat16()}),
+            "they become one tensor",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(demo, tmp_path: Path, change, message) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(demo, source)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+
+    with pytest.raises(DataError, match=message):
+        there(source, tmp_path / "megatron")
+
+    assert not (tmp_path / "megatron").exists()
