@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.policy.folders import open_source
+from megatron_rl.policy.names import family_of, read_hf_config
 from tests.e2e.job import ONE_RANK, Job, metrics_of
 
 
@@ -76,3 +80,25 @@ def test_every_carrier_brings_the_same_weights(tmp_path, straight, carrier):
         folder = tmp_path / "run" / "weights" / "version-3"
         writers = {path.name.split("-")[1] for path in folder.glob("model-*.safetensors")}
         assert writers == {"00000", "00001"}
+
+
+def test_exports_on_the_way_are_models_to_serve(tmp_path):
+    settings = ["train.steps=2", "checkpoint.every=1", "checkpoint.export=true", "checkpoint.export_every=1"]
+    with Job(tmp_path / "run", *settings) as job:
+        assert job.end() == 0, job.output()
+    assert "checkpoint" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["seconds"]
+    exports = tmp_path / "run" / "exports"
+    assert [path.name for path in sorted(exports.iterdir())] == ["step_00000001", "step_00000002"]
+    weights = {}
+    for step in (1, 2):
+        folder = exports / f"step_{step:08}"
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        prompt = AutoTokenizer.from_pretrained(folder)("1+2=", return_tensors="pt")["input_ids"]
+        assert model.generate(prompt, max_new_tokens=4).shape[1] > prompt.shape[1]
+        family = family_of(read_hf_config(folder))
+        source, saved = (open_source(f, family) for f in (folder, tmp_path / "run" / "checkpoints" / folder.name))
+        weights[step] = {name: source.read(name) for name in family.hf_tensors()}
+        assert all(torch.equal(saved.read(name), tensor) for name, tensor in weights[step].items())
+    last = open_source(tmp_path / "run" / "export", family)
+    assert all(torch.equal(last.read(name), tensor) for name, tensor in weights[2].items())
+    assert not torch.equal(weights[1]["lm_head.weight"], weights[2]["lm_head.weight"])
