@@ -140,9 +140,9 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
         shard.parameter.copy_(piece)
 
 
-PARTS = 4
-"""Of a bucket: gathered shards, a tensor that they make, its parts while it is put together, and tensors that whoever
-asked has not done with yet."""
+PARTS = 5
+"""Of a bucket: this rank's shards in a row, those of all ranks, a tensor that they make, its parts while it is put
+together, and tensors that whoever asked has not done with yet."""
 
 
 @dataclass(frozen=True)

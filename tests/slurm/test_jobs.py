@@ -127,17 +127,23 @@ def test_the_signal_before_the_time_limit_ends_in_a_checkpoint_and_the_same_curv
 
 def test_a_node_that_dies_costs_no_step(cluster, uninterrupted, tmp_path):
     run = tmp_path / "node"
-    job = submit(cluster, words(run))
+    job = submit(cluster, words(run, "train.steps=10000"))
     wait_for_steps(cluster, run, job, 2)
 
     victim = cluster.job(job)["NodeList"]
     name = cluster.run(["scontrol", "show", "hostnames", victim]).split()[-1]
     cluster.kill_node(name)
-    cluster.wait_for(job, "PENDING", seconds=60)
+    cluster.wait_for(job, "PENDING", seconds=90)  # after SlurmdTimeout and a little
+    before = len(curve(run))
     cluster.start_node(name)
-    finish(cluster, run, job)
+    cluster.start_now(job)
+    wait_for_steps(cluster, run, job, before + 6)
+    cluster.run(["scancel", job])
+    nothing_left(cluster, run)
 
-    assert curve(run) == curve(uninterrupted)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert [step for step, _, _ in curve(run)] == list(range(len(curve(run))))
+    assert curve(run)[:6] == curve(uninterrupted)
 
 
 def test_scancel_leaves_nothing_behind(cluster, tmp_path):
