@@ -16,7 +16,8 @@ from megatron_rl.weights.tensor import TensorCarrier
 from tests.policy.tiny import run_of, save_model
 from tests.ranks import run_ranks
 
-BUCKET_BYTES = 128 << 10
+BUCKET_BYTES = 192 << 10
+"""Above four times the largest parameter, gate and up of a dense layer (48 KiB): no parameter is ever cut."""
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "one rank": (1, {}),
     "tensor": (2, {"tensor": 2}),
@@ -80,6 +81,6 @@ def test_no_rank_holds_more_than_a_bucket_besides_its_shards(model: Path, layout
 
     total = (model / "model.safetensors").stat().st_size
     assert max(peak for peak, _ in results) <= BUCKET_BYTES
-    assert total / 8 > BUCKET_BYTES  # so that the whole model could not have been within the bound
+    assert total / 5 > BUCKET_BYTES  # so that the whole model could not have been within the bound
     assert sum(seen for _, seen in results) == pytest.approx(total, rel=0.02)  # the file has a header too
     assert own is False or all(seen for _, seen in results) or "tensor" in layout
