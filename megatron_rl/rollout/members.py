@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from megatron_rl.errors import RolloutError
@@ -54,6 +54,8 @@ class Member:
     failures: int = 0
     """Failures since its last good answer: each doubles the time until it is looked at again."""
     retry_at: float = 0.0
+    paused: bool = False
+    """For a push: it generates nothing, and SGLang's health check, which does, would fail."""
     missed: int = 0
     """Health checks missed in a row."""
     rows: int = 0
@@ -86,7 +88,7 @@ class Member:
         log.info("%s is in the fleet with weights %s", self.url, self.version)
         self.ready, self.reason, self.missed, self.waits = True, "", 0, False
 
-    async def generate(self, requests: Sequence[SampleRequest], version: str | None) -> list[Sample]:
+    async def generate(self, requests: Sequence[SampleRequest], version: Collection[str] | None) -> list[Sample]:
         """Ask it; ServerUnreachable if it is taken out of the fleet meanwhile."""
         task = asyncio.ensure_future(self.client.generate(requests, version))
         self.requests.add(task)
@@ -129,7 +131,7 @@ async def watch(
         if member.ready and exited:
             assert member.process is not None
             member.leave(f"its process {member.process.pid} ended with status {member.process.exit_status}", patience)
-        elif member.ready and member.requests:
+        elif member.ready and member.requests and not member.paused:
             await _probe(member, patience)
         elif not member.ready and time.monotonic() >= member.retry_at:
             await _revive(member, patience, catch_up)

@@ -1,6 +1,6 @@
 """The fleet that a configuration asks for: servers of our own, or running ones, and the carrier of weights to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,7 +22,15 @@ from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
 
 
-def open_fleet(run: Run, world: World) -> Fleet:
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that makes text."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of tokens."""
+        ...
+
+
+def open_fleet(run: Run, world: World, tokenizer: Decoder) -> Fleet:
     """Start or find the servers and wait until all are healthy.
 
     Raises:
@@ -39,7 +47,9 @@ def open_fleet(run: Run, world: World) -> Fleet:
     carrier = _carrier(run, world)
     # Disk has a copy already. With the distributed carrier no process shall ever hold the whole model.
     keeps = isinstance(carrier, TensorCarrier)
-    return Fleet(servers, carrier, patience, rollout.rows_per_request, rollout.requests_per_server, keeps)
+    decode = partial(tokenizer.decode, skip_special_tokens=True) if rollout.at_push == "resubmit" else None
+    rows, requests = rollout.rows_per_request, rollout.requests_per_server
+    return Fleet(servers, carrier, patience, rows, requests, keeps, decode=decode)
 
 
 def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed"]:

@@ -100,7 +100,9 @@ class Job:
             self.look()
             assert time.monotonic() < deadline, f"no end within {PATIENCE_SECONDS} s: {self.output()}"
             time.sleep(0.02)
-        psutil.wait_procs(self.seen, timeout=10)
+        deadline = time.monotonic() + 10
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert self.left() == []
         return self.process.returncode
 
