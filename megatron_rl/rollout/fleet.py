@@ -99,6 +99,11 @@ class Fleet:
         """The servers that take requests now."""
         return [member.url for member in self.members if member.ready]
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long a server has had a request to work on, so far, mean over the servers."""
+        return sum(member.busy_seconds for member in self.members) / max(len(self.members), 1)
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -61,11 +61,18 @@ class Member:
     rows: int = 0
     """Sequences that it works on."""
     requests: set[asyncio.Task[list[Sample]]] = field(default_factory=set)
+    _busy_seconds: float = 0.0
+    _busy_since: float = 0.0
 
     @property
     def url(self) -> str:
         """Its name."""
         return self.client.url
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it has had a request to work on, so far."""
+        return self._busy_seconds + (time.monotonic() - self._busy_since if self.requests else 0.0)
 
     def leave(self, error: RolloutError | str, patience: Patience) -> None:
         """Take it out of the fleet for a while; what it works on is given up."""
@@ -91,12 +98,15 @@ class Member:
     async def generate(self, requests: Sequence[SampleRequest], version: Collection[str] | None) -> list[Sample]:
         """Ask it; ServerUnreachable if it is taken out of the fleet meanwhile."""
         task = asyncio.ensure_future(self.client.generate(requests, version))
+        self._busy_since = self._busy_since if self.requests else time.monotonic()
         self.requests.add(task)
         self.rows += len(requests)
         try:
             await asyncio.wait([task])
         finally:
             task.cancel()
+            self._busy_seconds = self.busy_seconds
+            self._busy_since = time.monotonic()
             self.requests.discard(task)
             self.rows -= len(requests)
         if task.cancelled():

@@ -51,7 +51,7 @@ DOCUMENTED: Mapping[str, str] = {
     "groups_surplus": "groups left over when the batch was full; train.oversample, train.refills",
     "groups_too_old": "groups sampled again because a token was older than rollout.max_lag allows",
     "refills": "times that more prompts were asked for in place of groups without a signal",
-    "seconds": "wall time of each phase, and of the step as ``total``",
+    "seconds": "wall time of each phase, of the step as ``total``, and ``fleet``: how long a server had work meanwhile",
     "accuracy": "share of held-out prompts answered right; only where evaluated",
     "evaluated_prompts": "held-out prompts behind ``accuracy``",
 }
@@ -94,6 +94,10 @@ class Journal:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def note(self, name: str, seconds: float) -> None:
+        """Add a time that is measured elsewhere, and overlaps with the phases."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """End a step: write its line, show its row, and begin to time the next."""

@@ -91,6 +91,7 @@ class MainSampler:
         self.groups: Sequence[Group] = ()
         self.counts: Mapping[str, float | int] = {}
         self.stream = Stream(run, fleet, task)
+        self._busy_seconds = 0.0
         evaluated = run.evaluate.prompts if run.evaluate.every else 0
         self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
         self._stop = False
@@ -178,6 +179,8 @@ class MainSampler:
     def load(self, weights: Weights, version: int) -> None:
         """See ``Sampler``."""
         self.fleet.update(weights.own() if writes_shares(self.run, self.world) else weights, version)
+        busy, self._busy_seconds = self._busy_seconds, self.fleet.busy_seconds
+        self.journal.note("fleet", self._busy_seconds - busy)
         if self.run.rollout.max_lag and not self._stop and not self.evaluates(version):
             self.stream.ahead(version)
 

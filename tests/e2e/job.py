@@ -74,6 +74,11 @@ class Job:
         (server,) = [p for p in self.look() if "megatron_rl.rollout.serve" in p.cmdline()]
         return server
 
+    def servers(self) -> list[psutil.Process]:
+        """Return the rollout servers that run."""
+        alive = [p for p in self.look() if p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in alive if "megatron_rl.rollout.serve" in p.cmdline()]
+
     def left(self) -> list[psutil.Process]:
         """Return what still runs of everything ever seen."""
         self.look()

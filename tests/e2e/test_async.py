@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_rl.rollout.process import ServerProcess, embedded_server
@@ -17,12 +16,7 @@ from megatron_rl.train.ledger import TRAINED, audit
 from tests.e2e.job import ONE_RANK, ROOT, Job, same_result
 
 RESUME = "train.resume=true"
-LAG = (*ONE_RANK, "rollout.max_lag=1", "rollout.rows_per_request=4", "train.steps=6")
-
-
-def servers(job: Job) -> list[psutil.Process]:
-    alive = [p for p in job.look() if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in alive if "megatron_rl.rollout.serve" in p.cmdline()]
+LAG = ("rollout.max_lag=1", "rollout.rows_per_request=4", "train.steps=6")
 
 
 def whole(folder: Path, steps: int, max_lag: int) -> None:
@@ -37,11 +31,11 @@ def whole(folder: Path, steps: int, max_lag: int) -> None:
 
 
 def test_a_server_killed_while_a_lagging_run_samples_costs_no_group(tmp_path):
-    with Job(tmp_path / "run", *LAG, "rollout.servers=2") as job:
+    with Job(tmp_path / "run", *ONE_RANK, *LAG, "rollout.servers=2") as job:
         job.until_steps(1)
-        servers(job)[0].kill()
+        job.servers()[0].kill()
         job.until_steps(3)
-        servers(job)[-1].kill()
+        job.servers()[-1].kill()
         assert job.end() == 0, job.output()
         assert job.output().count("leaves the fleet") <= 2, job.output()
         assert max(line["lag_max"] for line in job.metrics()) == 1
@@ -94,7 +88,7 @@ def test_a_trainer_that_dies_between_push_and_checkpoint_resumes_to_the_same_res
 
 def test_a_server_that_is_stopped_for_longer_than_the_timeout_changes_nothing(tmp_path, straight):
     with Job(tmp_path / "run", "rollout.request_timeout_seconds=3") as job:
-        (server,) = servers(job.until_steps(1))
+        (server,) = job.until_steps(1).servers()
         os.kill(server.pid, signal.SIGSTOP)
         time.sleep(6)
         os.kill(server.pid, signal.SIGCONT)
@@ -105,7 +99,7 @@ def test_a_server_that_is_stopped_for_longer_than_the_timeout_changes_nothing(tm
 
 def test_all_servers_down_for_a_while_are_waited_for(tmp_path, straight):
     with Job(tmp_path / "run", "rollout.servers=2") as job:
-        for server in servers(job.until_steps(1)):
+        for server in job.until_steps(1).servers():
             server.kill()
         assert job.end() == 0, job.output()
         assert job.output().count("leaves the fleet") <= 2, job.output()
