@@ -47,7 +47,8 @@ def test_a_lagging_run_that_is_stopped_goes_on_with_what_it_had(tmp_path):
     with Job(folder, *LAG) as job:
         job.until_steps(2).process.send_signal(signal.SIGTERM)
         assert job.end() == 130, job.output()
-    (saved,) = (folder / "checkpoints").glob("step_*/samples.json")
+        assert "Traceback" not in job.output()
+    (saved,) = (folder / "checkpoints").glob("step_*/sampler.json")
     assert json.loads(saved.read_text())["plans"]
     with Job(folder, *LAG, RESUME) as job:
         assert job.end() == 0, job.output()
