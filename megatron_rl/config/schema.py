@@ -146,6 +146,12 @@ class Rollout(Section):
     """Most sequences in one request, in whole groups; fewer let more servers share a step."""
     requests_per_server: Annotated[float, Field(ge=1)] = 2
     """Requests that a server works on at once; the others wait here, for whichever server is free first."""
+    max_lag: Annotated[int, Field(ge=0)] = 0
+    """Weight versions that a token may be older than the weights that are trained: 0 samples and trains in turns; above
+    that groups are sampled while training goes on, so many steps ahead. Set ``correction`` then."""
+    at_push: Literal["continue", "resubmit"] = "continue"
+    """What becomes of responses in the making when new weights come. ``continue``: their servers pause them and go on
+    under the new weights; ``resubmit``: they are ended, and the rest is asked for with them as a prefix, anywhere."""
     attempts: Annotated[int, Field(ge=1)] = 4
     """Times a request is tried before the step fails."""
     sglang: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -216,9 +222,24 @@ class Train(Section):
     """Continue the run in ``log.path`` from its newest checkpoint."""
     filter_zero_variance: bool = False
     """Drop groups whose rewards are all equal (they are counted either way)."""
+    refills: Annotated[int, Field(ge=0)] = 0
+    """Times a step asks for more prompts in place of those dropped (dynamic sampling), before it takes what it has."""
+    oversample: Annotated[float, Field(ge=1)] = 1.0
+    """Prompts to ask for, as a multiple of what a step lacks; those too many are dropped, the last ones first."""
     step_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Ranks that wait for each other this long are a hang: a report says which of them did not come, and the run ends
     with exit code 75."""
+
+    @model_validator(mode="after")
+    def _refills_replace_what_is_dropped(self) -> "Train":
+        if not self.filter_zero_variance and (self.refills or self.oversample > 1):
+            raise ValueError(
+                f"refills = {self.refills} and oversample = {self.oversample} replace dropped groups, and none are"
+                " dropped; set train.filter_zero_variance = true"
+            )
+        if self.refills and self.group_size == 1:
+            raise ValueError("refills: a group of one never has a signal; set train.group_size to 2 or more")
+        return self
 
 
 class Evaluate(Section):

@@ -56,6 +56,16 @@ class Group:
     prompt: Prompt
     responses: tuple[Response, ...]
 
+    @property
+    def id(self) -> str:
+        """The ids of its responses without their index."""
+        return self.responses[0].id.rpartition("/")[0]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that made a token; -1 where there is no token or the engine did not say."""
+        return min((version for response in self.responses for version, _, _ in response.weight_versions), default=-1)
+
 
 @dataclass(frozen=True)
 class Batch:

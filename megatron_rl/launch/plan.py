@@ -215,5 +215,7 @@ def _notes(loaded: Loaded[Run], layout: Layout, batches: Batches) -> Iterator[st
         yield f"one update a step: every ratio is 1 and {run.objective.name} never clips; updates_per_step = 4 is usual"
     if run.train.group_size == 1 and run.advantage.kind != "dr":
         yield "groups of one response have no advantage: nothing would be learnt"
+    if run.rollout.max_lag and run.correction.kind == "none":
+        yield f"rollout.max_lag = {run.rollout.max_lag}, but nothing corrects for older samples; see correction.kind"
     if layout.data > batches.per_update:
         yield f"{layout.data} data-parallel ranks share {batches.per_update} responses an update: some have none"

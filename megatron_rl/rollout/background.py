@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,11 +24,15 @@ class LoopThread:
 
     def call(self, coroutine: Coroutine[object, object, T]) -> T:
         """Run the coroutine there and wait for its result; if the wait is interrupted, it is cancelled."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self.start(coroutine)
         try:
             return future.result()
         finally:
             future.cancel()
+
+    def start(self, coroutine: Coroutine[object, object, T]) -> "Future[T]":
+        """Run the coroutine there; return its future, which cancels it if it is cancelled."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         """Stop the loop; coroutines that still run are cancelled first."""

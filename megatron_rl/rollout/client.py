@@ -1,7 +1,7 @@
 """One server: asks, waits, checks the answer. Nothing here knows of other servers."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import aiohttp
@@ -47,7 +47,9 @@ class Client:
             await self._session.close()
             self._session = None
 
-    async def generate(self, requests: Sequence[SampleRequest], version: str | None = None) -> list[Sample]:
+    async def generate(
+        self, requests: Sequence[SampleRequest], version: str | Collection[str] | None = None
+    ) -> list[Sample]:
         """Sample or score these sequences in one request; every answer is checked, see ``parse_samples``."""
         raw = await self._ask("POST", Path.GENERATE, generate_body(requests), self.request_timeout_seconds)
         return parse_samples(parse_json(raw, self.url), requests, self.url, version)

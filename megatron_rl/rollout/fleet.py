@@ -1,6 +1,6 @@
 """N servers as one: prompts in, groups out, new weights to all; a server more or less changes nothing but the time.
 
-    trainer rank 0 --generate(prompts)--> plan: fixed chunks --> least loaded ready server --> checked --> groups
+    trainer rank 0 --submit(prompts)----> plan: fixed chunks --> least loaded ready server --> checked --> groups
                    --update(weights)----> carrier: bucket by bucket to every ready server --> checksums --> version
     watch (one task a server): busy and silent, or dead -> leaves, its chunks go elsewhere
                                back -> gets the current weights -> takes chunks again
@@ -12,8 +12,9 @@ be called from any other thread.
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from itertools import accumulate, count
 from typing import TypeVar
 
 from torch import Tensor
@@ -25,7 +26,8 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.rollout.background import LoopThread
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.members import Member, Patience, wait_until_healthy, watch
-from megatron_rl.rollout.plan import groups, plan, sampling_params
+from megatron_rl.rollout.partial import Decode, Pieces
+from megatron_rl.rollout.plan import Chunk, groups, plan, sampling_params
 from megatron_rl.rollout.process import ServerProcess
 from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
 from megatron_rl.rollout.router import Router
@@ -48,6 +50,8 @@ class Fleet:
         rows_per_request: int = 256,
         requests_per_server: float = 2,
         keep_weights: bool = True,
+        *,
+        decode: Decode | None = None,
     ) -> None:
         """Start the servers that are processes, and wait until all are healthy.
 
@@ -58,12 +62,15 @@ class Fleet:
             rows_per_request: sequences in one request; whole groups, at least one.
             requests_per_server: requests that a server works on at once.
             keep_weights: keep a copy of the weights in this process for servers that come back between two pushes.
+            decode: if given, a push ends the responses in the making, and the fleet asks for the rest with what they
+                have as a prefix; without it the servers pause them, and go on with them under the new weights.
         """
         self.patience = patience or Patience()
         self.rows_per_request = rows_per_request
         self.requests_per_server = requests_per_server
         self.keep_weights = keep_weights
-        self.sync = WeightSync(carrier, self.patience)
+        self.decode = decode
+        self.sync = WeightSync(carrier, self.patience, "retract" if decode is None else "abort")
         self.members = [self._member(server) for server in servers]
         self.router: Router | None = None
         self._changed = asyncio.Event()
@@ -96,6 +103,11 @@ class Fleet:
         """The servers that take requests now."""
         return [member.url for member in self.members if member.ready]
 
+    @property
+    def busy_seconds(self) -> float:
+        """How long a server has had a request to work on, so far, mean over the servers."""
+        return sum(member.busy_seconds for member in self.members) / max(len(self.members), 1)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -115,16 +127,45 @@ class Fleet:
             weight_version: the weights that must make every token; None: any.
             routes: of the model, if the servers shall return the experts that they chose.
         """
+        versions = None if weight_version is None else range(weight_version, weight_version + 1)
+        pending = self.submit(prompts, group_size, sampling, seed, versions, routes=routes)
+        try:
+            return [group for _, chunk in pending for group in chunk.result()]
+        finally:
+            for _, chunk in pending:
+                chunk.cancel()
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: Sampling,
+        seed: Sequence[int],
+        weight_versions: range | None = None,
+        *,
+        wanted: Collection[int] | None = None,
+        routes: RouteShape | None = None,
+    ) -> list[tuple[int, Future[list[Group]]]]:
+        """Ask and do not wait: return a future for each request, after the place of the first prompt that it is for.
+
+        ``weight_versions``: the weights that may make a token; None: any. ``wanted``: the places of the prompts that
+        matter; requests without any are left out, and change nothing about the others. The rest as in ``generate``.
+        """
         chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request, routes)
-        answers = self._loop.call(self._ask_all([chunk.requests for chunk in chunks], weight_version))
-        return [group for chunk, samples in zip(chunks, answers, strict=True) for group in groups(chunk, samples)]
+        firsts = accumulate((len(chunk.prompts) for chunk in chunks), initial=0)
+        return [
+            (first, self._loop.start(self._groups(chunk, weight_versions)))
+            for first, chunk in zip(firsts, chunks, strict=False)
+            if wanted is None or not set(wanted).isdisjoint(range(first, first + len(chunk.prompts)))
+        ]
 
     def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
         """Return the engine's log-probs of each sequence's tokens but the first, at temperature 1."""
         requests = [SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)]
         n = self.rows_per_request
         chunks = [requests[i : i + n] for i in range(0, len(requests), n)]
-        answers = self._loop.call(self._ask_all(chunks, weight_version))
+        versions = None if weight_version is None else range(weight_version, weight_version + 1)
+        answers = self._loop.call(together([self._ask(chunk, versions) for chunk in chunks]))
         return [sample.input_logprobs for samples in answers for sample in samples]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> Report:
@@ -190,34 +231,45 @@ class Fleet:
         for member in self._all_members():
             await member.client.close()
 
-    async def _ask_all(self, chunks: Sequence[Sequence[SampleRequest]], version: int | None) -> list[list[Sample]]:
-        wanted = None if version is None else str(version)
-        if wanted is not None:
-            await together([self._require(member, wanted) for member in self.members if member.ready])
-        if self.router is not None:
-            await self.router.follow([m.url for m in self.members if m.ready and wanted in (None, m.version)])
-        return await together([self._ask(chunk, wanted) for chunk in chunks])
+    async def _groups(self, chunk: Chunk, versions: range | None) -> list[Group]:
+        return groups(chunk, await self._ask(chunk.requests, versions))
 
-    async def _require(self, member: Member, version: str) -> None:
+    async def _require(self, versions: range) -> None:
+        """See that every ready server has the weights of the fleet; raise if those are not among the versions."""
+        await self.sync.settled()
+        wanted = self.sync.version or str(versions[0])
+        if int(wanted) not in versions:
+            wanted = str(versions[-1])  # which nobody has: the error says so
+        await together([self._require_of(member, wanted) for member in self.members if member.ready])
+
+    async def _require_of(self, member: Member, version: str) -> None:
         try:
             await self.sync.require(member, version)
         except ServerUnreachable as error:
             member.leave(error, self.patience)
 
-    async def _ask(self, requests: Sequence[SampleRequest], version: str | None) -> list[Sample]:
+    async def _ask(self, requests: Sequence[SampleRequest], versions: range | None) -> list[Sample]:
         """Return the samples of one chunk, from whichever server gives them first."""
+        version = None if versions is None else frozenset(map(str, versions))
         errors: list[str] = []
-        for attempt in range(self.patience.attempts):
+        pieces = Pieces(requests, self.decode)
+        for attempt in count():
+            if len(errors) == self.patience.attempts:
+                break
+            if versions is not None:
+                await self._require(versions)
             # A router gets one chance: what it failed at goes to a server that is chosen here.
             plain = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
             member = await self._pick(version, errors, self.router if plain else None)
-            # A request that was given up may still run where it was: its id is not used again.
-            named = [replace(r, rid=f"{r.rid}@{attempt}") if attempt else r for r in requests]
+            pushes = self.sync.pushes
             try:
-                samples = await member.generate(named, version)
+                # A request that was given up may still run where it was: its id is not used again.
+                samples = await member.generate(pieces.missing(f"@{attempt}" if attempt else ""), version)
                 aborted = sum(sample.finish_reason == "abort" for sample in samples)
-                if not aborted:
-                    return samples
+                if not aborted or (self.decode and self.sync.pushes > pushes):
+                    if whole := pieces.add(samples):
+                        return whole
+                    continue
                 # Not the server's fault, and not a response either. The whole request again: the same as without it.
                 errors.append(f"{member.url} aborted {aborted} of {len(samples)} sequences")
             except RequestRefused:
@@ -231,13 +283,19 @@ class Fleet:
             f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
         )
 
-    async def _pick(self, version: str | None, errors: Sequence[str], router: Router | None) -> Member:
-        """Return the router if it may be used, else the ready server with the least to do, when one has room."""
+    async def _pick(self, versions: Collection[str] | None, errors: Sequence[str], router: Router | None) -> Member:
+        """Return the router if it may be used, else the ready server with the least to do, as soon as one has room.
+
+        None while weights are pushed.
+        """
         lonely_since = time.monotonic()
         while True:
-            ready = [m for m in self.members if m.ready and version in (None, m.version)]
-            if router is not None and router.serves(ready, self.requests_per_server):
-                return router.member
+            await self.sync.settled()
+            ready = [m for m in self.members if m.ready and (versions is None or m.version in versions)]
+            if router is not None:
+                await router.follow([member.url for member in ready])
+                if router.serves(ready, self.requests_per_server):
+                    return router.member
             free = [m for m in ready if len(m.requests) < self.requests_per_server]
             if free:
                 return min(free, key=lambda member: member.rows)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from megatron_rl.errors import RolloutError
@@ -54,16 +54,25 @@ class Member:
     failures: int = 0
     """Failures since its last good answer: each doubles the time until it is looked at again."""
     retry_at: float = 0.0
+    paused: bool = False
+    """For a push: it generates nothing, and SGLang's health check, which does, would fail."""
     missed: int = 0
     """Health checks missed in a row."""
     rows: int = 0
     """Sequences that it works on."""
     requests: set[asyncio.Task[list[Sample]]] = field(default_factory=set)
+    _busy_seconds: float = 0.0
+    _busy_since: float = 0.0
 
     @property
     def url(self) -> str:
         """Its name."""
         return self.client.url
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it has had a request to work on, so far."""
+        return self._busy_seconds + (time.monotonic() - self._busy_since if self.requests else 0.0)
 
     def leave(self, error: RolloutError | str, patience: Patience) -> None:
         """Take it out of the fleet for a while; what it works on is given up."""
@@ -86,15 +95,18 @@ class Member:
         log.info("%s is in the fleet with weights %s", self.url, self.version)
         self.ready, self.reason, self.missed, self.waits = True, "", 0, False
 
-    async def generate(self, requests: Sequence[SampleRequest], version: str | None) -> list[Sample]:
+    async def generate(self, requests: Sequence[SampleRequest], version: Collection[str] | None) -> list[Sample]:
         """Ask it; ServerUnreachable if it is taken out of the fleet meanwhile."""
         task = asyncio.ensure_future(self.client.generate(requests, version))
+        self._busy_since = self._busy_since if self.requests else time.monotonic()
         self.requests.add(task)
         self.rows += len(requests)
         try:
             await asyncio.wait([task])
         finally:
             task.cancel()
+            self._busy_seconds = self.busy_seconds
+            self._busy_since = time.monotonic()
             self.requests.discard(task)
             self.rows -= len(requests)
         if task.cancelled():
@@ -129,7 +141,7 @@ async def watch(
         if member.ready and exited:
             assert member.process is not None
             member.leave(f"its process {member.process.pid} ended with status {member.process.exit_status}", patience)
-        elif member.ready and member.requests:
+        elif member.ready and member.requests and not member.paused:
             await _probe(member, patience)
         elif not member.ready and time.monotonic() >= member.retry_at:
             await _revive(member, patience, catch_up)

@@ -6,7 +6,7 @@ tokenised once, by the task.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
@@ -140,7 +140,7 @@ def parse_json(raw: bytes, source: str) -> object:
 
 
 def parse_samples(
-    answer: object, requests: Sequence[SampleRequest], source: str, version: str | None = None
+    answer: object, requests: Sequence[SampleRequest], source: str, version: str | Collection[str] | None = None
 ) -> list[Sample]:
     """Return one checked sample a request, in order.
 
@@ -148,13 +148,14 @@ def parse_samples(
         answer: the JSON value that came back.
         requests: what was asked.
         source: the server's name, for messages.
-        version: the weight version that every token must come from; None: any.
+        version: the weight version that every token must come from, or all that are allowed; None: any.
     """
+    allowed = (version,) if isinstance(version, str) else version
     if not isinstance(answer, list) or len(answer) != len(requests):
         got = f"{len(answer)} answers" if isinstance(answer, list) else f"a {type(answer).__name__}"
         raise BadAnswer(f"{source} answered {got} to {len(requests)} sequences")
     return [
-        _Reader(f"{source}, sequence {request.rid!r}").sample(entry, request, version)
+        _Reader(f"{source}, sequence {request.rid!r}").sample(entry, request, allowed)
         for entry, request in zip(answer, requests, strict=True)
     ]
 
@@ -165,7 +166,7 @@ class _Reader:
     def __init__(self, where: str) -> None:
         self.where = where
 
-    def sample(self, entry: object, request: SampleRequest, version: str | None) -> Sample:
+    def sample(self, entry: object, request: SampleRequest, allowed: Collection[str] | None) -> Sample:
         meta = self.field(entry, "meta_info", dict)
         if self.field(meta, "id", str) != request.rid:
             raise BadAnswer(f"{self.where}: the answer is for {meta['id']!r}")
@@ -175,8 +176,11 @@ class _Reader:
         finish_reason = self.finish(meta, output_ids, request)
         logprobs = self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if output_ids else ()
         versions = self.versions(meta, len(output_ids))
-        if version is not None and any(v != version for v, _, _ in versions):
-            raise WrongVersion(f"{self.where}: made with weights {[v for v, _, _ in versions]}, not {version!r}")
+        if allowed is not None and any(v not in allowed for v, _, _ in versions):
+            raise WrongVersion(
+                f"{self.where}: made with weights {[v for v, _, _ in versions]}, not "
+                + " or ".join(map(repr, sorted(allowed)))
+            )
         input_logprobs: tuple[float, ...] = ()
         if request.max_new_tokens == 0:
             entries = self.field(meta, "input_token_logprobs", list)

@@ -5,7 +5,7 @@ does not know, routed experts among them: then, and whenever it fails, the fleet
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path as FilePath
 
 from megatron_rl.errors import RolloutError
@@ -38,11 +38,13 @@ def router_process(program: str, log_path: FilePath) -> ServerProcess:
 class RouterClient(Client):
     """A client of the router: it has no weights of its own, and takes no request of several sequences."""
 
-    async def generate(self, requests: Sequence[SampleRequest], version: str | None = None) -> list[Sample]:
+    async def generate(
+        self, requests: Sequence[SampleRequest], version: str | Collection[str] | None = None
+    ) -> list[Sample]:
         """See ``Client``; one HTTP request a sequence, all at once."""
         return list(await asyncio.gather(*(self._generate_one(request, version) for request in requests)))
 
-    async def _generate_one(self, request: SampleRequest, version: str | None) -> Sample:
+    async def _generate_one(self, request: SampleRequest, version: str | Collection[str] | None) -> Sample:
         body = {
             name: value[0] if isinstance(value, list) else value for name, value in generate_body([request]).items()
         }
@@ -80,19 +82,24 @@ class Router:
         url = server if isinstance(server, str) else server.url
         client = RouterClient(url, patience.request_timeout_seconds, patience.control_timeout_seconds, retries=2)
         self.client, self.member, self.patience = client, Member(client, process), patience
+        self._known: frozenset[str] | None = None
+        self._following = asyncio.Lock()
 
     async def follow(self, urls: Sequence[str]) -> None:
         """Give it the servers that have the weights asked for; one that does not listen is left out for a while."""
-        if not self.member.ready:
-            return
-        try:
-            await self.client.follow(urls)
-        except RolloutError as error:
-            self.member.leave(error, self.patience)
+        async with self._following:
+            if not self.member.ready or self._known == frozenset(urls):
+                return
+            try:
+                await self.client.follow(urls)
+                self._known = frozenset(urls)
+            except RolloutError as error:
+                self.member.leave(error, self.patience)
 
     def serves(self, ready: Sequence[Member], at_once: float) -> bool:
         """Whether it can take one more request for these servers."""
         return self.member.ready and len(ready) > 1 and len(self.member.requests) < at_once * len(ready)
 
     async def caught_up(self, member: Member) -> None:
-        """It has no weights to catch up with."""
+        """It has no weights to catch up with, but a new process knows no servers."""
+        self._known = None

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -72,26 +72,42 @@ class Carrier(Protocol):
 class WeightSync:
     """The weights of the fleet. One push at a time: ``begin``, the push's ``send``, ``end``, and always ``release``."""
 
-    def __init__(self, carrier: Carrier, patience: Patience) -> None:
+    def __init__(
+        self, carrier: Carrier, patience: Patience, pause_mode: Literal["retract", "abort"] = "retract"
+    ) -> None:
         self.carrier = carrier
         self.patience = patience
+        self.pause_mode: Literal["retract", "abort"] = pause_mode
+        """What becomes of responses in the making: they go on after the push, or are answered as far as they are."""
+        self.pushes = 0
+        """Begun so far."""
         self.version: str | None = None
         """Of the newest push; None before the first."""
         self._kept: list[NamedTensors] = []
         self._lock = asyncio.Lock()
         self._paused: list[Member] = []
         self._pushing = False
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    async def settled(self) -> None:
+        """Wait while a push is under way."""
+        await self._settled.wait()
 
     async def begin(self, members: Sequence[Member], version: int) -> Push:
         """Pause the ready members, and those that wait for a push, and open one to them."""
         await self._lock.acquire()
         self._pushing = True
+        self.pushes += 1
+        self._settled.clear()
         for member in members:
             if member.waits:
                 member.join()
         ready = [member for member in members if member.ready]
         await asyncio.gather(*(self._pause(member) for member in ready))
         self._paused = [member for member in ready if member.ready]
+        for member in self._paused:
+            member.paused = True
         return await self.carrier.begin([member.client for member in self._paused], version)
 
     async def end(self, push: Push, version: int, kept: list[NamedTensors]) -> Report:
@@ -115,7 +131,10 @@ class WeightSync:
         try:
             await asyncio.gather(*(self._resume(member) for member in self._paused if member.ready))
         finally:
+            for member in self._paused:
+                member.paused = False
             self._paused = []
+            self._settled.set()
             if self._pushing:
                 self._pushing = False
                 self._lock.release()
@@ -161,7 +180,7 @@ class WeightSync:
     async def _pause(self, member: Member) -> None:
         try:
             # A pause is answered at once: a server that hangs must not hold up the push to the others.
-            await member.client.pause("retract", self.patience.pause_timeout_seconds)
+            await member.client.pause(self.pause_mode, self.patience.pause_timeout_seconds)
         except RolloutError as error:
             member.leave(error, self.patience)
 

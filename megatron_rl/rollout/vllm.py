@@ -8,7 +8,7 @@ A server must run with VLLM_SERVER_DEV_MODE=1, --enable-scale-out and --logprobs
 import asyncio
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -36,11 +36,13 @@ _GRACE_SECONDS = 30.0
 class VllmClient(Client):
     """An HTTP client of one vLLM server."""
 
-    async def generate(self, requests: Sequence[SampleRequest], version: str | None = None) -> list[Sample]:
+    async def generate(
+        self, requests: Sequence[SampleRequest], version: str | Collection[str] | None = None
+    ) -> list[Sample]:
         """See ``Client``; one HTTP request a sequence, all at once."""
         return list(await asyncio.gather(*(self._generate_one(request, version) for request in requests)))
 
-    async def _generate_one(self, request: SampleRequest, version: str | None) -> Sample:
+    async def _generate_one(self, request: SampleRequest, version: str | Collection[str] | None) -> Sample:
         raw = await self._ask("POST", GENERATE, generate_body(request), self.request_timeout_seconds)
         answer = parse_json(raw, self.url)
         [sample] = parse_samples([sglang_form(answer, request, self.url)], [request], self.url, version)

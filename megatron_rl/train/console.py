@@ -33,6 +33,8 @@ COLUMNS = (
     Column("left", 8),
 )
 PHASES_COLUMN = 7
+BESIDE = ("total", "fleet")
+"""Times that are not of a phase of the trainer."""
 
 
 class Board:
@@ -110,7 +112,7 @@ def cells_of(
         value = metrics.get(column.metric)
         cells.append("-" if value is None else column.form.format(value))
     total, tokens = seconds.get("total", 0.0), metrics.get("tokens")
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name not in BESIDE)
     cells[0] = f"{step}/{total_steps}"
     cells[-3] = f"{tokens / total:,.0f}" if tokens and total else "-"
     cells[-2] = f"{phases} = {total:.1f}" if phases else f"{total:.1f}"

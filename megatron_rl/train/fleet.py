@@ -1,6 +1,6 @@
 """The fleet that a configuration asks for: servers of our own, or running ones, and the carrier of weights to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -24,7 +24,15 @@ from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
 
 
-def open_fleet(run: Run, world: World) -> Fleet:
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that makes text."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of tokens."""
+        ...
+
+
+def open_fleet(run: Run, world: World, tokenizer: Decoder) -> Fleet:
     """Start or find the servers and wait until all are healthy.
 
     Raises:
@@ -41,8 +49,10 @@ def open_fleet(run: Run, world: World) -> Fleet:
     carrier = _carrier(run, world)
     # Disk has a copy already. With the distributed carrier no process shall ever hold the whole model.
     keeps = isinstance(carrier, TensorCarrier)
+    decode = partial(tokenizer.decode, skip_special_tokens=True) if rollout.at_push == "resubmit" else None
     kind = VllmFleet if rollout.engine == "vllm" else Fleet
-    fleet = kind(servers, carrier, patience, rollout.rows_per_request, rollout.requests_per_server, keeps)
+    rows, requests = rollout.rows_per_request, rollout.requests_per_server
+    fleet = kind(servers, carrier, patience, rows, requests, keeps, decode=decode)
     if rollout.router is not None and len(servers) > 1:
         try:
             fleet.put_behind(router_process(rollout.router, Path(run.log.path) / "servers" / "router.log"))

@@ -10,11 +10,12 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.train.versions import found_versions
 
-CONFIG, VERSIONS, METRICS, ROLLOUTS, CONSOLE, MISMATCH, NONFINITE = (
+CONFIG, VERSIONS, METRICS, ROLLOUTS, LEDGER, CONSOLE, MISMATCH, NONFINITE = (
     "config.json",
     "versions.json",
     "metrics.jsonl",
     "rollouts.jsonl",
+    "ledger.jsonl",
     "console.log",
     "mismatch.json",
     "nonfinite",

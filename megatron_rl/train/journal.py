@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any, TextIO
 from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
-from megatron_rl.train.folder import CONFIG, CONSOLE, METRICS, MISMATCH, ROLLOUTS, keep_steps_before
+from megatron_rl.train.folder import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, keep_steps_before
 from megatron_rl.train.sinks import Sink, flat
 
 DOCUMENTED: Mapping[str, str] = {
     "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
-    "weight_version": "version of the weights that sampled: one more for each step",
+    "weight_version": "version of the weights that the step trains: one more for each step",
     "reward_mean": "mean reward of the verified responses",
     "reward_std": "standard deviation of their rewards over the batch",
     "unverified_fraction": "responses for which the verifier gave no reward",
@@ -45,7 +45,14 @@ DOCUMENTED: Mapping[str, str] = {
     "grad_norm": "global gradient norm before clipping, mean over the step's updates",
     "lr": "learning rate of the last update",
     "tokens": "prompt and response tokens of the batch",
-    "seconds": "wall time of each phase, and of the step as ``total``",
+    "lag_mean": "weight versions that a trained token is older than the weights of its step, mean over tokens",
+    "lag_max": "the largest of them",
+    "mixed_versions_fraction": "responses whose tokens come from more than one version of the weights",
+    "groups_no_signal": "groups whose rewards are all equal, of all that were sampled for the step",
+    "groups_surplus": "groups left over when the batch was full; train.oversample, train.refills",
+    "groups_too_old": "groups sampled again because a token was older than rollout.max_lag allows",
+    "refills": "times that more prompts were asked for in place of groups without a signal",
+    "seconds": "wall time of each phase, of the step as ``total``, and ``fleet``: how long a server had work meanwhile",
     "accuracy": "share of held-out prompts answered right; only where evaluated",
     "evaluated_prompts": "held-out prompts behind ``accuracy``",
 }
@@ -76,9 +83,9 @@ class Journal:
         self._began: float | None = None  # the first phase begins the first step
         self._files: dict[str, TextIO] = {}
         if folder:
-            for name in (METRICS, ROLLOUTS):
+            for name in (METRICS, ROLLOUTS, LEDGER):
                 keep_steps_before(folder / name, step)
-            self._files = {name: _appending(folder / name) for name in (METRICS, ROLLOUTS, CONSOLE)}
+            self._files = {name: _appending(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
 
     def __enter__(self) -> "Journal":
         return self
@@ -98,6 +105,10 @@ class Journal:
                 yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def note(self, name: str, seconds: float) -> None:
+        """Add a time that is measured elsewhere, and overlaps with the phases."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """End a step: write its line, show its row, and begin to time the next."""
@@ -138,6 +149,14 @@ class Journal:
                 }
                 self._line(ROLLOUTS, record)
         self._files[ROLLOUTS].flush()
+
+    def ledger(self, entries: Iterable[Mapping[str, object]]) -> None:
+        """Write what became of the groups of a step; see ``train.ledger``."""
+        if self.folder is None:
+            return
+        for entry in entries:
+            self._line(LEDGER, entry)
+        self._files[LEDGER].flush()
 
     def say(self, message: str) -> None:
         """Show a line to people."""

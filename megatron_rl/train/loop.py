@@ -46,7 +46,7 @@ def train(
         if batch is None:
             checkpoints.save(step, sampler.state())
             return step
-        metrics.sampled(batch)
+        metrics.sampled(batch, sampler.counts)
 
         minibatches: list[Batch] = batch.split(run.train.updates_per_step, seed=(run.train.seed, step))
 

@@ -3,6 +3,9 @@
 Legend: T tokens, B responses.
 """
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from megatron_rl.advantages import zero_variance
@@ -16,6 +19,7 @@ class StepMetrics:
     """Gathers what a step tells, in the order in which it happens."""
 
     def __init__(self, step: int) -> None:
+        self.step = step
         self._values: dict[str, float | int | None] = {"weight_version": step}
         self._updates: list[tuple[dict[str, float], StepReport]] = []
 
@@ -24,8 +28,8 @@ class StepMetrics:
         if result is not None:
             self._values |= {"accuracy": result[0], "evaluated_prompts": result[1]}
 
-    def sampled(self, batch: Batch) -> None:
-        """Take the batch as it was sampled."""
+    def sampled(self, batch: Batch, counts: Mapping[str, float | int]) -> None:
+        """Take the batch as it was sampled, and what was counted on the way to it."""
         verified_B = batch["verified_B"]
         rewards = batch["rewards_B"][verified_B]
         self._values |= {
@@ -36,6 +40,22 @@ class StepMetrics:
             "truncated_fraction": _mean(batch["truncated_B"]),
             "zero_variance_fraction": _mean(zero_variance(batch["rewards_B"], batch["group_ids_B"], verified_B)),
             "tokens": int(batch.lengths_B.sum()),
+            **self._lags(batch),
+            **counts,
+        }
+
+    def _lags(self, batch: Batch) -> dict[str, float | int | None]:
+        """Return how old the tokens are; those of which the engine did not say it are left out."""
+        known_T = batch["weight_versions_T"] >= 0
+        versions = batch["weight_versions_T"][known_T]
+        lowest_B = torch.full((len(batch),), torch.iinfo(torch.int64).max).scatter_reduce(
+            0, batch.response_ids_T[known_T], versions, "amin"
+        )
+        highest_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.response_ids_T[known_T], versions, "amax")
+        return {
+            "lag_mean": _mean(self.step - versions),
+            "lag_max": int((self.step - versions).max()) if len(versions) else None,
+            "mixed_versions_fraction": _mean(lowest_B < highest_B),
         }
 
     def scored(self, minibatches: list[Batch]) -> None:

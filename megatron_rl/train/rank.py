@@ -48,6 +48,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
             sampler = _sampler(run, world, journal, tokenizer, stack)
             if start:
                 sampler.load_state(sampler_state)
+            if run.train.resume:  # servers of others may have newer weights than the checkpoint
                 sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
         with evidence(run, policy, sampler.name_of):
             done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
@@ -73,7 +74,7 @@ def _journal(run: Run, world: World, start: int) -> Journal:
 def _sampler(run: Run, world: World, journal: Journal, tokenizer: Codec, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
-    fleet = stack.enter_context(open_fleet(run, world))
+    fleet = stack.enter_context(open_fleet(run, world, tokenizer))
     return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal, Witness(run, tokenizer))
 
 

@@ -4,25 +4,36 @@ The two classes have the same methods, and each call is collective, so that the 
 """
 
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import first_prompts
-from megatron_rl.data.types import Batch, Group, Prompt
+from megatron_rl.data.types import Batch, Group
 from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.tasks.base import Task, Verdict
+from megatron_rl.tasks.base import Task
+from megatron_rl.train.buffer import SURPLUS, TOO_OLD, Taken
+from megatron_rl.train.buffer_state import Json
 from megatron_rl.train.collect import collect, share
 from megatron_rl.train.fleet import Weights, write_own, writes_shares
 from megatron_rl.train.journal import Journal
+from megatron_rl.train.ledger import entries
 from megatron_rl.train.routes import wanted_routes
+from megatron_rl.train.stream import Pending, Stream, verify, wait_for_one
 from megatron_rl.train.witness import Witness
+
+T = TypeVar("T")
 
 
 class Sampler(Protocol):
     """A source of batches that is kept up to date with the weights."""
+
+    counts: Mapping[str, float | int]
+    """What was counted on the way to the newest batch; empty on all ranks but the main one."""
 
     def sample(self, step: int) -> Batch | None:
         """Return the batch of a step on every rank; None if the run was asked to stop."""
@@ -48,11 +59,11 @@ class Sampler(Protocol):
         """Bring new weights to the fleet."""
         ...
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> Json:
         """Return what a checkpoint must keep of the sampler, as JSON; nothing on the other ranks."""
         ...
 
-    def load_state(self, state: Mapping[str, object]) -> None:
+    def load_state(self, state: Json) -> None:
         """Go on from what ``state`` gave."""
         ...
 
@@ -62,7 +73,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequested(BaseException):
-    """A signal to stop arrived while the fleet was sampling; no batch was lost, none was begun."""
+    """A signal to stop arrived while the fleet was sampling; nothing was lost, no batch was begun."""
 
 
 def is_due(run: Run, step: int) -> bool:
@@ -78,10 +89,11 @@ class MainSampler:
         self.run, self.world, self.fleet, self.task, self.journal = run, world, fleet, task, journal
         self.witness = witness
         self.groups: Sequence[Group] = ()
-        self._prompts = task.prompts("train", run.train.seed)
+        self.counts: Mapping[str, float | int] = {}
+        self.stream = Stream(run, fleet, task)
+        self._busy_seconds = 0.0
         evaluated = run.evaluate.prompts if run.evaluate.every else 0
         self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
-        self._next_prompt = 0
         self._stop = False
         self._sampling = False
         for number in STOP_SIGNALS:
@@ -97,34 +109,38 @@ class MainSampler:
         return share(self._sample(step), self.world)
 
     def _sample(self, step: int) -> Batch | None:
-        train = self.run.train
-        places = range(self._next_prompt, self._next_prompt + train.prompts_per_step)
-        prompts = tuple(self._prompts[place] for place in places)
-        seed = (train.seed, step)
-        groups = self._generate(prompts, train.group_size, self.run.rollout.sampling, seed, version=step)
-        if groups is None:
+        taken = self._unless_stopped(lambda: self.stream.take(step, self._wait))
+        if taken is None:
             return None
-        self.groups, self._next_prompt = groups, places.stop
-        verdicts = self._verify(groups)
+        kept = [*taken.used, *(dropped.held for dropped in taken.dropped)]
+        self.groups = [held.group for held in kept]
         if self.run.log.rollouts:
-            self.journal.rollouts(step, groups, verdicts)
-        return collect(groups, verdicts, self.run)
+            self.journal.rollouts(step, self.groups, [held.verdicts for held in kept])
+        batch = collect(self.groups[: len(taken.used)], [held.verdicts for held in taken.used], self.run)
+        trained = set(batch["group_ids_B"].tolist())
+        self.counts = counts(taken)
+        self.journal.ledger(entries(step, taken, trained))
+        return batch
 
-    def _generate(
-        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, seed: tuple[int, ...], version: int
-    ) -> list[Group] | None:
-        """Return the groups; None if a stop is asked for before they are there."""
+    def _wait(self, pending: Collection[Pending]) -> None:
+        self._interruptible(lambda: wait_for_one(pending))
+
+    def _interruptible(self, get: Callable[[], T]) -> T:
+        """Return what a call returns; StopRequested if a stop is asked for before or meanwhile."""
+        self._sampling = True
         try:
-            self._sampling = True
-            routes = wanted_routes(self.run)
-            return None if self._stop else self.fleet.generate(prompts, group_size, sampling, seed, version, routes)
-        except StopRequested:
-            return None
+            if self._stop:
+                raise StopRequested
+            return get()
         finally:
             self._sampling = False
 
-    def _verify(self, groups: Iterable[Group]) -> list[list[Verdict]]:
-        return [[self.task.verify(group.prompt, response) for response in group.responses] for group in groups]
+    def _unless_stopped(self, get: Callable[[], T]) -> T | None:
+        """Return what a call returns; None if a stop was asked for, before it or while it waits."""
+        try:
+            return None if self._stop else get()
+        except StopRequested:
+            return None
 
     def evaluates(self, step: int) -> bool:
         """See ``Sampler``."""
@@ -135,10 +151,11 @@ class MainSampler:
         settings = self.run.evaluate
         sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
         seed = (self.run.train.seed, step, EVALUATION)
-        groups = self._generate(self._heldout, 1, sampling, seed, step)
+        ask = partial(self.fleet.generate, self._heldout, 1, sampling, seed, step, wanted_routes(self.run))
+        groups = self._unless_stopped(lambda: self._interruptible(ask))
         if groups is None:
             return None
-        correct = [verdict.correct for verdicts in self._verify(groups) for verdict in verdicts]
+        correct = [verdict.correct for group in groups for verdict in verify(self.task, group)]
         return sum(correct) / len(correct), len(correct)
 
     def name_of(self, sample_index: int) -> str | None:
@@ -151,17 +168,35 @@ class MainSampler:
         if verdict is not None:
             self.journal.say(verdict)
 
+    def state(self) -> Json:
+        """See ``Sampler``."""
+        return self.stream.state()
+
+    def load_state(self, state: Json) -> None:
+        """See ``Sampler``."""
+        self.stream = Stream(self.run, self.fleet, self.task, state)
+
     def load(self, weights: Weights, version: int) -> None:
         """See ``Sampler``."""
         self.fleet.update(weights.own() if writes_shares(self.run, self.world) else weights, version)
+        busy, self._busy_seconds = self._busy_seconds, self.fleet.busy_seconds
+        self.journal.note("fleet", self._busy_seconds - busy)
+        if self.run.rollout.max_lag and not self._stop and not self.evaluates(version):
+            self.stream.ahead(version)
 
-    def state(self) -> dict[str, object]:
-        """See ``Sampler``."""
-        return {"next_prompt": self._next_prompt}
 
-    def load_state(self, state: Mapping[str, object]) -> None:
-        """See ``Sampler``."""
-        self._next_prompt = int(str(state["next_prompt"]))
+def counts(taken: Taken) -> dict[str, float | int]:
+    """Return what ``metrics.jsonl`` tells of the groups of a step that is not in its batch."""
+    everything = [*taken.used, *(dropped.held for dropped in taken.dropped if dropped.why != TOO_OLD)]
+    no_signal = sum(not held.signal for held in everything)
+    why = Counter(dropped.why for dropped in taken.dropped)
+    return {
+        "zero_variance_fraction": no_signal / len(everything),
+        "groups_no_signal": no_signal,
+        "groups_surplus": why[SURPLUS],
+        "groups_too_old": why[TOO_OLD],
+        "refills": taken.refills,
+    }
 
 
 EVALUATION = 0x6576616C
@@ -173,6 +208,7 @@ class FollowingSampler:
 
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
+        self.counts: Mapping[str, float | int] = {}
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -201,9 +237,9 @@ class FollowingSampler:
             for _ in weights:
                 pass
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> Json:
         """See ``Sampler``."""
         return {}
 
-    def load_state(self, state: Mapping[str, object]) -> None:
+    def load_state(self, state: Json) -> None:
         """See ``Sampler``."""

@@ -65,5 +65,7 @@ def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
             f"rollout.engine = {rollout.engine!r} without rollout.urls: start the servers yourself, in their own "
             "environment, and give their urls"
         )
-    options = ["--dtype", dtype, "--weight-version", "0"]
+    # With a lag the steps' requests overlap, and a run does not repeat bit for bit anyway.
+    batching = "continuous" if rollout.max_lag else "request"
+    options = ["--dtype", dtype, "--weight-version", "0", "--batching", batching]
     return embedded_server(run.model.path, log, options, host, environment=rollout.environment)

@@ -30,7 +30,7 @@ REENCODED, REENCODED_TOKENS = 64, 1 << 15
 class Codec(Tokenizer, Protocol):
     """The part of a Hugging Face tokenizer that turns tokens into text and back."""
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of tokens."""
         ...
 

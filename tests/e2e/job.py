@@ -74,6 +74,11 @@ class Job:
         (server,) = [p for p in self.look() if "megatron_rl.rollout.serve" in p.cmdline()]
         return server
 
+    def servers(self) -> list[psutil.Process]:
+        """Return the rollout servers that run."""
+        alive = [p for p in self.look() if p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in alive if "megatron_rl.rollout.serve" in p.cmdline()]
+
     def left(self) -> list[psutil.Process]:
         """Return what still runs of everything ever seen."""
         self.look()
@@ -100,7 +105,9 @@ class Job:
             self.look()
             assert time.monotonic() < deadline, f"no end within {PATIENCE_SECONDS} s: {self.output()}"
             time.sleep(0.02)
-        psutil.wait_procs(self.seen, timeout=10)
+        deadline = time.monotonic() + 10
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert self.left() == []
         return self.process.returncode
 

@@ -92,6 +92,8 @@ def test_odd_choices_are_noted():
     notes = "\n".join(plan("train.updates_per_step=1", "rollout.sampling.top_p=0.9").notes)
     assert "every ratio is 1" in notes
     assert "top_p" in notes
+    assert "nothing corrects for older samples" in "\n".join(plan("rollout.max_lag=1").notes)
+    assert "older samples" not in "\n".join(plan("rollout.max_lag=1", "correction.kind=tis").notes)
 
 
 def test_fields_of_megatron_core_are_read_from_its_source():

@@ -125,8 +125,34 @@ def test_a_stopped_server_costs_no_sample_and_no_timeout(fleet: Fleet) -> None:
     whole(fleet)
 
 
-def test_a_server_killed_during_a_push_leaves_the_others_alone(fleet: Fleet, moe_folder: Path) -> None:
-    victim = fleet.members[0].process
+def test_a_server_that_is_ten_times_slower_costs_no_sample(fleet: Fleet) -> None:
+    expected = sampled(fleet, 2)
+    slow = fleet.members[0].process
+    assert slow is not None
+    finished = threading.Event()
+
+    def brake() -> None:  # one part in ten of its time
+        while not finished.wait(0.005):
+            os.kill(slow.pid, signal.SIGSTOP)
+            time.sleep(0.045)
+            os.kill(slow.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=brake)
+    thread.start()
+    try:
+        assert sampled(fleet, 2) == expected
+    finally:
+        finished.set()
+        thread.join()
+    assert slow.exit_status is None
+
+
+def test_a_server_killed_in_a_push_loses_nothing_and_leaves_the_others_alone(fleet: Fleet, moe_folder: Path) -> None:
+    long = Sampling(max_new_tokens=150)
+    pending = fleet.submit(PROMPTS, 4, long, (0, 77), range(2, 4))
+    while not all(member.rows for member in fleet.members):
+        time.sleep(0.001)
+    victim = fleet.members[1].process
     assert victim is not None
     old = load_file(moe_folder / "model.safetensors")
 
@@ -134,8 +160,11 @@ def test_a_server_killed_during_a_push_leaves_the_others_alone(fleet: Fleet, moe
         for i, (name, tensor) in enumerate(old.items()):
             if i == len(old) // 2:
                 os.kill(victim.pid, signal.SIGKILL)
-            yield name, tensor * 2
+            yield name, tensor * 1.1
 
-    report = fleet.update(deadly(), 3)
-    assert report.failed.keys() == {victim.url}
+    assert fleet.update(deadly(), 3).failed.keys() == {victim.url}
+    responses = [r for _, chunk in pending for group in chunk.result(60) for r in group.responses]
+    assert len({r.id for r in responses}) == len(responses) == 4 * len(PROMPTS)
+    assert all(len(r.logprobs) == 150 for r in responses)
+    assert {v for r in responses for v, _, _ in r.weight_versions} <= {2, 3}
     assert len(sampled(fleet, 3)) == len(PROMPTS)  # its way back is test_a_killed_server and, faster, test_fleet

@@ -22,7 +22,7 @@ class Letters:
     def encode(self, text, *, add_special_tokens):
         return [ord(letter) - 97 for letter in text]
 
-    def decode(self, token_ids):
+    def decode(self, token_ids, skip_special_tokens=False):
         return "".join("ab" if token == 26 else chr(97 + token) for token in token_ids)
 
     def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
