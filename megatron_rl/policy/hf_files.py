@@ -58,6 +58,10 @@ class HFSource(Source):
 
         self.watch: Callable[[str, Tensor], None] = _ignore
 
+    def whereabouts(self, name: str) -> str:
+        """See ``Source``."""
+        return f" (in {self.pieces[name].extent.path.name})"
+
     def read(self, name: str) -> Tensor:
         """Return a tensor, dequantised; ``watch`` is told the name in the file, and shown the bytes."""
         piece = self.pieces[name]

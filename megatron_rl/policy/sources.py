@@ -57,6 +57,10 @@ class Source(ABC):
         is_scale = name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.specs
         return is_scale or family.is_carried(name)
 
+    def whereabouts(self, name: str) -> str:
+        """Return which file holds a tensor, to follow its name in an error; nothing where that helps nobody."""
+        return ""
+
     def check(self, family: Family) -> None:
         """Compare names and shapes with what the family must have.
 
@@ -65,7 +69,11 @@ class Source(ABC):
         """
         expected = family.hf_tensors()
         problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in self.specs]
-        problems += [f"extra: {n}" for n in self.specs if n not in expected and not self.goes_along(n, family)]
+        problems += [
+            f"extra: {n}{self.whereabouts(n)}"
+            for n in self.specs
+            if n not in expected and not self.goes_along(n, family)
+        ]
         problems += [
             f"misshapen: {name} is {list(spec.shape)}, expected {list(expected[name])}"
             for name, spec in self.specs.items()
