@@ -60,12 +60,12 @@ def test_soak(tmp_path, capsys, monkeypatch):
             kills += 1
             open_files.append(job.ranks()[0].num_fds())
         assert job.end() == 0, job.output()  # and no process is left
-        left, started = job.output().count("leaves the fleet"), job.output().count(" as process ")
+        left = job.output().count("leaves the fleet")
     steps = metrics_of(folder)
     accuracies = [line["accuracy"] for line in steps if "accuracy" in line]
     fates = audit(folder, 32, 1)
     with capsys.disabled():
-        print(f"\n{kills} kills, left {left} times, {started} starts; accuracy {accuracies}; groups {dict(fates)}")
+        print(f"\n{kills} kills, left {left} times; accuracy {accuracies}; groups {dict(fates)}")
         print(f"largest lag {max(line['lag_max'] for line in steps if 'lag_max' in line)}; open files {open_files}")
     assert fates[TRAINED] == 32 * STEPS
     assert accuracies[-1] >= LEAST_ACCURACY
@@ -73,6 +73,7 @@ def test_soak(tmp_path, capsys, monkeypatch):
     assert len(urls) == 2
     assert not [url for url in urls if listens(url)]
     assert max(open_files[-3:]) <= max(open_files[:3]) + 8  # connections that are open at the moment
-    assert list(scratch.iterdir()) == []
+    # torch keeps compiled kernels for its next run, in one place a user
+    assert [path.name for path in scratch.iterdir() if not path.name.startswith("torchinductor_")] == []
     assert shared_memory_of({str(process.pid) for process in job.seen}) == []
     assert len(list((folder / "checkpoints").glob("*"))) == 2

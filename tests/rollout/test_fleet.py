@@ -131,7 +131,8 @@ def test_a_slow_server_gets_less_to_do_and_loses_nothing() -> None:
 
 
 def test_no_good_server_is_an_error_that_names_it_and_what_it_did() -> None:
-    with serving(FakeServer()) as (liar,), fleet_of([liar]) as fleet:
+    patience = replace(PATIENCE, start_timeout_seconds=20)  # each failure doubles the time until it is asked again
+    with serving(FakeServer()) as (liar,), fleet_of([liar], patience) as fleet:
         liar.trick = nan_logprobs
         with pytest.raises(RolloutError, match=f"{liar.url}.*log-prob 0 is") as caught:
             sampled(fleet)
