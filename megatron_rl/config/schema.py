@@ -278,7 +278,7 @@ class Weights(Section):
     written by all ranks at once; ``distributed``: a torch.distributed group with each server, NCCL on GPUs, else gloo.
     ``auto``: ``disk`` for vLLM, ``distributed`` for SGLang if the trainer has GPUs, else ``tensor``."""
     bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
-    """Most bytes of weights that a rank holds besides its own during a push; a quarter of it is sent at once."""
+    """Most bytes of weights that a rank holds besides its own during a push; a fifth of it is sent at once."""
 
 
 class Log(Section):

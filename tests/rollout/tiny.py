@@ -39,18 +39,18 @@ SIZES = {
 }
 
 
-def build(family: str, tied: bool = False, head_dim: int = 8, width: int = 24) -> PreTrainedModel:
+def build(family: str, tied: bool = False, head_dim: int = 8) -> PreTrainedModel:
     """Return a random model, the same every time."""
     torch.manual_seed(0)
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).eval()
-    moe = {"moe_intermediate_size": width, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": head_dim}
+        return LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=head_dim, tie_word_embeddings=tied)).eval()
+    moe = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": head_dim}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **moe, tie_word_embeddings=tied)).eval()
 
 
-def save(family: str, folder: Path, tied: bool = False, head_dim: int = 8, width: int = 24) -> Path:
+def save(family: str, folder: Path, tied: bool = False, head_dim: int = 8) -> Path:
     """Write a random model to the folder."""
-    build(family, tied, head_dim, width).save_pretrained(folder)
+    build(family, tied, head_dim).save_pretrained(folder)
     return folder
 
 
