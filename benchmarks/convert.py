@@ -1,14 +1,13 @@
 """How fast checkpoints are converted, and in how much memory: python benchmarks/convert.py [--gigabytes 2]
 
 A random Qwen3-MoE of about that size in bfloat16 is written, then copied with ``cp``, converted both ways, verified,
-and loaded and written by mbridge where it is installed. Each runs alone, in a process of its own. Printed are the time
-as a ratio to that of ``cp``, and the most memory above what the process held after its imports; the page cache is warm
-for all. Results: docs/families.md.
+and loaded and written by mbridge where that is installed, each in a process of its own. Printed are the time as a ratio
+to that of ``cp``, and the most memory above what it held after its imports; the page cache is warm for all. Results:
+docs/families.md.
 """
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -43,12 +42,15 @@ SHAPE = {
 }
 LAYER_BYTES = 2 * (32 * 3 * 512 * 1024 + 2 * 1024 * 1024 + 2 * 256 * 1024)
 MEASURED = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 {imports}
-def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, begun = most(), time.perf_counter()
+def kilobytes(key):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+before, begun = kilobytes("VmRSS"), time.perf_counter()
 {work}
-print(json.dumps([time.perf_counter() - begun, most() - before]))
+print(json.dumps([time.perf_counter() - begun, 1024 * (kilobytes("VmHWM") - before)]))
 """
 OURS = "from megatron_rl.convert.main import main"
 MBRIDGE = """
@@ -127,7 +129,7 @@ def copied(folder: Path) -> tuple[float, float]:
     subprocess.run(["sync", "-f", folder / "copy"], check=True)
     seconds = time.perf_counter() - begun
     shutil.rmtree(folder / "copy")
-    return seconds, float(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    return seconds, 0.0
 
 
 def ours(target: Path, *command: object) -> tuple[float, float]:

@@ -60,7 +60,7 @@ class Shrink:
                 if width in hf:
                     small[width] = max(16, round(hf[width] * ratio / 16) * 16)
         if self.experts is not None:
-            for name in ("num_experts", "num_local_experts"):
+            for name in ("num_experts", "num_local_experts", "n_routed_experts"):
                 if name in hf:
                     small[name] = self.experts
         return small

@@ -1,6 +1,7 @@
 """Conversion: bytes survive it, megatron-core reads what it writes, a kill costs nothing, bad input is one error."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -111,6 +113,31 @@ def test_megatron_reads_it_under_any_layout(tmp_path: Path, name: str, parallel:
         read_by_megatron, 2 if parallel else 1, str(tmp_path / "megatron"), parallel, initialise=False
     ):
         assert different == []
+
+
+def save_by_megatron(folder: str, target: str, parallel: dict[str, object]) -> None:
+    """Save the model by megatron-core's own writer, with the layers of a dense model stacked."""
+    policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
+    state = policy.chunks[0].module.sharded_state_dict(metadata={"dp_cp_group": policy.mesh.data})
+    Path(target).mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    getattr(multiprocessing.current_process(), "_config")["daemon"] = False  # noqa: B009 (its writer starts processes)
+    dist_checkpointing.save(state, target)
+    filesystem_async._results_queue._manager.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("llama", {"tensor": 2}), ("qwen2_moe", {"tensor": 2, "expert": 2}), ("deepseek_v3", {})]
+)
+def test_what_megatron_saves_is_read(tmp_path: Path, name: str, parallel: dict[str, object]) -> None:
+    folder, target = families.save(name, tmp_path / "hf"), tmp_path / "megatron"
+    ranks = 2 if parallel else 1
+
+    run_ranks(save_by_megatron, ranks, str(folder), str(target), parallel, initialise=False, timeout_seconds=280)
+
+    shutil.copy(folder / "config.json", target)
+    assert compare(folder, target, 1, CONSOLE).is_same
 
 
 SLOWLY = """
