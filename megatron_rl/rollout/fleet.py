@@ -23,6 +23,7 @@ from megatron_rl.config.schema import Sampling
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import RolloutError
+from megatron_rl.rollout.affinity import Affinity
 from megatron_rl.rollout.background import LoopThread
 from megatron_rl.rollout.client import Client
 from megatron_rl.rollout.members import Member, Patience, wait_until_healthy, watch
@@ -73,6 +74,7 @@ class Fleet:
         self.sync = WeightSync(carrier, self.patience, "retract" if decode is None else "abort")
         self.members = [self._member(server) for server in servers]
         self.router: Router | None = None
+        self._affinity = Affinity()
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
         self._loop = LoopThread("rollout fleet")
@@ -260,11 +262,12 @@ class Fleet:
                 await self._require(versions)
             # A router gets one chance: what it failed at goes to a server that is chosen here.
             plain = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
-            member = await self._pick(version, errors, self.router if plain else None)
+            # A request that was given up may still run where it was: its id is not used again.
+            missing = pieces.missing(f"@{attempt}" if attempt else "")
+            member = await self._pick(missing, version, errors, self.router if plain else None)
             pushes = self.sync.pushes
             try:
-                # A request that was given up may still run where it was: its id is not used again.
-                samples = await member.generate(pieces.missing(f"@{attempt}" if attempt else ""), version)
+                samples = await member.generate(missing, version)
                 aborted = sum(sample.finish_reason == "abort" for sample in samples)
                 if not aborted or (self.decode and self.sync.pushes > pushes):
                     if whole := pieces.add(samples):
@@ -283,11 +286,14 @@ class Fleet:
             f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
         )
 
-    async def _pick(self, versions: Collection[str] | None, errors: Sequence[str], router: Router | None) -> Member:
-        """Return the router if it may be used, else the ready server with the least to do, as soon as one has room.
-
-        None while weights are pushed.
-        """
+    async def _pick(
+        self,
+        requests: Sequence[SampleRequest],
+        versions: Collection[str] | None,
+        errors: Sequence[str],
+        router: Router | None,
+    ) -> Member:
+        """Return the router if it may be used, else a ready server as soon as one has room; none during a push."""
         lonely_since = time.monotonic()
         while True:
             await self.sync.settled()
@@ -298,7 +304,7 @@ class Fleet:
                     return router.member
             free = [m for m in ready if len(m.requests) < self.requests_per_server]
             if free:
-                return min(free, key=lambda member: member.rows)
+                return self._affinity.choose(free, requests, self.sync.pushes)
             now = time.monotonic()
             if ready:
                 lonely_since = now
