@@ -73,7 +73,8 @@ def mixture_config(hf: dict[str, object], experts: int, topk: int) -> dict[str, 
     if kind not in BECOMES:
         raise ConfigError(f"model_type {kind!r} cannot be upcycled; {', '.join(BECOMES)} can")
     new = {**hf, "model_type": BECOMES[kind], "architectures": [ARCHITECTURES[BECOMES[kind]]]}
-    new |= {"num_experts_per_tok": topk, "output_router_logits": False}
+    # SGLang's mixtures have a head of their own, whatever is said of tying: it would stay what memory held.
+    new |= {"num_experts_per_tok": topk, "output_router_logits": False, "tie_word_embeddings": False}
     if kind == "llama":
         return new | {"num_local_experts": experts, "sliding_window": None}
     shared = {"shared_expert_intermediate_size": SHARED_WIDTH} if kind == "qwen2" else {}
@@ -123,6 +124,8 @@ def _filled(
     for name, shape in names.items():
         if name in source.specs:
             yield name, source.read(name)
+        elif name == "lm_head.weight":
+            yield name, source.read("model.embed_tokens.weight")
         elif match := re.fullmatch(r"(model\.layers\.\d+\.)\w+\.experts\.\d+\.(\w+)\.weight", name):
             weight = source.read(f"{match[1]}mlp.{DENSE_PART[match[2]]}.weight")
             factor = 1 + noise * torch.randn(shape, generator=generator) if noise else 1

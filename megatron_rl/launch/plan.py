@@ -14,8 +14,9 @@ from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
 from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.names.rules import HFConfig
 from megatron_rl.policy.torch_dist import is_torch_dist
-from megatron_rl.rollout.sglang import wrong_options
+from megatron_rl.rollout.sglang import NEVER_TIED, wrong_options
 from megatron_rl.tasks.jsonl import check_files
 from megatron_rl.train.sinks import missing_packages
 
@@ -62,7 +63,9 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     batches = batches_of(run, layout)
     shape = None
     try:
-        family = family_of(read_hf_config(Path(run.model.path)))
+        hf = read_hf_config(Path(run.model.path))
+        problems += _tied(loaded, hf)
+        family = family_of(hf)
         shape = shape_of(family)
         open_source(Path(run.model.path), family).check(family)
     except MegatronRLError as error:
@@ -182,6 +185,15 @@ def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
 def _sink_key(loaded: Loaded[Run], name: str) -> str:
     key = "log.prometheus_port" if name == "prometheus" else "log.sinks"
     return f"{key} ({loaded.origin(key)}): {name}"
+
+
+def _tied(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
+    if loaded.run.rollout.engine == "sglang" and hf.get("tie_word_embeddings") and hf.get("model_type") in NEVER_TIED:
+        yield (
+            f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) ties its output head to the embedding,"
+            f" which SGLang does not for {hf['model_type']}: its head would hold no weights; write the embedding as"
+            " lm_head.weight too, and tie_word_embeddings = false in config.json"
+        )
 
 
 def _sglang(loaded: Loaded[Run]) -> Iterator[str]:

@@ -20,6 +20,8 @@ OURS: Mapping[str, str] = {
     "weight_version": "this run: every push names its version",
 }
 """Options of SGLang that are decided elsewhere, and where."""
+NEVER_TIED = frozenset({"glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe"})
+"""Values of ``model_type`` whose output head SGLang 0.5.23 never ties to the embedding, whatever config.json says."""
 _HELP_SECONDS = 180
 _GRACE_SECONDS = 30.0
 """It looks for its end every 5 s, then gives memory back; on a GPU a kill would leave that behind."""

@@ -1,5 +1,6 @@
 """What ``megatron-rl check`` finds in a whole configuration, before anything starts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.plan import make_plan
 from megatron_rl.launch.upstream import FIXED, OURS, megatron_fields
+from tests.policy import families
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 DEMO = CONFIGS / "demo.toml"
@@ -143,3 +145,12 @@ def test_words_are_files_or_settings(tmp_path):
     odd = tmp_path / "a=b.toml"
     odd.write_text("")
     assert split_words(["x.toml", "a.b=1", str(odd)]) == (["x.toml", str(odd)], ["a.b=1"])
+
+
+def test_a_tied_mixture_is_no_model_for_sglang(tmp_path):
+    folder = families.save("qwen2_moe", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+    with pytest.raises(ConfigError, match="SGLang does not for qwen2_moe: its head would hold no weights"):
+        make_plan(load(Run, [DEMO], [f"model.path={folder}", "rollout.engine=sglang"]), on_gloo=True)
