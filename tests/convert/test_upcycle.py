@@ -28,7 +28,7 @@ def test_a_mixture_equals_the_dense_model_and_has_a_head_of_its_own(tmp_path, na
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "logits differ by at most" in done.stdout
-    tensors = {}
+    tensors = dict[str, torch.Tensor]()
     for file in (tmp_path / "mixture").glob("*.safetensors"):
         tensors |= load_file(file)
     assert json.loads((tmp_path / "mixture" / "config.json").read_text())["tie_word_embeddings"] is False
