@@ -191,8 +191,8 @@ def _tied(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
     if loaded.run.rollout.engine == "sglang" and hf.get("tie_word_embeddings") and hf.get("model_type") in NEVER_TIED:
         yield (
             f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) ties its output head to the"
-            f" embedding, which SGLang does not for {hf['model_type']}: its head would hold no weights; write the embedding as"
-            " lm_head.weight too, and tie_word_embeddings = false in config.json"
+            f" embedding, which SGLang does not for {hf['model_type']}: its head would hold no weights; write the"
+            " embedding as lm_head.weight too, and tie_word_embeddings = false in config.json"
         )
 
 
