@@ -40,8 +40,10 @@ LOOK_SECONDS = 4.0
 SET_BY_THE_JOB = ("train.resume=", "rollout.registry=")
 """Words of the command line that the script gives anew at each start."""
 
-OURS = ("job-name", "output", "error", "open-mode", "signal", "time", "nodes", "ntasks", "ntasks-per-node")
-OURS_TOO = ("cpus-per-task", "gpus-per-node", "gpus", "requeue", "no-requeue", "array")
+OURS = (
+    *("job-name", "output", "error", "open-mode", "signal", "time", "nodes", "ntasks", "ntasks-per-node"),
+    *("cpus-per-task", "gpus-per-node", "gpus", "requeue", "no-requeue", "array"),
+)
 """Options of sbatch that settings of ours decide, or that would break the script."""
 
 
@@ -182,7 +184,7 @@ def _server_options(run: Run) -> Iterator[str]:
 def _step(slurm: Slurm, run: Path, folder: Path) -> Iterator[str]:
     """Yield the words of a step before those of the program: srun, and what starts the container."""
     mounts = [*(f"{path}:{path}" for path in dict.fromkeys((str(run), str(folder)))), *slurm.mounts]
-    yield 'srun --kill-on-bad-exit=1 --open-mode=append "$${options[@]}"'.replace("$$", "$")
+    yield 'srun --kill-on-bad-exit=1 --open-mode=append "${options[@]}"'
     if slurm.container == "pyxis":
         yield f"--container-image={shlex.quote(slurm.image)} --container-mounts={shlex.quote(','.join(mounts))}"
     if slurm.container == "apptainer":
@@ -194,7 +196,7 @@ def _problems(loaded: Loaded[Run]) -> Iterator[str]:
     run, slurm = loaded.run, loaded.run.slurm
     for table in ("options", "rollout_options"):
         for name in getattr(slurm, table):
-            if name.replace("_", "-") in (*OURS, *OURS_TOO):
+            if name.replace("_", "-") in OURS:
                 key = f"slurm.{table}.{name}"
                 yield f"{key} ({loaded.origin(key)}) is decided by other settings of [slurm]; leave it out"
     if run.rollout.urls and slurm.rollout_nodes:
