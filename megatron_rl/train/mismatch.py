@@ -141,6 +141,14 @@ def _stale(versions_R: Tensor, fresh_R: Tensor, version: int, fresh: Mapping[str
     return {"tokens": len(stale_R), "versions": found, "scored_by": version, "gap_of_the_others": fresh}
 
 
+def _stale_words(stale: object) -> str:
+    assert isinstance(stale, dict)
+    versions = ", ".join(f"{count} of version {version}" for version, count in stale["versions"].items())
+    if stale["gap_of_the_others"] is None:
+        return f"older weights sampled every token ({versions}; scored by {stale['scored_by']})"
+    return f"older weights sampled some tokens ({versions}; scored by {stale['scored_by']}), the others agree"
+
+
 def _is_rounding(found: Mapping[str, float], settings: Settings) -> bool:
     return found["abs_mean"] <= settings.rounding and found["abs_p99"] <= TAIL * settings.rounding
 
@@ -167,7 +175,7 @@ def _verdict(cause: str, whole: Mapping[str, float], causes: Mapping[str, object
     said = {
         "not finite": f"the engine returned log-probs that are not finite: {causes['not_finite']}",
         "numerics": f"only rounding ({types}: {bound})",
-        "stale weights": f"older weights sampled some tokens, the others agree: {causes['stale_weights']}",
+        "stale weights": _stale_words(causes["stale_weights"]),
         "sampling": f"{', '.join(settings.cuts)} cut the engine's distribution, which the trainer does not model",
         "routing": f"engine and trainer choose other experts: {causes['routing']}",
         "unexplained": f"UNEXPLAINED ({types}: {bound}); the engine may hold other weights or settings than it says",

@@ -78,9 +78,12 @@ def test_stale_weights_are_the_cause_only_if_the_other_tokens_agree(groups):
     found = diagnosed(scored([stale], {8: 0.5}), 3, EXACT)
     assert found.cause == "stale weights"
     assert "'versions': {'2': 4}" in str(found.causes["stale_weights"])
+    assert found.verdict.endswith("sampled some tokens (4 of version 2; scored by 3), the others agree")
     assert diagnosed(scored([stale], {8: 0.5, 3: 0.5}), 3, EXACT).cause == "unexplained"
     everything = Group(groups[0].prompt, (response(0, [5], ((1, 0, 1),)),))
-    assert diagnosed(scored([everything], {2: 0.5}), 3, EXACT).cause == "stale weights"
+    found = diagnosed(scored([everything], {2: 0.5}), 3, EXACT)
+    assert found.cause == "stale weights"
+    assert found.verdict.endswith("older weights sampled every token (1 of version 1; scored by 3)")
 
 
 def test_settings_that_the_trainer_does_not_model_are_named(groups):
