@@ -29,8 +29,8 @@ from megatron_rl.parallel.links import free_gpu_bytes, measure_links
 from megatron_rl.train.folder import replace_text
 from megatron_rl.train.versions import found_versions
 
-WAIT_SECONDS = 60.0
-"""How long the judge waits for the files of nodes that are late."""
+WAIT_SECONDS = 15.0
+"""How long the judge waits for files: the nodes have written them, but a shared file system may show them late."""
 
 CLOCK_SECONDS = 5.0
 """Clocks may differ by this much; more, and the times in logs mislead."""
