@@ -11,12 +11,14 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
+from megatron_rl.policy.experts import GroupedExperts, can_group
 from megatron_rl.policy.rows import Bucket, PackedRow
 
 
@@ -128,10 +130,11 @@ def block_spec(
     )
     if use_transformer_engine:
         return spec
-    return dataclasses.replace(spec, layer_specs=[_local(s) for s in spec.layer_specs], layer_norm=Norm)
+    layers = [_local(layer, can_group(config)) for layer in spec.layer_specs]
+    return dataclasses.replace(spec, layer_specs=layers, layer_norm=Norm)
 
 
-def _local(spec: ModuleSpec) -> ModuleSpec:
+def _local(spec: ModuleSpec, grouped: bool) -> ModuleSpec:
     attention = spec.submodules.self_attention
     inner = dataclasses.replace(attention.submodules, core_attention=PackedAttention)
     for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
@@ -143,5 +146,14 @@ def _local(spec: ModuleSpec) -> ModuleSpec:
         input_layernorm=Norm,
         pre_mlp_layernorm=Norm,
         self_attention=dataclasses.replace(attention, module=module, submodules=inner),
+        mlp=_experts(spec.submodules.mlp) if grouped else spec.submodules.mlp,
     )
     return dataclasses.replace(spec, submodules=submodules)
+
+
+def _experts(mlp: ModuleSpec) -> ModuleSpec:
+    """Return the feed-forward part with grouped experts, if it has experts."""
+    if mlp.module is not MoELayer:
+        return mlp
+    submodules = dataclasses.replace(mlp.submodules, experts=ModuleSpec(module=GroupedExperts))
+    return dataclasses.replace(mlp, submodules=submodules)

@@ -18,6 +18,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.head import head_logprobs_entropies
 from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.policy.experts import skip_second_sort
 from megatron_rl.policy.layers import block_spec
 from megatron_rl.policy.names.rules import Family
 
@@ -183,6 +184,7 @@ def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: 
         rope_scaling_factor=family.rotary_factor or 1.0,
         vp_stage=vp_stage,
     )
+    skip_second_sort(model)
     model.head_temperature = run.rollout.sampling.temperature
     model.head_vocab_size = family.vocab_size
     return model

@@ -1,0 +1,219 @@
+"""All experts of a layer in a few grouped matrix products, under the parameter names of megatron's loop over experts.
+
+Legend: T tokens sent to this rank's experts, sorted by expert; E experts, H hidden size, F their width on this rank;
+I and O inputs and outputs of one of the two matrices.
+
+The matrices lie in memory at equal distances, so that one strided view [E, O, I] stands for all of them: first as they
+are made here, then in the buffers into which megatron's data-parallel wrapper moves parameters and gradients (it fills
+them from the last parameter to the first; that is why the last expert is registered first). Nothing is copied. Where
+the distance is not constant, at the border of two of the wrapper's buckets, the matrices are stacked at each use.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ALIGNMENT_BYTES = 16
+"""What the grouped kernel asks of where every row begins."""
+
+
+class _Matrix(nn.Module):
+    """One matrix of one expert, in memory that is given."""
+
+    def __init__(self, memory: Tensor, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(memory)
+        # As megatron's own layers do: which of the data-parallel groups adds up the gradient.
+        setattr(self.weight, "allreduce", config.expert_model_parallel_size == 1)  # noqa: B010 (not of Parameter)
+
+
+class _Expert(nn.Module):
+    def __init__(self, fc1: _Matrix, fc2: _Matrix) -> None:
+        super().__init__()
+        self.linear_fc1, self.linear_fc2 = fc1, fc2
+
+
+class Stack:
+    """Equally shaped tensors as one: a view of them where memory permits, found once for each place they lie in."""
+
+    def __init__(self) -> None:
+        self._place: tuple[int, int] = (0, 0)
+        self._view: Tensor | None = None
+
+    def view(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Return the view of these tensors, or None where they do not lie at equal distances."""
+        place = (tensors[0].data_ptr(), tensors[-1].data_ptr())
+        if place != self._place:
+            self._place, self._view = place, strided(tensors)
+        return self._view
+
+
+class Matrices:
+    """The same matrix of all experts, [E, O, I], and the gradient that megatron keeps for it."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self.weights = list(weights)
+        self._values, self._gradients = Stack(), Stack()
+
+    def read(self) -> Tensor:
+        """Return the values, without gradient."""
+        view = self._values.view(self.weights)
+        return torch.stack(tuple(self.weights)).detach() if view is None else view
+
+    def add_gradient(self, gradient_EOI: Tensor) -> None:
+        """Add to megatron's main gradients in one operation, and say so: else its hook adds them one by one."""
+        mains = [main for weight in self.weights if (main := getattr(weight, "main_grad", None)) is not None]
+        view = self._gradients.view(mains) if len(mains) == len(self.weights) else None
+        if view is not None:
+            view.add_(gradient_EOI)
+            for weight in self.weights:
+                setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 (no attribute of Parameter)
+
+
+class GroupedExperts(MegatronModule):
+    """The experts of one rank: gate and up matrix (``linear_fc1``) and down matrix (``linear_fc2``) of each.
+
+    No exchange happens inside: the dispatcher gathers tokens over expert-tensor ranks before, and sums after.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None, "megatron's layer gives its groups"
+        assert config.moe_ffn_hidden_size is not None, "megatron's configuration sets it"
+        hidden, width = config.hidden_size, config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        memory = torch.empty(
+            num_local_experts, 3 * width * hidden, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        halves = memory.split((2 * width * hidden, width * hidden), dim=1)
+        fc1 = [_Matrix(row.view(2 * width, hidden), config) for row in halves[0]]
+        fc2 = [_Matrix(row.view(hidden, width), config) for row in halves[1]]
+        self.local_experts = nn.Module()
+        for number in reversed(range(num_local_experts)):
+            self.local_experts.add_module(str(number), _Expert(fc1[number], fc2[number]))
+        self.matrices = tuple(Matrices([matrix.weight for matrix in side]) for side in (fc1, fc2))
+
+    def forward(self, tokens_TH: Tensor, counts_E: Tensor, probs_T: Tensor) -> tuple[Tensor, None]:
+        """Return each expert's output for its tokens, times the router's weight, and no bias: megatron's signature."""
+        ends_E = counts_E.cumsum(0).to(device=tokens_TH.device, dtype=torch.int32, non_blocking=True)
+        inner = grouped_linear(tokens_TH, ends_E, self.matrices[0])
+        if self.config.bias_activation_fusion:
+            gated_TF = weighted_bias_swiglu_impl(inner, None, probs_T[:, None])
+        else:
+            gate_TF, up_TF = inner.chunk(2, -1)
+            gated_TF = (F.silu(gate_TF) * up_TF * probs_T[:, None]).to(inner.dtype)
+        return grouped_linear(gated_TF, ends_E, self.matrices[1]), None
+
+
+def skip_second_sort(model: nn.Module) -> None:
+    """Spare megatron's dispatchers two shuffles of all tokens where one rank has all experts.
+
+    They sort by expert, send, and sort again because tokens came from several ranks. If none did, the second sort and
+    its inverse copy every token for nothing; a dispatcher does both only if it has more than one local expert.
+    """
+    for layer in model.modules():
+        dispatcher = layer.token_dispatcher if isinstance(layer, MoELayer) else None
+        if isinstance(dispatcher, MoEAlltoAllTokenDispatcher) and dispatcher.ep_size == dispatcher.tp_size == 1:
+            dispatcher.num_local_experts = 1
+
+
+def can_group(config: TransformerConfig) -> bool:
+    """Return whether experts of this kind are served here; others run in megatron's loop."""
+    gated = config.gated_linear_unit and config.activation_func is F.silu
+    plain = not config.add_bias_linear and config.activation_func_clamp_value is None and not config.glu_linear_offset
+    return (
+        gated and plain and not (config.fp8 or config.fp4 or config.moe_latent_size or config.moe_apply_probs_on_input)
+    )
+
+
+def grouped_linear(tokens_TI: Tensor, ends_E: Tensor, matrices: Matrices) -> Tensor:
+    """Return each token times the matrix of its expert, [T, O].
+
+    Args:
+        tokens_TI: sorted by expert.
+        ends_E: int32, where each expert's tokens end.
+        matrices: the experts'.
+    """
+    return _GroupedLinear.apply(tokens_TI, ends_E, matrices, *matrices.weights)
+
+
+class _Context(Protocol):
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    matrices: Matrices
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors for the backward pass."""
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The product and its gradients; saves its inputs, which are all there already."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _Context, tokens_TI: Tensor, ends_E: Tensor, matrices: Matrices, *_: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(tokens_TI, ends_E)
+        ctx.matrices = matrices
+        return grouped_product(tokens_TI, matrices.read().transpose(1, 2), ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _Context, gradient_TO: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (tokens_TI, ends_E), matrices = ctx.saved_tensors, ctx.matrices
+        gradient_TO = gradient_TO.contiguous()
+        to_tokens = grouped_product(gradient_TO, matrices.read(), ends_E) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[3:]):
+            return (to_tokens, None, None, *[None for _ in matrices.weights])
+        gradient_EOI = grouped_product(gradient_TO.T, tokens_TI, ends_E)
+        matrices.add_gradient(gradient_EOI)
+        return (to_tokens, None, None, *gradient_EOI.unbind(0))
+
+
+def grouped_product(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    """Return the product of each group's part: of [T, K] with [E, K, N], or of [M, T] with [T, N] to [E, M, N].
+
+    By torch's grouped kernel, or, for float64 and rows that it does not take, by a loop.
+    """
+    if left.dtype is not torch.float64 and all(_is_aligned(matrix) for matrix in (left, right)):
+        return F.grouped_mm(left, right, offs=ends_E)
+    bounds = [slice(first, last) for first, last in pairwise([0, *ends_E.tolist()])]
+    if right.dim() == 3:
+        return torch.cat([left[rows] @ matrix for rows, matrix in zip(bounds, right, strict=True)])
+    return torch.stack([left[:, rows] @ right[rows] for rows in bounds])
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    jumps = [matrix.data_ptr(), *(stride * matrix.element_size() for stride in matrix.stride() if stride != 1)]
+    return all(jump % ALIGNMENT_BYTES == 0 for jump in jumps)
+
+
+def strided(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Return a view of matrices that lie in one memory at equal distances, in this order; None where they do not."""
+    first = matrices[0].detach()
+    starts = [matrix.storage_offset() for matrix in matrices]
+    distances = {after - before for before, after in pairwise(starts)}
+    memories = {matrix.untyped_storage().data_ptr() for matrix in matrices}
+    distance = distances.pop() if distances else first.numel()
+    if distances or len(memories) > 1 or distance < first.numel() or not first.is_contiguous():
+        return None
+    return first.as_strided((len(matrices), *first.shape), (distance, *first.stride()))
