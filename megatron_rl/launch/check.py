@@ -13,10 +13,11 @@ from megatron_rl.train.versions import OPTIONAL, found_versions
 OPTIONAL_USE = {
     "transformer-engine": "layers of megatron-core on GPUs; without it the local ones are used",
     "apex": "fused kernels that megatron-core uses where it finds them",
-    "flash-attn": "attention on GPUs",
-    "liger-kernel": "fused kernels on GPUs",
+    "flash-attn": "attention of transformer-engine, which looks for it",
+    "liger-kernel": "compared with in benchmarks; not needed",
     "sglang": "not needed here: it has an environment of its own",
     "vllm": "not needed here: it has an environment of its own",
+    "layers": "this and the next six rows: for a model in bfloat16 on this machine",
     "vocabulary operation": "log-probs and entropies from the output layer, where it has more than one tile of rows",
 }
 

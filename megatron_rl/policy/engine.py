@@ -27,7 +27,7 @@ from megatron_rl.parallel.mesh import World
 from megatron_rl.parallel.rng import rng_states, set_rng_states
 from megatron_rl.policy.balance import LoadBalancing
 from megatron_rl.policy.groups import build_mesh
-from megatron_rl.policy.model import build_chunks
+from megatron_rl.policy.model import build_chunks, paths_of
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.nonfinite import bad_row, explain
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, optimizer_parts
@@ -70,6 +70,8 @@ class Policy:
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
         self.scheduler.step(0)
+        by_sequence = paths_of(run, self.mesh).engine or self.family.has_latent_attention
+        self._qkv_format = "thd" if by_sequence else "sbhd"
         self._packing = run.train.packing
         self._tokens = run.train.tokens_per_microbatch
         self._interleaved = run.parallel.virtual_pipeline > 1
@@ -232,7 +234,7 @@ class Policy:
     ) -> list[tuple[RankRow, Result]]:
         """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
         own = rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]
-        mine = [self.replay.arm(rank_row(row, self.mesh), row.batch) for row in own]
+        mine = [self.replay.arm(rank_row(row, self.mesh, self._qkv_format), row.batch) for row in own]
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward, loss_step, self.balancing.is_on),
             data_iterator=[iter(mine) for _ in self.chunks],

@@ -1,16 +1,10 @@
-"""Layers that megatron-core's local (not transformer-engine) spec needs for sequence parallelism and packed sequences.
-
-Legend: T tokens of this rank's part of a row, N heads, D head dimension, B sequences of a bucket, S their longest.
-"""
+"""What megatron-core's local (not transformer-engine) spec lacks for sequence parallelism and packed sequences."""
 
 import dataclasses
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -18,8 +12,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
+from megatron_rl.policy.attention import PackedAttention
 from megatron_rl.policy.experts import GroupedExperts, can_group
-from megatron_rl.policy.rows import Bucket, PackedRow
+from megatron_rl.policy.paths import Paths
 
 
 class Norm:
@@ -35,60 +30,6 @@ class Norm:
         for parameter in module.parameters():
             setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter)
         return module
-
-
-class PackedAttention(nn.Module):
-    """Causal attention over packed sequences, by torch's scaled dot product on buckets of similar length.
-
-    Stands where megatron's DotProductAttention stands; that one takes neither packed rows nor context parallelism. With
-    context parallelism keys and values are gathered, so each rank attends from its zig-zag chunks to whole sequences.
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
-        super().__init__()
-        self.scale = softmax_scale
-        self.context_group = parallel_state.get_context_parallel_group()
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedRow | None = None,
-    ) -> Tensor:
-        """Attend. query [T, N, D], key and value [T, groups, D] -> [T, N * D]; padding positions give zeros."""
-        assert packed_seq_params is not None, "PackedAttention takes packed rows only"
-        if self.context_group.size() > 1:
-            key = gather_from_sequence_parallel_region(key, group=self.context_group)
-            value = gather_from_sequence_parallel_region(value, group=self.context_group)
-        outputs = [self._attend(query, key, value, bucket) for bucket in packed_seq_params.buckets]
-        nothing_1ND = query.new_zeros(1, query.shape[1], value.shape[-1])
-        if not outputs:
-            # An empty row must still run backward: every rank of a data- or expert-parallel group waits for it.
-            nothing_1ND = nothing_1ND + 0 * (query.sum() + key.sum() + value.sum())
-        flat = torch.cat([*outputs, nothing_1ND])
-        return flat[packed_seq_params.output_index_T].flatten(1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
-        query_BNSD = query[bucket.query_index_BS].transpose(1, 2)
-        key_BNSD = key[bucket.key_index_BS].transpose(1, 2)
-        value_BNSD = value[bucket.key_index_BS].transpose(1, 2)
-        repeats = query_BNSD.shape[1] // key_BNSD.shape[1]
-        if repeats > 1:
-            key_BNSD = key_BNSD.repeat_interleave(repeats, dim=1)
-            value_BNSD = value_BNSD.repeat_interleave(repeats, dim=1)
-        attended = F.scaled_dot_product_attention(
-            query_BNSD,
-            key_BNSD,
-            value_BNSD,
-            attn_mask=bucket.mask_B1SS,
-            is_causal=bucket.mask_B1SS is None,
-            scale=self.scale,
-        )
-        return attended.transpose(1, 2).flatten(0, 1)
 
 
 class WholeLinear(nn.Module):
@@ -121,16 +62,12 @@ class LatentAttention(MLASelfAttention):
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent)
 
 
-def block_spec(
-    config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None
-) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, paths: Paths, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the spec of this rank's decoder block: transformer-engine's, or the local one with the layers above."""
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
-    )
-    if use_transformer_engine:
+    spec = get_gpt_decoder_block_spec(config, paths.engine, normalization=config.normalization, vp_stage=vp_stage)
+    if paths.engine:
         return spec
-    layers = [_local(layer, can_group(config)) for layer in spec.layer_specs]
+    layers = [_local(layer, paths.grouped and can_group(config)) for layer in spec.layer_specs]
     return dataclasses.replace(spec, layer_specs=layers, layer_norm=Norm)
 
 

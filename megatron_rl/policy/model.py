@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +20,8 @@ from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.policy.experts import skip_second_sort
 from megatron_rl.policy.layers import block_spec
 from megatron_rl.policy.names.rules import Family
+from megatron_rl.policy.paths import Paths, fusions, paths_for
+from megatron_rl.policy.rows import PackedRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -35,8 +36,20 @@ class PolicyModel(GPTModel):
     head_temperature = 1.0
     head_vocab_size = 0
 
-    def _preprocess(self, *args: object, padding_mask: Tensor | None = None, **kwargs: object) -> tuple[object, ...]:
-        prepared = super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
+    def _preprocess(
+        self,
+        *args: object,
+        position_ids: Tensor,
+        packed_seq_params: PackedRow,
+        padding_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[object, ...]:
+        own = {"position_ids": position_ids, "packed_seq_params": packed_seq_params, "padding_mask": padding_mask}
+        prepared = super()._preprocess(*args, **own, **kwargs)
+        if packed_seq_params.is_plain:
+            # One rotation for the whole row; megatron's for packed rows takes the sequences one by one, in each layer.
+            angles = self.rotary_pos_emb.get_emb(packed_seq_params.max_seqlen_q)
+            prepared = (prepared[0], angles[position_ids[0]], *prepared[2:])
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # megatron-core shares the mask over tensor ranks on the first stage only; later stages need it too.
             tensor = self.pg_collection.tp
@@ -66,9 +79,9 @@ class PolicyModel(GPTModel):
         return torch.stack([logprobs_K, entropies_K])
 
 
-def has_transformer_engine() -> bool:
-    """Return whether transformer-engine can be used here."""
-    return find_spec("transformer_engine") is not None and torch.cuda.is_available()
+def paths_of(run: Run, mesh: Mesh) -> Paths:
+    """Return which implementations serve this run on this rank's device."""
+    return paths_for(DTYPES[run.model.dtype], mesh.world.device.type)
 
 
 def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfig:
@@ -104,25 +117,12 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": run.rollout.routing_replay != "none",
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
-        "deterministic_mode": False,
-        **(FUSIONS_OFF if not has_transformer_engine() else {}),
+        "deterministic_mode": on_cuda and run.train.deterministic,
+        **fusions(paths_of(run, mesh), family.has_latent_attention),
         **RECOMPUTE[run.model.recompute],
     }
     return kind(**{**fields, **run.model.megatron})
 
-
-FUSIONS_OFF: Mapping[str, object] = dict.fromkeys(
-    (
-        "bias_activation_fusion",
-        "bias_dropout_fusion",
-        "masked_softmax_fusion",
-        "apply_rope_fusion",
-        "persist_layer_norm",
-        "gradient_accumulation_fusion",
-    ),
-    False,
-)
-"""Kernels of transformer-engine, apex or CUDA that the local spec does without."""
 
 RECOMPUTE: Mapping[str, Mapping[str, object]] = {
     "none": {},
@@ -152,7 +152,7 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
     chunks = []
     for stage in range(run.parallel.virtual_pipeline):
         vp_stage = stage if run.parallel.virtual_pipeline > 1 else None
-        chunk = _build_chunk(run, family, config, vp_stage).to(mesh.world.device)
+        chunk = _build_chunk(run, family, config, paths_of(run, mesh), vp_stage).to(mesh.world.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.bf16,
@@ -167,11 +167,13 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
     return wrapped
 
 
-def _build_chunk(run: Run, family: Family, config: TransformerConfig, vp_stage: int | None) -> PolicyModel:
+def _build_chunk(
+    run: Run, family: Family, config: TransformerConfig, paths: Paths, vp_stage: int | None
+) -> PolicyModel:
     tensor = run.parallel.tensor
     model = PolicyModel(
         config=config,
-        transformer_layer_spec=block_spec(config, has_transformer_engine(), vp_stage),
+        transformer_layer_spec=block_spec(config, paths, vp_stage),
         vocab_size=-(-family.vocab_size // tensor) * tensor,
         max_sequence_length=family.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

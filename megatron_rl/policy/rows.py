@@ -4,7 +4,7 @@ Legend: R positions of the whole row, T positions of this context-parallel rank,
 B sequences of a bucket, S their longest length, L layers with experts, E experts that a token takes in each.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -54,7 +54,15 @@ class Routes:
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, with what ``PackedAttention`` needs besides."""
+    """Megatron's description of a packed row, with what ``PackedAttention`` needs besides.
+
+    With ``qkv_format`` "thd" megatron rotates queries and keys sequence by sequence, and transformer-engine's attention
+    reads the ends of sequences. With "sbhd" a row is to megatron one long sequence: see ``is_plain``.
+
+    Attributes:
+        sequence_ends: ends of the sequences, from 0, without the filler at the end of the row; int32.
+        num_tokens: tokens of those sequences.
+    """
 
     qkv_format: str = "thd"
     cu_seqlens_q: Tensor | None = None
@@ -63,7 +71,14 @@ class PackedRow(PackedSeqParams):
     max_seqlen_kv: int = 0
     buckets: list[Bucket] = field(default_factory=list)
     output_index_T: Tensor | None = None
+    sequence_ends: Tensor | None = None
+    num_tokens: int = 0
     routes: Routes | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row is rotated by its positions at once, and only ``PackedAttention`` knows of sequences."""
+        return self.qkv_format == "sbhd"
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,8 @@ class RankRow:
     packed: PackedRow
 
 
-def rank_row(row: Row, mesh: Mesh) -> RankRow:
-    """Cut this rank's zig-zag part out of a row and put it on the device."""
+def rank_row(row: Row, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
+    """Cut this rank's zig-zag part out of a row and put it on the device. ``qkv_format``: see ``PackedRow``."""
     size, rank, device = group_size(mesh.context), group_rank(mesh.context), mesh.world.device
     lengths_N = _with_filler(row)
     local_T = zigzag(lengths_N, rank, size)
@@ -114,7 +129,7 @@ def rank_row(row: Row, mesh: Mesh) -> RankRow:
         targets_K=row.batch["input_ids_T"][target_tokens_K].to(device),
         target_tokens_K=target_tokens_K,
         micro=_micro(row, target_tokens_K, mesh),
-        packed=_packed(row, lengths_N, local_T, mesh),
+        packed=replace(_packed(row, lengths_N, local_T, mesh), qkv_format=qkv_format),
     )
 
 
@@ -177,6 +192,8 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
     longest = int(lengths_N.max())
     ends = ends.to(device)
     return PackedRow(
+        sequence_ends=ends[: len(row.padded_N) + 1],
+        num_tokens=int(row.padded_N.sum()),
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
         max_seqlen_q=longest,

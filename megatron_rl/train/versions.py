@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from megatron_rl.parallel.head import backend_in_words
+from megatron_rl.policy.paths import paths_for, paths_in_words
 
 REQUIRED = ("megatron-rl", "torch", "megatron-core", "transformers", "safetensors", "numpy", "pydantic", "aiohttp")
 OPTIONAL = ("transformer-engine", "apex", "flash-attn", "liger-kernel", "sglang", "vllm")
@@ -28,7 +29,9 @@ def found_versions() -> dict[str, str | None]:
     found["cuda"] = torch.version.cuda
     found["gpus"] = _gpus()
     found["c++ compiler"] = _compiler()
-    found["vocabulary operation"] = backend_in_words("cuda" if torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    found |= paths_in_words(paths_for(torch.bfloat16, device_type), device_type)
+    found["vocabulary operation"] = backend_in_words(device_type)
     return found
 
 

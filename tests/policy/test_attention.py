@@ -1,0 +1,89 @@
+"""Attention over packed rows: both paths against one sequence at a time; and which path is taken when."""
+
+import pytest
+import torch
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.policy import paths
+from megatron_rl.policy.attention import in_buckets, varying
+from megatron_rl.policy.rows import Bucket, PackedRow
+from tests.policy.plain_attention import causal, plain_varlen
+
+LENGTHS = (5, 1, 12, 4)
+FILLER = 3
+
+
+def row() -> PackedRow:
+    """Return a row of four sequences in three buckets, with filler at its end."""
+    starts = [sum(LENGTHS[:n]) for n in range(len(LENGTHS))]
+    buckets: list[Bucket] = []
+    flat, used = torch.full((sum(LENGTHS) + FILLER,), -1), 0
+    for members in ([1], [0, 3], [2]):
+        width = max(LENGTHS[n] for n in members)
+        index = torch.zeros(len(members), width, dtype=torch.int64)
+        for place, n in enumerate(members):
+            index[place, : LENGTHS[n]] = torch.arange(starts[n], starts[n] + LENGTHS[n])
+            flat[starts[n] : starts[n] + LENGTHS[n]] = used + place * width + torch.arange(LENGTHS[n])
+        used += len(members) * width
+        buckets.append(Bucket(index, index, None))
+    ends = torch.tensor([*starts, sum(LENGTHS)], dtype=torch.int32)
+    return PackedRow(
+        buckets=buckets,
+        output_index_T=torch.where(flat < 0, used, flat),
+        sequence_ends=ends,
+        num_tokens=sum(LENGTHS),
+        max_seqlen_q=max(LENGTHS),
+        max_seqlen_kv=max(LENGTHS),
+    )
+
+
+@pytest.mark.parametrize("path", [in_buckets, varying], ids=["buckets", "varlen"])
+@pytest.mark.parametrize(
+    ("groups", "value_width", "scale"), [(4, 8, None), (2, 8, 0.3), (4, 6, 0.3)], ids=["full", "grouped", "latent"]
+)
+def test_both_paths_attend_as_one_sequence_at_a_time(path, groups, value_width, scale, monkeypatch) -> None:
+    # The kernel runs on GPUs only: here stands one that takes the same arguments, so that they are seen to be right.
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS) + FILLER
+    shapes = ((total, 4, 8), (total, groups, 8), (total, groups, value_width))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    out_TND = path(*inputs, row(), scale)
+    queries, keys, values = (tensor.split([*LENGTHS, FILLER]) for tensor in inputs)
+    alone = [causal(q, k, v, scale) for q, k, v in zip(queries, keys, values, strict=True)]
+    expected = torch.cat(alone)
+    expected = expected * (torch.arange(total) < sum(LENGTHS))[:, None, None]
+    torch.testing.assert_close(out_TND, expected)
+
+    upstream = torch.randn(out_TND.shape, generator=generator, dtype=torch.float64)
+    found, truth = (torch.autograd.grad(out, inputs, upstream) for out in (out_TND, expected))
+    for gradient, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_what_serves_follows_from_device_type_and_packages(monkeypatch) -> None:
+    installed = {"triton", "torch.nn.attention.varlen"}
+    monkeypatch.setattr(paths, "_found", installed.__contains__)
+    plain = paths.paths_for(torch.bfloat16, "cpu")
+    assert plain == paths.Paths(engine=False, varlen=False, grouped=True, fused=False, accumulates=False)
+    without = paths.paths_for(torch.bfloat16, "cuda")
+    assert without == paths.Paths(engine=False, varlen=True, grouped=True, fused=True, accumulates=False)
+    assert not paths.paths_for(torch.float32, "cuda").varlen
+    installed.add("transformer_engine")
+    assert paths.paths_for(torch.bfloat16, "cuda").engine
+    assert not paths.paths_for(torch.float32, "cuda").engine, "its attention takes packed rows in 16 bits only"
+    monkeypatch.setenv(paths.PLAIN_VARIABLE, "engine, attention,experts,fusion")
+    assert paths.paths_for(torch.bfloat16, "cuda") == paths.Paths(False, False, False, False, False)
+
+
+def test_an_unknown_part_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv(paths.PLAIN_VARIABLE, "atention")
+    with pytest.raises(ConfigError, match="atention; write some of engine, attention"):
+        paths.paths_for(torch.float32, "cpu")
+
+
+def test_every_part_is_told_in_words() -> None:
+    for engine in (False, True):
+        told = paths.paths_in_words(paths.Paths(engine, not engine, not engine, True, False), "cuda")
+        assert ("transformer-engine" in told["attention"]) == engine
+        assert all(told.values())
