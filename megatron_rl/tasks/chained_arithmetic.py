@@ -5,7 +5,7 @@ A step ends in ``;`` as a sentence ends in a full stop, so that sentence ratios 
 
 import zlib
 
-from megatron_rl.config.schema import ChainedArithmeticTask
+from megatron_rl.config.tasks import ChainedArithmeticTask
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict

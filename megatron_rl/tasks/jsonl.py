@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config.schema import JsonlTask
+from megatron_rl.config.tasks import JsonlTask
 from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
+from megatron_rl.tasks.render import render
 from megatron_rl.tasks.verifiers import VERIFIERS, find_verifier
 
 logger = logging.getLogger(__name__)
@@ -134,12 +135,11 @@ class Jsonl:
         prompts = []
         for record in records:
             self._check_answer(path, record)
-            text = self._render(record.prompt)
-            ids = self.tokenizer.encode(text, add_special_tokens=not self.options.chat_template)
+            text, ids = render(record.prompt, self.options, self.tokenizer)
             if len(ids) > self.options.max_prompt_tokens:
                 self.too_long += 1
                 continue
-            prompts.append(Prompt(f"{path.name}:{record.line}", tuple(ids), text, record.answer))
+            prompts.append(Prompt(f"{path.name}:{record.line}", ids, text, record.answer))
         return prompts
 
     def _check_answer(self, path: Path, record: Record) -> None:
@@ -149,13 +149,6 @@ class Jsonl:
                 self.judge(record.prompt, "", record.answer)
             except DataError as error:
                 raise DataError(f"{error} ({path}:{record.line})") from error
-
-    def _render(self, prompt: str) -> str:
-        if not self.options.chat_template:
-            return prompt
-        turns = [{"role": "system", "content": self.options.system_prompt}] if self.options.system_prompt else []
-        turns.append({"role": "user", "content": prompt})
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def _share(prompt: str) -> float:

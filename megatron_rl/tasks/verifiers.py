@@ -9,15 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.tasks.extract import NUMBER
 
 Verifier = Callable[[str, str, str], float | None]
 """(prompt, response, answer) -> reward, None if it cannot tell. A reward of 1 or more counts as correct."""
-
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+])?"  # a sign, but not the minus of 5-2
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"  # 1,234 or 1234 or nothing before a point
-    r"(?:\.\d+)?(?:[eE][-+]?\d+)?"
-)
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
@@ -27,7 +22,7 @@ def exact(prompt: str, response: str, answer: str) -> float:
 
 def number(prompt: str, response: str, answer: str) -> float:
     """Return 1 if the last number of the response equals the last number of the answer."""
-    found, wanted = _NUMBER.findall(response), _NUMBER.findall(answer)
+    found, wanted = NUMBER.findall(response), NUMBER.findall(answer)
     if not wanted:
         raise DataError(f"no number in the answer {answer!r} (task.verifier = number); choose another verifier")
     return float(bool(found) and _value(found[-1]) == _value(wanted[-1]))

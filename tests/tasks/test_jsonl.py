@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.schema import JsonlTask
+from megatron_rl.config.tasks import JsonlTask
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.types import Response
 from megatron_rl.errors import ConfigError, DataError
