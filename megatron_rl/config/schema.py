@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_rl.config.cluster import Slurm
 from megatron_rl.config.section import InputPath, Section
-from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask
+from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Reward
 from megatron_rl.loss import Correction, ReferenceKL
 from megatron_rl.objectives import GRPO, AnyObjective
 
@@ -122,8 +122,9 @@ class Rollout(Section):
 class Advantage(Section):
     """From rewards to advantages."""
 
-    kind: Literal["zscore", "dr", "rloo"] = "zscore"
-    """``zscore``: (R - mean) / (std + 1e-6) per prompt; ``dr``: R - mean; ``rloo``: leave-one-out baseline."""
+    kind: Literal["zscore", "dr", "rloo", "gdpo"] = "zscore"
+    """``zscore``: (R - mean) / (std + 1e-6) per prompt; ``dr``: R - mean; ``rloo``: leave-one-out baseline;
+    ``gdpo``: the z-score of each of several rewards, summed with ``reward.weights``, whitened over the batch."""
 
 
 class Optimizer(Section):
@@ -257,6 +258,7 @@ class Run(Section):
     model: Model
     parallel: Parallel = Parallel()
     task: Annotated[AnyTask, Field(discriminator="name")] = ChainedArithmeticTask()
+    reward: Reward = Reward()
     rollout: Rollout = Rollout()
     advantage: Advantage = Advantage()
     objective: Annotated[AnyObjective, Field(discriminator="name")] = GRPO()
@@ -269,6 +271,21 @@ class Run(Section):
     weights: Weights = Weights()
     log: Log = Log()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> "Run":
+        most = self.rollout.sampling.max_new_tokens
+        if self.reward.overlong_tokens > most:
+            raise ValueError(
+                f"reward.overlong_tokens = {self.reward.overlong_tokens}, but a response has at most {most} tokens"
+                " (rollout.sampling.max_new_tokens); write less"
+            )
+        if self.advantage.kind == "gdpo" and len(self.reward.names) == 1:
+            raise ValueError(
+                'advantage.kind = "gdpo" is for several rewards, and there is only the task\'s; add one under [reward],'
+                ' or write "zscore"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _float64_is_for_proofs(self) -> "Run":

@@ -1,5 +1,6 @@
 """The task sections of the configuration: where prompts come from and who judges the answers."""
 
+import re
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -51,7 +52,8 @@ class JsonlTask(Section):
     answer_field: str = "answer"
     """Name of the field with the answer."""
     verifier: PathToFunction = "exact"
-    """``exact``, ``number``, ``regex`` (the answer is the pattern), or ``path/to/file.py:function``."""
+    """``exact``, ``number``, ``regex`` (the answer is the pattern), ``math`` (needs math-verify), ``code`` (the answer
+    holds tests), ``path/to/file.py:function``, or the URL of a server: docs/tasks.md."""
     chat_template: bool = False
     """Send the prompt as a user's turn through the tokenizer's chat template."""
     system_prompt: str = ""
@@ -104,3 +106,48 @@ class ReasoningGymTask(Section):
 
 
 AnyTask = ChainedArithmeticTask | JsonlTask | ReasoningGymTask
+
+
+class Reward(Section):
+    """What a response earns: the task's own score, and what is added to it."""
+
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of each reward by its name, ``task``, ``format``, ``overlong`` or one of ``verifiers``; 1 if not given."""
+    verifiers: dict[str, PathToFunction] = Field(default_factory=dict)
+    """More rewards: names of yours, each with a verifier as in ``task.verifier``."""
+    format: str = ""
+    """The reward ``format``: 1 if the whole response matches this regular expression, 0 if not. ``think`` stands for
+    ``<think>...</think><answer>...</answer>``."""
+    overlong_tokens: Annotated[int, Field(ge=0)] = 0
+    """The reward ``overlong``, DAPO's: 0, over the last so many of ``max_new_tokens`` linearly down to -1; 0: none."""
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Processes that verify, beside sampling and training."""
+    seconds: Annotated[float, Field(gt=0)] = 10.0
+    """A response that takes longer to verify is unverified, and the process that hangs is ended."""
+    allow_code: bool = False
+    """Let the verifier ``code`` run what the model wrote. Its sandbox has limits: docs/tasks.md."""
+
+    @model_validator(mode="after")
+    def _names(self) -> "Reward":
+        for taken in {"task", "format", "overlong"} & self.verifiers.keys():
+            raise ValueError(f"verifiers.{taken}: the name is taken; choose another one")
+        known = self.names
+        for name in self.weights:
+            if name not in known:
+                raise ValueError(f"weights.{name}: there is no such reward; there are {', '.join(known)}")
+        try:
+            re.compile(self.format)
+        except re.error as error:
+            raise ValueError(f"format is not a regular expression: {error}") from error
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All rewards that are given."""
+        more = [name for name, on in (("format", self.format), ("overlong", self.overlong_tokens)) if on]
+        return ("task", *self.verifiers, *more)
+
+    @property
+    def weights_in_order(self) -> tuple[float, ...]:
+        """The weights of ``names``."""
+        return tuple(self.weights.get(name, 1.0) for name in self.names)

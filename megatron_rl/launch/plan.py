@@ -79,7 +79,7 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     problems += _batch(loaded)
     problems += _fleet(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
-    problems += check_task(run.task)
+    problems += check_task(run.task, run.reward)
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
     return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))

@@ -206,7 +206,7 @@ class GymJudge:
         """Judge the text of a response; one that did not end is wrong."""
         if response.finish_reason != "stop":
             return Verdict(0.0, False, f"did not end: {response.finish_reason}")
-        answer = self.extract(response.text)
+        answer = self.extract(response.answer_text)
         if answer is None:
             return Verdict(0.0, False, f"no answer found by task.extract = {self._rule}")
         dataset, entry = self.gym.entry(prompt.metadata["source"])
