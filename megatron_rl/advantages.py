@@ -55,7 +55,9 @@ def gdpo(
     """
     scores_BK = torch.stack([zscore(rewards_B, group_ids_B, verified_B) for rewards_B in rewards_BK.unbind(1)], 1)
     sums_B = scores_BK.sum(1) if weights_K is None else scores_BK @ weights_K.double()
-    return zscore(sums_B, torch.zeros_like(group_ids_B), verified_B)
+    whitened_B = zscore(sums_B, torch.zeros_like(group_ids_B), verified_B)
+    # A group that teaches nothing stays at exactly 0: the mean of the batch is 0 but for a rounding error.
+    return torch.where((scores_BK != 0).any(1), whitened_B, 0.0)
 
 
 def zero_variance(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | None = None) -> Tensor:

@@ -131,4 +131,11 @@ def settings(run: BaseModel, prefix: Key = ()) -> Iterator[tuple[str, object, st
         if isinstance(value, BaseModel):
             yield from settings(value, (*prefix, name))
         else:
-            yield ".".join((*prefix, name)), value, field.description or ""
+            yield ".".join((*prefix, name)), _plain(value), field.description or ""
+
+
+def _plain(value: object) -> object:
+    """Return a table of sections as a table of what is set in them."""
+    if not isinstance(value, Mapping):
+        return value
+    return {k: v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for k, v in value.items()}

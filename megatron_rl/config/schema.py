@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_rl.config.cluster import Slurm
-from megatron_rl.config.section import InputPath, PathToFunction, Section
+from megatron_rl.config.section import InputPath, Section
+from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Reward
 from megatron_rl.loss import Correction, ReferenceKL
 from megatron_rl.objectives import GRPO, AnyObjective
 
@@ -49,57 +50,6 @@ class Parallel(Section):
     """Share optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
-
-
-class ChainedArithmeticTask(Section):
-    """Sums to do from left to right, modulo 10; made on the fly, with a held-out split."""
-
-    name: Literal["chained_arithmetic"] = "chained_arithmetic"
-    min_operations: Annotated[int, Field(ge=1, le=9)] = 3
-    """Fewest operations of an expression."""
-    max_operations: Annotated[int, Field(ge=1, le=9)] = 5
-    """Most operations of an expression."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ChainedArithmeticTask":
-        if self.min_operations > self.max_operations:
-            raise ValueError(
-                f"min_operations {self.min_operations} is above max_operations {self.max_operations}; swap them"
-            )
-        return self
-
-
-class JsonlTask(Section):
-    """Prompts and answers from a file with one JSON object a line."""
-
-    name: Literal["jsonl"] = "jsonl"
-    path: InputPath
-    """The training file."""
-    heldout_path: InputPath | None = None
-    """The file for evaluation; without a value ``heldout_fraction`` of the training file is kept for it."""
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the lines, chosen by a hash of the prompt, that is never trained on; unused with ``heldout_path``."""
-    prompt_field: str = "prompt"
-    """Name of the field with the question."""
-    answer_field: str = "answer"
-    """Name of the field with the answer."""
-    verifier: PathToFunction = "exact"
-    """``exact``, ``number``, ``regex`` (the answer is the pattern), or ``path/to/file.py:function``."""
-    chat_template: bool = False
-    """Send the prompt as a user's turn through the tokenizer's chat template."""
-    system_prompt: str = ""
-    """System turn before the prompt; only with ``chat_template``."""
-    max_prompt_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Longer prompts are left out, and counted."""
-
-    @model_validator(mode="after")
-    def _system_prompt_has_a_template(self) -> "JsonlTask":
-        if self.system_prompt and not self.chat_template:
-            raise ValueError("system_prompt is set but chat_template is off; set task.chat_template = true")
-        return self
-
-
-AnyTask = ChainedArithmeticTask | JsonlTask
 
 
 class Sampling(Section):
@@ -172,8 +122,9 @@ class Rollout(Section):
 class Advantage(Section):
     """From rewards to advantages."""
 
-    kind: Literal["zscore", "dr", "rloo"] = "zscore"
-    """``zscore``: (R - mean) / (std + 1e-6) per prompt; ``dr``: R - mean; ``rloo``: leave-one-out baseline."""
+    kind: Literal["zscore", "dr", "rloo", "gdpo"] = "zscore"
+    """``zscore``: (R - mean) / (std + 1e-6) per prompt; ``dr``: R - mean; ``rloo``: leave-one-out baseline;
+    ``gdpo``: the z-score of each of several rewards, summed with ``reward.weights``, whitened over the batch."""
 
 
 class Optimizer(Section):
@@ -307,6 +258,7 @@ class Run(Section):
     model: Model
     parallel: Parallel = Parallel()
     task: Annotated[AnyTask, Field(discriminator="name")] = ChainedArithmeticTask()
+    reward: Reward = Reward()
     rollout: Rollout = Rollout()
     advantage: Advantage = Advantage()
     objective: Annotated[AnyObjective, Field(discriminator="name")] = GRPO()
@@ -319,6 +271,21 @@ class Run(Section):
     weights: Weights = Weights()
     log: Log = Log()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> "Run":
+        most = self.rollout.sampling.max_new_tokens
+        if self.reward.overlong_tokens > most:
+            raise ValueError(
+                f"reward.overlong_tokens = {self.reward.overlong_tokens}, but a response has at most {most} tokens"
+                " (rollout.sampling.max_new_tokens); write less"
+            )
+        if self.advantage.kind == "gdpo" and len(self.reward.names) == 1:
+            raise ValueError(
+                'advantage.kind = "gdpo" is for several rewards, and there is only the task\'s; add one under [reward],'
+                ' or write "zscore"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _float64_is_for_proofs(self) -> "Run":

@@ -41,12 +41,29 @@ class Response:
     """The engine's own log-probability of each output token, in nats."""
     text: str
     finish_reason: str
-    """``stop``, ``length`` or ``abort``."""
+    """``stop``, ``length`` or ``abort``; ``failed`` if the response's environment did."""
     weight_versions: tuple[tuple[int, int, int], ...]
     """(version, start, end): which weights made which output tokens."""
     routes: Tensor | None = field(default=None, compare=False, repr=False)
     """The experts that the engine chose: [prompt + output tokens - 1, L, E] as of ``RouteShape``; None: not returned.
     The last token was never read by the model, so it has none."""
+    observed: tuple[tuple[int, int], ...] = ()
+    """(start, end): output tokens that an environment put in. They are not sampled, so they are not trained."""
+    last_turn: str | None = None
+    """The text since the last of those; None where there are none."""
+
+    @property
+    def answer_text(self) -> str:
+        """What a verifier looks for the answer in: what the model itself said last."""
+        return self.text if self.last_turn is None else self.last_turn
+
+    @property
+    def sampled(self) -> tuple[bool, ...]:
+        """Whether each output token was sampled."""
+        mask = [True] * len(self.output_ids)
+        for start, end in self.observed:
+            mask[start:end] = [False] * (end - start)
+        return tuple(mask)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.config.load import Loaded
-from megatron_rl.config.schema import ChainedArithmeticTask, JsonlTask, Run
+from megatron_rl.config.schema import Run
 from megatron_rl.config.sources import raise_problems
+from megatron_rl.config.tasks import ChainedArithmeticTask
 from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.shape import Shape, shape_of
@@ -17,7 +18,7 @@ from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.names.rules import HFConfig
 from megatron_rl.policy.torch_dist import is_torch_dist
 from megatron_rl.rollout.sglang import NEVER_TIED, wrong_options
-from megatron_rl.tasks.jsonl import check_files
+from megatron_rl.tasks import check_task
 from megatron_rl.train.sinks import missing_packages
 
 
@@ -78,8 +79,7 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     problems += _batch(loaded)
     problems += _fleet(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
-    if isinstance(run.task, JsonlTask):
-        problems += check_files(run.task)
+    problems += check_task(run.task, run.reward)
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
     return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))

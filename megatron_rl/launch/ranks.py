@@ -75,6 +75,7 @@ class LocalRanks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": threads,
+            "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),  # some tasks make prompts by way of sets
             PREPARED: "1",
             REPORTS: str(theirs),
         }

@@ -1,12 +1,18 @@
 """What a task is: prompts by position, and a verifier."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from megatron_rl.data.prompts import PromptSource
 from megatron_rl.data.types import Prompt, Response
 
 Split = Literal["train", "heldout"]
+
+
+Failure = Literal["", "declined", "raised", "timed_out", "invalid", "environment"]
+"""Why there is no score: the verifier returned None, raised, took too long, returned what is no finite number; or the
+environment of the response failed. Empty where there is a score."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,9 @@ class Verdict:
     """Whether the answer is right: what accuracy counts."""
     reason: str = ""
     """Why the answer is not right or not verified, for people who read ``rollouts.jsonl``."""
+    failure: Failure = ""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Where there are several: each by its name, without its weight; ``score`` is their weighted sum."""
 
 
 class Task(Protocol):

@@ -5,7 +5,7 @@ A step ends in ``;`` as a sentence ends in a full stop, so that sentence ratios 
 
 import zlib
 
-from megatron_rl.config.schema import ChainedArithmeticTask
+from megatron_rl.config.tasks import ChainedArithmeticTask
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
@@ -72,11 +72,16 @@ class ChainedArithmetic:
         return Generated(make)
 
     def verify(self, prompt: Prompt, response: Response) -> Verdict:
-        """Compare what follows the last ``#`` with the answer."""
-        if response.finish_reason != "stop":
-            return Verdict(0.0, False, f"did not end: {response.finish_reason}")
-        _, mark, found = response.text.rpartition("#")
-        if not mark:
-            return Verdict(0.0, False, "no #")
-        correct = found == prompt.answer
-        return Verdict(float(correct), correct, "" if correct else f"{found!r} instead of {prompt.answer}")
+        """See the function."""
+        return verify(prompt, response)
+
+
+def verify(prompt: Prompt, response: Response) -> Verdict:
+    """Return 1 if what follows the last ``#`` is the answer, and the response ended by itself; else 0."""
+    if response.finish_reason != "stop":
+        return Verdict(0.0, False, f"did not end: {response.finish_reason}")
+    _, mark, found = response.answer_text.rpartition("#")
+    if not mark:
+        return Verdict(0.0, False, "no #")
+    correct = found == prompt.answer
+    return Verdict(float(correct), correct, "" if correct else f"{found!r} instead of {prompt.answer}")

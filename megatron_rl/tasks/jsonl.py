@@ -3,17 +3,18 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config.schema import JsonlTask
+from megatron_rl.config.tasks import JsonlTask, Reward
 from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response, fold_seed
-from megatron_rl.errors import DataError, MegatronRLError
+from megatron_rl.errors import DataError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
-from megatron_rl.tasks.verifiers import VERIFIERS, find_verifier
+from megatron_rl.tasks.judge import ended, find_check
+from megatron_rl.tasks.render import render
+from megatron_rl.tasks.verifiers import VERIFIERS
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,6 @@ def _cut(raw: bytes) -> str:
 
 def check_files(options: JsonlTask) -> Iterator[str]:
     """Yield what is wrong with the files of a task, the first bad line of each, without a tokenizer."""
-    try:
-        find_verifier(options.verifier)
-    except MegatronRLError as error:
-        yield str(error)
     for path in (options.path, options.heldout_path):
         try:
             if path is not None and not any([*read_records(Path(path), options.prompt_field, options.answer_field)]):
@@ -83,7 +80,7 @@ class Jsonl:
     def __init__(self, options: JsonlTask, tokenizer: Tokenizer) -> None:
         self.options = options
         self.tokenizer = tokenizer
-        self.judge = find_verifier(options.verifier)
+        self.check = ended(find_check(options.verifier, Reward()))
         self.too_long = 0
         """Prompts left out because they have more tokens than ``max_prompt_tokens``."""
         path = Path(options.path)
@@ -120,42 +117,27 @@ class Jsonl:
         return Shuffled(self.splits[split], seed)
 
     def verify(self, prompt: Prompt, response: Response) -> Verdict:
-        """Judge the text of a response; one that did not end is wrong."""
-        if response.finish_reason != "stop":
-            return Verdict(0.0, False, f"did not end: {response.finish_reason}")
-        score = self.judge(prompt.text, response.text, prompt.answer)
-        if score is None:
-            return Verdict(None, False, "not verified")
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise DataError(f"{self.options.verifier} (task.verifier) gave {score!r}; return a finite number or None")
-        return Verdict(float(score), score >= 1.0)
+        """Judge the text of a response, here and without a time limit; one that did not end is wrong."""
+        return self.check(prompt, response)
 
     def _tokenise(self, path: Path, records: list[Record]) -> list[Prompt]:
         prompts = []
         for record in records:
             self._check_answer(path, record)
-            text = self._render(record.prompt)
-            ids = self.tokenizer.encode(text, add_special_tokens=not self.options.chat_template)
+            text, ids = render(record.prompt, self.options, self.tokenizer)
             if len(ids) > self.options.max_prompt_tokens:
                 self.too_long += 1
                 continue
-            prompts.append(Prompt(f"{path.name}:{record.line}", tuple(ids), text, record.answer))
+            prompts.append(Prompt(f"{path.name}:{record.line}", ids, text, record.answer))
         return prompts
 
     def _check_answer(self, path: Path, record: Record) -> None:
         """Let a verifier of ours say now, not in the middle of a run, that it cannot work with an answer."""
-        if self.options.verifier in VERIFIERS:
+        if self.options.verifier in ("number", "regex"):
             try:
-                self.judge(record.prompt, "", record.answer)
+                VERIFIERS[self.options.verifier](record.prompt, "", record.answer)
             except DataError as error:
                 raise DataError(f"{error} ({path}:{record.line})") from error
-
-    def _render(self, prompt: str) -> str:
-        if not self.options.chat_template:
-            return prompt
-        turns = [{"role": "system", "content": self.options.system_prompt}] if self.options.system_prompt else []
-        turns.append({"role": "user", "content": prompt})
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def _share(prompt: str) -> float:

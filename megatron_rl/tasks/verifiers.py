@@ -9,15 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.tasks.extract import NUMBER
 
 Verifier = Callable[[str, str, str], float | None]
 """(prompt, response, answer) -> reward, None if it cannot tell. A reward of 1 or more counts as correct."""
-
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+])?"  # a sign, but not the minus of 5-2
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"  # 1,234 or 1234 or nothing before a point
-    r"(?:\.\d+)?(?:[eE][-+]?\d+)?"
-)
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
@@ -27,7 +22,7 @@ def exact(prompt: str, response: str, answer: str) -> float:
 
 def number(prompt: str, response: str, answer: str) -> float:
     """Return 1 if the last number of the response equals the last number of the answer."""
-    found, wanted = _NUMBER.findall(response), _NUMBER.findall(answer)
+    found, wanted = NUMBER.findall(response), NUMBER.findall(answer)
     if not wanted:
         raise DataError(f"no number in the answer {answer!r} (task.verifier = number); choose another verifier")
     return float(bool(found) and _value(found[-1]) == _value(wanted[-1]))
@@ -45,17 +40,47 @@ def regex(prompt: str, response: str, answer: str) -> float:
         raise DataError(f"not a regular expression: {answer!r}: {error} (task.verifier = regex)") from error
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": exact, "number": number, "regex": regex}
+def math(prompt: str, response: str, answer: str) -> float:
+    """Return 1 if math-verify finds the answer in the response: LaTeX, fractions, sets, boxed or plain."""
+    import math_verify
+
+    # Its own limits work by alarms in the main thread; ours is the process that this runs in.
+    marked = answer if "$" in answer or "boxed" in answer else f"${answer}$"
+    wanted = math_verify.parse(marked, parsing_timeout=None) or math_verify.parse(answer, parsing_timeout=None)
+    if not wanted:
+        raise DataError(f"math-verify finds nothing in the answer {answer!r} (task.verifier = math)")
+    found = math_verify.parse(response, parsing_timeout=None)
+    return float(math_verify.verify(wanted, found, timeout_seconds=None))
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": exact, "number": number, "regex": regex, "math": math}
+
+PACKAGES = {"math": "math_verify"}
+"""The module that a verifier needs."""
+
+
+def is_url(name: str) -> bool:
+    """Return whether a verifier is a server's address."""
+    return name.startswith(("http://", "https://"))
 
 
 def find_verifier(name: str) -> Verifier:
     """Return a verifier by name, or load the function that ``path/to/file.py:function`` names."""
     if name in VERIFIERS:
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ConfigError(
+                f"the verifier {name!r} (task.verifier) needs the package {PACKAGES[name]}, which is not installed;"
+                " pip install 'megatron-rl[tasks]'"
+            )
         return VERIFIERS[name]
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py"):
         close = difflib.get_close_matches(name, VERIFIERS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(VERIFIERS)}, or path/to/file.py:function"
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"one of {', '.join(VERIFIERS)}, code, a URL, or path/to/file.py:function"
+        )
         raise ConfigError(f"no such verifier: {name!r} (task.verifier); {hint}")
     return _load(Path(file), function)
 
@@ -68,7 +93,12 @@ def _load(path: Path, function: str) -> Verifier:
     assert spec is not None, f"{path} ends in .py"
     assert spec.loader is not None, f"{path} ends in .py"
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"{path} (task.verifier) cannot be imported: {type(error).__name__}: {error}; correct the file"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]

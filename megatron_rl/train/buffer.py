@@ -44,6 +44,8 @@ class Demand:
     """Groups without a signal are no use."""
     refills: int = 0
     oversample: float = 1.0
+    apart: bool = False
+    """See ``Held``."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ class Held:
 
     group: Group
     verdicts: tuple[Verdict, ...]
+    apart: bool = False
+    """Several rewards are normalised apart: it is enough if one of them differs."""
 
     @property
     def signal(self) -> bool:
         """Whether its rewards differ."""
-        return len({verdict.score for verdict in self.verdicts if verdict.score is not None}) > 1
+        verified = [verdict for verdict in self.verdicts if verdict.score is not None]
+        return len({tuple(v.rewards.items()) if self.apart else v.score for v in verified}) > 1
 
 
 @dataclass(frozen=True)

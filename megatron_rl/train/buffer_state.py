@@ -32,8 +32,9 @@ def restore(buffer: Buffer, state: Json, prompts: PromptSource) -> None:
         plan = Plan(saved["positions"], rounds=saved["rounds"], refills=saved["refills"])
         plan.orders = {number: tuple(places) for number, places, _ in saved["orders"]}
         plan.coming = {place: number for number, _, coming in saved["orders"] for place in coming}
-        plan.held = {place: _held(entry, prompts[plan.positions[place]]) for place, entry in saved["held"]}
-        plan.dropped = [Dropped(_held(entry, prompts[at]), why, at) for at, entry, why in saved["dropped"]]
+        apart = buffer.demand.apart
+        plan.held = {place: _held(entry, prompts[plan.positions[place]], apart) for place, entry in saved["held"]}
+        plan.dropped = [Dropped(_held(entry, prompts[at], apart), why, at) for at, entry, why in saved["dropped"]]
         buffer.plans[saved["step"]] = plan
 
 
@@ -73,9 +74,9 @@ def _routes(saved: Sequence[Any] | None) -> Tensor | None:
     return torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())
 
 
-def _held(entry: Json, prompt: Prompt) -> Held:
+def _held(entry: Json, prompt: Prompt, apart: bool) -> Held:
     responses = tuple(_response(saved) for saved in entry["responses"])
-    return Held(Group(prompt, responses), tuple(Verdict(**verdict) for verdict in entry["verdicts"]))
+    return Held(Group(prompt, responses), tuple(Verdict(**verdict) for verdict in entry["verdicts"]), apart)
 
 
 def _response(saved: Json) -> Response:
@@ -89,4 +90,6 @@ def _response(saved: Json) -> Response:
         finish_reason=saved["finish_reason"],
         weight_versions=tuple((version, start, end) for version, start, end in saved["weight_versions"]),
         routes=_routes(saved["routes"]),
+        observed=tuple((start, end) for start, end in saved.get("observed", ())),
+        last_turn=saved.get("last_turn"),
     )

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron_rl.advantages import advantages
+from megatron_rl.advantages import advantages, gdpo
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.parallel.collectives import broadcast_json, broadcast_tensor
@@ -21,7 +21,7 @@ from megatron_rl.train.routes import route_columns, wanted_routes
 def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run: Run) -> Batch:
     """Return all responses as one batch with rewards and advantages.
 
-    Columns: ``input_ids_T``; ``loss_mask_T``, True on response tokens; ``rollout_logprobs_T``, 0 on prompts;
+    Columns: ``input_ids_T``; ``loss_mask_T``, True on sampled tokens; ``rollout_logprobs_T``, 0 on prompts;
     ``weight_versions_T``, the weights that sampled a token, -1 on prompts; ``sample_index_B``, the place of the sample
     among all of the step, as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``;
     ``advantages_B``. With the engine's experts also those of ``route_columns``.
@@ -36,7 +36,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     lengths: list[int] = []
     for _, prompt, response in responses:
         input_ids += [*prompt.input_ids, *response.output_ids]
-        masks += [False] * len(prompt.input_ids) + [True] * len(response.output_ids)
+        masks += [False] * len(prompt.input_ids) + list(response.sampled)
         logprobs += [0.0] * len(prompt.input_ids) + list(response.logprobs)
         versions += [-1] * len(prompt.input_ids) + token_versions(response)
         lengths.append(len(prompt.input_ids) + len(response.output_ids))
@@ -54,12 +54,23 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "verified_B": verified_B,
         "truncated_B": torch.tensor([response.finish_reason == "length" for _, _, response in responses]),
         "group_ids_B": group_ids_B,
-        "advantages_B": advantages(run.advantage.kind, rewards_B, group_ids_B, verified_B),
+        "advantages_B": _advantages(run, flat, rewards_B, group_ids_B, verified_B),
     }
     if (shape := wanted_routes(run)) is not None:
         columns |= route_columns([response for _, _, response in responses], lengths, shape)
     batch = Batch(torch.tensor(lengths), columns)
     return drop_signalless(batch) if run.train.filter_zero_variance else batch
+
+
+def _advantages(
+    run: Run, verdicts: Sequence[Verdict], rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor
+) -> Tensor:
+    kind, names = run.advantage.kind, run.reward.names
+    if kind != "gdpo":
+        return advantages(kind, rewards_B, group_ids_B, verified_B)
+    rows = [[verdict.rewards.get(name, 0.0) for name in names] for verdict in verdicts]
+    weights_K = torch.tensor(run.reward.weights_in_order, dtype=torch.float64)
+    return gdpo(torch.tensor(rows, dtype=torch.float64), group_ids_B, weights_K, verified_B)
 
 
 def token_versions(response: Response) -> list[int]:

@@ -21,7 +21,13 @@ DOCUMENTED: Mapping[str, str] = {
     "reward_mean": "mean reward of the verified responses",
     "reward_std": "standard deviation of their rewards over the batch",
     "unverified_fraction": "responses for which the verifier gave no reward",
-    "response_tokens_mean": "tokens of a response, stop token included",
+    "unverified_declined": "responses whose verifier returned None; this and the next three over all groups sampled",
+    "unverified_raised": "responses whose verifier raised an exception or died",
+    "unverified_timed_out": "responses whose verifier took longer than reward.seconds",
+    "unverified_invalid": "responses whose verifier returned NaN, infinity or no number",
+    "unverified_environment": "responses whose environment failed",
+    "reward/NAME": "mean of each reward without its weight, where there are several",
+    "response_tokens_mean": "sampled tokens of a response, stop token included",
     "truncated_fraction": "responses that reached rollout.sampling.max_new_tokens",
     "zero_variance_fraction": "prompts whose responses all have the same reward, and so teach nothing",
     "loss": "what was minimised, mean over the step's updates",
@@ -112,7 +118,7 @@ class Journal:
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """End a step: write its line, show its row, and begin to time the next."""
-        unknown = sorted(set(metrics) - set(DOCUMENTED))
+        unknown = sorted(name for name in set(metrics) - set(DOCUMENTED) if not name.startswith("reward/"))
         assert not unknown, f"metrics without documentation: {unknown}; add them to journal.DOCUMENTED"
         now = time.perf_counter()
         seconds = {name: round(value, 4) for name, value in self._seconds.items()}
@@ -141,6 +147,7 @@ class Journal:
                     "answer": group.prompt.answer,
                     "response": response.text,
                     "reward": verdict.score,
+                    "rewards": dict(verdict.rewards),
                     "correct": verdict.correct,
                     "reason": verdict.reason,
                     "finish_reason": response.finish_reason,

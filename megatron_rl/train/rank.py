@@ -1,7 +1,7 @@
 """One trainer rank from start to end: joins the others, builds its parts, runs the loop, leaves the run in order."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.parallel.mesh import World, start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.tasks import make_task
+from megatron_rl.tasks.pool import open_judging
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.evidence import evidence
 from megatron_rl.train.export import export_hf
@@ -75,7 +76,9 @@ def _sampler(run: Run, world: World, journal: Journal, tokenizer: Codec, stack: 
     if not world.is_main:
         return FollowingSampler(run, world)
     fleet = stack.enter_context(open_fleet(run, world, tokenizer))
-    return MainSampler(run, world, fleet, make_task(run.task, tokenizer), journal, Witness(run, tokenizer))
+    judging = stack.enter_context(closing(open_judging(run)))
+    sources = (fleet, make_task(run.task, tokenizer), judging)
+    return MainSampler(run, world, sources, journal, Witness(run, tokenizer))
 
 
 def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: Journal) -> None:

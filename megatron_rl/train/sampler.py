@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, get_args
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Batch, Group
 from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.tasks.base import Task
+from megatron_rl.tasks.base import Failure, Task, Verdict
+from megatron_rl.tasks.pool import Judging
 from megatron_rl.train.buffer import SURPLUS, TOO_OLD, Taken
 from megatron_rl.train.buffer_state import Json
 from megatron_rl.train.collect import collect, share
@@ -23,7 +24,7 @@ from megatron_rl.train.fleet import Weights, write_own, writes_shares
 from megatron_rl.train.journal import Journal
 from megatron_rl.train.ledger import entries
 from megatron_rl.train.routes import wanted_routes
-from megatron_rl.train.stream import Pending, Stream, verify, wait_for_one
+from megatron_rl.train.stream import Judged, Stream, wait_for_one
 from megatron_rl.train.witness import Witness
 
 T = TypeVar("T")
@@ -85,15 +86,17 @@ def is_due(run: Run, step: int) -> bool:
 class MainSampler:
     """Samples with the fleet, verifies, and shares the batch."""
 
-    def __init__(self, run: Run, world: World, fleet: Fleet, task: Task, journal: Journal, witness: Witness) -> None:
-        self.run, self.world, self.fleet, self.task, self.journal = run, world, fleet, task, journal
-        self.witness = witness
+    def __init__(
+        self, run: Run, world: World, sources: tuple[Fleet, Task, Judging], journal: Journal, witness: Witness
+    ) -> None:
+        self.run, self.world, self.journal, self.witness = run, world, journal, witness
+        self.fleet, self.task, self.judging = sources
         self.groups: Sequence[Group] = ()
         self.counts: Mapping[str, float | int] = {}
-        self.stream = Stream(run, fleet, task)
+        self.stream = Stream(run, self.fleet, self.task, judging=self.judging)
         self._busy_seconds = 0.0
         evaluated = run.evaluate.prompts if run.evaluate.every else 0
-        self._heldout = first_prompts(task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
+        self._heldout = first_prompts(self.task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
         self._stop = False
         self._sampling = False
         for number in STOP_SIGNALS:
@@ -118,11 +121,14 @@ class MainSampler:
             self.journal.rollouts(step, self.groups, [held.verdicts for held in kept])
         batch = collect(self.groups[: len(taken.used)], [held.verdicts for held in taken.used], self.run)
         trained = set(batch["group_ids_B"].tolist())
-        self.counts = counts(taken)
+        verdicts = [verdict for held in kept for verdict in held.verdicts]
+        self.counts = counts(taken) | failures(verdicts) | reward_means(verdicts)
+        if (lost := lost_words(step, verdicts)) is not None:
+            self.journal.say(lost)
         self.journal.ledger(entries(step, taken, trained))
         return batch
 
-    def _wait(self, pending: Collection[Pending]) -> None:
+    def _wait(self, pending: Collection[Judged]) -> None:
         self._interruptible(lambda: wait_for_one(pending))
 
     def _interruptible(self, get: Callable[[], T]) -> T:
@@ -155,7 +161,10 @@ class MainSampler:
         groups = self._unless_stopped(lambda: self._interruptible(ask))
         if groups is None:
             return None
-        correct = [verdict.correct for group in groups for verdict in verify(self.task, group)]
+        judged = self._unless_stopped(lambda: self._interruptible(self.judging.submit(groups).result))
+        if judged is None:
+            return None
+        correct = [verdict.correct for verdicts in judged for verdict in verdicts]
         return sum(correct) / len(correct), len(correct)
 
     def name_of(self, sample_index: int) -> str | None:
@@ -174,7 +183,7 @@ class MainSampler:
 
     def load_state(self, state: Json) -> None:
         """See ``Sampler``."""
-        self.stream = Stream(self.run, self.fleet, self.task, state)
+        self.stream = Stream(self.run, self.fleet, self.task, state, self.judging)
 
     def load(self, weights: Weights, version: int) -> None:
         """See ``Sampler``."""
@@ -197,6 +206,27 @@ def counts(taken: Taken) -> dict[str, float | int]:
         "groups_too_old": why[TOO_OLD],
         "refills": taken.refills,
     }
+
+
+def failures(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Return how many responses have no score, by what happened to their verifier."""
+    why = Counter(verdict.failure for verdict in verdicts)
+    return {f"unverified_{failure}": why[failure] for failure in get_args(Failure) if failure}
+
+
+def reward_means(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Return the mean of each reward where there are several, over the verified responses."""
+    several = [verdict.rewards for verdict in verdicts if verdict.rewards]
+    return {f"reward/{name}": sum(r[name] for r in several) / len(several) for name in (several[0] if several else ())}
+
+
+def lost_words(step: int, verdicts: Sequence[Verdict]) -> str | None:
+    """Return a line for people if verifiers failed: how many, and the first reason."""
+    lost = [verdict for verdict in verdicts if verdict.failure not in ("", "declined")]
+    if not lost:
+        return None
+    what = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in Counter(v.failure for v in lost).items())
+    return f"step {step}: {len(lost)} of {len(verdicts)} responses unverified ({what}); the first: {lost[0].reason}"
 
 
 EVALUATION = 0x6576616C

@@ -1,25 +1,27 @@
 """Groups for step after step: keeps the fleet busy as far as the buffer allows, and has finished groups verified.
 
-    take(s)      wait until the groups of step s are whole; meanwhile verify what comes, and refill
+    take(s)      wait until the groups of step s are whole and verified; meanwhile take what comes, and refill
     ahead(s + 1) after the push of weights s + 1: ask for the steps that these weights may sample for
 
-All of it happens in the calling thread, between the trainer's own phases: verifiers need not know of threads. The fleet
-works in its own.
+The fleet works in a thread of its own, and hands finished groups to the judges there, who may have processes of their
+own: both go on while the trainer trains. What has come is taken in by the calling thread.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from typing import Protocol
 
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt
-from megatron_rl.tasks.base import Task, Verdict
+from megatron_rl.tasks.base import Task
+from megatron_rl.tasks.pool import AtOnce, Judging, Verdicts, settle
 from megatron_rl.train.buffer import Buffer, Demand, Held, Order, Taken
 from megatron_rl.train.buffer_state import Json, restore, snapshot
 from megatron_rl.train.routes import wanted_routes
 
 Pending = Future[list[Group]]
+Judged = Future[list[tuple[Group, Verdicts]]]
 
 
 class Fleet(Protocol):
@@ -50,32 +52,48 @@ def demand_of(run: Run) -> Demand:
         filtered=train.filter_zero_variance,
         refills=train.refills,
         oversample=train.oversample,
+        apart=run.advantage.kind == "gdpo",
     )
 
 
-def wait_for_one(pending: Collection[Pending]) -> None:
+def wait_for_one(pending: Collection[Judged]) -> None:
     """Return when one has finished."""
     wait(pending, return_when=FIRST_COMPLETED)
 
 
-def verify(task: Task, group: Group) -> tuple[Verdict, ...]:
-    """Return what the task says about each response of a group."""
-    return tuple(task.verify(group.prompt, response) for response in group.responses)
+def judged(pending: Pending, judging: Judging) -> Judged:
+    """Return the groups with their verdicts, once both are there."""
+    done: Judged = Future()
+
+    def sampled(pending: Pending) -> None:
+        error = CancelledError() if pending.cancelled() else pending.exception()
+        if error is not None:
+            done.set_exception(error)
+            return
+        groups = pending.result()
+        verdicts = judging.submit(groups)
+        verdicts.add_done_callback(lambda v: settle(done, lambda: list(zip(groups, v.result(), strict=True))))
+
+    pending.add_done_callback(sampled)
+    return done
 
 
 class Stream:
     """The groups of a run from a step on."""
 
-    def __init__(self, run: Run, fleet: Fleet, task: Task, state: Json | None = None) -> None:
-        self.run, self.fleet, self.task = run, fleet, task
+    def __init__(
+        self, run: Run, fleet: Fleet, task: Task, state: Json | None = None, judging: Judging | None = None
+    ) -> None:
+        self.run, self.fleet = run, fleet
+        self.judging = judging or AtOnce(task.verify)
         self.prompts = task.prompts("train", run.train.seed)
         self.buffer = Buffer(demand_of(run))
         if state is not None:
             restore(self.buffer, state, self.prompts)
         self._routes = wanted_routes(run)
-        self._pending: dict[Pending, tuple[Order, int]] = {}
+        self._pending: dict[Judged, tuple[Order, int]] = {}
 
-    def take(self, step: int, wait: Callable[[Collection[Pending]], None] = wait_for_one) -> Taken:
+    def take(self, step: int, wait: Callable[[Collection[Judged]], None] = wait_for_one) -> Taken:
         """Return the groups of a step, whose weights the fleet has; ``wait`` may raise, and nothing is lost."""
         while True:
             self.ahead(step)
@@ -85,7 +103,7 @@ class Stream:
             wait(self._pending.keys())
 
     def ahead(self, version: int) -> None:
-        """Verify what has come and ask for what may be asked for, now that the fleet has weights of this version."""
+        """Take what has come and ask for what may be asked for, now that the fleet has weights of this version."""
         self._absorb()
         for order in self.buffer.orders(version):
             self._submit(order)
@@ -105,9 +123,10 @@ class Stream:
             prompts, train.group_size, rollout.sampling, seed, versions, wanted=order.wanted, routes=self._routes
         )
         for first, pending in asked:
-            self._pending[pending] = (order, first)
+            self._pending[judged(pending, self.judging)] = (order, first)
 
     def _absorb(self) -> None:
         for pending in [pending for pending in self._pending if pending.done()]:
             order, first = self._pending.pop(pending)
-            self.buffer.put(order, first, [Held(group, verify(self.task, group)) for group in pending.result()])
+            apart = self.buffer.demand.apart
+            self.buffer.put(order, first, [Held(group, verdicts, apart) for group, verdicts in pending.result()])

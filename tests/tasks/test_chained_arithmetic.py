@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rl.config.schema import ChainedArithmeticTask
+from megatron_rl.config.tasks import ChainedArithmeticTask
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.tasks import make_task

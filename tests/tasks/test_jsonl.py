@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.schema import JsonlTask
+from megatron_rl.config.tasks import JsonlTask
 from megatron_rl.data.prompts import PromptStream
 from megatron_rl.data.types import Response
 from megatron_rl.errors import ConfigError, DataError
@@ -162,11 +162,12 @@ def test_an_answer_that_a_verifier_cannot_use_is_a_bad_line(tmp_path, verifier, 
 
 
 @pytest.mark.parametrize("value", ["'1'", "float('nan')"])
-def test_a_verifier_that_gives_no_number_is_named(tmp_path, value):
+def test_a_verifier_that_gives_no_number_leaves_the_response_unverified(tmp_path, value):
     (tmp_path / "judge.py").write_text(f"def judge(prompt, response, answer):\n    return {value}\n")
     made = task(rows(tmp_path / "a.jsonl"), verifier=f"{tmp_path}/judge.py:judge", heldout_fraction=0.0)
-    with pytest.raises(DataError, match=r"judge\.py:judge \(task\.verifier\) gave"):
-        made.verify(made.splits["train"][0], answered("x"))
+    verdict = made.verify(made.splits["train"][0], answered("x"))
+    assert (verdict.score, verdict.failure) == (None, "invalid")
+    assert "judge.py:judge (task.verifier) gave" in verdict.reason
 
 
 @pytest.mark.parametrize(

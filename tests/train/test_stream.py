@@ -26,7 +26,7 @@ from megatron_rl.rollout.members import Patience
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, Taken
 from megatron_rl.train.ledger import entries
-from megatron_rl.train.stream import Pending, Stream
+from megatron_rl.train.stream import Judged, Pending, Stream
 from megatron_rl.weights.tensor import TensorCarrier
 from tests.rollout.fake import FakeServer, serving
 
@@ -104,7 +104,7 @@ class FakeFleet:
             self.making.remove(making)
             making.future.set_result(making.groups(len(making.made) // len(making.prompts)))
 
-    def until_one_is_done(self, pending: Collection[Pending]) -> None:
+    def until_one_is_done(self, pending: Collection[Judged]) -> None:
         while not any(future.done() for future in pending):
             self.work()
 
@@ -251,7 +251,7 @@ def test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same(state_
 def test_a_stop_while_waiting_loses_nothing() -> None:
     fleet, task = FakeFleet(Random(3), 0, 0.0), Coins()
 
-    def stop(pending: Collection[Pending]) -> None:
+    def stop(pending: Collection[Judged]) -> None:
         raise KeyboardInterrupt
 
     stream = Stream(run_of("rollout.max_lag=2"), fleet, task)

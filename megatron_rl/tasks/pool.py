@@ -1,0 +1,160 @@
+"""Verdicts for groups, beside sampling and training: in processes with a time limit, or at once where nothing can hang.
+
+A verifier that raises, hangs, or returns what is no finite number costs its response the reward, never the run.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from itertools import count
+from typing import Protocol, TypeVar
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.types import Group, Prompt, Response
+from megatron_rl.tasks import wire
+from megatron_rl.tasks.base import Verdict
+from megatron_rl.tasks.judge import Judge, is_quick
+
+T = TypeVar("T")
+Verdicts = tuple[Verdict, ...]
+
+
+class Judging(Protocol):
+    """Gives verdicts."""
+
+    def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
+        """Ask and do not wait; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """End what was started."""
+        ...
+
+
+def open_judging(run: Run) -> Judging:
+    """Return who judges the responses of a run; close it."""
+    if is_quick(run.task, run.reward):
+        return AtOnce(Judge(run.task, run.reward, run.rollout.sampling.max_new_tokens).verify)
+    return Pool(run)
+
+
+class AtOnce:
+    """Judges in the thread that asks."""
+
+    def __init__(self, verify: Callable[[Prompt, Response], Verdict]) -> None:
+        self.verify = verify
+
+    def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
+        """See ``Judging``."""
+        done: Future[list[Verdicts]] = Future()
+        settle(done, lambda: [tuple(self.verify(group.prompt, r) for r in group.responses) for group in groups])
+        return done
+
+    def close(self) -> None:
+        """See ``Judging``."""
+
+
+class Pool:
+    """Processes that judge; see ``worker``. They are started with the first question, and again if they end."""
+
+    def __init__(self, run: Run) -> None:
+        self._setup = {
+            "task": run.task.model_dump(mode="json"),
+            "reward": run.reward.model_dump(mode="json"),
+            "max_new_tokens": run.rollout.sampling.max_new_tokens,
+        }
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._open: dict[int, Future[Verdict]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
+        """See ``Judging``."""
+        asked = [[self._ask(group.prompt, response) for response in group.responses] for group in groups]
+        return gather(asked)
+
+    def _ask(self, prompt: Prompt, response: Response) -> Future[Verdict]:
+        answer: Future[Verdict] = Future()
+        with self._lock:
+            if self._process is None:
+                self._start()
+            assert self._process is not None, "just started"
+            assert self._process.stdin is not None, "a pipe was asked for"
+            number = next(self._numbers)
+            self._open[number] = answer
+            with contextlib.suppress(BrokenPipeError):  # its reader settles what is open
+                self._process.stdin.write(wire.job(number, prompt, response))
+                self._process.stdin.flush()
+        return answer
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_rl.tasks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # an interrupt from the keyboard is the run's business
+        )
+        assert self._process.stdin is not None, "a pipe was asked for"
+        self._process.stdin.write(wire.line(self._setup))
+        self._thread = threading.Thread(target=self._read, args=(self._process,), name="verdicts", daemon=True)
+        self._thread.start()
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None, "a pipe was asked for"
+        for said in process.stdout:
+            answer = json.loads(said)
+            with self._lock:
+                future = self._open.pop(answer["job"])
+            future.set_result(Verdict(**answer["verdict"]))
+        with self._lock:
+            lost = dict(self._open)
+            self._open.clear()
+            self._process = None
+            process.wait()
+        for future in lost.values():
+            future.set_result(wire.failed("raised", "the verifying processes ended; they are started again"))
+
+    def close(self) -> None:
+        """See ``Judging``."""
+        with self._lock:
+            process, thread = self._process, self._thread
+            if process is not None and process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+        if thread is not None:
+            thread.join()
+
+
+def settle(future: Future[T], make: Callable[[], T]) -> None:
+    """Give a future what a call returns, or raises."""
+    try:
+        future.set_result(make())
+    finally:
+        if not future.done():
+            future.set_exception(sys.exc_info()[1])
+
+
+def gather(asked: Sequence[Sequence[Future[Verdict]]]) -> Future[list[Verdicts]]:
+    """Return all verdicts once the last one is there."""
+    every = [future for group in asked for future in group]
+    done: Future[list[Verdicts]] = Future()
+    left, lock = len(every), threading.Lock()
+
+    def one_more(_: Future[Verdict]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last:
+            settle(done, lambda: [tuple(future.result() for future in group) for group in asked])
+
+    if not every:
+        done.set_result([() for _ in asked])
+    for future in every:
+        future.add_done_callback(one_more)
+    return done

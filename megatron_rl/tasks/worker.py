@@ -1,0 +1,188 @@
+"""``python -m megatron_rl.tasks.worker``: verifies what comes on stdin, in processes that may hang or die.
+
+    owner --jobs--> this process --one job each--> workers, forked: a verifier that raises ends its worker,
+          <-verdicts--           <--verdict--      one that takes too long is killed; a new one is forked
+
+This process runs no verifier itself, so it always answers. It ends when its stdin does, and its workers with it.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from megatron_rl.config.tasks import AnyTask, Reward
+from megatron_rl.tasks import wire
+from megatron_rl.tasks.base import Verdict
+from megatron_rl.tasks.judge import Judge
+
+DATA_BYTES = 4 << 30
+"""Of memory that a worker may fill; beyond that the verifier gets a MemoryError."""
+
+_PR_SET_PDEATHSIG = 1
+_CHUNK = 1 << 16
+
+
+@dataclass
+class Worker:
+    """A forked process and what it works on."""
+
+    pid: int
+    jobs: int
+    """Descriptor that it reads jobs from."""
+    verdicts: int
+    """Descriptor that it writes verdicts to."""
+    number: int | None = None
+    deadline: float = 0.0
+    heard: bytearray = field(default_factory=bytearray)
+
+
+class Nursery:
+    """Keeps workers busy, and makes new ones for those that are lost."""
+
+    def __init__(self, judge: Judge, workers: int, seconds: float) -> None:
+        self.judge, self.seconds = judge, seconds
+        self.queue: deque[tuple[int, bytes]] = deque()
+        self.workers = [self._fork() for _ in range(workers)]
+
+    def run(self) -> None:
+        """Take jobs and answer them until stdin ends."""
+        heard = bytearray()
+        while True:
+            self._assign()
+            descriptors = [0, *(worker.verdicts for worker in self.workers)]
+            ready = select.select(descriptors, [], [], self._patience())[0]
+            if 0 in ready:
+                chunk = os.read(0, _CHUNK)
+                if not chunk:
+                    return
+                heard += chunk
+                *lines, heard = heard.split(b"\n")
+                self.queue += [(json.loads(said)["job"], bytes(said) + b"\n") for said in lines]
+            for at, worker in enumerate(self.workers):
+                if worker.verdicts in ready:
+                    self._hear(at)
+                elif worker.number is not None and time.monotonic() >= worker.deadline:
+                    why = f"took longer than {self.seconds:g} s (reward.seconds)"
+                    self._answer(worker, wire.failed("timed_out", why))
+                    self._replace(at)
+
+    def _assign(self) -> None:
+        for worker in self.workers:
+            if worker.number is None and self.queue:
+                worker.number, said = self.queue.popleft()
+                worker.deadline = time.monotonic() + self.seconds
+                _write(worker.jobs, said)
+
+    def _patience(self) -> float | None:
+        deadlines = [worker.deadline for worker in self.workers if worker.number is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _hear(self, at: int) -> None:
+        worker = self.workers[at]
+        chunk = os.read(worker.verdicts, _CHUNK)
+        worker.heard += chunk
+        if worker.heard.endswith(b"\n"):
+            verdict = Verdict(**json.loads(worker.heard))
+            worker.heard.clear()
+            self._answer(worker, verdict)
+            if verdict.failure in ("raised", "timed_out"):  # these are a worker's last words
+                self._replace(at)
+        elif not chunk:
+            self._answer(
+                worker, wire.failed("raised", "its process died (out of memory, or a crash of the interpreter)")
+            )
+            self._replace(at)
+
+    def _answer(self, worker: Worker, verdict: Verdict) -> None:
+        if worker.number is not None:
+            _write(1, wire.line({"job": worker.number, "verdict": json.loads(wire.verdict(verdict))}))
+            worker.number = None
+
+    def _replace(self, at: int) -> None:
+        worker = self.workers[at]
+        os.killpg(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
+        os.close(worker.jobs)
+        os.close(worker.verdicts)
+        self.workers[at] = self._fork()
+
+    def _fork(self) -> Worker:
+        """Return a new worker; in the worker itself, never."""
+        jobs_read, jobs_write = os.pipe()
+        verdicts_read, verdicts_write = os.pipe()
+        nursery = os.getpid()
+        pid = os.fork()
+        if pid:
+            os.close(jobs_read)
+            os.close(verdicts_write)
+            os.setpgid(pid, pid)
+            return Worker(pid, jobs_write, verdicts_read)
+        _work(self.judge, nursery, jobs_read, verdicts_write)
+        raise AssertionError(f"worker {os.getpid()} came back")
+
+
+def _work(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
+    """Be a worker; whatever a verifier raises ends here, with this process, and not in the code of the nursery."""
+    try:
+        _serve(judge, nursery, jobs, verdicts)
+    finally:
+        error = sys.exc_info()[1]
+        if error is not None:
+            failure = "timed_out" if isinstance(error, TimeoutError) else "raised"
+            _write(verdicts, wire.verdict(wire.failed(failure, f"{type(error).__name__}: {error}"[:500])))
+        os._exit(0 if error is None else 1)
+
+
+def _serve(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
+    """Judge one job after the other until there are no more."""
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)  # what a verifier prints must not get among the verdicts
+    with os.fdopen(jobs, "rb") as lines:
+        while os.getppid() == nursery and (said := lines.readline()):
+            _write(verdicts, wire.verdict(judge.verify(*wire.read_job(json.loads(said)))))
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def main() -> None:
+    """Read the configuration, then work."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once a call that we limit the time
+    heard = bytearray()
+    while not heard.endswith(b"\n"):
+        chunk = os.read(0, 1)
+        if not chunk:
+            return
+        heard += chunk
+    judge, seconds = judge_of(json.loads(heard))
+    Nursery(judge, judge.reward.workers, seconds).run()
+
+
+def judge_of(asked: Mapping[str, Any]) -> tuple[Judge, float]:
+    """Return the judge of a configuration, and its time limit."""
+    task = TypeAdapter(Annotated[AnyTask, Field(discriminator="name")]).validate_python(asked["task"])
+    reward = Reward.model_validate(asked["reward"])
+    return Judge(task, reward, asked["max_new_tokens"]), reward.seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Tasks and rewards in real runs."""
+
+import json
+
+from tests.e2e.job import ONE_RANK, Job
+
+
+def test_verifiers_that_fail_are_counted_and_told_and_the_run_goes_on(tmp_path):
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"prompt": "{a}+1=", "answer": {a + 1}}}\n' for a in range(8)))
+    (tmp_path / "mine.py").write_text(
+        "import math, time\n"
+        "def verify(prompt, response, answer):\n"
+        "    a = int(prompt[0])\n"
+        "    if a == 1: raise RuntimeError('bad luck')\n"
+        "    if a == 2: time.sleep(100)\n"
+        "    return math.nan if a == 3 else len(response) % 3\n"
+    )
+    settings = [
+        "task.name=jsonl",
+        "task.heldout_fraction=0",
+        f"task.path={tmp_path / 'sums.jsonl'}",
+        f"task.verifier={tmp_path / 'mine.py'}:verify",
+        "task.max_prompt_tokens=16",
+        "train.tokens_per_microbatch=8192",
+        "train.steps=2",
+        "train.group_size=2",
+        "train.prompts_per_step=8",
+        "train.updates_per_step=1",
+        "reward.seconds=1",
+        "reward.workers=1",
+        "reward.format=.*#\\d",
+        "reward.weights={ format = 0.5 }",
+        "advantage.kind=gdpo",
+    ]
+    with Job(tmp_path / "run", *ONE_RANK, *settings) as job:
+        assert job.end() == 0, job.output()
+        lines = job.metrics()
+        said = job.output()
+    samples = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    for line in lines:
+        ended = [s for s in samples if s["step"] == line["step"] and s["finish_reason"] == "stop"]
+        starts = [sample["prompt"][0] for sample in ended]
+        assert line["unverified_raised"] == starts.count("1")
+        assert line["unverified_timed_out"] == starts.count("2")
+        assert line["unverified_invalid"] == starts.count("3")
+        assert 0 <= line["reward/format"] <= 1
+        assert line["grad_norm"] > 0
+    assert sum(line["unverified_raised"] for line in lines) > 0
+    assert "responses unverified (" in said
+    assert "responses unverified (" in (tmp_path / "run" / "console.log").read_text()
+    assert {sample["reward"] for sample in samples if sample["prompt"][0] in "123"} <= {None, 0.0, 0.5}
+    assert all(set(sample["rewards"]) == {"task", "format"} for sample in samples if sample["reward"] is not None)

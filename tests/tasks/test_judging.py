@@ -1,0 +1,325 @@
+"""Verifying processes: what a verifier does to itself costs one response its reward, and nothing else."""
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+import torch
+
+from megatron_rl.advantages import overlong_penalty
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.config.tasks import JsonlTask, Reward
+from megatron_rl.data.types import Group, Prompt, Response
+from megatron_rl.errors import ConfigError
+from megatron_rl.tasks import check_task
+from megatron_rl.tasks.base import Verdict
+from megatron_rl.tasks.judge import Judge
+from megatron_rl.tasks.pool import AtOnce, Pool, open_judging
+from megatron_rl.train.collect import collect
+from megatron_rl.train.sampler import failures, lost_words, reward_means
+
+PROMPT = Prompt("p", (1, 2), "q", "7")
+
+
+def response(text: str, index: int = 0, tokens: int = 4, finish: str = "stop", **more) -> Response:
+    ids, logprobs = tuple(range(tokens)), (-1.0,) * tokens
+    return Response(f"r/{index}", "p", index, ids, logprobs, text, finish, ((0, 0, tokens),), **more)
+
+
+def group(*texts: str) -> Group:
+    return Group(PROMPT, tuple(response(text, index) for index, text in enumerate(texts)))
+
+
+def run_of(folder: Path, *words: str) -> Run:
+    (folder / "a.jsonl").write_text("")
+    task = ['task.name="jsonl"', f"task.path={folder}/a.jsonl"]
+    return load(Run, [], ["model.path=x", *task, "rollout.sampling.max_new_tokens=8", *words]).run
+
+
+TEMPERS = """
+import math, os, sys, time
+def judge(prompt, response, answer):
+    print("said")
+    match response:
+        case "raise": raise RuntimeError("bad luck")
+        case "exit": sys.exit(3)
+        case "die": os.kill(os.getpid(), 9)
+        case "sleep": time.sleep(1000)
+        case "spin":
+            while True: pass
+        case "nan": return math.nan
+        case "inf": return math.inf
+        case "text": return "1"
+        case "none": return None
+        case "hog": return len(bytearray(1 << 40))
+        case "child":
+            if os.fork() == 0: time.sleep(1000)
+            time.sleep(1000)
+    return float(response == answer)
+"""
+
+
+@pytest.fixture
+def tempers(tmp_path):
+    (tmp_path / "judge.py").write_text(TEMPERS)
+    return run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge", "reward.seconds=2", "reward.workers=2")
+
+
+def test_what_a_verifier_does_to_itself_is_counted_and_harms_no_other_response(tempers):
+    texts = ["7", "raise", "sleep", "8", "exit", "die", "spin", "nan", "7", "inf", "text", "none", "hog", "child", "7"]
+    before = {child.pid for child in psutil.Process().children()}
+    with closing(Pool(tempers)) as pool:
+        verdicts = pool.submit([group(*texts), group("7")]).result(60)
+        mine = [child for child in psutil.Process().children() if child.pid not in before]
+        family = [*mine, *(grandchild for child in mine for grandchild in child.children(recursive=True))]
+    assert dict(zip(texts, verdicts[0], strict=True))["7"].score == 1.0
+    found = {text: (v.score, v.failure) for text, v in zip(texts, verdicts[0], strict=True)}
+    assert found == {
+        "7": (1.0, ""),
+        "8": (0.0, ""),
+        "raise": (None, "raised"),
+        "exit": (None, "raised"),
+        "die": (None, "raised"),
+        "hog": (None, "raised"),
+        "sleep": (None, "timed_out"),
+        "spin": (None, "timed_out"),
+        "child": (None, "timed_out"),
+        "nan": (None, "invalid"),
+        "inf": (None, "invalid"),
+        "text": (None, "invalid"),
+        "none": (None, "declined"),
+    }
+    assert verdicts[1][0].score == 1.0
+    assert "RuntimeError: bad luck" in verdicts[0][1].reason
+    assert "reward.seconds" in verdicts[0][2].reason
+    assert failures(verdicts[0]) == {
+        "unverified_declined": 1,
+        "unverified_raised": 4,
+        "unverified_timed_out": 3,
+        "unverified_invalid": 3,
+        "unverified_environment": 0,
+    }
+    words = lost_words(3, verdicts[0])
+    assert words is not None
+    assert words.startswith(
+        "step 3: 10 of 15 responses unverified (4 raised, 3 timed out, 3 invalid); the first: Runtime"
+    )
+    psutil.wait_procs(family, timeout=10)
+    assert not [process for process in family if process.is_running()]
+
+
+def test_verdicts_do_not_depend_on_how_many_processes_give_them(tmp_path, tempers):
+    texts = ["7", "raise", "8", "nan"] * 5
+    with (
+        closing(Pool(tempers)) as two,
+        closing(Pool(run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge"))) as one,
+    ):
+        assert two.submit([group(*texts)]).result(60) == one.submit([group(*texts)]).result(60)
+
+
+def test_verifying_processes_that_are_killed_cost_open_responses_and_come_back(tempers):
+    with closing(Pool(tempers)) as pool:
+        assert pool.submit([group("7")]).result(60)[0][0].score == 1.0
+        assert pool._process is not None
+        asked = pool.submit([group("sleep")])
+        os.kill(pool._process.pid, signal.SIGKILL)
+        assert asked.result(60)[0][0].failure == "raised"
+        deadline = time.monotonic() + 60
+        while pool.submit([group("7")]).result(60)[0][0].score != 1.0:
+            assert time.monotonic() < deadline
+
+
+def test_a_run_judges_at_once_only_where_nothing_can_hang(tmp_path):
+    assert isinstance(open_judging(run_of(tmp_path)), AtOnce)
+    for words in (["task.verifier=regex"], ["task.verifier=math"], ["reward.format=think"]):
+        judging = open_judging(run_of(tmp_path, *words))
+        assert isinstance(judging, Pool)
+        judging.close()
+
+
+def judge(tmp_path: Path, *words: str) -> Judge:
+    run = run_of(tmp_path, *words)
+    return Judge(run.task, run.reward, run.rollout.sampling.max_new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "score"),
+    [
+        ("1/2", r"so \boxed{\frac{1}{2}}", 1.0),
+        (r"\frac{1}{2}", "it is $0.5$", 1.0),
+        (r"\{1,2\}", r"$\{2,1\}$", 1.0),
+        ("(x+1)^2", "$x^2+2x+1$", 1.0),
+        (r"\frac{\sqrt{2}}{2}", r"\boxed{\frac{1}{\sqrt{2}}}", 1.0),
+        ("[1,2)", "$[1,2)$", 1.0),
+        ("#### 72", "the answer is 72", 1.0),
+        ("1,234", "1234", 1.0),
+        ("3", "the answer is 4", 0.0),
+        ("(x+1)^2", "$x^2+1$", 0.0),
+        ("5", "", 0.0),
+    ],
+)
+def test_maths_answers(tmp_path, answer, text, score):
+    verdict = judge(tmp_path, "task.verifier=math").verify(Prompt("p", (), "q", answer), response(text))
+    assert (verdict.score, verdict.correct) == (score, score == 1.0)
+
+
+def test_several_rewards_are_summed_with_their_weights_and_told_apart(tmp_path):
+    words = ["reward.format='A=.*'", "reward.overlong_tokens=4", 'reward.verifiers={ short = "number" }']
+    made = judge(tmp_path, "task.verifier=regex", *words, "reward.weights={ format = 0.5, short = 2, task = 3 }")
+    verdict = made.verify(PROMPT, response("A=7", tokens=6))
+    assert dict(verdict.rewards) == {"task": 1.0, "short": 1.0, "format": 1.0, "overlong": -0.5}
+    assert verdict.score == 3 + 2 + 0.5 - 0.5
+    assert verdict.correct
+    cut = made.verify(PROMPT, response("7", tokens=8, finish="length"))
+    assert dict(cut.rewards) == {"task": 0.0, "short": 0.0, "format": 0.0, "overlong": -1.0}
+    assert reward_means([verdict, cut])["reward/overlong"] == -0.75
+    lengths = torch.arange(9)
+    shaped = [made.verify(PROMPT, response("x", tokens=n)).rewards["overlong"] for n in range(9)]
+    assert shaped == overlong_penalty(lengths, 8, 4).tolist()
+
+
+def test_the_format_think_wants_both_tags_in_order(tmp_path):
+    made = judge(tmp_path, "reward.format=think")
+    for text, given in (
+        ("<think>a\nb</think>\n<answer>7</answer>\n", 1.0),
+        ("<answer>7</answer><think>a</think>", 0.0),
+        ("<think>a</think>7", 0.0),
+    ):
+        assert made.verify(PROMPT, response(text)).rewards["format"] == given
+
+
+def test_one_reward_that_fails_leaves_the_response_unverified(tmp_path):
+    (tmp_path / "judge.py").write_text(TEMPERS)
+    made = judge(tmp_path, f'reward.verifiers={{ other = "{tmp_path}/judge.py:judge" }}')
+    verdict = made.verify(PROMPT, response("nan"))
+    assert (verdict.score, verdict.failure) == (None, "invalid")
+
+
+def test_gdpo_normalises_each_reward_apart(tmp_path):
+    base = ["reward.format=.*", "reward.weights={ format = 0.01 }"]
+    run, summed = (run_of(tmp_path, *base, f"advantage.kind={kind}") for kind in ("gdpo", "zscore"))
+    groups = [group("a", "b", "c", "d"), group("a", "b", "c", "d")]
+
+    def verdict(task: float, form: float) -> Verdict:
+        return Verdict(task + 0.01 * form, False, rewards={"task": task, "format": form})
+
+    same = [verdict(1, 1)] * 4
+    mixed = [verdict(1, 0), verdict(1, 1), verdict(0, 0), verdict(0, 1)]
+    found = collect(groups, [mixed, same], run)["advantages_B"]
+    assert found[4:].tolist() == [0.0] * 4  # exactly: a group without a signal teaches nothing
+    scores = torch.tensor([1.0, 1, -1, -1]) * (3 / 4) ** 0.5 + 0.01 * torch.tensor([-1.0, 1, -1, 1]) * (3 / 4) ** 0.5
+    expected = torch.cat([scores, torch.zeros(4)]).double()
+    torch.testing.assert_close(found, expected / (expected.std() + 1e-6), atol=1e-5, rtol=0)  # 1e-6 in two deviations
+    assert not torch.allclose(found, collect(groups, [mixed, same], summed)["advantages_B"], atol=1e-2)
+
+
+class Server(BaseHTTPRequestHandler):
+    asked: ClassVar[list[dict[str, object]]] = []
+    stumbles = 0
+
+    def do_POST(self):
+        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).asked.append(said)
+        text = said["response"]
+        if text == "stumble" and type(self).stumbles < 2:
+            type(self).stumbles += 1
+            self.send_response(503)
+            self.end_headers()
+            return
+        if text == "hang":
+            time.sleep(3)
+        self.send_response(400 if text == "refuse" else 200)
+        self.end_headers()
+        answers = {"no json": b"hello", "null": b'{"score": null}', "nan": b'{"score": NaN}', "list": b"[1]"}
+        self.wfile.write(answers.get(text, b'{"score": 0.5, "correct": true, "reason": "fair"}'))
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.asked.clear()
+    Server.stumbles = 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{made.server_address[1]}/judge"
+        made.shutdown()
+        thread.join()
+
+
+def test_a_remote_verifier_is_tried_again_and_what_it_breaks_is_counted(tmp_path, server):
+    run = run_of(tmp_path, f"task.verifier={server}", "reward.seconds=2", "reward.workers=3")
+    texts = ["fine", "stumble", "refuse", "no json", "null", "nan", "list", "hang"]
+    with closing(Pool(run)) as pool:
+        verdicts = pool.submit([group(*texts)]).result(60)[0]
+    found = {text: (v.score, v.correct, v.failure) for text, v in zip(texts, verdicts, strict=True)}
+    assert found == {
+        "fine": (0.5, True, ""),
+        "stumble": (0.5, True, ""),
+        "refuse": (None, False, "raised"),
+        "no json": (None, False, "raised"),
+        "list": (None, False, "raised"),
+        "null": (None, False, "declined"),
+        "nan": (None, False, "invalid"),
+        "hang": (None, False, "timed_out"),
+    }
+    assert Server.asked[0].keys() == {"id", "prompt", "response", "answer", "metadata"}
+
+
+def test_a_remote_verifier_that_is_not_there_times_out(tmp_path):
+    run = run_of(tmp_path, "task.verifier=http://127.0.0.1:9/", "reward.seconds=1")
+    with closing(Pool(run)) as pool:
+        verdict = pool.submit([group("x")]).result(60)[0][0]
+    assert verdict.failure == "timed_out"
+    assert "gave no answer" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["task.verifier=code"], "reward.allow_code = true"),
+        (["task.verifier=maths"], "did you mean math?"),
+        (['reward.verifiers={ a = "b.py:c" }'], "reward.verifiers.a"),
+    ],
+)
+def test_what_cannot_be_verified_is_an_error_before_any_work(tmp_path, words, found):
+    run = run_of(tmp_path, *words)
+    assert any(found in problem for problem in check_task(run.task, run.reward))
+
+
+def test_a_verifier_that_cannot_be_imported_and_a_missing_package_are_clear_errors(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text("import nothing_of_this_name\n")
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "q", "answer": "7"}\n')
+    task = JsonlTask(path=str(file), verifier=f"{tmp_path}/judge.py:judge")
+    assert "cannot be imported: ModuleNotFoundError" in next(check_task(task, Reward()))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    problem = next(check_task(JsonlTask(path=str(file), verifier="math"), Reward()))
+    assert "pip install 'megatron-rl[tasks]'" in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("advantage.kind=gdpo", "for several rewards"),
+        ("reward.overlong_tokens=9", "at most 8 tokens"),
+        ("reward.weights={ fromat = 1 }", "there is no such reward; there are task"),
+        ("reward.format=(", "not a regular expression"),
+        ('reward.verifiers={ task = "exact" }', "the name is taken"),
+    ],
+)
+def test_wrong_rewards_are_refused(tmp_path, words, found):
+    with pytest.raises(ConfigError) as caught:
+        run_of(tmp_path, words)
+    assert found in str(caught.value)
