@@ -36,7 +36,9 @@ def main() -> None:
         for (suite, words), count in total.items():
             print(f"{suite:<12} {' '.join(words):<70} {count - left[suite, words]:3} of {count}")
     else:
-        raise SystemExit("nothing is written yet")
+        from benchmarks.study.write import write
+
+        write(read_results(options.results))
 
 
 def _time(text: str | None) -> float | None:

@@ -7,6 +7,7 @@ condition has about as many seeds as the others.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 SEEDS = 5
 SAFE, HOT = 3e-4, 1e-3
@@ -119,6 +120,31 @@ class Cell:
     def key(self) -> str:
         """What tells the cell from every other."""
         return " ".join(self.words)
+
+
+class Line(TypedDict, total=False):
+    """The result of a cell, a line of ``results/SUITE.jsonl``.
+
+    ``accuracy`` is by rollout batch (of 512 held-out prompts), ``curves`` have a number a batch, named as in
+    ``metrics.jsonl``. A run that diverged has an ``error`` and neither of the two.
+    """
+
+    key: str
+    suite: str
+    variant: str
+    updates: int
+    lr: float
+    lag: int
+    seed: int
+    words: list[str]
+    accuracy: dict[str, float]
+    curves: dict[str, list[float]]
+    error: str
+    cpu_seconds: float
+    seconds: float
+    date: str
+    commit: str
+    versions: dict[str, str]
 
 
 def interleaved(

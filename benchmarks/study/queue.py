@@ -4,13 +4,14 @@ A line is written when its run is over. What was killed in the middle has no lin
 """
 
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks.study.cells import Cell
+from benchmarks.study.cells import Cell, Line
 from benchmarks.study.worker import RunFailed, train_once
 from megatron_rl.train.versions import found_versions
 
@@ -20,6 +21,7 @@ CURVES = (
     "entropy_mean",
     "clipped_fraction",
     "gradient_fraction",
+    "gradient_kept",
     "zero_variance_fraction",
     "response_tokens_mean",
     "truncated_fraction",
@@ -34,20 +36,20 @@ CURVES = (
 DIGITS = 5
 TIMEOUT_SECONDS = 600.0
 
-Line = Mapping[str, object]
-Runner = Callable[[Cell], tuple[list[Line], float]]
+Metrics = Sequence[Mapping[str, object]]
+Runner = Callable[[Cell], tuple[Metrics, float]]
 """Runs a cell; returns the lines of its ``metrics.jsonl`` and its CPU seconds."""
 
 
-def read_results(folder: Path = RESULTS) -> list[dict[str, object]]:
+def read_results(folder: Path = RESULTS) -> list[Line]:
     """Return every finished cell of all files; a last line that was cut off is left out."""
-    found: list[dict[str, object]] = []
+    found: list[Line] = []
     for file in sorted(folder.glob("*.jsonl")):
         found += [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return found
 
 
-def pending(cells: Iterable[Cell], done: Iterable[Mapping[str, object]]) -> list[Cell]:
+def pending(cells: Iterable[Cell], done: Iterable[Line]) -> list[Cell]:
     """Return the cells without a result, each once, in their order."""
     known = {line["key"] for line in done}
     left: dict[str, Cell] = {}
@@ -82,20 +84,20 @@ def run_queue(cells: Sequence[Cell], run: Runner, folder: Path, deadline: float 
         seconds = time.time() - began
         line |= {"seconds": round(seconds, 1), "date": str(date.today()), "commit": commit, "versions": versions}
         _append(folder / f"{cell.suite}.jsonl", json.dumps(line))
-        said = line.get("error") or f"accuracy {line['accuracy']}"
+        said = line.get("error") or f"accuracy {line.get('accuracy')}"
         where = f"{cell.variant}, {cell.condition.words}, seed {cell.seed}"
         print(f"{number + 1}/{len(left)} {where}: {str(said)[-200:]} ({seconds:.0f} s)", flush=True)
     return len(left)
 
 
-def result(cell: Cell, run: Runner) -> dict[str, object]:
+def result(cell: Cell, run: Runner) -> Line:
     """Run a cell and return its line; a run that diverged is a result too, with ``error`` and no accuracy.
 
     Raises:
         RunFailed: by accident.
     """
     condition = cell.condition
-    line: dict[str, object] = {
+    line: Line = {
         "key": cell.key,
         "suite": cell.suite,
         "variant": cell.variant,
@@ -112,25 +114,26 @@ def result(cell: Cell, run: Runner) -> dict[str, object]:
             raise
         return line | {"error": str(failure), "accuracy": {}, "curves": {}}
     steps = [entry for entry in lines if "reward_mean" in entry]
-    return line | {
-        "accuracy": {str(entry["step"]): entry["accuracy"] for entry in lines if entry.get("accuracy") is not None},
-        "curves": {name: [_rounded(entry.get(name)) for entry in steps] for name in CURVES},
-        "cpu_seconds": round(cpu_seconds, 1),
-    }
+    evaluated = [entry for entry in lines if entry.get("accuracy") is not None]
+    line["accuracy"] = {str(entry["step"]): _number(entry["accuracy"]) for entry in evaluated}
+    line["curves"] = {name: [_number(entry.get(name)) for entry in steps] for name in CURVES}
+    line["cpu_seconds"] = round(cpu_seconds, 1)
+    return line
 
 
 def real_run(model: Path) -> Runner:
     """Return what runs a cell for real, on this model."""
 
-    def run(cell: Cell) -> tuple[list[Line], float]:
+    def run(cell: Cell) -> tuple[Metrics, float]:
         lines, seconds = train_once(cell.words, cell.condition.lag, model, TIMEOUT_SECONDS)
-        return [*lines], seconds
+        return lines, seconds
 
     return run
 
 
-def _rounded(value: object) -> object:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _number(value: object) -> float:
+    """Return it with the digits that are kept; NaN for what the journal has no finite number for."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, int | float) else math.nan
 
 
 def _append(file: Path, line: str) -> None:

@@ -5,15 +5,15 @@ The trainer is ``megatron-rl train`` as torchrun would start it: the same plan, 
 """
 
 import argparse
-import ctypes
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -24,7 +24,6 @@ from megatron_rl.launch.ranks import free_port
 from megatron_rl.train.folder import METRICS, NONFINITE
 
 CONFIG = Path(__file__).with_name("study.toml")
-_PR_SET_PDEATHSIG = 1
 _HEALTH_SECONDS = 60.0
 CPU_SECONDS = "cpu_seconds"
 """File in which the trainer leaves what it took."""
@@ -96,10 +95,21 @@ def _wait_for(port: int) -> None:
             time.sleep(0.02)
 
 
+def end_with_the_queue() -> None:
+    """End this process when the one that asked for it ends, even if that one is killed."""
+    queue = multiprocessing.parent_process()
+    assert queue is not None, "this is a child process"
+
+    def watch() -> None:
+        wait([queue.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _begin(log: Path) -> None:
-    """Write what this process prints to a file, and end with the process that forked it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Write what this process prints to a file, and end when the queue ends, however that happens."""
+    end_with_the_queue()
     with log.open("ab") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)

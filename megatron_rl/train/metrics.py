@@ -14,7 +14,7 @@ from megatron_rl.loss import mismatch, summary
 from megatron_rl.policy.engine import StepReport
 from megatron_rl.train.routes import missing_routes, routing
 
-MEANS = ("ratio_mean", "clipped_fraction", "gradient_fraction", "policy_kl_mean")
+MEANS = ("ratio_mean", "clipped_fraction", "gradient_fraction", "gradient_kept", "policy_kl_mean")
 
 
 class StepMetrics:
