@@ -147,9 +147,24 @@ def loss_of(objective: Objective, kl: ReferenceKL | None = None) -> LossOf:
                 raise ConfigError(f"kl.coefficient = {kl.coefficient} needs ref_logprobs: give them, or set it to 0")
             values_R = values_R + kl.coefficient * kl.cost(logprobs_R, micro["ref_logprobs_T"])
         value = (micro["weights_T"] * values_R).sum()
-        return Loss(value, _metrics(value, logprobs_R, entropies_R, cost, micro))
+        metrics = _metrics(value, logprobs_R, entropies_R, cost, micro)
+        return Loss(value, Metrics({**metrics.sums, **_gradient_use(value, logprobs_R, micro)}, metrics.maxima))
 
     return loss
+
+
+def _gradient_use(value: Tensor, logprobs_R: Tensor, micro: Micro) -> dict[str, Tensor]:
+    """Return what became of the gradient with respect to the log-probs; nothing where no gradient is asked for.
+
+    By differentiating: whatever takes a gradient away (a clip, a gate, an advantage or a weight of 0) counts, in any
+    objective. What is differentiated twice is the cost of each token alone, not the model.
+    """
+    if not value.requires_grad:
+        return {}
+    (gradient_R,) = torch.autograd.grad(value, logprobs_R, retain_graph=True)
+    plain_R = micro["weights_T"] * micro["advantages_T"]
+    sums = (gradient_R.count_nonzero(), gradient_R.abs().sum(), plain_R.abs().sum())
+    return dict(zip(("trained", "gradient", "plain_gradient"), (total.double() for total in sums), strict=True))
 
 
 @torch.no_grad()
@@ -179,9 +194,11 @@ def summary(metrics: Metrics) -> dict[str, float]:
     """Return the journal's numbers for one mini-batch, from metrics added up over all ranks and micro-batches.
 
     ``loss``: the loss. Means over trained tokens: ``entropy_mean`` (nats, current policy), ``ratio_mean`` (each token
-    with the ratio of its segment), ``clipped_fraction`` (tokens that the trust region took out), ``policy_kl_mean`` (k3
-    estimate of KL(old || current)), ``reference_kl_mean`` (k3), ``correction_mean``. ``ratio_max``: largest ratio of
-    any segment. ``segments_mean``: segments per response. ``tokens``, ``responses``, ``segments``: counts.
+    with the ratio of its segment), ``clipped_fraction`` (tokens that the trust region took out), ``gradient_fraction``
+    (tokens with a gradient), ``policy_kl_mean`` (k3 estimate of KL(old || current)), ``reference_kl_mean`` (k3),
+    ``correction_mean``. ``gradient_kept``: sum of |dL / d log-prob|, as a share of the plain policy gradient's, which
+    has every ratio 1 and nothing clipped. ``ratio_max``: largest ratio of any segment. ``segments_mean``: segments per
+    response. ``tokens``, ``responses``, ``segments``: counts.
     """
     sums = {name: float(total) for name, total in metrics.sums.items()}
     # Counts that were added up as shares of 1: whole numbers but for rounding.
@@ -195,8 +212,17 @@ def summary(metrics: Metrics) -> dict[str, float]:
         "segments": segments,
         "segments_mean": segments / max(responses, 1.0),
         "clipped_fraction": sums["clipped"] / tokens,
+        **(_kept(sums) if "trained" in sums else {}),
         **{f"{name}_mean": sums[name] / tokens for name in sorted(means)},
         **{f"{name}_max": float(largest) for name, largest in metrics.maxima.items()},
+    }
+
+
+def _kept(sums: dict[str, float]) -> dict[str, float]:
+    plain = sums["plain_gradient"]
+    return {
+        "gradient_fraction": sums["trained"] / max(sums["tokens"], 1.0),
+        "gradient_kept": sums["gradient"] / plain if plain else 0.0,
     }
 
 

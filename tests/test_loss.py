@@ -283,6 +283,52 @@ def test_summary_forms_means_over_tokens_and_segments_over_responses():
     assert values["policy_kl_mean"] == pytest.approx(sum(math.exp(x) - 1 - x for x in shifts.tolist()) / 6)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_fraction_is_the_share_of_tokens_with_a_gradient(name):
+    """Over any split, a response with advantage 0 and one whose correction is 0 included."""
+    batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
+    batch = batch.add({"advantages_B": torch.tensor([1.0, -1.0, 0.5, 0.0, -0.3], dtype=torch.float64)})
+    correction = Correction(kind="icepop", low=0.8, high=1.2)
+    batch = batch.add({**prepare(batch, OBJECTIVES[name], correction, VOCABULARY), "new_T": new_T})
+    left, counted = 0, 0.0
+    for part in ([0, 1], [2, 3], [4]):
+        micro = batch.select(part).micro()
+        _, gradient_R, metrics = evaluate(OBJECTIVES[name], micro, micro["new_T"])
+        left += int((gradient_R != 0).sum())
+        counted += float(metrics.sums["trained"])
+    assert 0 < left == counted < len(batch.trained_R)
+
+
+def test_capped_tokens_of_cispo_have_a_gradient_and_clipped_ones_of_grpo_have_none():
+    batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
+    for objective in (CISPO(clip_high=0.1), GRPO()):
+        micro = batch.add(prepare(batch, objective)).micro()
+        values = summary(evaluate(objective, micro, new_T[batch.trained_R])[2])
+        assert values["clipped_fraction"] > 0
+        kept = 1.0 if isinstance(objective, CISPO) else 1 - values["clipped_fraction"]
+        assert values["gradient_fraction"] == pytest.approx(kept, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_kept_is_one_on_policy_and_sums_over_any_split(name):
+    batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
+    batch = batch.add({"rollout_logprobs_T": batch["old_logprobs_T"]})
+    batch = batch.add({**prepare(batch, OBJECTIVES[name], vocabulary=VOCABULARY), "new_T": new_T})
+    whole = batch.micro()
+    same = summary(evaluate(OBJECTIVES[name], whole, whole["old_logprobs_T"])[2])
+    assert same["gradient_kept"] == pytest.approx(1, rel=1e-12)
+    kept, plain, absolute = 0.0, 0.0, 0.0
+    for part in ([0, 1], [2, 3], [4]):
+        micro = batch.select(part).micro()
+        _, gradient_R, metrics = evaluate(OBJECTIVES[name], micro, micro["new_T"])
+        kept, plain = kept + float(metrics.sums["gradient"]), plain + float(metrics.sums["plain_gradient"])
+        absolute += float(gradient_R.abs().sum())
+    assert kept == pytest.approx(absolute, rel=1e-12)
+    moved = summary(evaluate(OBJECTIVES[name], whole, whole["new_T"])[2])
+    assert moved["gradient_kept"] == pytest.approx(kept / plain, rel=1e-12)
+    assert moved["gradient_kept"] != pytest.approx(1, abs=0.01)
+
+
 def test_mismatch_of_rollout_and_trainer():
     batch, _ = batch_of([9, 4, 7])
     log_R = (batch["old_logprobs_T"] - batch["rollout_logprobs_T"])[batch.trained_R].tolist()

@@ -50,6 +50,10 @@ CASES: dict[str, tuple[Mapping[str, Option], Callable[[list[Row]], Result]]] = {
         {"name": "espo", "alpha": 0.5, "top_fraction": 0.4},
         lambda rows: oracle.espo(rows, SIZE, 0.5, lambda row: oracle.entropy_split(row, 0.4)),
     ),
+    "espo fixed window": (
+        {"name": "espo", "fixed_window": 0.07},
+        lambda rows: oracle.espo(rows, SIZE, fixed=0.07),
+    ),
     "espo eq9": (
         {"name": "espo", "alpha": 0.5, "ratio_form": "eq9_literal"},
         lambda rows: oracle.espo_eq9(rows, SIZE, 0.5),
@@ -412,6 +416,7 @@ WRONG = [
     ({"name": "grpo", "aggregation": "constant"}, "normalizer = <tokens>"),
     ({"name": "grpo", "normalizer": 3}, "normalizer = <tokens>"),
     ({"name": "espo", "quantiles": [0.5], "thresholds": [0.5]}, "quantiles and thresholds"),
+    ({"name": "espo", "alpha": 0.1, "fixed_window": 0.1}, "keep one of the two windows"),
     ({"name": "espo", "clip_low": 0.1}, "unknown key objective.clip_low"),
     ({"name": "grpo", "kl": {"coef": 1}}, "unknown key kl.coef: 1"),
     ({"name": "grpo", "kl": {"coefficient": 1}}, "needs ref_logprobs"),

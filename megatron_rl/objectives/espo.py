@@ -26,6 +26,8 @@ class ESPO(Clipped):
     name: Literal["espo"] = "espo"
     alpha: NonNegative = 0.02
     """Width of the window: eps_k = alpha * mean entropy of the group / log V."""
+    fixed_window: NonNegative | None = None
+    """A window for all groups that no entropy moves, in place of ``alpha``: an ablation of the paper."""
     top_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of a response's tokens, those of highest entropy, that forms the upper of two groups."""
     quantiles: tuple[Share, ...] = ()
@@ -45,6 +47,10 @@ class ESPO(Clipped):
         given = [name for name in names if getattr(self, name) != fields[name].default]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} all choose the entropy groups: keep one of them")
+        if self.fixed_window is not None and self.alpha != fields["alpha"].default:
+            raise ValueError(
+                f"alpha = {self.alpha} and fixed_window = {self.fixed_window}: keep one of the two windows"
+            )
         return self
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
@@ -59,7 +65,10 @@ class ESPO(Clipped):
         means_R, sizes_R = segment_means(entropies_R, segment_ids_R)
         groups_per_response_R = 1 if self.high_only else segments_per_response(segment_ids_R, tokens.responses_R)
         weights_R = weighs_R / (tokens.num_responses * groups_per_response_R * sizes_R.double())
-        window_R = (self.alpha / log_size(vocabulary) * means_R).clamp(min=0)
+        if self.fixed_window is None:
+            window_R = (self.alpha / log_size(vocabulary) * means_R).clamp(min=0)
+        else:
+            window_R = tokens.constant(self.fixed_window)
         return {
             "segment_ids_T": segment_ids_R,
             "clip_low_T": window_R,

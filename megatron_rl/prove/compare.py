@@ -89,7 +89,7 @@ def differences(
         "gradient": relative[worst],
         "norm": apart("grad_norm") / max(metric(reference, "grad_norm"), 1e-30),
         "ratio": max(apart("ratio_mean"), apart("ratio_max")),
-        "counts": max(apart("tokens"), apart("clipped_fraction"), apart("segments_mean")),
+        "counts": max(map(apart, ("tokens", "clipped_fraction", "gradient_fraction", "segments_mean"))),
     }
     bounds = {
         "logprobs": tolerance.scores,

@@ -36,6 +36,8 @@ DOCUMENTED: Mapping[str, str] = {
     "ratio_max": "largest importance ratio",
     "first_ratio_max": "the same in the first update alone, where every ratio must be 1",
     "clipped_fraction": "trained tokens without a gradient because of the clip",
+    "gradient_fraction": "trained tokens with a gradient: not clipped, and neither advantage nor weight is 0",
+    "gradient_kept": "sum of |d loss / d log-prob| over trained tokens, as a share of the plain policy gradient's",
     "segments_mean": "segments (tokens that share a ratio) of a response",
     "policy_kl_mean": "k3 estimate of KL(old || current), nats a token",
     "reference_kl_mean": "k3 estimate of KL(current || reference), where one is used",

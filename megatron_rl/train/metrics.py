@@ -14,6 +14,8 @@ from megatron_rl.loss import mismatch, summary
 from megatron_rl.policy.engine import StepReport
 from megatron_rl.train.routes import missing_routes, routing
 
+MEANS = ("ratio_mean", "clipped_fraction", "gradient_fraction", "gradient_kept", "policy_kl_mean")
+
 
 class StepMetrics:
     """Gathers what a step tells, in the order in which it happens."""
@@ -84,7 +86,7 @@ class StepMetrics:
         tokens = sum(update["tokens"] for update in updates) or 1.0
         means = {
             name: sum(update[name] * update["tokens"] for update in updates) / tokens
-            for name in ("ratio_mean", "clipped_fraction", "policy_kl_mean", "reference_kl_mean", "correction_mean")
+            for name in (*MEANS, "reference_kl_mean", "correction_mean")
             if name in updates[0]
         }
         responses = sum(update["responses"] for update in updates) or 1.0

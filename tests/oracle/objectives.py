@@ -121,11 +121,11 @@ def entropy_split(row: Row, share: float = 0.2) -> list[list[int]]:
     return [sorted(group) for group in (order[:size], order[size:]) if group]
 
 
-def espo(rows, size, alpha=0.02, groups=entropy_split) -> Result:
+def espo(rows, size, alpha=0.02, groups=entropy_split, fixed=None) -> Result:
     filled = sum(1 for row in rows if row.new)
 
     def window(row, group):
-        eps = alpha / math.log(size) * mean([row.entropies[t] for t in group])
+        eps = alpha / math.log(size) * mean([row.entropies[t] for t in group]) if fixed is None else fixed
         return eps, eps
 
     return framed(rows, groups, window, lambda row, group: 1 / (filled * len(groups(row)) * len(group)))
