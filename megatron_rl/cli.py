@@ -91,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     fleet.set_defaults(run=_fleet)
 
     preflight = verbs.add_parser("preflight", help="the first steps of a Slurm job: are the nodes fit for it")
-    preflight.add_argument("step", choices=("report", "judge", "link"))
+    preflight.add_argument("step", choices=("report", "judge", "link", "fleet"))
     preflight.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
-    preflight.add_argument("--folder", type=Path, required=True, help="where nodes write and read")
+    preflight.add_argument("--folder", type=Path, default=Path(), help="where nodes write and read (not: fleet)")
     preflight.add_argument("--nodes", nargs="+", default=[], help="judge: names of the nodes")
     preflight.add_argument("--needed", type=int, default=1, help="judge: how many of them the run needs")
     preflight.set_defaults(run=_preflight)
@@ -137,7 +137,7 @@ def _check(options: argparse.Namespace) -> int:
 
     loaded = _load(options.config) if options.config else None
     if options.cluster and loaded is not None:
-        from megatron_rl.launch.preflight import check_cluster
+        from megatron_rl.launch.cluster import check_cluster
 
         return check_cluster(options.config, loaded.run)
     return check(loaded, options.ranks)
@@ -171,6 +171,10 @@ def _preflight(options: argparse.Namespace) -> int:
         return preflight.judge(options.folder, options.nodes, options.needed)
     if options.step == "link":
         return preflight.link(options.folder, timeout_seconds=60)
+    if options.step == "fleet":
+        from megatron_rl.launch.roundtrip import ask_fleet
+
+        return ask_fleet(_load(options.config).run)
     return preflight.report(_load(options.config).run, options.folder)
 
 

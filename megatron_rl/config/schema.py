@@ -245,7 +245,8 @@ class Log(Section):
     project: str = "megatron-rl"
     """Name of the project in the trackers; the run is named like its folder."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port of an endpoint ``/metrics`` with the newest step's numbers; none without a value, 0 takes a free one."""
+    """Port of an endpoint ``/metrics``: the newest step's numbers, the queue and the servers now; none without a value,
+    0 takes a free one."""
     prometheus_host: str = "127.0.0.1"
     """Address that the endpoint listens on."""
     profile_steps: tuple[int, ...] = ()

@@ -3,8 +3,9 @@
     report   on every node: writes what it is to a file in the run folder. No rank waits for another
     judge    on one node: reads the files, prints a table, names odd nodes, chooses as many good ones as are needed
     link     on every rank of the chosen nodes: all-reduce and all-to-all, checked and timed
+    fleet    from the first trainer node: a short request to every server (``roundtrip``)
 
-A node whose file does not come is down, or does not see the run folder. ``megatron-rl check --cluster`` runs the three
+A node whose file does not come is down, or does not see the run folder. ``megatron-rl check --cluster`` runs all four
 in an allocation; the script of ``megatron-rl slurm`` has them as its first steps.
 """
 
@@ -12,7 +13,6 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,7 +24,6 @@ from rich.table import Table
 
 from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.links import free_gpu_bytes, measure_links
 from megatron_rl.train.folder import replace_text
 from megatron_rl.train.versions import found_versions
@@ -168,34 +167,3 @@ def link(folder: Path, timeout_seconds: float) -> int:
         replace_text(folder / "links", text)
         sys.stdout.write(text)
     return 0
-
-
-def check_cluster(words: Sequence[str], run: Run) -> int:
-    """Run the three in the allocation that this process is in; return the exit code.
-
-    Raises:
-        ConfigError: there is no allocation.
-    """
-    if "SLURM_JOB_ID" not in os.environ:
-        raise ConfigError("check --cluster looks at the nodes of a Slurm allocation: run it inside salloc or a job")
-    names = subprocess.run(["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True).stdout.split()
-    folder = Path(run.log.path).absolute() / "slurm" / f"preflight-{os.environ['SLURM_JOB_ID']}-{int(time.time())}"
-    folder.mkdir(parents=True)
-    program = [run.slurm.python, "-m", "megatron_rl", "preflight"]
-    count = str(len(names))
-    srun = ["srun", "--overlap", f"--nodes={count}"]
-    per_node = [*srun, "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--time=5"]
-    subprocess.run([*per_node, *program, "report", "--folder", str(folder), *words], check=False)
-    if judge(folder, names, min(run.slurm.nodes, len(names))):
-        return 1
-    chosen = (folder / "nodes").read_text().split()
-    address = subprocess.run(
-        ["scontrol", "show", "node", chosen[0], "--oneliner"], capture_output=True, text=True, check=True
-    ).stdout
-    environment = os.environ | {
-        "MASTER_ADDR": address.partition(" NodeAddr=")[2].split()[0],
-        "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000),
-    }
-    ranks = ["srun", "--overlap", f"--nodes={len(chosen)}", f"--nodelist={','.join(chosen)}"]
-    ranks += [f"--ntasks={len(chosen) * run.slurm.ranks}", f"--ntasks-per-node={run.slurm.ranks}"]
-    return subprocess.run([*ranks, *program, "link", "--folder", str(folder)], env=environment, check=False).returncode

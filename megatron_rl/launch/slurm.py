@@ -22,11 +22,34 @@ from megatron_rl.config.sources import raise_problems
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.plan import make_plan
 from megatron_rl.train.folder import replace_text
-from megatron_rl.train.hang import HUNG
 from megatron_rl.train.versions import package_version
 
-SCRIPT = Path(__file__).with_name("job.sh")
-"""The text that every job has in common; ``$names`` in it are filled in, ``$$`` is a dollar of bash."""
+COMMON = Path(__file__).with_name("job.sh")
+"""The part that every job has in common, plain bash; the script of ``launch/plain.sbatch`` ends with the same text."""
+
+TOP = Template("""\
+#!/usr/bin/env bash
+# A job of megatron-rl $version, rendered by
+#   $command
+# Read it, change it, submit it with sbatch.
+
+$header
+
+cd $folder || exit 2
+run=$run
+config=($config)
+resume=$resume nodes_needed=$nodes ranks_per_node=$ranks_per_node cpus_per_rank=$cpus gpus_per_node=$gpus
+servers=$servers
+server_options=($server_options)
+preflight=$preflight restarts=$restarts
+# One step: srun, the container if there is one, megatron-rl. Its srun options stand in the array "options". It takes
+# the place of the shell that calls it, so that a signal to a step in the background reaches srun.
+step() { exec $step "$$@"; }
+
+$setup
+
+""")
+"""What differs between jobs; ``$$`` is a dollar of bash."""
 
 JOB = "job.sbatch"
 """Name of the rendered script in the run folder."""
@@ -109,21 +132,18 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path) -> str:
         "run": shlex.quote(str(path)),
         "config": shlex.join(word for word in words if not word.startswith(SET_BY_THE_JOB)),
         "resume": str(int(run.train.resume)),
-        "setup": "\n".join(slurm.setup) or ": # nothing was asked for",
+        "setup": "\n".join(slurm.setup) or ": # nothing was asked for (slurm.setup)",
         "step": " ".join(_step(slurm, path, folder)),
-        "trainer": _component(run, 0),
-        "fleet": _component(run, 1) if slurm.rollout_nodes else "--overlap",
         "nodes": str(slurm.nodes),
-        "ranks": str(slurm.nodes * slurm.ranks),
         "ranks_per_node": str(slurm.ranks),
+        "cpus": str(slurm.cpus_per_rank),
+        "gpus": str(slurm.gpus_per_node),
         "servers": str(0 if run.rollout.urls else run.rollout.servers),
-        "server_options": " ".join(_server_options(run)),
-        "trainer_nodes": "SLURM_JOB_NODELIST_HET_GROUP_0" if slurm.rollout_nodes else "SLURM_JOB_NODELIST",
-        "preflight": "1" if slurm.preflight else "0",
+        "server_options": " ".join(server_options(run)),
+        "preflight": str(int(slurm.preflight)),
         "restarts": str(slurm.restarts),
-        "hung": str(HUNG),
     }
-    return Template(SCRIPT.read_text(encoding="utf-8")).substitute(filled)
+    return TOP.substitute(filled) + COMMON.read_text(encoding="utf-8")
 
 
 def servers_per_node(run: Run) -> int:
@@ -151,12 +171,12 @@ def _header(run: Run, path: Path) -> Iterator[str]:
     if slurm.rollout_nodes:
         yield "#SBATCH hetjob"
         yield "# The fleet"
-        per_node = servers_per_node(run)
         gpus = slurm.gpus_per_node
         fleet: dict[str, bool | int | str] = {
+            "time": slurm.time_limit,
             "nodes": slurm.rollout_nodes,
-            "ntasks-per-node": per_node,
-            "cpus-per-task": slurm.cpus_per_rank * max(gpus // per_node, 1),
+            "ntasks-per-node": servers_per_node(run),
+            "cpus-per-task": _server_cpus(run),
         }
         if gpus:
             fleet["gpus-per-node"] = gpus
@@ -169,16 +189,20 @@ def _directives(options: Mapping[str, bool | int | str]) -> Iterator[str]:
             yield f"#SBATCH --{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
 
 
-def _component(run: Run, group: int) -> str:
-    return f"--het-group={group}" if run.slurm.rollout_nodes else ""
-
-
-def _server_options(run: Run) -> Iterator[str]:
+def server_options(run: Run) -> Iterator[str]:
+    """Yield the options of srun that spread the servers over their nodes."""
     per_node = servers_per_node(run)
-    yield f"--nodes={-(-run.rollout.servers // per_node) if per_node else 1}"
+    if not per_node or run.rollout.urls:
+        return
+    yield f"--nodes={-(-run.rollout.servers // per_node)}"
     yield f"--ntasks-per-node={per_node}"
-    if run.slurm.gpus_per_node and per_node:
+    yield f"--cpus-per-task={_server_cpus(run)}"
+    if run.slurm.gpus_per_node:
         yield f"--gpus-per-task={run.slurm.gpus_per_node // per_node}"
+
+
+def _server_cpus(run: Run) -> int:
+    return run.slurm.cpus_per_rank * max(run.slurm.gpus_per_node // servers_per_node(run), 1)
 
 
 def _step(slurm: Slurm, run: Path, folder: Path) -> Iterator[str]:
@@ -203,6 +227,12 @@ def _problems(loaded: Loaded[Run]) -> Iterator[str]:
         yield (
             f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}), but rollout.urls"
             " names servers that run already; leave one of them out"
+        )
+    if slurm.rollout_nodes > run.rollout.servers > 0:
+        yield (
+            f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}) is more than"
+            f" rollout.servers = {run.rollout.servers}: a server lies on one node, and the other nodes would idle;"
+            f" write slurm.rollout_nodes = {run.rollout.servers}, or more servers"
         )
     gpus, per_node = slurm.gpus_per_node, servers_per_node(run)
     if slurm.rollout_nodes and gpus and per_node > gpus:

@@ -13,7 +13,7 @@ from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
 from megatron_rl.train.folder import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, keep_steps_before
-from megatron_rl.train.sinks import Sink, flat
+from megatron_rl.train.sinks import Read, Sink, flat
 
 DOCUMENTED: Mapping[str, str] = {
     "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
@@ -166,6 +166,11 @@ class Journal:
         for entry in entries:
             self._line(LEDGER, entry)
         self._files[LEDGER].flush()
+
+    def watch(self, read: Read) -> None:
+        """Let the sinks ask how the run stands."""
+        for sink in self._sinks:
+            sink.watch(read)
 
     def say(self, message: str) -> None:
         """Show a line to people."""

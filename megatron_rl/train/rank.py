@@ -35,7 +35,8 @@ def run_rank(loaded: Loaded[Run]) -> int:
     """Run this rank; return its exit code."""
     run = loaded.run
     # The watchdog knows more than the groups' own timeout, which is there for a rank without one.
-    world = start_world(2 * run.train.step_timeout_seconds, run.train.deterministic)
+    longest = max(run.train.step_timeout_seconds, run.rollout.start_timeout_seconds)
+    world = start_world(2 * longest, run.train.deterministic)
     torch.manual_seed(run.train.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
@@ -43,10 +44,11 @@ def run_rank(loaded: Loaded[Run]) -> int:
     checkpoints = Checkpoints(run, world, policy)
     start, sampler_state = checkpoints.load() if run.train.resume else (0, {})
     with ExitStack() as stack:
-        stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
         journal = stack.enter_context(_journal(run, world, start))
         with journal.phase("start"):
             sampler = _sampler(run, world, journal, tokenizer, stack)
+            dist.barrier()  # to wait for servers that load a model is no hang
+            stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
             if start:
                 sampler.load_state(sampler_state)
             if run.train.resume:  # servers of others may have newer weights than the checkpoint
@@ -60,7 +62,8 @@ def run_rank(loaded: Loaded[Run]) -> int:
     dist.destroy_process_group()
     if world.is_main:
         sys.stdout.write("\n".join(farewell(Path(run.log.path), resumable=not finished)) + "\n")
-    return 0 if finished else STOPPED
+    # The others end with 0: srun would take the first 130 for a failure, and kill the ranks that are not so far yet.
+    return 0 if finished or not world.is_main else STOPPED
 
 
 def _journal(run: Run, world: World, start: int) -> Journal:

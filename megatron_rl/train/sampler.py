@@ -21,6 +21,7 @@ from megatron_rl.train.buffer import SURPLUS, TOO_OLD, Taken
 from megatron_rl.train.buffer_state import Json
 from megatron_rl.train.collect import collect, share
 from megatron_rl.train.fleet import Weights, write_own, writes_shares
+from megatron_rl.train.gauges import readings
 from megatron_rl.train.journal import Journal
 from megatron_rl.train.ledger import entries
 from megatron_rl.train.routes import wanted_routes
@@ -99,6 +100,7 @@ class MainSampler:
         self._heldout = first_prompts(self.task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
         self._stop = False
         self._sampling = False
+        journal.watch(lambda: readings(self.stream, self.fleet))
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 

@@ -37,9 +37,11 @@ def registered(folder: Path, count: int, timeout_seconds: float) -> list[str]:
     deadline = time.monotonic() + timeout_seconds
     while len(found := sorted(folder.glob("server_*.json"))) < count:
         if time.monotonic() > deadline:
+            missing = [str(number) for number in range(count) if not (folder / f"server_{number}.json").exists()]
             raise RolloutError(
                 f"{len(found)} of {count} servers (rollout.servers) have registered in {folder} (rollout.registry)"
-                f" within {timeout_seconds:g} s; see their logs; raise rollout.start_timeout_seconds if they are slow"
+                f" within {timeout_seconds:g} s, {', '.join(missing)} have not; see their logs; raise"
+                " rollout.start_timeout_seconds if they are slow"
             )
         time.sleep(0.2)
     return [json.loads(path.read_text())["url"] for path in found]

@@ -6,12 +6,13 @@ All keep their data in the run folder unless the environment names a server, so 
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rl.config.schema import Log
+from megatron_rl.train.gauges import Reading
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ PACKAGES: Mapping[str, str] = {
 }
 """The module that each sink imports."""
 
+Read = Callable[[], Iterable[Reading]]
+"""Tells how a run stands at the moment."""
+
 PREFIX = "megatron_rl_"
 """Of the gauges that Prometheus sees."""
 
@@ -33,6 +37,10 @@ class Sink(Protocol):
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take a step's numbers; times are named ``seconds/PHASE``."""
+        ...
+
+    def watch(self, read: Read) -> None:
+        """Ask this whenever somebody wants to know how the run stands between two steps."""
         ...
 
     def close(self) -> None:
@@ -81,6 +89,10 @@ class Careful:
         """See ``Sink``."""
         self._guarded(lambda: self._sink.write(step, numbers))
 
+    def watch(self, read: Read) -> None:
+        """See ``Sink``."""
+        self._guarded(lambda: self._sink.watch(read))
+
     def close(self) -> None:
         """See ``Sink``."""
         self._guarded(self._sink.close)
@@ -96,7 +108,12 @@ class Careful:
             log.warning("log.sinks: %s failed and gets no more metrics: %s", self._name, error)
 
 
-class _TensorBoard:
+class _Tracker:
+    def watch(self, read: Read) -> None:
+        """Trackers get steps only."""
+
+
+class _TensorBoard(_Tracker):
     def __init__(self, folder: Path) -> None:
         self._writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
@@ -109,7 +126,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Wandb:
+class _Wandb(_Tracker):
     def __init__(self, folder: Path, project: str, config: Mapping[str, object]) -> None:
         wandb = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
@@ -124,7 +141,7 @@ class _Wandb:
         self._run.finish()
 
 
-class _MLflow:
+class _MLflow(_Tracker):
     def __init__(self, folder: Path, project: str, config: Mapping[str, object]) -> None:
         self._mlflow = importlib.import_module("mlflow")
         if "MLFLOW_TRACKING_URI" not in os.environ:
@@ -141,7 +158,7 @@ class _MLflow:
         self._mlflow.end_run()
 
 
-class _Trackio:
+class _Trackio(_Tracker):
     def __init__(self, folder: Path, project: str, config: Mapping[str, object]) -> None:
         os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
         self._trackio = importlib.import_module("trackio")
@@ -155,7 +172,7 @@ class _Trackio:
 
 
 class Prometheus:
-    """Serves the newest numbers on ``/metrics``.
+    """Serves the newest step's numbers on ``/metrics``, and how the run stands when asked.
 
     Args:
         port: 0 takes a free one.
@@ -182,8 +199,34 @@ class Prometheus:
                 known = self._gauges[name] = self._client.Gauge(safe, words, registry=self._registry)
             known.set(value)
 
+    def watch(self, read: Read) -> None:
+        """See ``Sink``; read anew for every request, in the endpoint's thread."""
+        self._registry.register(_Live(read))
+
     def close(self) -> None:
         """See ``Sink``."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Live:
+    """A collector as prometheus_client asks for them."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._family: Any = importlib.import_module("prometheus_client.core").GaugeMetricFamily
+
+    def collect(self) -> Iterator[object]:
+        """Yield the gauges, those of one name together."""
+        families: dict[str, Any] = {}
+        for reading in self._read():
+            if reading.name not in families:
+                name, labels = PREFIX + reading.name, list(reading.labels)
+                families[reading.name] = self._family(name, reading.words, labels=labels)
+            families[reading.name].add_metric(list(reading.labels.values()), reading.value)
+        yield from families.values()
+
+    def describe(self) -> list[object]:
+        """Return nothing: what there is, is known when asked."""
+        return []

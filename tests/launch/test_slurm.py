@@ -42,15 +42,14 @@ def test_trainer_and_fleet_are_components_with_their_own_nodes(tmp_path):
     trainer, fleet = " ".join(directives(text)).split(" hetjob ")
     assert "--nodes=2 --ntasks-per-node=8 " in trainer
     assert trainer.endswith("--gpus-per-node=8 --partition=h100 --exclusive")
-    assert "--nodes=2 --ntasks-per-node=2 --cpus-per-task=32 --gpus-per-node=8 --partition=l40" in fleet
-    assert "--het-group=1 --nodes=2 --ntasks-per-node=2 --gpus-per-task=4" in text
+    assert "--time=24:00:00 --nodes=2 --ntasks-per-node=2 --cpus-per-task=32 --gpus-per-node=8 --partition=l40" in fleet
+    assert "server_options=(--nodes=2 --ntasks-per-node=2 --cpus-per-task=32 --gpus-per-task=4)" in text
 
 
 def test_servers_may_share_the_trainer_s_nodes_or_run_already(tmp_path):
     together, connected = script(tmp_path), script(tmp_path, 'rollout.urls=["http://10.0.0.7:30000"]')
 
     assert "hetjob" not in together + connected
-    assert "--het-group" not in together + connected
     assert "servers=1\n" in together
     assert "servers=0\n" in connected
 
@@ -87,6 +86,7 @@ def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
         ("slurm.options={ nodes = 3 }", r"slurm.options.nodes \(command line.*is decided by other settings"),
         ("slurm.nodes=3", r"6 ranks|3 ranks cannot be shared"),
         ("slurm.gpus_per_node=8", r"servers would take the trainer's GPUs; write slurm.rollout_nodes"),
+        ("slurm.rollout_nodes=2", r"more than rollout.servers = 1: a server lies on one node"),
         ("slurm.image=x", r"container is 'none' and image 'x'; write both"),
         ("slurm.time_limit=soon", r"slurm.time_limit"),
     ],
@@ -94,6 +94,13 @@ def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
 def test_what_no_job_could_be_is_refused(tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
         script(tmp_path, setting)
+
+
+def test_a_run_folder_that_cannot_be_made_is_told_before_anything_is_submitted(tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    assert main(["slurm", str(DEMO), *TWO_NODES, f"log.path={tmp_path / 'file' / 'run'}"]) == 2
+    assert "cannot write the run folder" in capsys.readouterr().err
 
 
 def test_a_script_needs_no_slurm_but_submitting_does(tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ class FakeServer:
         status: of ``/generate``.
         delay_seconds: before an answer of ``/generate``.
         hangs: nothing is answered at all while it is set.
+        logprob: of every token, sampled or read.
         breaks: the connection of ``/generate`` is closed in the middle of a request while it is set.
     """
 
@@ -33,6 +34,7 @@ class FakeServer:
         self.trick: Trick = lambda answers: None
         self.status = 200
         self.delay_seconds = 0.0
+        self.logprob = -0.25
         self.hangs = False
         self.breaks = False
         self.calls: Counter[str] = Counter()
@@ -84,7 +86,8 @@ class FakeServer:
                 "completion_tokens": count,
                 "weight_version": self.version,
                 "weight_versions": [{"version": self.version, "start": 0, "end": count}],
-                "output_token_logprobs": [[-0.25, i, None] for i in ids],
+                "output_token_logprobs": [[self.logprob, i, None] for i in ids],
+                **({} if count else {"input_token_logprobs": [[self.logprob, i, None] for i in input_ids]}),
             },
         }
 

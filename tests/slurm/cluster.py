@@ -72,7 +72,7 @@ class Cluster:
         """Return what a command says inside the namespace."""
         inside = ["nsenter", f"--net=/var/run/netns/{self.namespace}", *command]
         environment = {**self.environment, **(env or {})}
-        done = subprocess.run(inside, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(inside, env=environment, cwd=cwd, capture_output=True, text=True, timeout=180)
         if check and done.returncode:
             raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout + ("" if check else done.stderr)

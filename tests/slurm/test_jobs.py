@@ -1,7 +1,9 @@
 """Jobs of ``megatron-rl slurm`` on a real Slurm: two nodes for the trainer, one for the fleet, all on this machine."""
 
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +41,7 @@ def words(run: Path, *more: str) -> list[str]:
         "slurm.cpus_per_rank": 1,
         "slurm.stop_seconds": 60,
         "slurm.time_limit": "0:10:00",
+        "slurm.preflight": "false",  # a test that is about something else need not wait for it
         "rollout.servers": 2,
         "train.steps": 6,
         "checkpoint.every": 1,
@@ -51,9 +54,12 @@ def words(run: Path, *more: str) -> list[str]:
     return [str(DEMO), *(f"{key}={value}" for key, value in settings.items())]
 
 
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu"}
+PREFLIGHT = "slurm.preflight=true"
+
+
 def submit(cluster: Cluster, given: list[str]) -> str:
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu"}
-    said = cluster.run([sys.executable, "-m", "megatron_rl", "slurm", *given, "--submit"], cwd=ROOT, env=environment)
+    said = cluster.run([sys.executable, "-m", "megatron_rl", "slurm", *given, "--submit"], cwd=ROOT, env=ENVIRONMENT)
     found = re.search(r"submitted job (\d+)", said)
     assert found, said
     return found[1]
@@ -88,12 +94,13 @@ def nothing_left(cluster: Cluster, run: Path) -> None:
 def uninterrupted(cluster, tmp_path_factory) -> Path:
     """A run of six steps that nobody disturbs."""
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    job = submit(cluster, words(run))
+    job = submit(cluster, words(run, PREFLIGHT))
     state = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=300)
     assert state["JobState"] == "COMPLETED", log_of(run, job)
     text = log_of(run, job)
     assert "Preflight" in text, text
     assert "all-reduce over 2 ranks" in text, text
+    assert len(re.findall(r"http://127\.0\.0\.1:\d+ .* ok .* \d+ ms", text)) == 2, text
     nothing_left(cluster, run)
     return run
 
@@ -113,15 +120,94 @@ def finish(cluster: Cluster, run: Path, job: str) -> None:
     nothing_left(cluster, run)
 
 
-def test_the_signal_before_the_time_limit_ends_in_a_checkpoint_and_the_same_curve(cluster, uninterrupted, tmp_path):
+def plain_script(folder: Path, run: Path) -> Path:
+    """Return ``launch/plain.sbatch`` as a site may have edited it: every change is in its top."""
+    top, mark, common = (ROOT / "launch" / "plain.sbatch").read_text().partition("# ---- From here on")
+    config = " ".join(word for word in words(run, "checkpoint.every=0") if not word.startswith("log.path"))
+    edits = {
+        r"megatron-rl-%j.log": f"{run}/slurm/job-%j.log",
+        r"--time=\S+": "--time=0:10:00",
+        r"B:USR1@300": "B:USR1@60",
+        r"--(ntasks-per-node=8|ntasks-per-node=2)\n": "--ntasks-per-node=1\n",
+        r"--cpus-per-task=\d+": "--cpus-per-task=1",
+        r"(?m)^#SBATCH --gpus-per-node.*\n": "",
+        r'cd "\$SLURM_SUBMIT_DIR"': f"cd {ROOT}",
+        r'run="\S+"': f'run="{run}"',
+        r"configs/my.toml": config,
+        r"ranks_per_node=8 cpus_per_rank=8 gpus_per_node=8": "ranks_per_node=1 cpus_per_rank=1 gpus_per_node=0",
+        r"(server_options=.*) --gpus-per-task=4": r"\1",
+        r"preflight=1": "preflight=0",
+        r" python -m": f" {sys.executable} -m",
+    }
+    for pattern, text in edits.items():
+        top, count = re.subn(pattern, text, top)
+        assert count, pattern
+    # Two servers share the one node of the fleet; in the component's own lines and in its step.
+    before, hetjob, after = top.partition("#SBATCH hetjob")
+    top = before + hetjob + after.replace("--ntasks-per-node=1\n", "--ntasks-per-node=2\n", 1)
+    script = folder / "site.sbatch"
+    script.write_text(top + mark + common)
+    return script
+
+
+def test_the_plain_script_stops_at_the_signal_with_a_checkpoint_and_goes_on_with_the_same_curve(
+    cluster, uninterrupted, tmp_path
+):
     run = tmp_path / "stopped"
-    job = submit(cluster, words(run))
+    (run / "slurm").mkdir(parents=True)
+    job = cluster.run(["sbatch", "--parsable", str(plain_script(tmp_path, run))], env=ENVIRONMENT).split(";")[0].strip()
     wait_for_steps(cluster, run, job, 1)
 
     cluster.run(["scancel", "--batch", "--signal=USR1", job])
     finish(cluster, run, job)
 
-    assert "the time limit is near: the job goes back into the queue" in log_of(run, job)
+    text = log_of(run, job)
+    assert "the trainer ended with 130" in text, text
+    assert "the time limit is near: the job goes back into the queue" in text
+    assert curve(run) == curve(uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself_ends_in_a_checkpoint_and_the_same_curve(cluster, uninterrupted, tmp_path):
+    """Slurm sends the signal 30 to 60 s after the start: 60 s before the limit of 2 minutes, or a little earlier."""
+    run = tmp_path / "limit"
+    job = submit(cluster, words(run, "slurm.time_limit=0:02:00", "train.steps=10000", "checkpoint.every=0"))
+    cluster.wait_for(job, "RUNNING")
+    state = cluster.wait_for(job, "PENDING", "FAILED", "TIMEOUT", seconds=150)
+    assert state["JobState"] == "PENDING", log_of(run, job)
+    before = len(curve(run))
+    assert before >= 1, log_of(run, job)
+    cluster.start_now(job)
+    wait_for_steps(cluster, run, job, max(before + 2, 6))
+    cluster.run(["scancel", job])
+    nothing_left(cluster, run)
+
+    assert "the trainer ended with 130" in log_of(run, job)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert [step for step, _, _ in curve(run)] == list(range(len(curve(run))))
+    assert curve(run)[:6] == curve(uninterrupted)
+
+
+def rank(cluster: Cluster, run: Path, number: int) -> int:
+    """Return the process of a trainer rank."""
+    for pid in cluster.processes(str(run)):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"train" in command and f"SLURM_PROCID={number}".encode() in environment:
+            return pid
+    raise AssertionError(f"no process of rank {number}")
+
+
+def test_a_rank_that_stands_still_is_reported_and_the_job_goes_on_from_its_checkpoint(cluster, uninterrupted, tmp_path):
+    run = tmp_path / "hang"
+    job = submit(cluster, words(run, "train.step_timeout_seconds=20", "slurm.restarts=1"))
+    wait_for_steps(cluster, run, job, 1)
+
+    os.kill(rank(cluster, run, 1), signal.SIGSTOP)
+    finish(cluster, run, job)
+
+    assert "no answer from rank 1: dead, stopped" in (run / "hang" / "report.txt").read_text()
+    assert "the ranks hung, see" in log_of(run, job)
     assert curve(run) == curve(uninterrupted)
 
 
@@ -162,23 +248,52 @@ def test_more_nodes_than_there_are_is_an_error_at_once(cluster, tmp_path):
         submit(cluster, words(tmp_path / "run", "slurm.nodes=8"))
 
 
-def test_an_odd_node_stops_the_job_before_the_model_is_loaded(cluster, tmp_path):
-    run, wrapper = tmp_path / "odd", tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME $4" = "node2 report" ] && exit 1\nexec {sys.executable} "$@"\n')
+def test_a_node_that_does_not_share_the_run_folder_stops_the_job_before_the_model_is_loaded(cluster, tmp_path):
+    run, wrapper = tmp_path / "apart", tmp_path / "python"
+    apart = f'unshare --mount sh -c \'mount -t tmpfs none "{run}" && exec "$0" "$@"\' {sys.executable} "$@"'
+    wrapper.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME $4" = "node2 report" ] && exec {apart}\nexec {sys.executable} "$@"\n'
+    )
     wrapper.chmod(0o755)
 
-    job = submit(cluster, words(run, f"slurm.python={wrapper}"))
+    job = submit(cluster, words(run, PREFLIGHT, f"slurm.python={wrapper}"))
 
     cluster.wait_for(job, "FAILED", seconds=180)
-    assert "preflight: node2 wrote no report" in log_of(run, job)
+    assert re.search(r"node2 wrote no report to .*does not share the run folder \(log.path\)", log_of(run, job))
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_server_that_never_comes_is_named_and_ends_the_job(cluster, tmp_path):
+    run, wrapper = tmp_path / "server", tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID $3" = "1 fleet" ] && exit 1\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+
+    job = submit(cluster, words(run, PREFLIGHT, "rollout.start_timeout_seconds=15", f"slurm.python={wrapper}"))
+
+    cluster.wait_for(job, "FAILED", seconds=180)
+    text = log_of(run, job)
+    assert re.search(r"1 of 2 servers .* have registered in .*, 1 have not", text), text
+    assert "a server of the fleet is not fit" in text
+    nothing_left(cluster, run)
+
+
+def test_check_cluster_in_an_allocation_looks_at_nodes_links_and_servers(cluster, tmp_path):
+    given = words(tmp_path / "looked", "slurm.rollout_nodes=0")
+    check = [sys.executable, "-m", "megatron_rl", "check", "--cluster", *given]
+
+    said = cluster.run(["salloc", "--nodes=2", "--ntasks-per-node=2", *check], cwd=ROOT, env=ENVIRONMENT)
+
+    assert len(re.findall(r"node[12] .* ok ", said)) == 2, said
+    assert "all-to-all over 2 ranks" in said
+    assert len(re.findall(r"http://\S+ .* ok .* \d+ ms", said)) == 2, said
+    nothing_left(cluster, tmp_path)
 
 
 def test_a_spare_node_takes_the_place_of_an_odd_one(cluster, tmp_path):
     run, wrapper = tmp_path / "spare", tmp_path / "python"
     wrapper.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME $4" = "node1 report" ] && exit 1\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
-    shared = ["slurm.spare_nodes=1", "slurm.rollout_nodes=0", "train.steps=1", f"slurm.python={wrapper}"]
+    shared = [PREFLIGHT, "slurm.spare_nodes=1", "slurm.rollout_nodes=0", "train.steps=1", f"slurm.python={wrapper}"]
 
     job = submit(cluster, words(run, *shared))
 

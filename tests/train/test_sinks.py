@@ -1,17 +1,34 @@
 """Trackers get what metrics.jsonl gets, need no network, and cannot stop a run."""
 
+import json
+import os
+import sqlite3
+import subprocess
 import sys
+import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
-from megatron_rl.config.schema import Log
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Log, Run
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.members import Patience
+from megatron_rl.tasks import make_task
+from megatron_rl.train.gauges import readings
 from megatron_rl.train.journal import Journal
 from megatron_rl.train.profile import Traces
 from megatron_rl.train.sinks import Careful, Prometheus, missing_packages, open_sinks
+from megatron_rl.train.stream import Stream
+from megatron_rl.weights.tensor import TensorCarrier
+from tests.rollout.fake import FakeServer, serving
 
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo.toml"
 METRICS = {"reward_mean": 0.5, "grad_norm": 2, "accuracy": None}
 
 
@@ -82,6 +99,9 @@ def test_a_sink_that_fails_is_told_of_once_and_the_run_goes_on(caplog):
             calls.append(step)
             raise OSError("no route to host")
 
+        def watch(self, read):
+            calls.append("watched")
+
         def close(self):
             calls.append("closed")
 
@@ -106,6 +126,105 @@ def test_prometheus_reads_the_newest_step_on_loopback():
         endpoint.close()
 
     assert {"megatron_rl_reward_mean 0.75", "megatron_rl_seconds_train 1.5", "megatron_rl_step 1.0"} <= set(lines)
+
+
+def scraped(endpoint: Prometheus) -> dict[str, float]:
+    """Return what the endpoint says now, by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
+    pytest.importorskip("prometheus_client")
+    settings = ["rollout.max_lag=1", "train.prompts_per_step=3", "train.group_size=2", "train.steps=5"]
+    run = load(Run, [DEMO], [*settings, "rollout.sampling.max_new_tokens=5"]).run
+    patience = Patience(start_timeout_seconds=5, probe_seconds=0.05, probe_timeout_seconds=0.2, probe_failures=2)
+    endpoint = Prometheus(0, "127.0.0.1")
+    with (
+        serving(FakeServer(), FakeServer()) as (good, bad),
+        Fleet([good.url, bad.url], TensorCarrier(1 << 20), patience, 2) as fleet,
+    ):
+        stream = Stream(run, fleet, make_task(run.task, AutoTokenizer.from_pretrained(run.model.path)))
+        endpoint.watch(lambda: readings(stream, fleet))
+        try:
+            before = scraped(endpoint)
+            good.delay_seconds = bad.delay_seconds = 1.0
+            stream.ahead(0)
+            waiting = scraped(endpoint)
+            good.delay_seconds = bad.delay_seconds = 0.0
+            stream.take(0)
+            while any(not pending.done() for pending in stream._pending):
+                time.sleep(0.01)
+            stream.state()
+            fleet.sync.version = fleet.members[0].version = "1"  # as after a push that the second server missed
+            fleet._loop.call(_leave(fleet, bad.url))
+            after = scraped(endpoint)
+        finally:
+            endpoint.close()
+
+    making, finished = (f'megatron_rl_queue_groups{{state="{state}"}}' for state in ("in the making", "finished"))
+    up, lag = (f'megatron_rl_server_{name}{{server="%s"}}' for name in ("up", "weights_lag"))
+    assert (before[making], before[finished], before["megatron_rl_servers_up"]) == (0, 0, 2)
+    assert (waiting[making], waiting[finished], waiting["megatron_rl_queue_steps"]) == (6, 0, 2)
+    assert waiting[f'megatron_rl_server_requests{{server="{good.url}"}}'] >= 1
+    assert (after[making], after[finished], after["megatron_rl_queue_lag"]) == (0, 3, 1)
+    assert (after[up % good.url], after[up % bad.url], after["megatron_rl_servers_up"]) == (1, 0, 1)
+    assert (after[lag % good.url], after[lag % bad.url]) == (0, 1)
+
+
+async def _leave(fleet: Fleet, url: str) -> None:
+    [member] = [member for member in fleet.members if member.url == url]
+    member.leave("it is to be seen", Patience(probe_seconds=60))
+
+
+def test_wandb_itself_keeps_an_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with journal_with(tmp_path, "wandb") as journal:
+        for step in range(2):
+            journal.write(step, METRICS)
+
+    [kept] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb")
+    assert b"reward_mean" in kept.read_bytes()
+
+
+@pytest.mark.parametrize("store", ["", "file:{}/files"])
+def test_mlflow_itself_keeps_every_step(tmp_path, monkeypatch, store):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri("")  # that of an earlier test holds for the process
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(tmp_path))
+    if not store:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with journal_with(tmp_path, "mlflow") as journal:
+        for step in range(2):
+            journal.write(step, METRICS)
+
+    client = mlflow.MlflowClient(tracking_uri=store.format(tmp_path) or f"sqlite:///{tmp_path}/run/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("megatron-rl").experiment_id])
+    assert run.info.run_name == "run"
+    assert run.data.params == {"train.steps": "2"}
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "reward_mean")] == [
+        (0, 0.5),
+        (1, 0.5),
+    ]
+
+
+def test_trackio_itself_keeps_every_step(tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    code = (
+        "import sys; from pathlib import Path; from tests.train.test_sinks import METRICS, journal_with\n"
+        "with journal_with(Path(sys.argv[1]), 'trackio') as journal:\n"
+        "    for step in range(2): journal.write(step, METRICS)\n"
+    )  # trackio reads TRACKIO_DIR when it is imported, and only then
+    environment = {name: value for name, value in os.environ.items() if name != "TRACKIO_DIR"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, cwd=ROOT)
+
+    [database] = (tmp_path / "run" / "trackio").glob("*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    assert [(step, json.loads(metrics)["reward_mean"]) for step, metrics in rows] == [(0, 0.5), (1, 0.5)]
 
 
 def test_a_sink_without_its_package_is_found_before_the_run(monkeypatch):

@@ -1,0 +1,77 @@
+"""Every server of a fleet is asked once before a run relies on it, and the one that is dead or wrong is named."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import RolloutError
+from megatron_rl.launch.roundtrip import Answer, ask_fleet, compared
+from tests.rollout.fake import FakeServer, garbage, serving
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+
+
+def run_with(*urls: str, **settings: object) -> Run:
+    words = [f"rollout.urls={list(urls)!r}".replace("'", '"'), "rollout.start_timeout_seconds=1"]
+    return load(
+        Run, [str(DEMO)], [*words, *(f"{key.replace('__', '.')}={value}" for key, value in settings.items())]
+    ).run
+
+
+def test_like_servers_are_fit_and_timed(capsys):
+    with serving(FakeServer(), FakeServer()) as (one, other):
+        assert ask_fleet(run_with(one.url, other.url)) == 0
+
+    said = capsys.readouterr().out
+    assert "preflight:" not in said
+    assert all(f"{server.url}" in said for server in (one, other))
+    assert said.count(" ms") == 2
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda server: setattr(server, "trick", garbage), "is not fit: http://.* is not JSON"),
+        (lambda server: setattr(server, "status", 500), "is not fit: http://.* answered 500"),
+        (lambda server: setattr(server, "version", "7"), "has weights of version '7', the others have '0'"),
+        (lambda server: setattr(server, "logprob", -3.0), r"its log-probs are 2\.\d+ nats from the others'"),
+    ],
+)
+def test_the_unfit_one_is_named(capsys, break_it, words):
+    with serving(FakeServer(), FakeServer(), FakeServer()) as servers:
+        break_it(servers[1])
+        assert ask_fleet(run_with(*(server.url for server in servers))) == 1
+
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight:")]
+    assert line.startswith(f"preflight: {servers[1].url} ")
+    assert re.search(words, line)
+
+
+def test_a_server_that_is_not_there_is_named(capsys):
+    with serving(FakeServer()) as (server,):
+        assert ask_fleet(run_with(server.url, "http://127.0.0.1:9")) == 1
+
+    assert "preflight: http://127.0.0.1:9 is not fit: the server" in capsys.readouterr().out
+
+
+def test_a_resumed_run_gives_running_servers_its_weights_whatever_they_have(tmp_path):
+    with serving(FakeServer("3"), FakeServer("0")) as (one, other):
+        assert ask_fleet(run_with(one.url, other.url)) == 1
+        assert ask_fleet(run_with(one.url, other.url, train__resume="true")) == 0
+
+
+def test_servers_of_the_job_that_do_not_register_are_named_by_number(tmp_path):
+    (tmp_path / "server_1.json").write_text('{"url": "http://127.0.0.1:9"}')
+    settings = {"rollout__registry": tmp_path, "rollout__servers": 3}
+
+    with pytest.raises(RolloutError, match=r"1 of 3 servers .* within 1 s, 0, 2 have not"):
+        ask_fleet(run_with(**settings))
+
+
+def test_of_two_unlike_servers_both_are_named():
+    answers = [Answer("a", logprobs=(-1.0, -2.0)), Answer("b", logprobs=(-3.0, -4.0))]
+
+    assert [bool(answer.problem) for answer in compared(answers)] == [True, True]
