@@ -40,6 +40,8 @@ def check_cluster(words: Sequence[str], run: Run) -> int:
     folder.mkdir(parents=True)
     program = [run.slurm.python, "-m", "megatron_rl"]
     on_trainer = ["srun", "--overlap", *(["--het-group=0"] if split else [])]
+    on_trainer += [f"--cpus-per-task={run.slurm.cpus_per_rank}"]
+    on_trainer += [f"--gpus-per-node={run.slurm.gpus_per_node}"] if run.slurm.gpus_per_node else []
     on_fleet = ["srun", "--overlap", *(["--het-group=1"] if split else [])]
 
     nodes = [*on_trainer, f"--nodes={len(names)}", f"--ntasks={len(names)}", "--ntasks-per-node=1"]

@@ -178,30 +178,33 @@ async def _leave(fleet: Fleet, url: str) -> None:
     member.leave("it is to be seen", Patience(probe_seconds=60))
 
 
-def test_wandb_itself_keeps_an_offline_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with journal_with(tmp_path, "wandb") as journal:
-        for step in range(2):
-            journal.write(step, METRICS)
+def keep_run(tmp_path: Path, name: str, **environment: str) -> Path:
+    """Write two steps to a real tracker, in a process of its own: each keeps what it is told first. Return RUN."""
+    pytest.importorskip(name)
+    code = (
+        "import sys; from pathlib import Path; from tests.train.test_sinks import METRICS, journal_with\n"
+        f"with journal_with(Path(sys.argv[1]), {name!r}) as journal:\n"
+        "    for step in range(2): journal.write(step, METRICS)\n"
+    )
+    unset = ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "TRACKIO_DIR")
+    kept = {variable: value for variable, value in os.environ.items() if variable not in unset}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**kept, **environment}, cwd=ROOT)
+    return tmp_path / "run"
 
-    [kept] = (tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb")
+
+def test_wandb_itself_keeps_an_offline_run(tmp_path):
+    [kept] = (keep_run(tmp_path, "wandb") / "wandb").glob("offline-run-*/run-run.wandb")
     assert b"reward_mean" in kept.read_bytes()
 
 
-@pytest.mark.parametrize("store", ["", "file:{}/files"])
-def test_mlflow_itself_keeps_every_step(tmp_path, monkeypatch, store):
+@pytest.mark.parametrize("own", [False, True], ids=["sqlite", "file store"])
+def test_mlflow_itself_keeps_every_step(tmp_path, monkeypatch, own):
     mlflow = pytest.importorskip("mlflow")
-    mlflow.set_tracking_uri("")  # that of an earlier test holds for the process
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(tmp_path))
-    if not store:
-        monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with journal_with(tmp_path, "mlflow") as journal:
-        for step in range(2):
-            journal.write(step, METRICS)
+    uri = f"file:{tmp_path}/files" if own else f"sqlite:///{tmp_path}/run/mlflow.db"
+    keep_run(tmp_path, "mlflow", MLFLOW_ALLOW_FILE_STORE="true", **({"MLFLOW_TRACKING_URI": uri} if own else {}))
 
-    client = mlflow.MlflowClient(tracking_uri=store.format(tmp_path) or f"sqlite:///{tmp_path}/run/mlflow.db")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for this word
+    client = mlflow.MlflowClient(tracking_uri=uri)
     [run] = client.search_runs([client.get_experiment_by_name("megatron-rl").experiment_id])
     assert run.info.run_name == "run"
     assert run.data.params == {"train.steps": "2"}
@@ -211,17 +214,8 @@ def test_mlflow_itself_keeps_every_step(tmp_path, monkeypatch, store):
     ]
 
 
-def test_trackio_itself_keeps_every_step(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
-    code = (
-        "import sys; from pathlib import Path; from tests.train.test_sinks import METRICS, journal_with\n"
-        "with journal_with(Path(sys.argv[1]), 'trackio') as journal:\n"
-        "    for step in range(2): journal.write(step, METRICS)\n"
-    )  # trackio reads TRACKIO_DIR when it is imported, and only then
-    environment = {name: value for name, value in os.environ.items() if name != "TRACKIO_DIR"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, cwd=ROOT)
-
-    [database] = (tmp_path / "run" / "trackio").glob("*.db")
+def test_trackio_itself_keeps_every_step(tmp_path):
+    [database] = (keep_run(tmp_path, "trackio") / "trackio").glob("*.db")
     with closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
     assert [(step, json.loads(metrics)["reward_mean"]) for step, metrics in rows] == [(0, 0.5), (1, 0.5)]
