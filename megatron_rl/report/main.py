@@ -9,7 +9,7 @@ from megatron_rl.report.groups import group_runs
 from megatron_rl.report.page import Report
 from megatron_rl.report.png import check_png, write_plot
 from megatron_rl.report.runs import read_runs
-from megatron_rl.report.samples import read_samples
+from megatron_rl.report.samples import PAGE_BYTES, read_samples
 
 
 def report(folders: Sequence[Path], output: Path | None, png: Path | None) -> int:
@@ -22,7 +22,8 @@ def report(folders: Sequence[Path], output: Path | None, png: Path | None) -> in
     if png is not None:
         check_png()
     groups = group_runs(read_runs(folders))
-    made = Report(groups, [[read_samples(run) for run in group.runs] for group in groups])
+    share = PAGE_BYTES // len(folders)
+    made = Report(groups, [[read_samples(run, most_bytes=share) for run in group.runs] for group in groups])
     try:
         if png is not None:
             _write_plots(made, png)

@@ -30,6 +30,7 @@ CURVES = (
     Panel("accuracy", "Accuracy on held-out prompts", "share right"),
     Panel("entropy_mean", "Entropy of the policy", "nats a token"),
     Panel("clipped_fraction", "Clipped tokens", "share of tokens"),
+    Panel("gradient_kept", "Gradient kept", "share of the plain policy gradient"),
     Panel("ratio_max", "Largest importance ratio", "ratio", log=True),
     Panel("policy_kl_mean", "KL(old || current)", "nats a token", log=True),
     Panel("grad_norm", "Gradient norm before clipping", "norm", log=True),

@@ -11,8 +11,13 @@ from megatron_rl.train.names import TOKENS
 MOST_STEPS = 60
 """Steps of a run whose responses are shown."""
 
-MOST_BYTES = 6_000_000
-"""Of a run's responses in the page, about: of long ones fewer steps are shown, but at least two."""
+PAGE_BYTES = 24_000_000
+"""Of all responses in a page, about: of long ones, or of many runs, fewer steps are shown, but at least two of each."""
+
+
+TOKEN_KEYS = ("text", "old", "new", "entropy", "rollout", "segment")
+SEGMENT_KEYS = {"tokens", "entropy", "ratio", "clipped"}
+SAMPLE_KEYS = {*TOKEN_KEYS, "id", "prompt", "reward", "advantage", "tokens", "all_segments", "segments"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class Clips:
         """Take a step's counts."""
         for kind in ("by_length", "by_entropy"):
             counts = line.get(kind)
-            if not isinstance(counts, Mapping):
+            # A run that was continued with other bins keeps those that it began with.
+            if not isinstance(counts, Mapping) or counts["edges"] != self._edges.setdefault(kind, counts["edges"]):
                 continue
-            self._edges.setdefault(kind, counts["edges"])
             own = self._sums.setdefault(kind, {})
             for name in ("segments", "clipped"):
                 before = own.get(name, [0.0] * len(counts[name]))
@@ -89,23 +94,38 @@ class Samples:
     recorded: int
 
 
-def read_samples(run: RunFolder, most_steps: int = MOST_STEPS) -> Samples:
+def read_samples(run: RunFolder, most_steps: int = MOST_STEPS, most_bytes: int = PAGE_BYTES) -> Samples:
     """Return the clips of all steps and the responses of evenly many, the first and the last among them.
 
-    Only the responses that are shown are kept in memory.
+    Only the responses that are shown are kept in memory. A line that is no record of a step is left out.
     """
-    clips, notes = Clips(), list(run.notes)
-    path = run.path / TOKENS
+    clips, path = Clips(), run.path / TOKENS
     if not path.is_file():
         return Samples(clips, (), 0)
     recorded = 0
-    for line in json_lines(path, notes):
+    for line in json_lines(path, []):
         clips.add(line)
         recorded += 1
-    most_steps = max(min(most_steps, MOST_BYTES * recorded // max(path.stat().st_size, 1)), 2)
+    shown = max(min(most_steps, most_bytes * recorded // max(path.stat().st_size, 1)), 2)
     last = max(recorded - 1, 1)
-    wanted = {round(number * last / (most_steps - 1)) for number in range(most_steps)}
-    if recorded <= most_steps:
-        wanted = set(range(recorded))
-    lines = [line for number, line in enumerate(json_lines(path, [])) if number in wanted and line.get("samples")]
+    wanted = {round(number * last / (shown - 1)) for number in range(shown)} if recorded > shown else range(recorded)
+    lines = [line for number, line in enumerate(json_lines(path, [])) if number in wanted and _is_whole(line)]
     return Samples(clips, lines, recorded)
+
+
+def _is_whole(line: Line) -> bool:
+    samples = line.get("samples")
+    return (
+        isinstance(line.get("step"), int) and isinstance(samples, list) and samples != [] and all(map(_fits, samples))
+    )
+
+
+def _fits(sample: object) -> bool:
+    """Return whether a response has what the viewer asks for, one entry for each token and for each segment."""
+    if not isinstance(sample, dict) or not sample.keys() >= SAMPLE_KEYS or not isinstance(sample["segments"], dict):
+        return False
+    tokens = [sample[key] for key in TOKEN_KEYS]
+    segments = list(sample["segments"].values())
+    if not sample["segments"].keys() >= SEGMENT_KEYS or not all(isinstance(c, list) for c in [*tokens, *segments]):
+        return False
+    return len({len(column) for column in tokens}) == 1 and len({len(column) for column in segments}) == 1

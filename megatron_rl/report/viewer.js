@@ -44,11 +44,18 @@ function sample() { return line().samples[state.sample]; }
 
 function gap(own, i) { return known(own.rollout[i]) && known(own.old[i]) ? own.old[i] - own.rollout[i] : null; }
 function ownRatio(own, i) { return known(own.new[i]) && known(own.old[i]) ? Math.exp(own.new[i] - own.old[i]) : null; }
-function isClipped(own, i) { return own.segment[i] >= 0 && own.segments.clipped[own.segment[i]] > 0.5; }
-function begins(own, i) { return i > 0 && own.segment[i] !== own.segment[i - 1]; }
+function isClipped(own, i) {
+  if (own.segment[i] < 0) return false;
+  return own.clipped_tokens ? own.clipped_tokens.includes(i) : own.segments.clipped[own.segment[i]] > 0;
+}
+// Where every token is a segment of its own there is no border to show.
+const shares = (own) => own.segments.tokens.some((count) => count > 1);
+function begins(own, i) { return i > 0 && shares(own) && own.segment[i] !== own.segment[i - 1]; }
 function segmentColour(own, id) {
   const count = own.segments.tokens.length;
-  return id < 0 ? "#cccccc" : SEGMENT_COLOURS[count <= SEGMENT_COLOURS.length ? id : id % 2];
+  if (id < 0) return "#cccccc";
+  if (!shares(own)) return SEGMENT_COLOURS[0];
+  return SEGMENT_COLOURS[count <= SEGMENT_COLOURS.length ? id : id % 2];
 }
 
 function mix(from, to, share) {
@@ -238,7 +245,7 @@ function drawDetail(own) {
   const words = [`token ${i + 1} ${JSON.stringify(own.text[i])}`];
   if (id < 0) words.push("not trained");
   else words.push(`entropy ${number(own.entropy[i])} nats`, `log-prob: rollout ${number(own.rollout[i])}, old ${number(own.old[i])}, new ${number(own.new[i])}`,
-    `own ratio ${number(ownRatio(own, i), 5)}`, `gap ${number(gap(own, i), 3)} nats`, `segment ${id + 1} (${s.tokens[id]} tokens): ratio ${number(s.ratio[id], 6)}, ${verdict(own, id)}`);
+    `own ratio ${number(ownRatio(own, i), 5)}`, `gap ${number(gap(own, i), 3)} nats`, `segment ${id + 1} (${plural(s.tokens[id], "token")}): ratio ${number(s.ratio[id], 6)}, ${verdict(own, id)}`);
   detail.textContent = words.join("  \u00b7  ");
   document.querySelectorAll(`#tokens [data-token="${i}"], tr[data-segment="${id}"]`).forEach((node) => node.classList.add("chosen"));
   const over = byId("tracks").querySelector(`[data-token="${i}"]`);

@@ -156,7 +156,14 @@ def tokens_of(batch: Batch, segments: Segments, owner: int, most: int, decoder: 
         "segment": [order.get(segment, -1) for segment in ids],
         "all_segments": len(segments.ids_R[low:high].unique()),
         "segments": _table(segments, torch.tensor(list(order), dtype=torch.int64)),
+        **_partly_clipped(batch["clipped_T"][shown], segments.clipped_S[list(order)]),
     }
+
+
+def _partly_clipped(clipped_N: Tensor, clipped_S: Tensor) -> dict[str, object]:
+    """Return the clipped tokens where the segments do not tell which they are."""
+    partly = bool(((clipped_S > 0) & (clipped_S < 1)).any())
+    return {"clipped_tokens": clipped_N.nonzero().flatten().tolist()} if partly else {}
 
 
 def _table(segments: Segments, chosen_S: Tensor) -> dict[str, object]:

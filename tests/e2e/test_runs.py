@@ -1,11 +1,13 @@
 """Runs that go well: what a user finds afterwards, whoever started the ranks."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.cli import main
 from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from tests.e2e.job import ONE_RANK, Job, metrics_of
@@ -24,6 +26,17 @@ def test_the_run_folder_holds_what_is_promised(straight):
     shown = [sample for line in recorded for sample in line["samples"]]
     assert len(shown) == 4 * 4
     assert all("".join(own["text"]).removesuffix("<eos>") == texts[own["id"]].removesuffix("<eos>") for own in shown)
+
+
+def test_a_report_reads_all_that_a_run_wrote(tmp_path, straight):
+    page = tmp_path / "report.html"
+    assert main(["report", str(straight), "--output", str(page)]) == 0
+    html = page.read_text()
+    assert 'class="note"' not in html
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', html, re.DOTALL)[0])
+    assert [step["step"] for step in data["runs"][0]["steps"]] == [0, 1, 2, 3]
+    for plot in ("reward_mean", "clipped_by_length", "clipped_by_entropy", "mismatch_max", "phases"):
+        assert f'data-plot="{plot}"' in html
 
 
 def test_ratios_of_a_first_update_are_exactly_one(straight):

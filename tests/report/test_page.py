@@ -24,7 +24,12 @@ def evil_runs(folder: Path) -> list[Path]:
             )
             for step in range(3)
         ]
-        run = write_run(folder / name, recorded=recorded, objective__name=name, optimizer__schedule=f"{name}{EVIL}")
+        run = write_run(
+            folder / f"{name}<img src=x onerror=owned()>",
+            recorded=recorded,
+            objective__name=name,
+            optimizer__schedule=f"{name}{EVIL}",
+        )
         worst = {"sample": EVIL, "position": 1, "text": EVIL, "before": EVIL, "rollout_logprob": -1.0}
         found = {"step": 2, "verdict": f"verdict {EVIL}", "worst_tokens": [{**worst, "trainer_logprob": -1.25}]}
         (run / "mismatch.json").write_text(json.dumps(found))

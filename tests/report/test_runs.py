@@ -86,10 +86,16 @@ def test_of_a_long_run_evenly_many_steps_are_shown_and_all_are_counted(tmp_path)
     assert (bins.names, bins.segments, bins.share(2)) == (["1", "2", ">2"], [40400, 0, 80800], 0.5)
 
 
-def test_the_steps_that_are_shown_fit_in_a_page(tmp_path, monkeypatch):
+def test_the_steps_that_are_shown_fit_in_a_page(tmp_path):
     folder = write_run(tmp_path / "a", recorded=[tokens(step, sample("r", ["a" * 1000])) for step in range(20)])
-    monkeypatch.setattr("megatron_rl.report.samples.MOST_BYTES", 8000)
-    found = read_samples(read_runs([folder])[0])
+    found = read_samples(read_runs([folder])[0], most_bytes=8000)
     assert found.lines[0]["step"] == 0
     assert found.lines[-1]["step"] == 19
     assert len(json.dumps(list(found.lines))) < 16000
+
+
+@pytest.mark.parametrize("cut", ["segments", "text", "advantage"])
+def test_a_response_that_lacks_something_is_not_shown(tmp_path, cut):
+    bad = {key: value for key, value in sample("r", ["a", "b"]).items() if key != cut}
+    folder = write_run(tmp_path / "a", recorded=[tokens(0, bad), tokens(1, sample("r", ["a", "b"]))])
+    assert [line["step"] for line in read_samples(read_runs([folder])[0]).lines] == [1]

@@ -126,6 +126,17 @@ def test_a_sample_has_the_numbers_of_its_tokens_and_of_its_whole_segments(name):
             assert sample["segments"]["ratio"][number] == pytest.approx(torch.tensor(log_ratio).exp().item(), rel=1e-5)
 
 
+def test_which_tokens_are_clipped_is_told_where_segments_do_not_tell_it():
+    batch, _ = trained("gmpo")
+    record = TokenRecord(8, Letters())
+    record.add(batch)
+    told = [sample for sample in taken(record, 0, batch)["samples"] if "clipped_tokens" in sample]
+    assert told
+    for sample in told:
+        (share,), (count,) = sample["segments"]["clipped"], sample["segments"]["tokens"]
+        assert len(sample["clipped_tokens"]) == round(share * count)
+
+
 def test_ratios_of_clipped_segments_lie_outside_their_window_on_the_side_of_the_advantage():
     clipped = 0
     for name in ("grpo", "gspo", "sspo", "espo"):
