@@ -107,10 +107,20 @@ def _parser() -> argparse.ArgumentParser:
     replay_rank.add_argument("folder", type=Path)
     replay_rank.set_defaults(run=_replay_rank)
 
+    _add_report(verbs)
+
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
     add_serve_arguments(serve)
     serve.set_defaults(run=_serve)
     return parser
+
+
+def _add_report(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = verbs.add_parser("report", help="show runs: one HTML page with curves, tokens and segments, or plots")
+    report.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="a run folder (log.path of a run)")
+    report.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default: report.html)")
+    report.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots alone, as PNG")
+    report.set_defaults(run=_report)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -196,6 +206,12 @@ def _replay_rank(options: argparse.Namespace) -> int:
         from megatron_rl.train.evidence import replay_rank
 
         return replay_rank(options.file, options.folder)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_rl.report.main import report
+
+    return report(options.run_folders, options.output, options.png)
 
 
 def _serve(options: argparse.Namespace) -> int:

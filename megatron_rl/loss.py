@@ -127,12 +127,13 @@ def prepare(
     return {**replaced, **own, **correction.columns(Tokens.of(batch))}
 
 
-def loss_of(objective: Objective, kl: ReferenceKL | None = None) -> LossOf:
+def loss_of(objective: Objective, kl: ReferenceKL | None = None, *, keep_tokens: bool = False) -> LossOf:
     """Return the loss of a micro-batch as a function of what the policy computed for it.
 
     The value is sum_t weights_t * (corrections_t * cost_t + coefficient * kl_t): values of ranks and micro-batches add
     up to the loss of the mini-batch. Without trained tokens it is 0 with an (empty) gradient. Ratios and sums are in
-    float32, or in float64 if the log-probabilities are.
+    float32, or in float64 if the log-probabilities are. With ``keep_tokens`` the metrics hold what became of each
+    token: ``new_logprobs_T``, ``log_ratios_T`` (of its segment), ``clipped_T`` (1 or 0).
     """
     kl = kl or ReferenceKL()
 
@@ -148,7 +149,8 @@ def loss_of(objective: Objective, kl: ReferenceKL | None = None) -> LossOf:
             values_R = values_R + kl.coefficient * kl.cost(logprobs_R, micro["ref_logprobs_T"])
         value = (micro["weights_T"] * values_R).sum()
         metrics = _metrics(value, logprobs_R, entropies_R, cost, micro)
-        return Loss(value, Metrics({**metrics.sums, **_gradient_use(value, logprobs_R, micro)}, metrics.maxima))
+        sums = {**metrics.sums, **_gradient_use(value, logprobs_R, micro)}
+        return Loss(value, Metrics(sums, metrics.maxima, _tokens(logprobs_R, cost) if keep_tokens else {}))
 
     return loss
 
@@ -165,6 +167,12 @@ def _gradient_use(value: Tensor, logprobs_R: Tensor, micro: Micro) -> dict[str, 
     plain_R = micro["weights_T"] * micro["advantages_T"]
     sums = (gradient_R.count_nonzero(), gradient_R.abs().sum(), plain_R.abs().sum())
     return dict(zip(("trained", "gradient", "plain_gradient"), (total.double() for total in sums), strict=True))
+
+
+def _tokens(logprobs_R: Tensor, cost: Cost) -> Columns:
+    logprobs_R = logprobs_R.detach()
+    clipped_R = cost.clipped_R.to(logprobs_R.dtype)
+    return {"new_logprobs_T": logprobs_R, "log_ratios_T": cost.ratio.log_R, "clipped_T": clipped_R}
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_rl.train.folder import METRICS
 from megatron_rl.train.journal import read_metrics
+from megatron_rl.train.names import METRICS
 
 TIMES = ("seconds",)
 

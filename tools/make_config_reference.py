@@ -41,6 +41,7 @@ FOLDER_HEAD = """# The run folder
 | `versions.json` | python, torch, megatron-core and what else can change a number |
 | `metrics.jsonl` | one JSON object a step, keys below |
 | `rollouts.jsonl` | one a sample: prompt, response, reward, reason, tokens, weight versions; `log.rollouts` |
+| `tokens.jsonl` | one a step: some responses token by token, clips in bins; `log.tokens`, [report.md](report.md) |
 | `ledger.jsonl` | one a group that was sampled to be trained on: what became of it, and its lag |
 | `console.log` | the table of the console, with the time of day |
 | `mismatch.json` | the newest step's tokens on which engine and trainer agree least |

@@ -21,7 +21,7 @@ from urllib.request import urlopen
 import psutil
 
 from megatron_rl.launch.ranks import free_port
-from megatron_rl.train.folder import METRICS, NONFINITE
+from megatron_rl.train.names import METRICS, NONFINITE
 
 CONFIG = Path(__file__).with_name("study.toml")
 _HEALTH_SECONDS = 60.0

@@ -239,6 +239,9 @@ class Log(Section):
     """The run folder; a relative path begins at the folder where the command runs, not at the config file's."""
     rollouts: bool = True
     """Write every sample to ``rollouts.jsonl``."""
+    tokens: Annotated[int, Field(ge=0)] = 4
+    """Responses of each step's last update whose tokens and segments are written to ``tokens.jsonl``, with how often
+    segments were clipped by their length and entropy, for ``megatron-rl report``; 0: none of it."""
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that get the metrics too; each needs its package. Without a server in the environment (WANDB_API_KEY,
     MLFLOW_TRACKING_URI, ...) they write to the run folder."""

@@ -219,10 +219,18 @@ class Micro:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means come at the very end."""
+    """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means come at the very end.
+
+    Attributes:
+        sums: scalars.
+        maxima: scalars.
+        tokens: columns that the loss was asked to keep: of a micro-batch's trained tokens on one rank, like those of
+            ``Micro``; once added up, of all tokens of the mini-batch, 0 where untrained.
+    """
 
     sums: Columns = field(default_factory=dict)
     maxima: Columns = field(default_factory=dict)
+    tokens: Columns = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -105,17 +105,20 @@ class Policy:
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row]) -> Columns:
-        total = int(rows[0].batch.lengths_B.sum())
-        dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
-        scored_2T = torch.zeros(2, total, dtype=dtype, device=self.mesh.world.device)
         results = self.run_rows(rows, _keep_output, forward_only=True)
         self._stop_at_nonfinite(rows, [output_2K.isfinite().all() for _, output_2K in results])
-        for row, output_2K in results:
-            scored_2T.index_copy_(1, row.target_tokens_K.to(scored_2T.device), output_2K)
-        if not self.mesh.reports_tokens:
-            scored_2T.zero_()
-        scored_2T = sum_over(torch.distributed.group.WORLD, scored_2T).cpu()
-        return {"old_logprobs_T": scored_2T[0], "old_entropies_T": scored_2T[1]}
+        return self._whole(("old_logprobs_T", "old_entropies_T"), rows, results)
+
+    def _whole(self, names: Sequence[str], rows: Sequence[Row], parts: Sequence[tuple[RankRow, Tensor]]) -> Columns:
+        """Return columns over all tokens of the mini-batch, on the CPU, from [names, K] of each row of the ranks."""
+        total = int(rows[0].batch.lengths_B.sum())
+        dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
+        whole_NT = torch.zeros(len(names), total, dtype=dtype, device=self.mesh.world.device)
+        if self.mesh.reports_tokens:
+            for row, values_NK in parts:
+                whole_NT.index_copy_(1, row.target_tokens_K.to(whole_NT.device), values_NK.to(dtype))
+        whole_NT = sum_over(torch.distributed.group.WORLD, whole_NT).cpu()
+        return dict(zip(names, whole_NT, strict=True))
 
     def score_reference(self, rows: Sequence[Row]) -> Columns:
         """Return ``ref_logprobs_T``: what ``score`` gives with the weights that the run began with.
@@ -140,21 +143,20 @@ class Policy:
             NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on whatever rank.
         """
         self.balancing.share_between(rows)
-        losses = self.run_backward(rows, loss_of, whole_gradients)
-        self._stop_at_nonfinite(rows, [finite for _, finite in losses], loss_of)
-        return self._reduce([loss for loss, _ in losses])
+        results = self.run_backward(rows, loss_of, whole_gradients)
+        self._stop_at_nonfinite(rows, [finite for _, (_, finite) in results], loss_of)
+        return self._reduce(rows, [(row, loss.metrics) for row, (loss, _) in results])
 
     def run_backward(
         self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool
-    ) -> list[tuple[Loss, Tensor]]:
+    ) -> list[tuple[RankRow, tuple[Loss, Tensor]]]:
         """Set the gradients to those of these rows; return (loss, is it finite) of each row, as ``run_rows``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             chunk.force_all_reduce = whole_gradients  # for buckets that are reduced while the backward pass goes on
         self.optimizer.zero_grad()
         step = partial(_differentiable, loss_of)
-        results = self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
-        return [result for _, result in results]
+        return self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
 
     def _stop_at_nonfinite(
         self, rows: Sequence[Row], finite: Sequence[Tensor], loss_of: LossFunction | None = None
@@ -247,13 +249,17 @@ class Policy:
         )
         return list(zip(mine, results, strict=True)) if self.mesh.is_last_stage else []
 
-    def _reduce(self, losses: Sequence[Loss]) -> Metrics:
-        """Add up (or take the largest of) every metric over micro-batches and ranks."""
+    def _reduce(self, rows: Sequence[Row], metrics: Sequence[tuple[RankRow, Metrics]]) -> Metrics:
+        """Add up (or take the largest of) every metric over micro-batches and ranks; bring tokens to their places."""
         world, device = torch.distributed.group.WORLD, self.mesh.world.device
-        sums = _combine([loss.metrics.sums for loss in losses], torch.sum)
-        maxima = _combine([loss.metrics.maxima for loss in losses], torch.amax)
+        sums = _combine([metric.sums for _, metric in metrics], torch.sum)
+        maxima = _combine([metric.maxima for _, metric in metrics], torch.amax)
         last_rank = self.mesh.world.size - 1
-        own_names = {"sums": list(sums), "maxima": list(maxima)}
+        own_names = {
+            "sums": list(sums),
+            "maxima": list(maxima),
+            "tokens": list(metrics[0][1].tokens) if metrics else [],
+        }
         names = cast(dict[str, list[str]], broadcast_json(own_names, source=last_rank, device=device))
         sum_names, max_names = names["sums"], names["maxima"]
         reports = self.mesh.reports_tokens
@@ -261,7 +267,11 @@ class Policy:
         local_maxima = [float(maxima[name]) if reports else -math.inf for name in max_names]
         totals = sum_over(world, torch.tensor(local_sums, dtype=torch.float64, device=device)).cpu()
         largest = max_over(world, torch.tensor(local_maxima, dtype=torch.float64, device=device)).cpu()
-        return Metrics(dict(zip(sum_names, totals, strict=True)), dict(zip(max_names, largest, strict=True)))
+        tokens: Columns = {}
+        if kept := names["tokens"]:
+            parts = [(row, torch.stack([metric.tokens[name] for name in kept])) for row, metric in metrics]
+            tokens = self._whole(kept, rows, parts)
+        return Metrics(dict(zip(sum_names, totals, strict=True)), dict(zip(max_names, largest, strict=True)), tokens)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.nonfinite import NonFiniteError
 from megatron_rl.train.export import export_hf
-from megatron_rl.train.folder import NONFINITE, replace_text
+from megatron_rl.train.folder import replace_text
+from megatron_rl.train.names import NONFINITE
 
 ROW, WEIGHTS = "row.safetensors", "weights"
 REPLAY_RUN, REPLAYED = "run.json", "replayed.json"

@@ -8,18 +8,8 @@ from pathlib import Path
 from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.train.names import CONFIG, METRICS, VERSIONS
 from megatron_rl.train.versions import found_versions
-
-CONFIG, VERSIONS, METRICS, ROLLOUTS, LEDGER, CONSOLE, MISMATCH, NONFINITE = (
-    "config.json",
-    "versions.json",
-    "metrics.jsonl",
-    "rollouts.jsonl",
-    "ledger.jsonl",
-    "console.log",
-    "mismatch.json",
-    "nonfinite",
-)
 
 
 def prepare_folder(run: Run) -> list[str]:

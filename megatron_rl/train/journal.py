@@ -12,7 +12,8 @@ from typing import Any, TextIO
 from megatron_rl.data.types import Group
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
-from megatron_rl.train.folder import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, keep_steps_before
+from megatron_rl.train.folder import keep_steps_before
+from megatron_rl.train.names import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, TOKENS
 from megatron_rl.train.sinks import Read, Sink, flat
 
 DOCUMENTED: Mapping[str, str] = {
@@ -91,7 +92,7 @@ class Journal:
         self._began: float | None = None  # the first phase begins the first step
         self._files: dict[str, TextIO] = {}
         if folder:
-            for name in (METRICS, ROLLOUTS, LEDGER):
+            for name in (METRICS, ROLLOUTS, TOKENS, LEDGER):
                 keep_steps_before(folder / name, step)
             self._files = {name: _appending(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
 
@@ -159,6 +160,15 @@ class Journal:
                 self._line(ROLLOUTS, record)
         self._files[ROLLOUTS].flush()
 
+    def tokens(self, record: Mapping[str, object]) -> None:
+        """Write what became of a step's tokens; see ``train.tokens``."""
+        if self.folder is None:
+            return
+        if TOKENS not in self._files:
+            self._files[TOKENS] = _appending(self.folder / TOKENS)
+        self._line(TOKENS, record)
+        self._files[TOKENS].flush()
+
     def ledger(self, entries: Iterable[Mapping[str, object]]) -> None:
         """Write what became of the groups of a step; see ``train.ledger``."""
         if self.folder is None:
@@ -217,6 +227,7 @@ def farewell(folder: Path, *, resumable: bool) -> list[str]:
     contents = {
         METRICS: "one JSON object a step",
         ROLLOUTS: "every sample with its reward",
+        TOKENS: "tokens and segments of a few samples a step, for megatron-rl report",
         CONSOLE: "the lines above, with the time of day",
         MISMATCH: "the tokens on which engine and trainer agree least, newest step",
         CONFIG: "all settings",

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from megatron_rl.train.buffer import FATES, NO_SIGNAL, TRAINED, Held, Taken
-from megatron_rl.train.folder import LEDGER
+from megatron_rl.train.names import LEDGER
 
 
 def entries(step: int, taken: Taken, trained: Collection[int]) -> Iterator[Mapping[str, object]]:

@@ -32,7 +32,7 @@ def train(
 ) -> int:
     """Train from rollout batch ``start`` on; return how many are done, fewer than ``train.steps`` if asked to stop."""
     objective, correction, kl = run.objective, run.correction, run.kl
-    loss = loss_of(objective, kl)
+    loss = loss_of(objective, kl, keep_tokens=run.log.tokens > 0)
 
     for step in range(start, run.train.steps):
         metrics = StepMetrics(step)
@@ -62,6 +62,7 @@ def train(
                 prepared = minibatch.add(prepare(minibatch, objective, correction, vocabulary))
                 summed = policy.accumulate(pack(prepared, policy.row_rules), loss)
                 metrics.updated(summed, policy.step())
+                sampler.record(step, prepared, summed)
 
         with journal.phase("weights"):
             sampler.load(policy.weights(run.weights.bucket_bytes), version=step + 1)

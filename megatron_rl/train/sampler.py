@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar, get_args
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import first_prompts
-from megatron_rl.data.types import Batch, Group
+from megatron_rl.data.types import Batch, Group, Metrics
 from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.tasks.base import Failure, Task, Verdict
@@ -26,6 +26,7 @@ from megatron_rl.train.journal import Journal
 from megatron_rl.train.ledger import entries
 from megatron_rl.train.routes import wanted_routes
 from megatron_rl.train.stream import Judged, Stream, wait_for_one
+from megatron_rl.train.tokens import TokenRecord
 from megatron_rl.train.witness import Witness
 
 T = TypeVar("T")
@@ -55,6 +56,10 @@ class Sampler(Protocol):
 
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
         """Explain the gap between the engine's log-probs and the trainer's."""
+        ...
+
+    def record(self, step: int, prepared: Batch, summed: Metrics) -> None:
+        """Keep what an update made of its tokens, where the loss was asked to."""
         ...
 
     def load(self, weights: Weights, version: int) -> None:
@@ -92,6 +97,7 @@ class MainSampler:
     ) -> None:
         self.run, self.world, self.journal, self.witness = run, world, journal, witness
         self.fleet, self.task, self.judging = sources
+        self.tokens = TokenRecord(run.log.tokens, witness.codec)
         self.groups: Sequence[Group] = ()
         self.counts: Mapping[str, float | int] = {}
         self.stream = Stream(run, self.fleet, self.task, judging=self.judging)
@@ -179,6 +185,14 @@ class MainSampler:
         if verdict is not None:
             self.journal.say(verdict)
 
+    def record(self, step: int, prepared: Batch, summed: Metrics) -> None:
+        """See ``Sampler``."""
+        if not summed.tokens:
+            return
+        self.tokens.add(prepared.add(summed.tokens))
+        if self.tokens.updates == self.run.train.updates_per_step:
+            self.journal.tokens(self.tokens.take(step, self.groups))
+
     def state(self) -> Json:
         """See ``Sampler``."""
         return self.stream.state()
@@ -259,6 +273,9 @@ class FollowingSampler:
         """See ``Sampler``."""
 
     def compare(self, step: int, scored: Sequence[Batch]) -> None:
+        """See ``Sampler``."""
+
+    def record(self, step: int, prepared: Batch, summed: Metrics) -> None:
         """See ``Sampler``."""
 
     def load(self, weights: Weights, version: int) -> None:

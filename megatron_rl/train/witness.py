@@ -13,8 +13,9 @@ import torch
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.tasks import Tokenizer
-from megatron_rl.train.folder import MISMATCH, replace_text
+from megatron_rl.train.folder import replace_text
 from megatron_rl.train.mismatch import Diagnosis, Settings, diagnose, log_gap
+from megatron_rl.train.names import MISMATCH
 from megatron_rl.train.routes import routing
 
 WORST = 20

@@ -133,6 +133,7 @@ def same_result(folder: Path, other: Path) -> None:
     """Assert that two runs have the same numbers, samples and weights, bit for bit."""
     assert metrics_of(folder) == metrics_of(other)
     assert (folder / "rollouts.jsonl").read_bytes() == (other / "rollouts.jsonl").read_bytes()
+    assert (folder / "tokens.jsonl").read_bytes() == (other / "tokens.jsonl").read_bytes()
     newest, expected = (sorted((run / "checkpoints").glob("step_*"))[-1] for run in (folder, other))
     files = sorted(path.name for path in expected.glob("*.safetensors"))
     assert newest.name == expected.name

@@ -1,11 +1,13 @@
 """Runs that go well: what a user finds afterwards, whoever started the ranks."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.cli import main
 from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from tests.e2e.job import ONE_RANK, Job, metrics_of
@@ -18,6 +20,23 @@ def test_the_run_folder_holds_what_is_promised(straight):
     assert [line["weight_version"] for line in metrics_of(straight)] == [0, 1, 2, 3]
     samples = [json.loads(line) for line in (straight / "rollouts.jsonl").read_text().splitlines()]
     assert len(samples) == 4 * 4 * 4
+    recorded = [json.loads(line) for line in (straight / "tokens.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in recorded] == [0, 1, 2, 3]
+    texts = {sample["id"]: sample["response"] for sample in samples}
+    shown = [sample for line in recorded for sample in line["samples"]]
+    assert len(shown) == 4 * 4
+    assert all("".join(own["text"]).removesuffix("<eos>") == texts[own["id"]].removesuffix("<eos>") for own in shown)
+
+
+def test_a_report_reads_all_that_a_run_wrote(tmp_path, straight):
+    page = tmp_path / "report.html"
+    assert main(["report", str(straight), "--output", str(page)]) == 0
+    html = page.read_text()
+    assert 'class="note"' not in html
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', html, re.DOTALL)[0])
+    assert [step["step"] for step in data["runs"][0]["steps"]] == [0, 1, 2, 3]
+    for plot in ("reward_mean", "clipped_by_length", "clipped_by_entropy", "mismatch_max", "phases"):
+        assert f'data-plot="{plot}"' in html
 
 
 def test_ratios_of_a_first_update_are_exactly_one(straight):
@@ -31,9 +50,10 @@ def test_engine_and_trainer_agree_on_the_logprobs_they_both_give(straight):
 
 def test_torchrun_starts_the_ranks_just_as_well(tmp_path, straight):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "megatron_rl")
-    with Job(tmp_path / "run", "train.steps=2", command=torchrun) as job:
+    with Job(tmp_path / "run", "train.steps=2", "log.tokens=0", command=torchrun) as job:
         assert job.end() == 0, job.output()
-        assert job.metrics() == metrics_of(straight)[:2]
+        assert job.metrics() == metrics_of(straight)[:2]  # nor does it matter whether tokens are kept
+    assert not (tmp_path / "run" / "tokens.jsonl").exists()
 
 
 def test_own_prompts_and_verifier_from_a_file(tmp_path):

@@ -32,7 +32,8 @@ def weighted(logprobs_R: Tensor, entropies_R: Tensor, micro: Micro) -> Loss:
     value = (micro["weights_T"].to(logprobs_R) * logprobs_R).sum()
     value = value + (micro["entropy_weights_T"].to(logprobs_R) * entropies_R).sum()
     largest = logprobs_R.detach().amax() if len(logprobs_R) else torch.tensor(-1e9)
-    return Loss(value, Metrics({"loss": value.detach()}, {"logprob": largest}))
+    kept = {"kept_logprobs_T": logprobs_R.detach(), "kept_places_T": micro["places_T"]}
+    return Loss(value, Metrics({"loss": value.detach()}, {"logprob": largest}, kept))
 
 
 def one_step(
@@ -49,6 +50,7 @@ def one_step(
     gradients = {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
     report = policy.step()
     results = {"logprobs_T": scored["old_logprobs_T"], "entropies_T": scored["old_entropies_T"]}
+    results |= metrics.tokens
     results |= {"loss": metrics.sums["loss"], "grad_norm": torch.tensor(report.grad_norm), **gradients, **exported}
     return results if world.is_main else None
 
@@ -96,6 +98,20 @@ def test_policy_agrees_with_transformers_under_any_layout(model: Path, truth: di
         torch.testing.assert_close(ours[name].double(), truth[name], atol=5e-6 * largest, rtol=0, msg=name)
     norm = torch.stack([truth[name].square().sum() for name in gradients]).sum().sqrt()
     torch.testing.assert_close(ours["grad_norm"].double(), norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_loss_keeps_of_tokens_comes_back_in_their_places(model: Path, layout: str) -> None:
+    batch = case()
+    trained_T = batch["loss_mask_T"]
+
+    ours = step_under(model, layout)
+
+    assert ours["kept_places_T"].tolist() == (batch["places_T"] * trained_T).tolist()
+    # The forward pass that trains is the one that scored, and what is not trained has no log-prob.
+    assert torch.equal(ours["kept_logprobs_T"], ours["logprobs_T"])
+    assert not ours["kept_logprobs_T"][~trained_T].any()
+    assert ours["kept_logprobs_T"][trained_T].all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -56,6 +56,7 @@ def case() -> Batch:
     return batch.add(
         {
             "weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
+            "places_T": torch.arange(total),
             "entropy_weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
         }
     )
