@@ -20,7 +20,7 @@ MOST_FUNCTION_LINES = 60
 MOST_LOOP_LINES = 120
 MOST_CONFIG_FIELDS = 148
 MOST_ARGUMENTS = 6
-VERBS = ["check", "fleet", "preflight", "prove", "replay", "serve", "slurm", "train"]
+VERBS = ["check", "eval", "fleet", "preflight", "prove", "replay", "serve", "slurm", "train"]
 
 
 def every_file():

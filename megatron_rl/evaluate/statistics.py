@@ -12,8 +12,12 @@ from statistics import NormalDist, fmean, variance
 
 import numpy as np
 
+from megatron_rl.errors import DataError
+
 CONFIDENCE = 0.95
 BOOTSTRAPS = 10_000
+LEAST_P = 1e-12
+"""Below this, rounding decides."""
 MOST_FLIPPED = 1 << 22
 """Largest sum of differences, in the smallest unit, for which all sign flips are counted."""
 
@@ -99,13 +103,16 @@ def sign_flip_p(differences_P: Sequence[int]) -> float:
 
     Each prompt's difference, in whole units, might as well have had the other sign. With differences of -1, 0 and 1,
     that is with one sample a prompt, this is McNemar's exact test. All flips are counted at once: the distribution of
-    their sum is the Fourier transform of a product of cosines. Exact to about 1e-12.
+    their sum is the Fourier transform of a product of cosines, exact to ``LEAST_P``: what is smaller is told as that.
     """
     observed = abs(sum(differences_P))
     sizes = Counter(abs(difference) for difference in differences_P if difference)
     total = sum(size * count for size, count in sizes.items())
     if total > MOST_FLIPPED:
-        raise ValueError(f"sign_flip_p: differences of {total} units in all; use at most {MOST_FLIPPED}")
+        raise DataError(
+            f"the differences are {total} units of 1 / (samples of a prompt) in all, more than {MOST_FLIPPED} can be"
+            " flipped; evaluate both with the same evaluate.samples"
+        )
     if not total:
         return 1.0
     points = 2 * total + 1
@@ -115,7 +122,7 @@ def sign_flip_p(differences_P: Sequence[int]) -> float:
         waves *= np.cos(size * angles) ** count
     chances = np.fft.fft(waves).real / points  # of sum s at index s modulo the number of points
     tail = chances[observed : total + 1].sum()
-    return float(min(1.0, max(0.0, 2 * tail if observed else 1.0)))
+    return float(min(1.0, max(LEAST_P, 2 * tail if observed else 1.0)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
