@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
-from megatron_rl.errors import MegatronRLError
+from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.rollout.serve import add_arguments as add_serve_arguments
 from megatron_rl.rollout.serve import serve
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # the tree needs torch, and help should not wait for it
 CONFIG_HELP = (
     "TOML files, later ones stronger, and settings such as train.steps=10, stronger than any file; "
     "a relative path in a file begins at that file's folder"
+)
+
+EVAL_HELP = (
+    "run folders and checkpoints of any kind, whose newest weights are evaluated; without one, the model.path of the "
+    "config files. Settings are those of the run, then of the files, then key=value"
 )
 
 
@@ -108,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     replay_rank.set_defaults(run=_replay_rank)
 
     _add_report(verbs)
+    evaluate = verbs.add_parser("eval", help="pass@k of checkpoints on held-out prompts, and two results compared")
+    _add_eval_arguments(evaluate)
 
     serve = verbs.add_parser("serve", help="run the embedded rollout server alone")
     add_serve_arguments(serve)
@@ -121,6 +128,13 @@ def _add_report(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     report.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default: report.html)")
     report.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots alone, as PNG")
     report.set_defaults(run=_report)
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="*", metavar="CONFIG|FOLDER|KEY=VALUE", help=EVAL_HELP)
+    parser.add_argument("--output", type=Path, metavar="PATH", help="folder of results; with --compare a JSON file")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of results: paired tests")
+    parser.set_defaults(run=_evaluate)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -212,6 +226,25 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_rl.report.main import report
 
     return report(options.run_folders, options.output, options.png)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if options.compare:
+        if options.config:
+            raise ConfigError(f"--compare takes two folders of results and nothing else: leave {options.config[0]} out")
+        from megatron_rl.evaluate.compare import compare
+
+        first, second = options.compare
+        return compare(first, second, options.output)
+    words, settings = split_words(options.config)
+    if not words and not settings:
+        raise ConfigError("nothing to evaluate; give a run folder, a checkpoint or a config file, or --compare A B")
+    from megatron_rl.launch.quiet import quiet_upstream
+
+    quiet_upstream()
+    from megatron_rl.evaluate.main import evaluate
+
+    return evaluate(words, settings, options.output)
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -200,8 +200,19 @@ class Evaluate(Section):
     """Steps between evaluations (step 0 and the last are always included); 0 switches evaluation off."""
     prompts: Annotated[int, Field(ge=1)] = 512
     """Held-out prompts."""
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Responses to each; accuracy is their mean, and ``megatron-rl eval`` tells pass@k and majority@k of them."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """1 samples as in training; 0 is greedy."""
+
+    @model_validator(mode="after")
+    def _greedy_answers_are_all_the_same(self) -> "Evaluate":
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"samples = {self.samples} at temperature 0, which gives the same response every time; write samples"
+                " = 1, or a temperature above 0"
+            )
+        return self
 
 
 class Checkpoint(Section):

@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -66,10 +67,12 @@ def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
 
 
 def read_file(path: Path) -> Source:
-    """Read a TOML file."""
+    """Read a TOML file, or the ``config.json`` that a run left in its folder."""
     if not path.is_file():
         raise ConfigError(f"no config file {path}; {_available(path)}")
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return _read_json(path, text)
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -78,6 +81,16 @@ def read_file(path: Path) -> Source:
         reason = str(error).partition(" (at ")[0]
         raise ConfigError(f"not valid TOML: {reason} ({where}); strings need quotes, a key may be set once") from error
     return Source(table, {key: f"{path}:{line}" for key, line in key_lines(text).items()}, path.resolve().parent)
+
+
+def _read_json(path: Path, text: str) -> Source:
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not valid JSON: {error} ({path}); give the config.json of a run, or a TOML file") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"not a JSON object: {path}; give the config.json of a run, or a TOML file")
+    return Source(table, {(name,): str(path) for name in table}, path.resolve().parent)
 
 
 def _available(path: Path) -> str:

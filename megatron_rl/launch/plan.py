@@ -78,11 +78,25 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
         problems += _replay(loaded, shape)
     problems += _batch(loaded)
     problems += _fleet(loaded)
+    problems += _start_checkpoint(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
     problems += check_task(run.task, run.reward)
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
     return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))
+
+
+def check_sampling(loaded: Loaded[Run]) -> None:
+    """Raise a ConfigError with everything that fleet or task cannot do, whoever trains; see ``make_plan``."""
+    path = Path(loaded.run.model.path)
+    try:
+        hf = read_hf_config(path)
+        problems = [*_tied(loaded, hf), *_fleet(loaded)]
+        family = family_of(hf)
+        open_source(path, family).check(family)
+    except MegatronRLError as error:
+        problems = [str(error), *_fleet(loaded)]
+    raise_problems([*problems, *check_task(loaded.run.task, loaded.run.reward)])
 
 
 def max_prompt_tokens(run: Run) -> int:
@@ -196,14 +210,18 @@ def _tied(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
         )
 
 
-def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
+def _start_checkpoint(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
-    if is_torch_dist(Path(loaded.run.model.path)):
+    if rollout.engine == "sglang" and not rollout.urls and is_torch_dist(Path(loaded.run.model.path)):
         yield (
             f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) is a distributed checkpoint, which"
             " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers on the checkpoint"
             " that it came from and write their addresses in rollout.urls"
         )
+
+
+def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
+    rollout = loaded.run.rollout
     if not rollout.sglang_python:
         yield (
             f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write'

@@ -26,13 +26,22 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
+def holds_hf_files(folder: Path) -> bool:
+    """Return whether other programs can read a checkpoint folder: it is neither torch_dist nor our own pieces."""
+    return not is_torch_dist(folder) and not _holds_pieces(folder)
+
+
+def _holds_pieces(folder: Path) -> bool:
+    return (folder / META).is_file() and (folder / PIECES).is_file()
+
+
 def open_source(folder: Path, family: Family) -> Source:
     """Return the tensors of a checkpoint folder; its config.json is in it in either case.
 
     Raises:
         DataError: the folder holds no checkpoint, or a file of it cannot be read.
     """
-    if (folder / META).is_file() and (folder / PIECES).is_file():
+    if _holds_pieces(folder):
         return PieceSource(folder, family)
     if is_torch_dist(folder):
         return DistSource(folder, family)

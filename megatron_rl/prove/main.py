@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from pydantic import TypeAdapter
@@ -26,7 +27,7 @@ from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, Trial, all_of, reference
 from megatron_rl.prove.ranks import run_forked
 
-ALL_OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo", "cispo", "gmpo", "dppo")
+ALL_OBJECTIVES = tuple(str(kind.model_fields["name"].default) for kind in get_args(AnyObjective))
 
 
 def prove(

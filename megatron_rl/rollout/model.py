@@ -16,9 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
-from megatron_rl.policy.folders import open_source
+from megatron_rl.policy.folders import holds_hf_files, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.torch_dist import is_torch_dist
 from megatron_rl.rollout.process import require_model
 from megatron_rl.rollout.requests import BadRequest
 from megatron_rl.rollout.routes import RouteRecorder
@@ -104,9 +103,9 @@ class ServedModel:
 
 
 def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model with its weights, from a checkpoint of either kind."""
+    """Return the model with its weights, from a checkpoint of any kind."""
     # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
-    if not is_torch_dist(folder):
+    if holds_hf_files(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     family = family_of(read_hf_config(folder))
     source = open_source(folder, family)

@@ -28,6 +28,8 @@ class Verdict:
     failure: Failure = ""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Where there are several: each by its name, without its weight; ``score`` is their weighted sum."""
+    answer: str | None = None
+    """What the response was taken to answer, for majority votes; None if it gave no answer, or nobody can say."""
 
 
 class Task(Protocol):

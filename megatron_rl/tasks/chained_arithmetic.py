@@ -67,7 +67,8 @@ class ChainedArithmetic:
             expression = make_expression(split, seed, position, self.operations)
             text = f"{expression}="
             ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-            return Prompt(f"{split}-{seed}-{position}", ids, text, str(answer(expression)))
+            labels = {"difficulty": str(len(expression) // 2)}  # operations
+            return Prompt(f"{split}-{seed}-{position}", ids, text, str(answer(expression)), labels)
 
         return Generated(make)
 
@@ -84,4 +85,5 @@ def verify(prompt: Prompt, response: Response) -> Verdict:
     if not mark:
         return Verdict(0.0, False, "no #")
     correct = found == prompt.answer
-    return Verdict(float(correct), correct, "" if correct else f"{found!r} instead of {prompt.answer}")
+    reason = "" if correct else f"{found!r} instead of {prompt.answer}"
+    return Verdict(float(correct), correct, reason, answer=found)

@@ -6,6 +6,7 @@ A judge needs the configuration alone, no tokenizer and no prompt files: it is m
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,7 @@ from megatron_rl.tasks.base import Verdict
 from megatron_rl.tasks.code import CodeVerifier, check_sandbox
 from megatron_rl.tasks.reasoning_gym import GymJudge
 from megatron_rl.tasks.remote import RemoteVerifier
-from megatron_rl.tasks.verifiers import Verifier, find_verifier, is_url
+from megatron_rl.tasks.verifiers import Verifier, find_verifier, is_url, read_answer
 
 Check = Callable[[Prompt, Response], Verdict]
 
@@ -57,7 +58,7 @@ class Judge:
             return verdict
         given = {name: reward for name, reward in rewards.items() if reward is not None}
         score = sum(self.weights[name] * reward for name, reward in given.items())
-        return Verdict(score, verdict.correct, verdict.reason, rewards=given)
+        return replace(verdict, score=score, rewards=given)
 
     def _shape(self, response: Response) -> Mapping[str, float]:
         shape: dict[str, float] = {}
@@ -130,6 +131,7 @@ def plain(verifier: Verifier, name: str) -> Check:
             return Verdict(None, False, "not verified", "declined")
         if not isinstance(score, int | float) or not math.isfinite(score):
             return Verdict(None, False, f"{name} (task.verifier) gave {score!r}", "invalid")
-        return Verdict(float(score), score >= 1.0)
+        answer = read_answer(name, response.answer_text)
+        return Verdict(float(score), score >= 1.0, answer=answer)
 
     return verify

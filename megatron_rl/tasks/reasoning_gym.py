@@ -211,7 +211,8 @@ class GymJudge:
             return Verdict(0.0, False, f"no answer found by task.extract = {self._rule}")
         dataset, entry = self.gym.entry(prompt.metadata["source"])
         score = float(dataset.score_answer(answer, entry))
-        return Verdict(score, score >= 1.0, "" if score >= 1.0 else f"{answer[:80]!r} instead of {prompt.answer[:80]}")
+        reason = "" if score >= 1.0 else f"{answer[:80]!r} instead of {prompt.answer[:80]}"
+        return Verdict(score, score >= 1.0, reason, answer=answer)
 
 
 def _number(text: str) -> int:

@@ -40,6 +40,15 @@ def regex(prompt: str, response: str, answer: str) -> float:
         raise DataError(f"not a regular expression: {answer!r}: {error} (task.verifier = regex)") from error
 
 
+def read_answer(verifier: str, response: str) -> str | None:
+    """Return what ``exact`` or ``number`` takes a response to answer, the same text for the same answer; else None."""
+    if verifier == "exact":
+        return response.strip()
+    if verifier == "number" and (found := NUMBER.findall(response)):
+        return f"{_value(found[-1]):.17g}"
+    return None
+
+
 def math(prompt: str, response: str, answer: str) -> float:
     """Return 1 if math-verify finds the answer in the response: LaTeX, fractions, sets, boxed or plain."""
     import math_verify

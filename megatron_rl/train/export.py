@@ -23,11 +23,16 @@ def export_hf(policy: Policy, run: Run, folder: Path) -> None:
         for _ in weights:
             pass
     else:
-        beside = begin(folder)
-        _write_shards(weights, beside)
-        copy_companions(Path(run.model.path), beside)
-        commit(beside, folder)
+        write_hf(weights, Path(run.model.path), folder)
     dist.barrier()
+
+
+def write_hf(weights: Iterable[tuple[str, Tensor]], companions: Path, folder: Path) -> None:
+    """Write tensors under Hugging Face names, with config and tokenizer of another folder; replaces ``folder``."""
+    beside = begin(folder)
+    _write_shards(weights, beside)
+    copy_companions(companions, beside)
+    commit(beside, folder)
 
 
 def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_rl.data.types import Group
+from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.console import Board
 from megatron_rl.train.folder import keep_steps_before
@@ -62,7 +62,7 @@ DOCUMENTED: Mapping[str, str] = {
     "groups_too_old": "groups sampled again because a token was older than rollout.max_lag allows",
     "refills": "times that more prompts were asked for in place of groups without a signal",
     "seconds": "wall time of each phase, of the step as ``total``, and ``fleet``: how long a server had work meanwhile",
-    "accuracy": "share of held-out prompts answered right; only where evaluated",
+    "accuracy": "share of the responses to held-out prompts that are right, mean over prompts; only where evaluated",
     "evaluated_prompts": "held-out prompts behind ``accuracy``",
 }
 """Every key of ``metrics.jsonl``. A number that is not finite is written as null."""
@@ -142,22 +142,8 @@ class Journal:
             return
         for group, group_verdicts in zip(groups, verdicts, strict=True):
             for response, verdict in zip(group.responses, group_verdicts, strict=True):
-                record = {
-                    "step": step,
-                    "id": response.id,
-                    "prompt_id": group.prompt.id,
-                    "prompt": group.prompt.text,
-                    "answer": group.prompt.answer,
-                    "response": response.text,
-                    "reward": verdict.score,
-                    "rewards": dict(verdict.rewards),
-                    "correct": verdict.correct,
-                    "reason": verdict.reason,
-                    "finish_reason": response.finish_reason,
-                    "tokens": len(response.output_ids),
-                    "weight_versions": response.weight_versions,
-                }
-                self._line(ROLLOUTS, record)
+                record = sample_record(group.prompt, response, verdict)
+                self._line(ROLLOUTS, {"step": step, **record, "weight_versions": response.weight_versions})
         self._files[ROLLOUTS].flush()
 
     def tokens(self, record: Mapping[str, object]) -> None:
@@ -207,6 +193,23 @@ class Journal:
     def _log(self, line: str) -> None:
         self._files[CONSOLE].write(f"{time.strftime('%H:%M:%S')} {line}\n")
         self._files[CONSOLE].flush()
+
+
+def sample_record(prompt: Prompt, response: Response, verdict: Verdict) -> dict[str, object]:
+    """Return a sample with its reward, as JSON."""
+    return {
+        "id": response.id,
+        "prompt_id": prompt.id,
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "response": response.text,
+        "reward": verdict.score,
+        "rewards": dict(verdict.rewards),
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "finish_reason": response.finish_reason,
+        "tokens": len(response.output_ids),
+    }
 
 
 def _appending(path: Path) -> TextIOWrapper:

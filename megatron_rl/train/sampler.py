@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Protocol, TypeVar, get_args
 
 from megatron_rl.config.schema import Run
-from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Batch, Group, Metrics
 from megatron_rl.parallel.mesh import World
 from megatron_rl.rollout.fleet import Fleet
@@ -20,6 +19,7 @@ from megatron_rl.tasks.pool import Judging
 from megatron_rl.train.buffer import SURPLUS, TOO_OLD, Taken
 from megatron_rl.train.buffer_state import Json
 from megatron_rl.train.collect import collect, share
+from megatron_rl.train.evaluation import heldout_prompts, question
 from megatron_rl.train.fleet import Weights, write_own, writes_shares
 from megatron_rl.train.gauges import readings
 from megatron_rl.train.journal import Journal
@@ -47,7 +47,7 @@ class Sampler(Protocol):
         ...
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
-        """Return the accuracy on held-out prompts and how many there were; None elsewhere, or if asked to stop."""
+        """Return the accuracy on held-out prompts and how many prompts; None elsewhere, or if asked to stop."""
         ...
 
     def name_of(self, sample_index: int) -> str | None:
@@ -102,8 +102,7 @@ class MainSampler:
         self.counts: Mapping[str, float | int] = {}
         self.stream = Stream(run, self.fleet, self.task, judging=self.judging)
         self._busy_seconds = 0.0
-        evaluated = run.evaluate.prompts if run.evaluate.every else 0
-        self._heldout = first_prompts(self.task.prompts("heldout", run.train.seed), evaluated) if evaluated else ()
+        self._heldout = heldout_prompts(run, self.task) if run.evaluate.every else ()
         self._stop = False
         self._sampling = False
         journal.watch(lambda: readings(self.stream, self.fleet))
@@ -162,10 +161,8 @@ class MainSampler:
 
     def evaluate(self, step: int) -> tuple[float, int] | None:
         """See ``Sampler``."""
-        settings = self.run.evaluate
-        sampling = self.run.rollout.sampling.model_copy(update={"temperature": settings.temperature})
-        seed = (self.run.train.seed, step, EVALUATION)
-        ask = partial(self.fleet.generate, self._heldout, 1, sampling, seed, step, wanted_routes(self.run))
+        asked = question(self.run, self._heldout, step)
+        ask = partial(self.fleet.generate, *asked, step, wanted_routes(self.run))
         groups = self._unless_stopped(lambda: self._interruptible(ask))
         if groups is None:
             return None
@@ -173,7 +170,7 @@ class MainSampler:
         if judged is None:
             return None
         correct = [verdict.correct for verdicts in judged for verdict in verdicts]
-        return sum(correct) / len(correct), len(correct)
+        return sum(correct) / len(correct), len(groups)
 
     def name_of(self, sample_index: int) -> str | None:
         """See ``Sampler``."""
@@ -243,10 +240,6 @@ def lost_words(step: int, verdicts: Sequence[Verdict]) -> str | None:
         return None
     what = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in Counter(v.failure for v in lost).items())
     return f"step {step}: {len(lost)} of {len(verdicts)} responses unverified ({what}); the first: {lost[0].reason}"
-
-
-EVALUATION = 0x6576616C
-"""Keeps the sampling seeds of an evaluation apart from those of training."""
 
 
 class FollowingSampler:

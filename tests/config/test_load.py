@@ -249,3 +249,13 @@ def test_saved_configuration_has_everything_but_passwords(write):
     assert json.loads(saved)["wall"]["urls"] == ["http://***@host:1/x", "http://host:2"]
     assert json.loads(saved)["bare"] is False
     assert ("wall.place", run.wall.place, "Where it stands.") in list(settings(run))
+
+
+def test_what_a_run_wrote_is_read_like_a_file(write, tmp_path):
+    first = load(Tree, [write("a.toml", '[wall]\nplace = "here"\nurls = ["http://a"]\n[shape]\nname = "circle"\n')])
+    kept = write("config.json", to_json(first.run))
+    again = load(Tree, [kept], ["wall.least=1"])
+    assert again.run == first.run.model_copy(update={"wall": first.run.wall.model_copy(update={"least": 1})})
+    assert again.origin("wall.height_metres") == str(kept)
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load(Tree, [write("cut.json", to_json(first.run)[:40])])

@@ -1,0 +1,1 @@
+"""Evaluation: many samples a prompt, figures with intervals, two results compared."""

@@ -1,0 +1,95 @@
+"""``megatron-rl eval``: asks held-out prompts many times, writes every sample, and tells the figures."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer
+
+from megatron_rl.data.types import Prompt
+from megatron_rl.evaluate.figures import METHOD, all_figures
+from megatron_rl.evaluate.records import RESULT, SAMPLES, ResultFolder, described
+from megatron_rl.evaluate.servers import VERSION, serving
+from megatron_rl.evaluate.show import make_console, notes, table
+from megatron_rl.evaluate.targets import Target, find_targets
+from megatron_rl.launch.plan import check_sampling
+from megatron_rl.tasks import make_task
+from megatron_rl.tasks.pool import open_judging
+from megatron_rl.train.evaluation import heldout_prompts, question
+from megatron_rl.train.fleet import Decoder
+from megatron_rl.train.folder import replace_text
+from megatron_rl.train.routes import wanted_routes
+from megatron_rl.train.stream import judged
+
+
+def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None = None) -> int:
+    """Evaluate every target of the command line, one after the other; return 0.
+
+    Raises:
+        ConfigError, DataError: something cannot work; found before any server starts.
+    """
+    console = make_console()
+    targets = find_targets(words, settings, output)
+    for target in targets:
+        check_sampling(target.loaded)
+    for target in targets:
+        evaluate_one(target, console)
+    return 0
+
+
+def evaluate_one(target: Target, console: Console) -> None:
+    """Answer what is not answered yet, write the figures and show them."""
+    run = target.run
+    tokenizer = AutoTokenizer.from_pretrained(run.model.path)
+    task = make_task(run.task, tokenizer)
+    prompts = heldout_prompts(run, task)
+    asked = described(run, target.step, prompts)
+    folder = ResultFolder(target.output, asked, prompts)
+    missing = folder.missing()
+    if missing:
+        begun = f", {len(prompts) - len(missing)} of them answered already" if len(missing) < len(prompts) else ""
+        said = f"{run.model.path}: {len(prompts)} prompts{begun}, {run.evaluate.samples} samples each"
+        console.print(f"{said}, temperature {run.evaluate.temperature:g}", markup=False)
+        try:
+            _answer(target, prompts, folder, tokenizer, console)
+        except BaseException:
+            left = len(folder.missing())
+            console.print(f"{len(prompts) - left} of {len(prompts)} prompts are in {target.output}", markup=False)
+            console.print("to go on: the same command again")
+            raise
+    found = all_figures(folder.finish())
+    result = {"asked": asked, "method": METHOD, "figures": [row.record() for row in found]}
+    replace_text(target.output / RESULT, json.dumps(result, indent=2) + "\n")
+    console.print(table(found))
+    for line in notes(found):
+        console.print(line, markup=False)
+    console.print(f"{target.output}: {RESULT}, {SAMPLES}", markup=False)
+
+
+def _answer(
+    target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: Decoder, console: Console
+) -> None:
+    """Ask for what is missing, and write each request's samples as soon as they have come."""
+    run, missing = target.run, folder.missing()
+    with (
+        serving(run, tokenizer, target.output) as fleet,
+        closing(open_judging(run)) as judging,
+        Progress(console=console, transient=True) as progress,
+    ):
+        bar = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
+        versions = range(VERSION, VERSION + 1)
+        asked = fleet.submit(*question(run, prompts, target.step), versions, wanted=missing, routes=wanted_routes(run))
+        places = {judged(pending, judging): first for first, pending in asked}
+        try:
+            for future in as_completed(places):
+                for place, (group, verdicts) in enumerate(future.result(), start=places[future]):
+                    if place in missing:
+                        folder.add(group, verdicts, run.task.name)
+                        progress.advance(bar)
+        finally:
+            for _, pending in asked:
+                pending.cancel()

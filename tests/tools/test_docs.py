@@ -1,0 +1,83 @@
+"""The pages: every verb has one with all its options, links lead somewhere, and what the guides build works."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_rl.cli import _parser
+from megatron_rl.data.types import Batch
+from megatron_rl.objectives import Objective
+from megatron_rl.policy.names.rules import Family
+from tests.oracle.objectives import Row, framed, weight
+from tests.policy.families import COMMON
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = {"eval": "eval.md", "report": "report.md"}
+"""Pages of verbs that are not in docs/verbs."""
+INTERNAL = {"replay-rank"}
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of every verb that people type."""
+    (choices,) = [action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: parser for name, parser in choices.items() if name not in INTERNAL}
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_every_verb_has_a_page_with_all_its_options(verb):
+    text = (DOCS / PAGES.get(verb, f"verbs/{verb}.md")).read_text()
+    options = [word for action in verbs()[verb]._actions for word in action.option_strings if word.startswith("--")]
+    assert f"megatron-rl {verb}" in text
+    assert [option for option in options if option != "--help" and option not in text] == []
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def blocks(page: str) -> list[str]:
+    """Return the Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+def test_the_objective_of_the_guide_is_its_formula():
+    code, oracle, _ = blocks("add-objective.md")
+    made: dict[str, Any] = {"__name__": "chunk"}
+    exec(compile(code, "add-objective.md", "exec", dont_inherit=True), made)
+    objective: Objective = made["Chunk"](length=3)
+    mask_T = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], dtype=torch.bool)
+    random = torch.Generator().manual_seed(0)
+    old_T, new_T = (-torch.rand(13, generator=random, dtype=torch.float64) for _ in range(2))
+    columns = {
+        "input_ids_T": torch.zeros(13, dtype=torch.int64),
+        "loss_mask_T": mask_T,
+        "old_logprobs_T": old_T,
+        "advantages_B": torch.tensor([1.0, -0.5]),
+    }
+    batch = Batch(torch.tensor([5, 8]), columns)
+    micro = batch.add(objective.prepare(batch)).micro()
+    loss = (objective.cost(new_T[mask_T], micro).values_R * micro["weights_T"]).sum()
+    spread: dict[str, Any] = {"framed": framed, "weight": weight, "Result": tuple}
+    exec(compile(oracle, "add-objective.md", "exec", dont_inherit=True), spread)
+    new, old = new_T.tolist(), old_T.tolist()
+    rows = [Row(new[1:5], old[1:5], [], 1.0), Row(new[6:], old[6:], [], -0.5)]
+    assert float(loss) == pytest.approx(spread["chunk"](rows, 3)[0], abs=1e-12)
+
+
+def test_the_family_of_the_guide_accounts_for_every_tensor():
+    (code, added) = blocks("add-family.md")
+    made: dict[str, Any] = {"__name__": "mistral"}
+    exec(compile(code, "add-family.md", "exec", dont_inherit=True), made)
+    settings = eval(f"{{{added}}}")["mistral"][1]
+    config = AutoConfig.for_model("mistral", **{**COMMON, **settings})
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    family: Family = made["family"](config.to_dict())
+    assert family.hf_tensors() == expected
