@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from megatron_rl.config.cluster import Slurm
 from megatron_rl.config.section import InputPath, Section
-from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Reward
+from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Environment, Reward
 from megatron_rl.loss import Correction, ReferenceKL
 from megatron_rl.objectives import GRPO, AnyObjective
 
@@ -274,6 +274,7 @@ class Run(Section):
     parallel: Parallel = Parallel()
     task: Annotated[AnyTask, Field(discriminator="name")] = ChainedArithmeticTask()
     reward: Reward = Reward()
+    environment: Environment = Environment()
     rollout: Rollout = Rollout()
     advantage: Advantage = Advantage()
     objective: Annotated[AnyObjective, Field(discriminator="name")] = GRPO()

@@ -38,19 +38,19 @@ class ChainedArithmeticTask(Section):
 
 
 class JsonlTask(Section):
-    """Prompts and answers from a file with one JSON object a line."""
+    """Prompts and answers from files: one JSON object a line, Parquet, or a folder of ``Dataset.save_to_disk``."""
 
-    name: Literal["jsonl"] = "jsonl"
+    name: Literal["jsonl", "parquet", "datasets"] = "jsonl"
     path: InputPath
-    """The training file."""
+    """The training file; of Parquet also a folder or a pattern such as ``data/train-*.parquet``."""
     heldout_path: InputPath | None = None
     """The file for evaluation; without a value ``heldout_fraction`` of the training file is kept for it."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the lines, chosen by a hash of the prompt, that is never trained on; unused with ``heldout_path``."""
     prompt_field: str = "prompt"
-    """Name of the field with the question."""
+    """Name of the field with the question: a text, or with ``chat_template`` also a list of turns."""
     answer_field: str = "answer"
-    """Name of the field with the answer."""
+    """Name of the field with the answer; ``a.b`` is b within a."""
     verifier: PathToFunction = "exact"
     """``exact``, ``number``, ``regex`` (the answer is the pattern), ``math`` (needs math-verify), ``code`` (the answer
     holds tests), ``path/to/file.py:function``, or the URL of a server: docs/tasks.md."""
@@ -106,6 +106,19 @@ class ReasoningGymTask(Section):
 
 
 AnyTask = ChainedArithmeticTask | JsonlTask | ReasoningGymTask
+
+
+class Environment(Section):
+    """What answers the model between its turns: responses of several turns, with tools or without."""
+
+    name: PathToFunction = ""
+    """``calculator``, or ``path/to/file.py:Class``; none without a value. A turn ends where sampling does: at the
+    end-of-sequence token or one of ``rollout.sampling.stop_token_ids``."""
+    role: str = ""
+    """Role in the chat template of what the environment says, such as ``tool`` or ``user``; without a value it is put
+    in as it is."""
+    max_turns: Annotated[int, Field(ge=1)] = 8
+    """Turns of the model in a response; one that wants more is truncated."""
 
 
 class Reward(Section):

@@ -36,9 +36,9 @@ class Response:
     index: int
     """Position within the group."""
     output_ids: tuple[int, ...]
-    """Sampled tokens; the stop token, if there was one, is the last."""
+    """Sampled tokens, and those of an environment between them; the stop token, if there was one, is the last."""
     logprobs: tuple[float, ...]
-    """The engine's own log-probability of each output token, in nats."""
+    """The engine's own log-probability of each output token, in nats; 0 where it was not sampled."""
     text: str
     finish_reason: str
     """``stop``, ``length`` or ``abort``; ``failed`` if the response's environment did."""

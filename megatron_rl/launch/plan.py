@@ -19,6 +19,7 @@ from megatron_rl.policy.names.rules import HFConfig
 from megatron_rl.policy.torch_dist import is_torch_dist
 from megatron_rl.rollout.sglang import NEVER_TIED, wrong_options
 from megatron_rl.tasks import check_task
+from megatron_rl.tasks.judge import runs_code
 from megatron_rl.train.sinks import missing_packages
 
 
@@ -80,7 +81,7 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
     problems += _fleet(loaded)
     problems += _start_checkpoint(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
-    problems += check_task(run.task, run.reward)
+    problems += check_task(run.task, run.reward, run.environment)
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
     return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))
@@ -243,6 +244,8 @@ def _notes(loaded: Loaded[Run], layout: Layout, batches: Batches) -> Iterator[st
         yield "top_p or top_k cut the distribution: the engine's log-probs will differ from the trainer's"
     if run.train.updates_per_step == 1 and run.objective.name in ("espo", "gspo", "sspo", "sapo"):
         yield f"one update a step: every ratio is 1 and {run.objective.name} never clips; updates_per_step = 4 is usual"
+    if run.reward.allow_code and runs_code(run.task, run.reward):
+        yield "programs that the model writes run on this machine, in the sandbox of docs/tasks.md: read its limits"
     if run.train.group_size == 1 and run.advantage.kind != "dr":
         yield "groups of one response have no advantage: nothing would be learnt"
     if run.rollout.max_lag and run.correction.kind == "none":

@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from itertools import accumulate, count
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ from megatron_rl.rollout.process import ServerProcess
 from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
 from megatron_rl.rollout.router import Router
 from megatron_rl.rollout.sync import Carrier, NamedTensors, Report, WeightSync
+from megatron_rl.rollout.turns import Turns
 
 T = TypeVar("T")
 
@@ -74,6 +76,7 @@ class Fleet:
         self.sync = WeightSync(carrier, self.patience, "retract" if decode is None else "abort")
         self.members = [self._member(server) for server in servers]
         self.router: Router | None = None
+        self.turns: Turns | None = None
         self._affinity = Affinity()
         self._changed = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
@@ -234,7 +237,10 @@ class Fleet:
             await member.client.close()
 
     async def _groups(self, chunk: Chunk, versions: range | None) -> list[Group]:
-        return groups(chunk, await self._ask(chunk.requests, versions))
+        samples = await self._ask(chunk.requests, versions)
+        if self.turns is None:
+            return groups(chunk, samples)
+        return await self.turns.finish(chunk, samples, partial(self._ask, versions=versions))
 
     async def _require(self, versions: range) -> None:
         """See that every ready server has the weights of the fleet; raise if those are not among the versions."""

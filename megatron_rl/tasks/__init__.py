@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
-from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, JsonlTask, Reward
+from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Environment, JsonlTask, Reward
+from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.base import Task, Tokenizer, Verdict
 from megatron_rl.tasks.chained_arithmetic import ChainedArithmetic
+from megatron_rl.tasks.environments import find_environment
 from megatron_rl.tasks.jsonl import Jsonl, check_files
 from megatron_rl.tasks.judge import check_verifiers
 from megatron_rl.tasks.reasoning_gym import ReasoningGym, check_gym
@@ -21,8 +23,13 @@ def make_task(options: AnyTask, tokenizer: Tokenizer) -> Task:
     return ReasoningGym(options, tokenizer)
 
 
-def check_task(options: AnyTask, reward: Reward) -> Iterator[str]:
-    """Yield what is wrong with a task and its rewards, without a tokenizer: files, packages, names."""
+def check_task(options: AnyTask, reward: Reward, environment: Environment) -> Iterator[str]:
+    """Yield what is wrong with a task, its rewards and its environment, without a tokenizer: files, packages, names."""
+    if environment.name:
+        try:
+            find_environment(environment.name)
+        except ConfigError as error:
+            yield str(error)
     own = {"task.verifier": options.verifier} if isinstance(options, JsonlTask) else {}
     yield from check_verifiers(own | {f"reward.verifiers.{name}": v for name, v in reward.verifiers.items()}, reward)
     if isinstance(options, JsonlTask):

@@ -1,76 +1,102 @@
-"""Prompts and answers from a file with one JSON object a line, read and checked before any work starts."""
+"""Prompts and answers from a file with one JSON object a line, from Parquet, or from a folder of Hugging Face datasets.
+
+Read and checked before any work starts.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from megatron_rl.config.tasks import JsonlTask, Reward
 from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response, fold_seed
-from megatron_rl.errors import DataError
+from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
 from megatron_rl.tasks.judge import ended, find_check
 from megatron_rl.tasks.render import render
+from megatron_rl.tasks.rows import Place, read_rows
 from megatron_rl.tasks.verifiers import VERIFIERS
 
 logger = logging.getLogger(__name__)
 
 
+Turns = list[dict[str, str]]
+"""A conversation: turns with ``role`` and ``content``."""
+
+LABELS = ("task", "difficulty")
+"""Columns that go into ``Prompt.metadata`` where a row has them: evaluations are told apart by them."""
+
+
 @dataclass(frozen=True)
 class Record:
-    """One line of a file."""
+    """One row of a file."""
 
-    line: int
-    prompt: str
+    place: Place
+    prompt: str | Turns
     answer: str
+    labels: Mapping[str, str]
+
+    @property
+    def text(self) -> str:
+        """The prompt as text; of a conversation all that is said."""
+        return self.prompt if isinstance(self.prompt, str) else "\n".join(turn["content"] for turn in self.prompt)
 
 
-def read_records(path: Path, prompt_field: str, answer_field: str) -> Iterator[Record]:
-    """Yield the lines of a file; a DataError names file and line of the first one that cannot be used."""
-    if not path.is_file():
-        raise DataError(f"no such file: {path} (task.path or task.heldout_path); write the path of a JSONL file")
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if raw.strip():
-                yield _record(raw, f"{path}:{number}", number, prompt_field, answer_field)
-
-
-def _record(raw: bytes, place: str, line: int, prompt_field: str, answer_field: str) -> Record:
-    try:
-        row = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"not JSON: {_cut(raw)} ({place}): {error}; write one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"not a JSON object: {_cut(raw)} ({place}); write {{...}} with {prompt_field} and {answer_field}"
+def read_records(options: JsonlTask, path: Path) -> Iterator[Record]:
+    """Yield the rows of a file; a DataError names file and line of the first one that cannot be used."""
+    for place, row in read_rows(options.name, path):
+        prompt, answer = (
+            _field(row, name, option, place)
+            for option, name in (("prompt_field", options.prompt_field), ("answer_field", options.answer_field))
         )
-    for option, name in (("prompt_field", prompt_field), ("answer_field", answer_field)):
-        if name not in row:
+        if not (isinstance(prompt, str) and prompt) and not _is_conversation(prompt):
+            raise DataError(
+                f"{options.prompt_field} is {_show(prompt)} ({place}); write a string that is not empty, or a list of"
+                " turns with role and content"
+            )
+        if not isinstance(prompt, str) and not options.chat_template:
+            raise DataError(f"{options.prompt_field} is a list of turns ({place}); set task.chat_template = true")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise DataError(f"{options.answer_field} is {_show(answer)} ({place}); write a string or a number")
+        labels = {name: str(row[name]) for name in LABELS if isinstance(row.get(name), str | int | float)}
+        yield Record(place, cast(str | Turns, prompt), str(answer), labels)
+
+
+def _field(row: Mapping[str, object], name: str, option: str, place: Place) -> object:
+    """Return a field of a row; ``a.b`` is b within a, unless there is a field of that whole name."""
+    here: object = row
+    for part in (name,) if name in row else name.split("."):
+        if not isinstance(here, Mapping) or part not in here:
             found = ", ".join(row) or "nothing"
             raise DataError(f"no field {name!r} ({place}); it has {found}: correct the line, or set task.{option}")
-    prompt, answer = row[prompt_field], row[answer_field]
-    if not isinstance(prompt, str) or not prompt:
-        raise DataError(f"{prompt_field} is {json.dumps(prompt)[:80]} ({place}); write a string that is not empty")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise DataError(f"{answer_field} is {json.dumps(answer)[:80]} ({place}); write a string or a number")
-    return Record(line, prompt, str(answer))
+        here = here[part]
+    return here
 
 
-def _cut(raw: bytes) -> str:
-    text = raw.decode(errors="replace").strip()
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _is_conversation(prompt: object) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(turn, dict) and {*turn} >= {"role", "content"} for turn in prompt)
+        and all(isinstance(turn["role"], str) and isinstance(turn["content"], str) for turn in prompt)
+    )
+
+
+def _show(value: object) -> str:
+    return json.dumps(value, default=str)[:80]
 
 
 def check_files(options: JsonlTask) -> Iterator[str]:
     """Yield what is wrong with the files of a task, the first bad line of each, without a tokenizer."""
     for path in (options.path, options.heldout_path):
         try:
-            if path is not None and not any([*read_records(Path(path), options.prompt_field, options.answer_field)]):
-                yield f"no line in {path}; write one JSON object a line"
-        except DataError as error:
+            if path is not None and not any([*read_records(options, Path(path))]):
+                yield f"no line in {path}; write one JSON object a line, or one row each"
+        except MegatronRLError as error:
             yield str(error)
 
 
@@ -84,17 +110,17 @@ class Jsonl:
         self.too_long = 0
         """Prompts left out because they have more tokens than ``max_prompt_tokens``."""
         path = Path(options.path)
-        records = list(read_records(path, options.prompt_field, options.answer_field))
+        records = list(read_records(options, path))
         if options.heldout_path is not None:
             train, heldout_file = records, Path(options.heldout_path)
-            heldout = list(read_records(heldout_file, options.prompt_field, options.answer_field))
+            heldout = list(read_records(options, heldout_file))
         else:
             heldout_file = path
-            train = [r for r in records if _share(r.prompt) >= options.heldout_fraction]
-            heldout = [r for r in records if _share(r.prompt) < options.heldout_fraction]
+            train = [r for r in records if _share(r.text) >= options.heldout_fraction]
+            heldout = [r for r in records if _share(r.text) < options.heldout_fraction]
         self.splits: dict[Split, list[Prompt]] = {
-            "train": self._tokenise(path, train),
-            "heldout": self._tokenise(heldout_file, heldout),
+            "train": self._tokenise(train),
+            "heldout": self._tokenise(heldout),
         }
         if not self.splits["train"]:
             raise DataError(
@@ -120,24 +146,25 @@ class Jsonl:
         """Judge the text of a response, here and without a time limit; one that did not end is wrong."""
         return self.check(prompt, response)
 
-    def _tokenise(self, path: Path, records: list[Record]) -> list[Prompt]:
+    def _tokenise(self, records: list[Record]) -> list[Prompt]:
         prompts = []
         for record in records:
-            self._check_answer(path, record)
+            self._check_answer(record)
             text, ids = render(record.prompt, self.options, self.tokenizer)
             if len(ids) > self.options.max_prompt_tokens:
                 self.too_long += 1
                 continue
-            prompts.append(Prompt(f"{path.name}:{record.line}", ids, text, record.answer))
+            name = f"{record.place.name}:{record.place.number}"
+            prompts.append(Prompt(name, ids, text, record.answer, record.labels))
         return prompts
 
-    def _check_answer(self, path: Path, record: Record) -> None:
+    def _check_answer(self, record: Record) -> None:
         """Let a verifier of ours say now, not in the middle of a run, that it cannot work with an answer."""
         if self.options.verifier in ("number", "regex"):
             try:
-                VERIFIERS[self.options.verifier](record.prompt, "", record.answer)
+                VERIFIERS[self.options.verifier](record.text, "", record.answer)
             except DataError as error:
-                raise DataError(f"{error} ({path}:{record.line})") from error
+                raise DataError(f"{error} ({record.place})") from error
 
 
 def _share(prompt: str) -> float:

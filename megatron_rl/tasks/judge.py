@@ -24,7 +24,7 @@ from megatron_rl.tasks.verifiers import Verifier, find_verifier, is_url, read_an
 Check = Callable[[Prompt, Response], Verdict]
 
 QUICK = ("exact", "number")
-"""Verifiers that can neither hang nor raise: they need no process of their own."""
+"""Verifiers that can neither hang nor, on answers that were checked, raise: they need no process of their own."""
 
 FORMATS: Mapping[str, str] = {"think": r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"}
 """Names for regular expressions of ``reward.format``."""
@@ -73,7 +73,14 @@ class Judge:
 def is_quick(task: AnyTask, reward: Reward) -> bool:
     """Return whether nothing in a configuration can hang or raise, so that it may be judged where it is needed."""
     own = isinstance(task, ChainedArithmeticTask) or (isinstance(task, JsonlTask) and task.verifier in QUICK)
-    return own and not reward.format and all(name in QUICK for name in reward.verifiers.values())
+    # The answers are checked for the task's own verifier only: another one's may have no number.
+    return own and not reward.format and all(name == "exact" for name in reward.verifiers.values())
+
+
+def runs_code(task: AnyTask, reward: Reward) -> bool:
+    """Return whether a verifier runs what the model wrote."""
+    own = [task.verifier] if isinstance(task, JsonlTask) else []
+    return "code" in (*own, *reward.verifiers.values())
 
 
 def _task_check(task: AnyTask, reward: Reward) -> Check:

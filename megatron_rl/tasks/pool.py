@@ -59,7 +59,7 @@ class AtOnce:
 
 
 class Pool:
-    """Processes that judge; see ``worker``. They are started with the first question, and again if they end."""
+    """Processes that judge; see ``worker``. If they end they are started again with the next question."""
 
     def __init__(self, run: Run) -> None:
         self._setup = {
@@ -72,6 +72,7 @@ class Pool:
         self._open: dict[int, Future[Verdict]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
+        self._start()
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
         """See ``Judging``."""

@@ -19,11 +19,16 @@ class ChatOptions(Protocol):
         ...
 
 
-def render(question: str, options: ChatOptions, tokenizer: Tokenizer) -> tuple[str, tuple[int, ...]]:
-    """Return the text of a prompt and its token ids: the question as it is, or through the chat template."""
-    if not options.chat_template:
+def render(
+    question: str | list[dict[str, str]], options: ChatOptions, tokenizer: Tokenizer
+) -> tuple[str, tuple[int, ...]]:
+    """Return the text of a prompt and its token ids: the question as it is, or through the chat template.
+
+    A question may be a conversation already, which only a chat template can put.
+    """
+    if isinstance(question, str) and not options.chat_template:
         return question, tuple(tokenizer.encode(question, add_special_tokens=True))
     turns = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    turns.append({"role": "user", "content": question})
+    turns += [{"role": "user", "content": question}] if isinstance(question, str) else question
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks.extract import NUMBER
@@ -82,8 +83,7 @@ def find_verifier(name: str) -> Verifier:
                 " pip install 'megatron-rl[tasks]'"
             )
         return VERIFIERS[name]
-    file, colon, function = name.rpartition(":")
-    if not colon or not file.endswith(".py"):
+    if ".py:" not in name:
         close = difflib.get_close_matches(name, VERIFIERS, 1)
         hint = (
             f"did you mean {close[0]}?"
@@ -91,12 +91,21 @@ def find_verifier(name: str) -> Verifier:
             else f"one of {', '.join(VERIFIERS)}, code, a URL, or path/to/file.py:function"
         )
         raise ConfigError(f"no such verifier: {name!r} (task.verifier); {hint}")
-    return _load(Path(file), function)
+    found = load_object(name, "task.verifier")
+    if len(inspect.signature(found).parameters) != 3:
+        said = f"{found.__name__}{inspect.signature(found)} in {name} (task.verifier)"
+        raise ConfigError(f"{said}; it must take prompt, response, answer")
+    return found
 
 
-def _load(path: Path, function: str) -> Verifier:
+def load_object(name: str, key: str, others: str = "") -> Any:
+    """Return the function or class that ``path/to/file.py:name`` names, for the setting ``key``."""
+    file, colon, function = name.rpartition(":")
+    path = Path(file)
+    if not colon or not file.endswith(".py"):
+        raise ConfigError(f"no such name: {name!r} ({key}); one of {others}, or path/to/file.py:name")
     if not path.is_file():
-        raise ConfigError(f"no such file: {path} (task.verifier); write path/to/file.py:function")
+        raise ConfigError(f"no such file: {path} ({key}); write path/to/file.py:name")
     module_name = f"megatron_rl_verifier_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None, f"{path} ends in .py"
@@ -106,14 +115,11 @@ def _load(path: Path, function: str) -> Verifier:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(
-            f"{path} (task.verifier) cannot be imported: {type(error).__name__}: {error}; correct the file"
+            f"{path} ({key}) cannot be imported: {type(error).__name__}: {error}; correct the file"
         ) from error
     found = getattr(module, function, None)
     if not callable(found):
-        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise ConfigError(f"no function {function} in {path} (task.verifier); it has {', '.join(functions) or 'none'}")
-    if len(inspect.signature(found).parameters) != 3:
-        raise ConfigError(
-            f"{function}{inspect.signature(found)} in {path} (task.verifier); it must take prompt, response, answer"
-        )
+        kinds = (inspect.isfunction, inspect.isclass)
+        there = [name for name, value in vars(module).items() if any(kind(value) for kind in kinds)]
+        raise ConfigError(f"no function {function} in {path} ({key}); it has {', '.join(there) or 'none'}")
     return found

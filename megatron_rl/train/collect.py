@@ -74,10 +74,12 @@ def _advantages(
 
 
 def token_versions(response: Response) -> list[int]:
-    """Return which weights sampled each output token, -1 where the engine did not say."""
+    """Return which weights sampled each output token, -1 where the engine did not say or nothing was."""
     versions = [-1] * len(response.output_ids)
     for version, start, end in response.weight_versions:
         versions[start:end] = [version] * (min(end, len(versions)) - start)
+    for start, end in response.observed:  # pieces by the same weights are one span, whatever lies between
+        versions[start:end] = [-1] * (end - start)
     return versions
 
 

@@ -1,6 +1,6 @@
 """The fleet that a configuration asks for: servers of our own, or running ones, and the carrier of weights to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,7 +16,9 @@ from megatron_rl.policy.weights import PARTS
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.members import Patience
 from megatron_rl.rollout.router import router_process
+from megatron_rl.rollout.turns import Codec, Turns
 from megatron_rl.rollout.vllm import VllmFleet
+from megatron_rl.tasks.environments import ChatTokenizer, chat_wrap, find_environment
 from megatron_rl.train.servers import servers_of
 from megatron_rl.weights.disk import DiskCarrier, write_share
 from megatron_rl.weights.distributed import DistributedCarrier
@@ -24,15 +26,11 @@ from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
 
 
-class Decoder(Protocol):
-    """The part of a Hugging Face tokenizer that makes text."""
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of tokens."""
-        ...
+class Chat(Codec, ChatTokenizer, Protocol):
+    """The part of a Hugging Face tokenizer that a fleet needs."""
 
 
-def open_fleet(run: Run, world: World, tokenizer: Decoder) -> Fleet:
+def open_fleet(run: Run, world: World, tokenizer: Chat) -> Fleet:
     """Start or find the servers and wait until all are healthy.
 
     Raises:
@@ -53,6 +51,7 @@ def open_fleet(run: Run, world: World, tokenizer: Decoder) -> Fleet:
     kind = VllmFleet if rollout.engine == "vllm" else Fleet
     rows, requests = rollout.rows_per_request, rollout.requests_per_server
     fleet = kind(servers, carrier, patience, rows, requests, keeps, decode=decode)
+    fleet.turns = turns_of(run, tokenizer)
     if rollout.router is not None and len(servers) > 1:
         try:
             fleet.put_behind(router_process(rollout.router, Path(run.log.path) / "servers" / "router.log"))
@@ -60,6 +59,15 @@ def open_fleet(run: Run, world: World, tokenizer: Decoder) -> Fleet:
             fleet.close()
             raise
     return fleet
+
+
+def turns_of(run: Run, tokenizer: Chat) -> Turns | None:
+    """Return how responses of several turns are made; None if they have one."""
+    section = run.environment
+    if not section.name:
+        return None
+    wrap = chat_wrap(tokenizer, section.role) if section.role else str
+    return Turns(find_environment(section.name), tokenizer, wrap, section.max_turns, run.reward.seconds)
 
 
 def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed"]:

@@ -18,14 +18,14 @@ from megatron_rl.tasks.pool import open_judging
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.evidence import evidence
 from megatron_rl.train.export import export_hf
-from megatron_rl.train.fleet import open_fleet
+from megatron_rl.train.fleet import Chat, open_fleet
 from megatron_rl.train.hang import Watchdog
 from megatron_rl.train.journal import Journal, farewell
 from megatron_rl.train.loop import train
 from megatron_rl.train.profile import Traces
 from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
 from megatron_rl.train.sinks import open_sinks
-from megatron_rl.train.witness import Codec, Witness
+from megatron_rl.train.witness import Witness
 
 STOPPED = 130
 """Exit code of a run that was asked to stop and can be resumed."""
@@ -75,11 +75,11 @@ def _journal(run: Run, world: World, start: int) -> Journal:
     return Journal(folder, run.train.steps, start, sinks=open_sinks(run.log, shown), traces=traces)
 
 
-def _sampler(run: Run, world: World, journal: Journal, tokenizer: Codec, stack: ExitStack) -> Sampler:
+def _sampler(run: Run, world: World, journal: Journal, tokenizer: Chat, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
+    judging = stack.enter_context(closing(open_judging(run)))  # both take seconds: they start side by side
     fleet = stack.enter_context(open_fleet(run, world, tokenizer))
-    judging = stack.enter_context(closing(open_judging(run)))
     sources = (fleet, make_task(run.task, tokenizer), judging)
     return MainSampler(run, world, sources, journal, Witness(run, tokenizer))
 

@@ -28,19 +28,25 @@ PATIENCE_SECONDS = 180.0
 """Several times what anything here takes on two busy cores."""
 
 
-def train(folder: Path, *settings: str) -> list[str]:
+def train(folder: Path, *settings: str, overlays: Sequence[str] = ()) -> list[str]:
     """Return the words of a small run; later settings replace the small ones."""
     last = dict(setting.split("=", 1) for setting in (*SMALL, *settings))
-    return ["train", DEMO, f"log.path={folder}", *(f"{key}={value}" for key, value in last.items())]
+    return ["train", DEMO, *overlays, f"log.path={folder}", *(f"{key}={value}" for key, value in last.items())]
 
 
 class Job:
     """``python -m megatron_rl train configs/demo.toml`` with few prompts, in a session of its own."""
 
-    def __init__(self, folder: Path, *settings: str, command: Sequence[str] = ("-m", "megatron_rl")) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *settings: str,
+        command: Sequence[str] = ("-m", "megatron_rl"),
+        overlays: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the job is the context manager)
-        words = [sys.executable, *command, *train(folder, *settings)]
+        words = [sys.executable, *command, *train(folder, *settings, overlays=overlays)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = psutil.Popen(
             words, cwd=ROOT, env=environment, stdout=self.said, stderr=subprocess.STDOUT, start_new_session=True

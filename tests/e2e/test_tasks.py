@@ -1,8 +1,11 @@
 """Tasks and rewards in real runs."""
 
 import json
+import re
 
-from tests.e2e.job import ONE_RANK, Job
+import pytest
+
+from tests.e2e.job import ONE_RANK, ROOT, Job
 
 
 def test_verifiers_that_fail_are_counted_and_told_and_the_run_goes_on(tmp_path):
@@ -50,3 +53,24 @@ def test_verifiers_that_fail_are_counted_and_told_and_the_run_goes_on(tmp_path):
     assert "responses unverified (" in (tmp_path / "run" / "console.log").read_text()
     assert {sample["reward"] for sample in samples if sample["prompt"][0] in "123"} <= {None, 0.0, 0.5}
     assert all(set(sample["rewards"]) == {"task", "format"} for sample in samples if sample["reward"] is not None)
+
+
+def test_a_calculator_takes_its_turns_and_only_what_was_sampled_is_trained(tmp_path):
+    overlay = str(ROOT / "configs" / "environment" / "calculator.toml")
+    sampling = ["rollout.sampling.max_new_tokens=40", "train.steps=3", "train.prompts_per_step=8"]
+    with Job(tmp_path / "run", *ONE_RANK, *sampling, overlays=[overlay]) as job:
+        assert job.end() == 0, job.output()
+        lines = job.metrics()
+    samples = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    steps = [step for sample in samples for step in re.findall(r"(\d)([+*-])(\d)=(\d);", sample["response"])]
+    assert len(steps) > 50
+    assert all(str(eval(f"({a}{sign}{b}) % 10")) == result for a, sign, b, result in steps)
+    for line in lines:
+        here = [sample for sample in samples if sample["step"] == line["step"]]
+        observed = sum(len(re.findall(r"=\d;", sample["response"])) for sample in here) * 2
+        tokens = sum(sample["tokens"] for sample in here)
+        assert observed > 0
+        assert line["response_tokens_mean"] == pytest.approx((tokens - observed) / len(here))
+        assert line["mismatch_max"] < 1e-4  # the trainer's own log-probs of what the engine sampled between the results
+        assert line["first_ratio_max"] == 1.0
+        assert line["grad_norm"] > 0

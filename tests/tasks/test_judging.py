@@ -17,7 +17,7 @@ import torch
 from megatron_rl.advantages import overlong_penalty
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.config.tasks import JsonlTask, Reward
+from megatron_rl.config.tasks import Environment, JsonlTask, Reward
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks import check_task
@@ -295,7 +295,7 @@ def test_a_remote_verifier_that_is_not_there_times_out(tmp_path):
 )
 def test_what_cannot_be_verified_is_an_error_before_any_work(tmp_path, words, found):
     run = run_of(tmp_path, *words)
-    assert any(found in problem for problem in check_task(run.task, run.reward))
+    assert any(found in problem for problem in check_task(run.task, run.reward, run.environment))
 
 
 def test_a_verifier_that_cannot_be_imported_and_a_missing_package_are_clear_errors(tmp_path, monkeypatch):
@@ -303,9 +303,9 @@ def test_a_verifier_that_cannot_be_imported_and_a_missing_package_are_clear_erro
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "q", "answer": "7"}\n')
     task = JsonlTask(path=str(file), verifier=f"{tmp_path}/judge.py:judge")
-    assert "cannot be imported: ModuleNotFoundError" in next(check_task(task, Reward()))
+    assert "cannot be imported: ModuleNotFoundError" in next(check_task(task, Reward(), Environment()))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    problem = next(check_task(JsonlTask(path=str(file), verifier="math"), Reward()))
+    problem = next(check_task(JsonlTask(path=str(file), verifier="math"), Reward(), Environment()))
     assert "pip install 'megatron-rl[tasks]'" in problem
 
 

@@ -1,0 +1,111 @@
+"""Environments by name, or from a file; an example: a calculator."""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from megatron_rl.data.environment import Environment
+from megatron_rl.data.types import Prompt
+from megatron_rl.errors import ConfigError
+from megatron_rl.tasks.verifiers import load_object
+
+MOST_SYMBOLS = 200
+"""Of an expression."""
+
+_CALL = re.compile(r"<calc>(.*?)</calc>\s*$", re.DOTALL)
+_BINARY: Mapping[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+class Calculator:
+    """Answers a turn that ends in ``<calc>12 * (3 + 4)</calc>`` with ``<result>84</result>``; any other ends it."""
+
+    def reset(self, prompt: Prompt) -> None:
+        """See ``Environment``."""
+
+    def step(self, turn: str) -> str | None:
+        """See ``Environment``."""
+        found = _CALL.search(turn)
+        return None if found is None else f"<result>{calculate(found[1])}</result>"
+
+
+def calculate(expression: str) -> str:
+    """Return the value of a sum of numbers, brackets and + - * / // %, or ``error``."""
+    if len(expression) > MOST_SYMBOLS:
+        return "error"
+    try:
+        value = _value(ast.parse(expression.strip(), mode="eval").body)
+        return str(int(value)) if value == int(value) else f"{value:.10g}"
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return "error"
+
+
+def _value(node: ast.expr) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand)
+        case ast.BinOp(left=left, op=symbol, right=right) if type(symbol) in _BINARY:
+            return _BINARY[type(symbol)](_value(left), _value(right))
+    raise ValueError(f"not a sum: {ast.dump(node)}")
+
+
+ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"calculator": Calculator}
+
+
+def find_environment(name: str) -> Callable[[], Environment]:
+    """Return what makes an environment: by name, or the class that ``path/to/file.py:Class`` names."""
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    made = load_object(name, "environment.name", ", ".join(ENVIRONMENTS))
+    for method in ("reset", "step"):
+        if not callable(getattr(made, method, None)):
+            raise ConfigError(f"{name} (environment.name) has no method {method}; write a class with reset and step")
+    return made
+
+
+class ChatTokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that a chat goes through."""
+
+    @property
+    def eos_token(self) -> str | None:
+        """Ends the model's turn."""
+        ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """Return the text of a conversation."""
+        ...
+
+
+def chat_wrap(tokenizer: ChatTokenizer, role: str) -> Callable[[str], str]:
+    """Return what puts a text between two turns of the model: a turn of this role, by the chat template.
+
+    What is put in begins after the end-of-sequence token, which the model has sampled itself.
+    """
+
+    def wrap(text: str) -> str:
+        turns: Sequence[Mapping[str, str]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        before = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=False)
+        asked = [*(dict(turn) for turn in turns), {"role": role, "content": text}]
+        after = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        if not after.startswith(before):
+            raise ConfigError(
+                f"the chat template writes a turn anew when another follows it, so environment.role = {role!r} cannot"
+                ' be used; set environment.role = "" and let the environment write the whole text'
+            )
+        end = tokenizer.eos_token
+        cut = before.rfind(end) + len(end) if end and end in before else len(before)
+        return after[cut:]
+
+    return wrap

@@ -1,0 +1,114 @@
+"""Rows of files on this machine: JSONL, Parquet, and folders that Hugging Face's ``datasets`` saved. No network."""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_rl.errors import ConfigError, DataError
+
+Kind = Literal["jsonl", "parquet", "datasets"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands."""
+
+    file: Path
+    number: int
+    """Of the line or row, from 1."""
+    name: str
+    """Of the file within what the setting names."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}"
+
+
+def read_rows(kind: Kind, path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+    """Yield the rows of a file or folder; a DataError names the place of the first one that cannot be read."""
+    if kind == "jsonl":
+        return _jsonl(path)
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(
+            f"task.name = {kind!r} needs the package pyarrow, which is not installed; pip install 'megatron-rl[tasks]'"
+        )
+    return _parquet(path) if kind == "parquet" else _saved(path)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+    if not path.is_file():
+        raise DataError(f"no such file: {path} (task.path or task.heldout_path); write the path of a JSONL file")
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if raw.strip():
+                place = Place(path, number, path.name)
+                yield place, _object(raw, place)
+
+
+def _object(raw: bytes, place: Place) -> Mapping[str, object]:
+    try:
+        row = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"not JSON: {_cut(raw)} ({place}): {error}; write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"not a JSON object: {_cut(raw)} ({place}); write {{...}} with a prompt and an answer")
+    return row
+
+
+def _cut(raw: bytes) -> str:
+    text = raw.decode(errors="replace").strip()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _parquet(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    files = [file for given in files for file in (sorted(given.rglob("*.parquet")) if given.is_dir() else [given])]
+    if not files or not all(file.is_file() for file in files):
+        raise DataError(
+            f"no Parquet file: {path} (task.path or task.heldout_path); write a file, a folder, or a pattern such as"
+            " data/train-*.parquet"
+        )
+    for file in files:
+        number = 0
+        try:
+            for batch in parquet.ParquetFile(file).iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Place(file, number, _within(file, path)), row
+        except pyarrow.ArrowException as error:
+            raise DataError(f"not a Parquet file: {file} (task.path or task.heldout_path): {error}") from error
+
+
+def _within(file: Path, path: Path) -> str:
+    return str(file.relative_to(path)) if file.is_relative_to(path) and file != path else file.name
+
+
+def _saved(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+    """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote."""
+    import pyarrow
+
+    splits = path / "dataset_dict.json"
+    if splits.is_file():
+        names = ", ".join(str(path / name) for name in json.loads(splits.read_text(encoding="utf-8"))["splits"])
+        raise DataError(f"{path} (task.path or task.heldout_path) has several splits; write one of {names}")
+    state = path / "state.json"
+    if not state.is_file():
+        raise DataError(
+            f"no dataset in {path} (task.path or task.heldout_path): no state.json; write a folder that"
+            ' Dataset.save_to_disk made, or set task.name = "parquet" for Parquet files'
+        )
+    for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+        file, number = path / entry["filename"], 0
+        try:
+            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+                for batch in batches:
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield Place(file, number, file.name), row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"cannot read {file} (task.path or task.heldout_path): {error}") from error
