@@ -10,7 +10,7 @@ from benchmarks.study.plan import PLAN, REFERENCE
 Found = Mapping[Key, Mapping[str, Cells]]
 
 LEARNING = ("final", "at_tokens", "along")
-GRADIENT = ("entropy", "clipped", "gradient", "kept")
+GRADIENT = ("entropy", "clipped", "gradient", "kept", "left")
 
 
 def key_of(condition: Condition) -> Key:
@@ -77,7 +77,8 @@ def differences(found: Found, pairs: Sequence[tuple[str, str]], names: Sequence[
             cells = found.get(key, {})
             if ours in cells and theirs in cells:
                 gaps = [paired(cells[ours].by_seed(name), cells[theirs].by_seed(name)) for name in names]
-                rows.append([in_words(key), f"{ours} - {theirs}", str(gaps[0].count), *map(_told, gaps)])
+                seeds = max(gap.count for gap in gaps)
+                rows.append([in_words(key), f"{ours} - {theirs}", str(seeds), *map(_told, gaps)])
     return table(["condition", "difference", "seeds", *(MEASURES[name].title for name in names)], rows)
 
 
@@ -93,7 +94,7 @@ OFF_POLICY = tuple(key for key in GRID_KEYS if key[0] > 1)
 def gspo_gradient(found: Found) -> list[str]:
     """Does GSPO discard more gradient than SSPO and ESPO?"""
     pairs = [("gspo", "sspo"), ("gspo", "espo"), ("gspo", "grpo")]
-    return differences(found, pairs, ("kept", "final", "along"), OFF_POLICY)
+    return differences(found, pairs, ("kept", "left", "final", "along"), OFF_POLICY)
 
 
 def sapo_stability(found: Found) -> list[str]:
@@ -136,7 +137,7 @@ def windows(found: Found) -> list[str]:
 
 def _changes(found: Found, variants: Sequence[str]) -> list[str]:
     pairs = [(variant, variant.partition(",")[0]) for variant in variants]
-    return differences(found, pairs, ("final", "along", "kept"), [key_of(REFERENCE)])
+    return differences(found, pairs, ("final", "along", "kept", "left"), [key_of(REFERENCE)])
 
 
 def reached(found: Found, plan: Sequence[Cell] = PLAN) -> list[str]:
