@@ -127,6 +127,8 @@ class Cells:
         return [line["curves"][name] for _, line in sorted(self.lines.items()) if "error" not in line]
 
 
+REAL_SUITES = ("smollm2", "smollm2-moe")
+
 Key = tuple[int, float, int]
 """Updates, learning rate, lag."""
 
@@ -138,6 +140,8 @@ def grouped(lines: Iterable[Line]) -> dict[Key, dict[str, Cells]]:
     """
     found: dict[Key, dict[str, dict[int, Line]]] = {}
     for line in lines:
+        if line["suite"] in REAL_SUITES:  # other models
+            continue
         key = (line["updates"], line["lr"], line["lag"])
         found.setdefault(key, {}).setdefault(line["variant"], {})[line["seed"]] = line
     result: dict[Key, dict[str, Cells]] = {}
