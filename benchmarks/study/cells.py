@@ -24,10 +24,10 @@ BUDGET = (
 
 REAL_BUDGET = (
     "train.steps=1",
-    "train.prompts_per_step=8",
+    "train.prompts_per_step=4",
     "train.group_size=8",
 )
-"""Of a real model a CPU carries one rollout batch: 64 responses, four updates. Nothing is learnt in it."""
+"""Of a real model a CPU carries one rollout batch: 32 responses, four updates. Nothing is learnt in it."""
 
 PAPERS: dict[str, tuple[str, ...]] = {
     "grpo": ("objective.name=grpo", "objective.clip_low=0.2", "objective.clip_high=0.2"),
