@@ -1,6 +1,7 @@
 """``python -m benchmarks.study``: go on with the queue, or make docs/study.md from what is there.
 
 python -m benchmarks.study run [--until 17:20] [--suite grid]   # goes on where it was stopped
+python -m benchmarks.study run --suite smollm2 --model FOLDER   # a real model, made by tools/fetch_smollm2.py
 python -m benchmarks.study plan                                 # what is done, what is left
 python -m benchmarks.study write                                # tables, plots and answers
 """
@@ -12,7 +13,7 @@ from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks.study.plan import PLAN
+from benchmarks.study.plan import PLAN, real_cells
 from benchmarks.study.queue import RESULTS, pending, read_results, real_run, run_queue
 
 MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
@@ -25,11 +26,14 @@ def main() -> None:
     parser.add_argument("--until", metavar="HH:MM", help="begin no run after this time of today")
     parser.add_argument("--suite", help="only the cells of this suite")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=MODEL, help="for the suites smollm2 and smollm2-moe: its folder")
     options = parser.parse_args()
     cells = [cell for cell in PLAN if options.suite in (None, cell.suite)]
+    if not cells:
+        cells = [cell for cell in real_cells() if cell.suite == options.suite]
     if options.what == "run":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        run_queue(cells, real_run(MODEL), options.results, _time(options.until))
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # reasoning-gym's questions follow the latter
+        run_queue(cells, real_run(options.model.resolve()), options.results, _time(options.until))
     elif options.what == "plan":
         left = Counter((cell.suite, cell.condition.words) for cell in pending(cells, read_results(options.results)))
         total = Counter((cell.suite, cell.condition.words) for cell in cells)

@@ -22,6 +22,13 @@ BUDGET = (
 )
 """The same for every cell: 3072 responses, about 55,000 response tokens."""
 
+REAL_BUDGET = (
+    "train.steps=1",
+    "train.prompts_per_step=4",
+    "train.group_size=8",
+)
+"""Of a real model a CPU carries one rollout batch: 32 responses, four updates. Nothing is learnt in it."""
+
 PAPERS: dict[str, tuple[str, ...]] = {
     "grpo": ("objective.name=grpo", "objective.clip_low=0.2", "objective.clip_high=0.2"),
     "dapo": (
@@ -67,6 +74,7 @@ WINDOWS: dict[str, tuple[str, ...]] = {
     "espo, alpha 0.5": _changed("espo", alpha=0.5),
     "sspo, 0.003": _changed("sspo", clip_low=0.003, clip_high=0.003),
     "sapo, 5 and 5.25": _changed("sapo", tau_positive=5.0, tau_negative=5.25),
+    "sapo, 1 and 5": _changed("sapo", tau_negative=5.0),
     "grpo, 0.05": _changed("grpo", clip_low=0.05, clip_high=0.05),
 }
 """A small sweep around the papers' windows and temperatures."""
@@ -103,6 +111,8 @@ class Cell:
         settings: what makes the variant.
         condition: what it is run under.
         seed: of prompts, sampling and shuffling.
+        config: the file with what all cells of the suite share.
+        budget: how much is sampled and trained.
     """
 
     suite: str
@@ -110,16 +120,19 @@ class Cell:
     settings: tuple[str, ...]
     condition: Condition
     seed: int
+    config: str = "study.toml"
+    budget: tuple[str, ...] = BUDGET
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Everything on top of ``study.toml``, as on the command line."""
-        return (*BUDGET, *self.settings, *self.condition.words, f"train.seed={self.seed}")
+        """Everything on top of ``config``, as on the command line."""
+        return (*self.budget, *self.settings, *self.condition.words, f"train.seed={self.seed}")
 
     @property
     def key(self) -> str:
         """What tells the cell from every other."""
-        return " ".join(self.words)
+        suite = () if self.config == "study.toml" else (self.suite,)
+        return " ".join((*suite, *self.words))
 
 
 class Line(TypedDict, total=False):

@@ -41,7 +41,10 @@ MEASURES: dict[str, Measure] = {
     "entropy": Measure("entropy at last", "nats a token, mean of the last three batches"),
     "clipped": Measure("clipped", "share of trained tokens that the trust region took out, mean over batches"),
     "gradient": Measure("gradient use", "share of trained tokens with a gradient, mean over batches"),
-    "kept": Measure("kept of signal", "the same as a share of the tokens whose advantage is not 0"),
+    "kept": Measure("tokens kept", "the same as a share of the tokens whose advantage is not 0"),
+    "left": Measure(
+        "gradient kept", "sum of |d loss / d log-prob|, as a share of what it is with every ratio 1 and nothing clipped"
+    ),
 }
 
 
@@ -74,7 +77,9 @@ def measures(line: Line, tokens: float) -> dict[str, float]:
     steps = len(rewards)
     reached = [i + 1 for i, value in enumerate(smooth(rewards)) if i + 1 >= SMOOTH and value >= GOAL]
     signal = [(g, g + c) for g, c in zip(gradient, clipped, strict=True) if g + c > 0]
-    return {
+    # Runs of before this was measured do not have it.
+    left = {"left": math.fsum(curves["gradient_kept"]) / steps} if "gradient_kept" in curves else {}
+    return left | {
         "final": line["accuracy"][str(steps)],
         "at_tokens": at_tokens(line, tokens),
         "along": math.fsum(rewards) / steps,
@@ -114,12 +119,15 @@ class Cells:
     def by_seed(self, name: str) -> dict[int, float]:
         """Return one measure of every run that did not diverge."""
         sound = {seed: line for seed, line in self.lines.items() if "error" not in line}
-        return {seed: measures(line, self.tokens)[name] for seed, line in sound.items()}
+        found = {seed: measures(line, self.tokens) for seed, line in sound.items()}
+        return {seed: values[name] for seed, values in found.items() if name in values}
 
     def curve(self, name: str) -> list[list[float]]:
         """Return a curve of every run that did not diverge."""
         return [line["curves"][name] for _, line in sorted(self.lines.items()) if "error" not in line]
 
+
+REAL_SUITES = ("smollm2", "smollm2-moe")
 
 Key = tuple[int, float, int]
 """Updates, learning rate, lag."""
@@ -132,6 +140,8 @@ def grouped(lines: Iterable[Line]) -> dict[Key, dict[str, Cells]]:
     """
     found: dict[Key, dict[str, dict[int, Line]]] = {}
     for line in lines:
+        if line["suite"] in REAL_SUITES:  # other models
+            continue
         key = (line["updates"], line["lr"], line["lag"])
         found.setdefault(key, {}).setdefault(line["variant"], {})[line["seed"]] = line
     result: dict[Key, dict[str, Cells]] = {}

@@ -1,6 +1,18 @@
 """The order of the study: the most important conditions first, and in each all objectives, seed by seed."""
 
-from benchmarks.study.cells import ABLATIONS, HOT, PAPERS, SAFE, SEEDS, WINDOWS, Cell, Condition, interleaved
+from benchmarks.study.cells import (
+    ABLATIONS,
+    HOT,
+    PAPERS,
+    REAL_BUDGET,
+    SAFE,
+    SEEDS,
+    WINDOWS,
+    Cell,
+    Condition,
+    interleaved,
+)
+from benchmarks.study.measures import REAL_SUITES
 
 REFERENCE = Condition(4, SAFE)
 """What ablations and window sweeps are run under."""
@@ -13,28 +25,39 @@ OTHERS = (Condition(4, HOT), Condition(4, SAFE, lag=2), Condition(8, SAFE), Cond
 DIFFER_ON_POLICY = ("grpo", "dapo", "espo")
 """On-policy the gradient of GSPO, SAPO and SSPO is that of GRPO: one seed of them shows it, more would repeat it."""
 
-FIRST = 3
-"""Seeds of ablations and window sweeps before the rest of the grid has its turn."""
+ROUGH = Condition(16, HOT)
+"""Where most objectives come apart: what other windows are tried under first."""
+
+REAL = ("grpo", "gspo", "sapo", "sspo", "espo")
+REAL_SEEDS, REAL_LR = 2, 1e-5
+
+
+def real_cells() -> list[Cell]:
+    """Return the cells of the real models, which need a folder each: ``run --suite smollm2 --model FOLDER``."""
+    return [
+        Cell(suite, variant, PAPERS[variant], Condition(4, REAL_LR), seed, "real.toml", REAL_BUDGET)
+        for suite in REAL_SUITES
+        for seed in range(REAL_SEEDS)
+        for variant in REAL
+    ]
 
 
 def plan() -> list[Cell]:
-    """Return all cells in order."""
-    changes = {**ABLATIONS, **WINDOWS}
-    changed = [
-        Cell("ablations" if variant in ABLATIONS else "windows", variant, settings, REFERENCE, seed)
-        for seed in range(SEEDS)
-        for variant, settings in changes.items()
-    ]
+    """Return all cells of the demo's model in order."""
     on_policy = [
         cell for cell in interleaved("grid", PAPERS, [ON_POLICY]) if cell.variant in DIFFER_ON_POLICY or cell.seed == 0
     ]
+    suites = (
+        [*interleaved("ablations", ABLATIONS, [REFERENCE])],
+        on_policy,
+        [*interleaved("windows hot", WINDOWS, [ROUGH])],
+    )
     return [
         *interleaved("grid", PAPERS, [REFERENCE]),
         *interleaved("grid", PAPERS, [Condition(16, SAFE)]),
-        *interleaved("grid", PAPERS, [Condition(16, HOT)]),
-        *(cell for cell in changed if cell.seed < FIRST),
-        *on_policy,
-        *(cell for cell in changed if cell.seed >= FIRST),
+        *interleaved("grid", PAPERS, [ROUGH]),
+        *(cell for seed in range(SEEDS) for suite in suites for cell in suite if cell.seed == seed),
+        *interleaved("windows", WINDOWS, [REFERENCE]),
         *(cell for condition in OTHERS for cell in interleaved("grid", PAPERS, [condition])),
     ]
 

@@ -125,7 +125,7 @@ def real_run(model: Path) -> Runner:
     """Return what runs a cell for real, on this model."""
 
     def run(cell: Cell) -> tuple[Metrics, float]:
-        lines, seconds = train_once(cell.words, cell.condition.lag, model, TIMEOUT_SECONDS)
+        lines, seconds = train_once(cell, model, TIMEOUT_SECONDS)
         return lines, seconds
 
     return run

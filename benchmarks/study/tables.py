@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.study.cells import ABLATIONS, HOT, PAPERS, SAFE, WINDOWS, Cell, Condition, Line
 from benchmarks.study.intervals import Interval, mean_of, paired, rate
-from benchmarks.study.measures import MEASURES, Cells, Key, collapsed, grouped, reaches
-from benchmarks.study.plan import PLAN, REFERENCE
+from benchmarks.study.measures import MEASURES, REAL_SUITES, Cells, Key, collapsed, grouped, reaches
+from benchmarks.study.plan import PLAN, REFERENCE, ROUGH
 
 Found = Mapping[Key, Mapping[str, Cells]]
 
 LEARNING = ("final", "at_tokens", "along")
-GRADIENT = ("entropy", "clipped", "gradient", "kept")
+GRADIENT = ("entropy", "clipped", "gradient", "kept", "left")
 
 
 def key_of(condition: Condition) -> Key:
@@ -77,7 +77,8 @@ def differences(found: Found, pairs: Sequence[tuple[str, str]], names: Sequence[
             cells = found.get(key, {})
             if ours in cells and theirs in cells:
                 gaps = [paired(cells[ours].by_seed(name), cells[theirs].by_seed(name)) for name in names]
-                rows.append([in_words(key), f"{ours} - {theirs}", str(gaps[0].count), *map(_told, gaps)])
+                seeds = max(gap.count for gap in gaps)
+                rows.append([in_words(key), f"{ours} - {theirs}", str(seeds), *map(_told, gaps)])
     return table(["condition", "difference", "seeds", *(MEASURES[name].title for name in names)], rows)
 
 
@@ -93,7 +94,7 @@ OFF_POLICY = tuple(key for key in GRID_KEYS if key[0] > 1)
 def gspo_gradient(found: Found) -> list[str]:
     """Does GSPO discard more gradient than SSPO and ESPO?"""
     pairs = [("gspo", "sspo"), ("gspo", "espo"), ("gspo", "grpo")]
-    return differences(found, pairs, ("kept", "final", "along"), OFF_POLICY)
+    return differences(found, pairs, ("kept", "left", "final", "along"), OFF_POLICY)
 
 
 def sapo_stability(found: Found) -> list[str]:
@@ -126,17 +127,36 @@ def off_policy(found: Found) -> list[str]:
 
 def ablations(found: Found) -> list[str]:
     """What ESPO and SSPO lose without a part."""
-    return _changes(found, [*ABLATIONS])
+    return _changes(found, [*ABLATIONS], [REFERENCE])
 
 
 def windows(found: Found) -> list[str]:
     """Other windows and temperatures than the papers'."""
-    return _changes(found, [*WINDOWS])
+    hot = found.get(key_of(ROUGH), {})
+    rows = [
+        [
+            name,
+            str(len(hot[name].lines)),
+            *_means(hot[name], ("final", "entropy", "clipped", "left")),
+            _rates(hot[name])[1],
+        ]
+        for base in PAPERS
+        for name in (base, *(other for other in WINDOWS if other.partition(",")[0] == base))
+        if name in hot and any(other.startswith(f"{base},") and other in hot for other in WINDOWS)
+    ]
+    titles = [MEASURES[name].title for name in ("final", "entropy", "clipped", "left")]
+    return [
+        *_changes(found, [*WINDOWS], [REFERENCE, ROUGH]),
+        "",
+        f"{in_words(key_of(ROUGH))}, in absolute numbers:".capitalize(),
+        "",
+        *table(["window", "seeds", *titles, "collapsed"], rows),
+    ]
 
 
-def _changes(found: Found, variants: Sequence[str]) -> list[str]:
+def _changes(found: Found, variants: Sequence[str], conditions: Sequence[Condition]) -> list[str]:
     pairs = [(variant, variant.partition(",")[0]) for variant in variants]
-    return differences(found, pairs, ("final", "along", "kept"), [key_of(REFERENCE)])
+    return differences(found, pairs, ("final", "along", "kept", "left"), [key_of(each) for each in conditions])
 
 
 def reached(found: Found, plan: Sequence[Cell] = PLAN) -> list[str]:
@@ -152,6 +172,27 @@ def reached(found: Found, plan: Sequence[Cell] = PLAN) -> list[str]:
 def _seeds(found: Found, key: Key, variant: str) -> set[int]:
     cells = found.get(key, {}).get(variant)
     return set(cells.lines) if cells else set()
+
+
+REAL_CURVES = {
+    "reward_mean": "reward",
+    "entropy_mean": "entropy",
+    "clipped_fraction": "clipped",
+    "gradient_fraction": "gradient use",
+    "gradient_kept": "gradient kept",
+}
+
+
+def real(lines: Sequence[Line]) -> list[str]:
+    """Return what became of the gradient in the first batch of the real models."""
+    rows = []
+    for suite in REAL_SUITES:
+        for name in PAPERS:
+            curves = [line["curves"] for line in lines if (line["suite"], line["variant"]) == (suite, name)]
+            if curves:
+                means = [mean_of([curve[column][0] for curve in curves]).text() for column in REAL_CURVES]
+                rows.append([suite, name, str(len(curves)), *means])
+    return table(["model", "objective", "seeds", *REAL_CURVES.values()], rows)
 
 
 def meanings(found: Found) -> list[str]:
@@ -172,6 +213,9 @@ TABLES: Mapping[str, Callable[[Found], list[str]]] = {
 }
 """By the name that stands in the page."""
 
+REAL = "real models"
+"""The table that is not of the demo's model."""
+
 
 def fill(page: str, lines: Sequence[Line]) -> str:
     """Return the page with the text between ``<!-- table: NAME -->`` and ``<!-- end -->`` made anew."""
@@ -181,8 +225,8 @@ def fill(page: str, lines: Sequence[Line]) -> str:
     for part in parts[1:]:
         name, _, rest = part.partition(" -->")
         _, end, after = rest.partition("<!-- end -->")
-        if not end or name not in TABLES:
-            raise ValueError(f'no table "{name}", or no end of it; there are: {", ".join(TABLES)}')
-        text = "\n".join(TABLES[name](found)).strip("\n")
+        if not end or name not in (*TABLES, REAL):
+            raise ValueError(f'no table "{name}", or no end of it; there are: {", ".join((*TABLES, REAL))}')
+        text = "\n".join(real(lines) if name == REAL else TABLES[name](found)).strip("\n")
         filled.append(f"{name} -->\n\n{text}\n\n{end}{after}")
     return "<!-- table: ".join(filled)

@@ -20,11 +20,12 @@ from urllib.request import urlopen
 
 import psutil
 
+from benchmarks.study.cells import Cell
 from megatron_rl.launch.ranks import free_port
 from megatron_rl.train.names import METRICS, NONFINITE
 
-CONFIG = Path(__file__).with_name("study.toml")
-_HEALTH_SECONDS = 60.0
+CONFIGS = Path(__file__).parent
+_HEALTH_SECONDS = 120.0
 CPU_SECONDS = "cpu_seconds"
 """File in which the trainer leaves what it took."""
 
@@ -41,14 +42,11 @@ class RunFailed(Exception):
         self.diverged = diverged
 
 
-def train_once(
-    words: Sequence[str], lag: int, model: Path, timeout_seconds: float
-) -> tuple[list[dict[str, object]], float]:
+def train_once(cell: Cell, model: Path, timeout_seconds: float) -> tuple[list[dict[str, object]], float]:
     """Run one cell; return the lines of its ``metrics.jsonl``, and the CPU seconds of trainer and server.
 
     Args:
-        words: settings on top of ``study.toml``.
-        lag: of the run; with one, the server batches by row, as servers that a run starts itself.
+        cell: what to run; with a lag, the server batches by row, as servers that a run starts itself.
         model: what is trained and served.
         timeout_seconds: the run is ended after so long.
 
@@ -60,8 +58,16 @@ def train_once(
     with tempfile.TemporaryDirectory(prefix="megatron-rl-study-") as place:
         folder = Path(place) / "run"
         port = free_port()
-        own = [*words, f"log.path={folder}", f'rollout.urls=["http://127.0.0.1:{port}"]', f"model.path={model}"]
-        server = context.Process(target=_serve, args=(str(model), port, bool(lag), Path(place) / "server.log"))
+        own = [
+            str(CONFIGS / cell.config),
+            *cell.words,
+            f"log.path={folder}",
+            f'rollout.urls=["http://127.0.0.1:{port}"]',
+            f"model.path={model}",
+        ]
+        server = context.Process(
+            target=_serve, args=(str(model), port, bool(cell.condition.lag), Path(place) / "server.log")
+        )
         trainer = context.Process(target=_train, args=(own, free_port(), Path(place) / "train.log"))
         try:
             server.start()
@@ -136,6 +142,6 @@ def _train(words: Sequence[str], port: int, log: Path) -> None:
     }
     from megatron_rl.cli import main
 
-    code = main(["train", str(CONFIG), *words])
+    code = main(["train", *words])
     log.with_name(CPU_SECONDS).write_text(f"{time.process_time():.2f}")
     sys.exit(code)
