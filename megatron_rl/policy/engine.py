@@ -255,13 +255,18 @@ class Policy:
         last_rank = self.mesh.world.size - 1
         own_names = {"sums": list(sums), "maxima": list(maxima)}
         names = cast(dict[str, list[str]], broadcast_json(own_names, source=last_rank, device=device))
-        sum_names, max_names = names["sums"], names["maxima"]
-        reports = self.mesh.reports_tokens
-        local_sums = [float(sums[name]) if reports else 0.0 for name in sum_names]
-        local_maxima = [float(maxima[name]) if reports else -math.inf for name in max_names]
-        totals = sum_over(world, torch.tensor(local_sums, dtype=torch.float64, device=device)).cpu()
-        largest = max_over(world, torch.tensor(local_maxima, dtype=torch.float64, device=device)).cpu()
-        return Metrics(dict(zip(sum_names, totals, strict=True)), dict(zip(max_names, largest, strict=True)))
+        reported = self.mesh.reports_tokens
+        local_sums = _in_order(sums if reported else {}, names["sums"], 0.0, device)
+        local_maxima = _in_order(maxima if reported else {}, names["maxima"], -math.inf, device)
+        totals, largest = sum_over(world, local_sums).cpu(), max_over(world, local_maxima).cpu()
+        return Metrics(dict(zip(names["sums"], totals, strict=True)), dict(zip(names["maxima"], largest, strict=True)))
+
+
+def _in_order(values: Columns, names: Sequence[str], missing: float, device: torch.device) -> Tensor:
+    """Return the named values in one tensor, without waiting for the device to have them."""
+    if not values:
+        return torch.full((len(names),), missing, dtype=torch.float64, device=device)
+    return torch.stack([values[name].double() for name in names])
 
 
 @torch.no_grad()
