@@ -12,6 +12,7 @@ are formed in float32 or wider. Four products of 2 R H V operations are all the 
 * backward, the gradients to hidden (added up in float32 over the tiles) and to the weight (written once a tile).
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -26,15 +27,17 @@ from megatron_rl.parallel.products import WideProducts, brgemm_found
 from megatron_rl.parallel.tiles import Passes, Upstream, compiled_passes, compiler_found, eager_passes
 from megatron_rl.parallel.vocab import Context, finish, merge_sums, pick, vocab_logprobs_entropies, wide
 
-Backend = Literal["auto", "plain", "tiles", "tiles+compile"]
-"""``plain`` holds all logits (the reference), ``tiles`` runs eagerly, ``tiles+compile`` fuses the element-wise passes;
-``auto`` is the last where a compiler is found and there is more than one tile, else ``tiles``."""
+Backend = Literal["auto", "plain", "tiles", "tiles+compile", "tiles+triton"]
+"""``plain`` holds all logits (the reference), ``tiles`` runs eagerly; ``tiles+compile`` lets torch fuse the
+element-wise passes, ``tiles+triton`` has kernels of our own. ``auto`` is ``tiles+compile`` where a compiler is found
+and there is more than one tile, else ``tiles``."""
 
 BACKENDS: dict[Backend, str] = {
     "auto": "chosen by what is found",
     "plain": "plain",
     "tiles": "tiles, eager",
     "tiles+compile": "tiles, compiled",
+    "tiles+triton": "tiles, Triton kernels",
 }
 
 BACKEND_VARIABLE = "MEGATRON_RL_HEAD"
@@ -108,7 +111,7 @@ def head_logprobs_entropies(
     first_id = group_rank(group) * num_rows
     rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)
     chosen = choose_backend(backend, weight_VH.device.type, -(-rows // columns))
-    passes = compiled_passes(weight_VH.device.type) if chosen == "tiles+compile" else eager_passes()
+    passes = _passes(chosen, weight_VH.device.type)
     shard = Shard(first_id, rows, temperature, group, columns, passes)
     if chosen == "plain":
         return _plain(hidden_RH, weight_VH, targets_R, shard)
@@ -126,6 +129,16 @@ def choose_backend(backend: Backend, device_type: str, num_tiles: int) -> Backen
         return backend
     # One tile is over before the compiler has started.
     return "tiles+compile" if num_tiles > 1 and compiler_found(device_type) else "tiles"
+
+
+def _passes(backend: Backend, device_type: str) -> Passes:
+    if backend == "tiles+triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("the backend tiles+triton needs the package triton, which is not installed; write tiles")
+        from megatron_rl.parallel.kernels import kernel_passes  # imports triton
+
+        return kernel_passes()
+    return compiled_passes(device_type) if backend == "tiles+compile" else eager_passes()
 
 
 def backend_in_words(device_type: str) -> str:

@@ -261,17 +261,24 @@ class Policy:
             "tokens": list(metrics[0][1].tokens) if metrics else [],
         }
         names = cast(dict[str, list[str]], broadcast_json(own_names, source=last_rank, device=device))
-        sum_names, max_names = names["sums"], names["maxima"]
-        reports = self.mesh.reports_tokens
-        local_sums = [float(sums[name]) if reports else 0.0 for name in sum_names]
-        local_maxima = [float(maxima[name]) if reports else -math.inf for name in max_names]
-        totals = sum_over(world, torch.tensor(local_sums, dtype=torch.float64, device=device)).cpu()
-        largest = max_over(world, torch.tensor(local_maxima, dtype=torch.float64, device=device)).cpu()
+        reported = self.mesh.reports_tokens
+        local_sums = _in_order(sums if reported else {}, names["sums"], 0.0, device)
+        local_maxima = _in_order(maxima if reported else {}, names["maxima"], -math.inf, device)
+        totals, largest = sum_over(world, local_sums).cpu(), max_over(world, local_maxima).cpu()
         tokens: Columns = {}
         if kept := names["tokens"]:
             parts = [(row, torch.stack([metric.tokens[name] for name in kept])) for row, metric in metrics]
             tokens = self._whole(kept, rows, parts)
-        return Metrics(dict(zip(sum_names, totals, strict=True)), dict(zip(max_names, largest, strict=True)), tokens)
+        return Metrics(
+            dict(zip(names["sums"], totals, strict=True)), dict(zip(names["maxima"], largest, strict=True)), tokens
+        )
+
+
+def _in_order(values: Columns, names: Sequence[str], missing: float, device: torch.device) -> Tensor:
+    """Return the named values in one tensor, without waiting for the device to have them."""
+    if not values:
+        return torch.full((len(names),), missing, dtype=torch.float64, device=device)
+    return torch.stack([values[name].double() for name in names])
 
 
 @torch.no_grad()
