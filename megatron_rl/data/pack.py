@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_rl.data.types import Batch
+from megatron_rl.data.types import Batch, token_positions
 from megatron_rl.errors import ConfigError
 
 
@@ -62,10 +62,8 @@ class Row:
         """Int64 [R]: which token of the batch stands at each position, -1 at padding."""
         index_R = torch.full((self.length,), -1, dtype=torch.int64)
         row_starts_N = self.padded_N.cumsum(0) - self.padded_N
-        batch_starts = self.batch.starts_B.tolist()
-        for sequence, start, length in zip(self.sequences, row_starts_N.tolist(), self.lengths_N.tolist(), strict=True):
-            first = batch_starts[sequence]
-            index_R[start : start + length] = torch.arange(first, first + length)
+        batch_starts_N = self.batch.starts_B[torch.tensor(self.sequences, dtype=torch.int64)]
+        index_R[token_positions(row_starts_N, self.lengths_N)] = token_positions(batch_starts_N, self.lengths_N)
         return index_R
 
     @cached_property

@@ -6,14 +6,13 @@ Measured with megatron-core 0.16.1 and torch 2.13.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import version
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron_rl.errors import ConfigError
 
@@ -38,30 +37,31 @@ class Replacement:
         return holder, name
 
 
-class CudaNamesMeanCPU(TorchFunctionMode):
-    """Reads ``device="cuda"`` as cpu, ignores pinned memory, and names tensor types as megatron's assertions expect.
+def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function with ``device="cuda"`` read as cpu and pinned memory ignored.
 
-    megatron-core writes the literal about sixty times (schedules, optimizer, gradient clipping, router statistics),
-    and compares ``Tensor.type()`` with ``torch.cuda.*Tensor`` in gradient clipping and in two optimizers.
+    megatron-core writes the literal about sixty times (schedules, optimizer, gradient clipping, router statistics).
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        """Rewrite one call."""
-        kwargs = dict(kwargs or {})
-        if func is Tensor.cuda:
-            return args[0]
-        if func is Tensor.type and len(args) == 1 and not kwargs:
-            return str(Tensor.type(cast(Tensor, args[0]))).replace("torch.", "torch.cuda.", 1)
-        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
-        return func(*args, **kwargs)
+    @wraps(make)
+    def on_cpu(*args: object, **kwargs: object) -> Tensor:
+        if kwargs:
+            kwargs.pop("pin_memory", None)
+            if str(kwargs.get("device")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return on_cpu
+
+
+def _as_on_cuda(tensor: Tensor, *args: object, _type: Callable[..., object] = Tensor.type, **kwargs: object) -> object:
+    """Stand in for ``Tensor.type``: without arguments it names the type as megatron-core's assertions expect."""
+    named = _type(tensor, *args, **kwargs)
+    return named.replace("torch.", "torch.cuda.", 1) if isinstance(named, str) else named
+
+
+def _stay(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return tensor
 
 
 def _splits_on_host(dispatcher: object, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
@@ -95,7 +95,15 @@ def _set_rng_state(new_state: Tensor, device: object = None, graph_safe: bool = 
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher"
 _RANDOM = "megatron.core.tensor_parallel.random"
 
+_FACTORIES = ("tensor", "zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "empty_like")
+
 REPLACEMENTS = (
+    *(
+        Replacement(f"torch:{name}", 'megatron-core makes tensors with device="cuda"', _on_cpu(getattr(torch, name)))
+        for name in _FACTORIES
+    ),
+    Replacement("torch:Tensor.cuda", "there is no other device to move to", _stay),
+    Replacement("torch:Tensor.type", "gradient clipping and two optimizers ask for torch.cuda types", _as_on_cuda),
     Replacement(
         "torch.cuda:current_device", "about forty buffers are made on the current device", torch.cpu.current_device
     ),
@@ -110,7 +118,7 @@ REPLACEMENTS = (
     Replacement(f"{_RANDOM}:_set_cuda_rng_state", "recomputation restores the CUDA generator", _set_rng_state),
     Replacement("torch.cuda:get_rng_state", "the random tracker reads the CUDA generator", _get_rng_state),
     Replacement(
-        "torch._dynamo.config:disable", "the router's bias is counted by compiled code, which stops at the mode", True
+        "torch._dynamo.config:disable", "megatron-core compiles small functions: seconds each, and a C++ compiler", True
     ),
     Replacement("torch.cuda:manual_seed", "the random tracker seeds the CUDA generator", torch.manual_seed),
 )
@@ -126,7 +134,7 @@ def missing_targets() -> list[str]:
     return missing
 
 
-_mode: CudaNamesMeanCPU | None = None
+_is_active = False
 
 
 def activate() -> None:
@@ -135,8 +143,8 @@ def activate() -> None:
     Raises:
         ConfigError: where CUDA is available, or megatron-core is of a version that was not measured.
     """
-    global _mode
-    if _mode is not None:
+    global _is_active
+    if _is_active:
         return
     if torch.cuda.is_available():
         raise ConfigError(
@@ -153,5 +161,4 @@ def activate() -> None:
     for replacement in REPLACEMENTS:
         holder, name = replacement.owner()
         setattr(holder, name, replacement.value)
-    _mode = CudaNamesMeanCPU()
-    _mode.__enter__()
+    _is_active = True

@@ -11,7 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rl.data.pack import Row
-from megatron_rl.data.types import Micro
+from megatron_rl.data.types import Micro, token_positions
 from megatron_rl.parallel.collectives import group_rank, group_size
 from megatron_rl.parallel.mesh import Mesh
 
@@ -141,12 +141,8 @@ def zigzag(lengths_N: Tensor, rank: int, size: int) -> Tensor:
     if size == 1:
         return torch.arange(int(lengths_N.sum()))
     starts_N, chunk_N = lengths_N.cumsum(0) - lengths_N, lengths_N // (2 * size)
-    pieces = [
-        torch.arange(start + part * chunk, start + (part + 1) * chunk)
-        for start, chunk in zip(starts_N.tolist(), chunk_N.tolist(), strict=True)
-        for part in (rank, 2 * size - 1 - rank)
-    ]
-    return torch.cat(pieces)
+    pieces_N2 = starts_N[:, None] + torch.tensor([rank, 2 * size - 1 - rank]) * chunk_N[:, None]
+    return token_positions(pieces_N2.flatten(), chunk_N.repeat_interleave(2))
 
 
 def _with_filler(row: Row) -> Tensor:
@@ -179,14 +175,10 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
     gathered_R[torch.cat([zigzag(lengths_N, rank, size) for rank in range(size)])] = torch.arange(row.length)
     buckets: list[Bucket] = []
     flat_R, used = torch.full((len(local_T),), -1, dtype=torch.int64), 0
-    local_starts_N = (lengths_N // size).cumsum(0) - lengths_N // size
-    for members in _similar_lengths(row.padded_N.tolist()):
-        bucket = _bucket(members, lengths_N, local_starts_N, local_T, gathered_R, size)
-        width = bucket.query_index_BS.shape[1]
-        for place, member in enumerate(members):
-            count, start = int(lengths_N[member]) // size, int(local_starts_N[member])
-            flat_R[start : start + count] = used + place * width + torch.arange(count)
-        used += len(members) * width
+    for members_B in _similar_lengths(row.padded_N):
+        bucket, filled_BS = _bucket(members_B, lengths_N, local_T, gathered_R, size)
+        flat_R[bucket.query_index_BS[filled_BS]] = used + filled_BS.flatten().nonzero().flatten()
+        used += filled_BS.numel()
         mask = None if bucket.mask_B1SS is None else bucket.mask_B1SS.to(device)
         buckets.append(Bucket(bucket.query_index_BS.to(device), bucket.key_index_BS.to(device), mask))
     longest = int(lengths_N.max())
@@ -203,28 +195,25 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
     )
 
 
-def _similar_lengths(lengths: list[int]) -> list[list[int]]:
+def _similar_lengths(lengths_N: Tensor) -> list[Tensor]:
     """Group sequences whose lengths differ by at most a factor of two, so that padding at most doubles the work."""
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length.bit_length(), []).append(index)
-    return [groups[bits] for bits in sorted(groups)]
+    _, bits_N = torch.frexp(lengths_N.double())  # 2 ** (bits - 1) <= length < 2 ** bits
+    return [(bits_N == bits).nonzero().flatten() for bits in bits_N.unique()]
 
 
 def _bucket(
-    members: list[int], lengths_N: Tensor, local_starts_N: Tensor, local_T: Tensor, gathered_R: Tensor, size: int
-) -> Bucket:
-    longest = int(lengths_N[members].max())
-    starts_N = lengths_N.cumsum(0) - lengths_N
-    query = torch.zeros(len(members), longest // size, dtype=torch.int64)
-    key = torch.zeros(len(members), longest, dtype=torch.int64)
-    order = torch.full((len(members), longest // size), -1, dtype=torch.int64)
-    for place, member in enumerate(members):
-        length, start, local = int(lengths_N[member]), int(starts_N[member]), int(local_starts_N[member])
-        query[place, : length // size] = torch.arange(local, local + length // size)
-        key[place, :length] = gathered_R[start : start + length]
-        order[place, : length // size] = local_T[local : local + length // size] - start
+    members_B: Tensor, lengths_N: Tensor, local_T: Tensor, gathered_R: Tensor, size: int
+) -> tuple[Bucket, Tensor]:
+    """Return the bucket of these sequences, and [B, S] where it has queries."""
+    starts_B = (lengths_N.cumsum(0) - lengths_N)[members_B][:, None]
+    lengths_B = lengths_N[members_B][:, None]
+    place_S = torch.arange(int(lengths_B.max()))
+    key_BS = torch.where(place_S < lengths_B, gathered_R[(starts_B + place_S).clamp(max=len(gathered_R) - 1)], 0)
+    place_S = place_S[: len(place_S) // size]
+    filled_BS = place_S < lengths_B // size
+    query_BS = torch.where(filled_BS, starts_B // size + place_S, 0)
     if size == 1:
-        return Bucket(query, key, None)
-    mask = torch.arange(longest)[None, None, :] <= order.clamp(min=0)[:, :, None]
-    return Bucket(query, key, mask[:, None])
+        return Bucket(query_BS, key_BS, None), filled_BS
+    order_BS = torch.where(filled_BS, local_T[query_BS] - starts_B, 0)
+    mask_BSS = torch.arange(key_BS.shape[1]) <= order_BS[:, :, None]
+    return Bucket(query_BS, key_BS, mask_BSS[:, None]), filled_BS

@@ -16,7 +16,7 @@ def test_every_replacement_says_why() -> None:
 
 
 def test_refused_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_mode", None)
+    monkeypatch.setattr(cpu, "_is_active", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     with pytest.raises(ConfigError, match="where CUDA is available"):
@@ -24,7 +24,7 @@ def test_refused_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_refused_for_a_version_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_mode", None)
+    monkeypatch.setattr(cpu, "_is_active", False)
     monkeypatch.setattr(cpu, "version", lambda name: "0.99.0")
 
     with pytest.raises(ConfigError, match=r"megatron-core 0\.99\.0 was not measured"):
