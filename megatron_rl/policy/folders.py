@@ -26,6 +26,11 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights of any form, be they whole or not."""
+    return any((folder / name).exists() for name in (META, FORMAT)) or any(folder.glob("*.safetensors*"))
+
+
 def open_source(folder: Path, family: Family) -> Source:
     """Return the tensors of a checkpoint folder; its config.json is in it in either case.
 
