@@ -1,10 +1,29 @@
-"""How a run lies on a cluster: what ``megatron-rl slurm`` asks Slurm for."""
+"""How a run lies on a cluster: what its machines are, and what ``megatron-rl slurm`` asks Slurm for."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_rl.config.section import Section
+
+
+class Cluster(Section):
+    """The machines that ``megatron-rl check`` plans for. Assumptions: nothing else reads them."""
+
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of a GPU; without a value that of the GPU found here, if any."""
+    gpu_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak of dense bfloat16 products of a GPU, in 10^12 operations a second."""
+    gpu_gb_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Bandwidth of a GPU's memory."""
+    node_gb_per_second: Annotated[float, Field(gt=0)] | None = None
+    """What a GPU sends to others of its node."""
+    network_gb_per_second: Annotated[float, Field(gt=0)] | None = None
+    """What a GPU sends to other nodes."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the peak that training and scoring reach."""
+    expert_imbalance: Annotated[float, Field(ge=1)] = 1.5
+    """Tokens of the busiest rank's experts, as a multiple of the average."""
 
 
 class Slurm(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_rl.config.cluster import Slurm
+from megatron_rl.config.cluster import Cluster, Slurm
 from megatron_rl.config.section import InputPath, Section
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Environment, Reward
 from megatron_rl.loss import Correction, ReferenceKL
@@ -287,6 +287,7 @@ class Run(Section):
     weights: Weights = Weights()
     log: Log = Log()
     slurm: Slurm = Slurm()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _rewards_fit(self) -> "Run":

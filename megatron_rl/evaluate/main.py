@@ -20,7 +20,7 @@ from megatron_rl.launch.plan import check_sampling
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_judging
 from megatron_rl.train.evaluation import heldout_prompts, question
-from megatron_rl.train.fleet import Decoder
+from megatron_rl.train.fleet import Chat
 from megatron_rl.train.folder import replace_text
 from megatron_rl.train.routes import wanted_routes
 from megatron_rl.train.stream import judged
@@ -71,7 +71,7 @@ def evaluate_one(target: Target, console: Console) -> None:
 
 
 def _answer(
-    target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: Decoder, console: Console
+    target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: Chat, console: Console
 ) -> None:
     """Ask for what is missing, and write each request's samples as soon as they have come."""
     run, missing = target.run, folder.missing()

@@ -14,14 +14,14 @@ from megatron_rl.policy.folders import holds_hf_files, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.train.export import write_hf
-from megatron_rl.train.fleet import Decoder, open_fleet, weights_folder
+from megatron_rl.train.fleet import Chat, open_fleet, weights_folder
 
 VERSION = 0
 """Of the weights, at every server."""
 
 
 @contextmanager
-def serving(run: Run, tokenizer: Decoder, scratch: Path) -> Iterator[Fleet]:
+def serving(run: Run, tokenizer: Chat, scratch: Path) -> Iterator[Fleet]:
     """Give a fleet whose servers have the weights of ``model.path``, whatever kind of checkpoint that is.
 
     Servers that ran already keep the weights. ``scratch`` takes logs, and copies of the weights while they are needed.

@@ -7,7 +7,11 @@ from rich.table import Table
 
 from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.plan import Plan, make_plan, max_prompt_tokens
+from megatron_rl.launch.layout import Layout
+from megatron_rl.launch.plan import Batches, make_plan, max_prompt_tokens
+from megatron_rl.launch.shape import Shape
+from megatron_rl.launch.sizing.plan import Sizes, planned_ranks, plans_gpus, sizes_of, suggestions_for
+from megatron_rl.launch.sizing.tables import memory_table, step_table, suggestions_table
 from megatron_rl.train.versions import OPTIONAL, found_versions
 
 OPTIONAL_USE = {
@@ -31,13 +35,30 @@ def check(loaded: Loaded[Run] | None, ranks: int | None = None) -> int:
     if loaded is None:
         return 0
     console.print(settings_table(loaded))
-    plan = make_plan(loaded, ranks)
-    console.print(layout_table(plan))
-    console.print(batch_table(loaded.run, plan))
+    ranks = ranks or planned_ranks(loaded)
+    sizes = sizes_of(loaded, ranks)
+    if sizes is not None:
+        _print_sizes(console, loaded, sizes)
+    plan = make_plan(loaded, ranks, on_gloo=not plans_gpus(loaded))
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     console.print("ok: nothing found that would stop this run")
     return 0
+
+
+def _print_sizes(console: Console, loaded: Loaded[Run], sizes: Sizes) -> None:
+    """Print what follows from the model's config.json alone: whatever else is missing, this much is known."""
+    run = loaded.run
+    console.print(layout_table(sizes.layout, sizes.shape))
+    console.print(batch_table(run, sizes.batches))
+    console.print(memory_table(run, sizes))
+    console.print(step_table(run, sizes))
+    if suggestions := suggestions_for(loaded, sizes):
+        console.print(suggestions_table(suggestions))
+    elif sizes.memory_bytes is not None:
+        console.print(f"no layout of {sizes.layout.ranks} ranks fits; ask for more, or for fewer tokens a row")
+    if not sizes.can_train:
+        console.print("note: this model's family can be planned, but not be trained at present", markup=False)
 
 
 def versions_table() -> Table:
@@ -69,9 +90,8 @@ def _worded(value: object) -> str:
     return str(value)
 
 
-def layout_table(plan: Plan) -> Table:
+def layout_table(layout: Layout, shape: Shape) -> Table:
     """Return each axis, its size, and what it divides."""
-    layout, shape = plan.layout, plan.shape
     table = Table("axis", "size", "each rank holds", title=f"Layout: {layout.ranks} ranks", title_justify="left")
     padded = -(-shape.vocabulary // layout.tensor) * layout.tensor
     share = (
@@ -85,7 +105,7 @@ def layout_table(plan: Plan) -> Table:
     table.add_row(
         "sequence", "on" if layout.sequence else "off", "activations between layers, shared over the tensor axis"
     )
-    table.add_row("pipeline", str(layout.pipeline), f"{shape.layers // layout.pipeline} of {shape.layers} layers")
+    table.add_row("pipeline", str(layout.pipeline), f"{_stage_layers(layout, shape)} of {shape.layers} layers")
     table.add_row("virtual_pipeline", str(layout.virtual_pipeline), f"chunks of {shape.layers // chunks} layers")
     table.add_row("context", str(layout.context), f"1/{layout.context} of each sequence")
     table.add_row("data", str(layout.data), f"1/{layout.data} of the rows")
@@ -99,9 +119,20 @@ def layout_table(plan: Plan) -> Table:
     return table
 
 
-def batch_table(run: Run, plan: Plan) -> Table:
+def _stage_layers(layout: Layout, shape: Shape) -> str:
+    if not layout.is_uneven:
+        return str(shape.layers // layout.pipeline)
+    sizes = layout.stage_sizes(shape.layers)
+    return (
+        f"{sizes[0]}, last stage {sizes[-1]},"
+        if len(set(sizes[:-1])) == 1
+        else f"{sizes[0]}, then {sizes[1]}, last {sizes[-1]},"
+    )
+
+
+def batch_table(run: Run, batches: Batches) -> Table:
     """Return the batch arithmetic."""
-    train, batches = run.train, plan.batches
+    train = run.train
     table = Table("a step", "", title="Batches", title_justify="left", show_header=False)
     table.add_row("prompts * responses each", f"{train.prompts_per_step} * {train.group_size} = {batches.responses}")
     table.add_row("optimizer steps", f"{train.updates_per_step}, of {batches.per_update} responses each")

@@ -1,7 +1,7 @@
 """Sizes of the mesh axes as they come out, and everything that can be wrong with them before a process starts."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_rl.config.load import Loaded
@@ -24,6 +24,20 @@ class Layout:
     expert: int
     expert_tensor: int
     sequence: bool
+    first_layers: int | None = None
+    last_layers: int | None = None
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the first or the last pipeline stage has a number of layers of its own."""
+        return self.first_layers is not None or self.last_layers is not None
+
+    def stage_sizes(self, layers: int) -> tuple[int, ...]:
+        """Return the layers of each pipeline stage where they are uneven; the stages between share what is left."""
+        first, last = _given(self.first_layers), _given(self.last_layers)
+        between = self.pipeline - len(first) - len(last)
+        share = (layers - sum(first) - sum(last)) // max(between, 1)
+        return (*first, *[share] * between, *last)
 
     @property
     def data(self) -> int:
@@ -36,8 +50,15 @@ class Layout:
         return self.ranks // (self.expert * self.expert_tensor * self.pipeline)
 
 
-def layout_of(parallel: Parallel, ranks: int | None = None) -> Layout:
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+"""Fields of ``model.megatron`` by which a first or last stage gets a number of layers of its own."""
+
+
+def layout_of(
+    parallel: Parallel, ranks: int | None = None, megatron: Mapping[str, bool | int | float | str] | None = None
+) -> Layout:
     """Return the axes; without ``ranks`` as many ranks as the config asks for, or the fewest that its sizes allow."""
+    fields = megatron or {}
     follows = parallel.tensor if parallel.expert == 1 else 1
     expert_tensor = follows if parallel.expert_tensor is None else parallel.expert_tensor
     fewest = math.lcm(parallel.tensor * parallel.context, parallel.expert * expert_tensor) * parallel.pipeline
@@ -50,7 +71,13 @@ def layout_of(parallel: Parallel, ranks: int | None = None) -> Layout:
         expert=parallel.expert,
         expert_tensor=expert_tensor,
         sequence=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        first_layers=_count(fields.get(FIRST)),
+        last_layers=_count(fields.get(LAST)),
     )
+
+
+def _count(value: bool | int | float | str | None) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def check_layout(loaded: Loaded[Run], layout: Layout, shape: Shape, *, on_gloo: bool) -> list[str]:
@@ -65,6 +92,7 @@ def check_layout(loaded: Loaded[Run], layout: Layout, shape: Shape, *, on_gloo: 
         *_divisions(layout, shape, said),
         *_experts(layout, shape, said, on_gloo=on_gloo),
         *_pipeline(layout, shape, said),
+        *_uneven(loaded, layout, shape),
     ]
 
 
@@ -121,14 +149,45 @@ def _pipeline(layout: Layout, shape: Shape, said: Said) -> Iterator[str]:
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         yield f"{said('virtual_pipeline')} needs a pipeline; set parallel.pipeline above 1, or leave it out"
     chunks = layout.pipeline * layout.virtual_pipeline
-    if shape.layers % chunks:
+    if shape.layers % chunks and not layout.is_uneven:
         fitting = _divisors(shape.layers, chunks)
         yield (
             f"{said('pipeline')} times {said('virtual_pipeline')} is {chunks} and does not divide the model's"
-            f" {shape.layers} layers; make the product {fitting}"
+            f" {shape.layers} layers; make the product {fitting}, or give the first or last stage a number of its"
+            f" own: model.megatron.{FIRST}, model.megatron.{LAST}"
         )
     if layout.sequence and layout.tensor == 1:
         yield f"{said('sequence')} shares activations over the tensor axis, which has one rank; leave it out"
+
+
+def _uneven(loaded: Loaded[Run], layout: Layout, shape: Shape) -> Iterator[str]:
+    given = [name for name in (FIRST, LAST) if name in loaded.run.model.megatron]
+    if not given:
+        return
+    said = ", ".join(
+        f"model.megatron.{name} = {loaded.run.model.megatron[name]!r} ({loaded.origin(f'model.megatron.{name}')})"
+        for name in given
+    )
+    if any(_count(loaded.run.model.megatron[name]) is None for name in given):
+        yield f"{said}: a number of layers is a whole number above 0"
+    elif layout.pipeline < len(given) or layout.pipeline == 1:
+        yield f"{said} needs a pipeline of stages; set parallel.pipeline above 1, or leave it out"
+    elif layout.virtual_pipeline > 1:
+        yield f"{said} with parallel.virtual_pipeline = {layout.virtual_pipeline} was never tried; leave one out"
+    elif sum(layout.stage_sizes(shape.layers)) != shape.layers or 0 in layout.stage_sizes(shape.layers):
+        left, between = shape.layers - sum(_ends(layout)), layout.pipeline - len(_ends(layout))
+        yield (
+            f"{said}: {left} of the model's {shape.layers} layers are left for the {between} other pipeline stages,"
+            " which need equally many, one or more; change these numbers or parallel.pipeline"
+        )
+
+
+def _ends(layout: Layout) -> list[int]:
+    return _given(layout.first_layers) + _given(layout.last_layers)
+
+
+def _given(count: int | None) -> list[int]:
+    return [] if count is None else [count]
 
 
 def _divisors(total: int, near: int) -> str:

@@ -7,13 +7,13 @@ from pathlib import Path
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 from megatron_rl.config.sources import raise_problems
-from megatron_rl.config.tasks import ChainedArithmeticTask
+from megatron_rl.config.tasks import ChainedArithmeticTask, JsonlTask
 from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.parallel.mesh import on_cuda
-from megatron_rl.policy.folders import open_source
+from megatron_rl.policy.folders import has_weights, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.names.rules import HFConfig
 from megatron_rl.policy.torch_dist import is_torch_dist
@@ -50,18 +50,23 @@ class Plan:
     shape: Shape
     batches: Batches
     notes: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    """What the run reads and is not on this machine, where it need not be."""
 
 
-def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | None = None) -> Plan:
+def make_plan(
+    loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | None = None, starts_here: bool = True
+) -> Plan:
     """Return the plan of a run; a ConfigError lists everything that cannot work.
 
     Args:
         loaded: the configuration.
         ranks: trainer ranks that exist already (torchrun, srun); None: as configured.
         on_gloo: whether ranks talk through gloo; None: if there is no GPU.
+        starts_here: whether weights, prompts and the servers' interpreter must be on this machine.
     """
-    run, problems = loaded.run, list(check_megatron_fields(loaded))
-    layout = layout_of(run.parallel, ranks)
+    run, problems, absent = loaded.run, list(check_megatron_fields(loaded)), list[str]()
+    layout = layout_of(run.parallel, ranks, run.model.megatron)
     batches = batches_of(run, layout)
     shape = None
     try:
@@ -69,7 +74,10 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
         problems += _tied(loaded, hf)
         family = family_of(hf)
         shape = shape_of(family)
-        open_source(Path(run.model.path), family).check(family)
+        if starts_here or has_weights(Path(run.model.path)):
+            open_source(Path(run.model.path), family).check(family)
+        else:
+            absent.append(f"model.path = {run.model.path!r} ({loaded.origin('model.path')}): no weights")
     except MegatronRLError as error:
         problems.append(str(error))
     if shape is not None:
@@ -78,13 +86,20 @@ def make_plan(loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | 
         problems += _lengths(loaded, batches, shape)
         problems += _replay(loaded, shape)
     problems += _batch(loaded)
-    problems += _fleet(loaded)
+    python = run.rollout.sglang_python
+    if starts_here or not python or Path(python).exists():
+        problems += _fleet(loaded)
+    else:
+        absent.append(f"rollout.sglang_python = {python!r} ({loaded.origin('rollout.sglang_python')})")
     problems += _start_checkpoint(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
-    problems += check_task(run.task, run.reward, run.environment)
+    if starts_here or not isinstance(run.task, JsonlTask) or Path(run.task.path).exists():
+        problems += check_task(run.task, run.reward, run.environment)
+    else:
+        absent.append(f"task.path = {run.task.path!r} ({loaded.origin('task.path')})")
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
-    return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)))
+    return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)), tuple(absent))
 
 
 def check_sampling(loaded: Loaded[Run]) -> None:
@@ -97,7 +112,7 @@ def check_sampling(loaded: Loaded[Run]) -> None:
         open_source(path, family).check(family)
     except MegatronRLError as error:
         problems = [str(error), *_fleet(loaded)]
-    raise_problems([*problems, *check_task(loaded.run.task, loaded.run.reward)])
+    raise_problems([*problems, *check_task(loaded.run.task, loaded.run.reward, loaded.run.environment)])
 
 
 def max_prompt_tokens(run: Run) -> int:

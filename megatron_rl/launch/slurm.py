@@ -81,7 +81,7 @@ def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Pa
     """
     if submit and shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on this machine's PATH; run this on a login node, or leave out --submit")
-    text = render(loaded, words, folder or Path.cwd())
+    text = render(loaded, words, folder or Path.cwd(), starts_here=submit)
     run = Path(loaded.run.log.path).absolute()
     try:
         (run / "slurm").mkdir(parents=True, exist_ok=True)
@@ -118,11 +118,17 @@ def _submit(script: Path) -> str:
     return job
 
 
-def render(loaded: Loaded[Run], words: Sequence[str], folder: Path) -> str:
-    """Return the batch script of a run; a ConfigError lists everything that cannot work."""
+def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_here: bool = True) -> str:
+    """Return the batch script of a run; a ConfigError lists everything that cannot work.
+
+    Without ``starts_here`` what the run reads need not be on this machine; what is not is told on stderr.
+    """
     run, problems = loaded.run, list(_problems(loaded))
     raise_problems(problems)
-    make_plan(loaded, run.slurm.nodes * run.slurm.ranks, on_gloo=run.slurm.gpus_per_node == 0)
+    on_gloo = run.slurm.gpus_per_node == 0
+    plan = make_plan(loaded, run.slurm.nodes * run.slurm.ranks, on_gloo=on_gloo, starts_here=starts_here)
+    for absent in plan.absent:
+        sys.stderr.write(f"not on this machine: {absent}\n")
     slurm, path = run.slurm, Path(run.log.path).absolute()
     filled = {
         "version": package_version("megatron-rl") or "?",

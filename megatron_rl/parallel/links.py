@@ -22,6 +22,12 @@ def free_gpu_bytes() -> list[int]:
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
 
 
+def gpu_memory_bytes() -> int | None:
+    """Return the memory of the smallest GPU of this machine; None if there is none."""
+    totals = [torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count())]
+    return min(totals, default=None)
+
+
 def measure_links(timeout_seconds: float) -> str | None:
     """Run an all-reduce and an all-to-all over all ranks; return a line for each on the first rank, None elsewhere.
 

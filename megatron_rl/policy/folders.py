@@ -35,6 +35,11 @@ def _holds_pieces(folder: Path) -> bool:
     return (folder / META).is_file() and (folder / PIECES).is_file()
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights of any form, be they whole or not."""
+    return any((folder / name).exists() for name in (META, FORMAT)) or any(folder.glob("*.safetensors*"))
+
+
 def open_source(folder: Path, family: Family) -> Source:
     """Return the tensors of a checkpoint folder; its config.json is in it in either case.
 

@@ -119,7 +119,7 @@ def _possible(
     possible: list[Trial] = []
     skipped: dict[str, str] = {}
     for trial in all_of(run, layouts or DEFAULT):
-        layout = layout_of(trial.run.parallel, trial.ranks)
+        layout = layout_of(trial.run.parallel, trial.ranks, trial.run.model.megatron)
         changed = Loaded(trial.run, dict.fromkeys(loaded.origins, f"--layout {trial.text}"))
         problems = check_layout(changed, layout, shape, on_gloo=not torch.cuda.is_available())
         if layouts and problems:

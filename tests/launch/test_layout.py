@@ -102,6 +102,32 @@ def test_layouts_that_do_not_work_say_why_and_what_to_write(settings, words):
         assert word in told
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("parallel.pipeline=5", "last=4"), []),
+        (("parallel.pipeline=3", "first=3", "last=3"), []),
+        (("parallel.pipeline=2", "first=5", "last=7"), []),
+        (("parallel.pipeline=4", "last=4"), ["last_pipeline_stage = 4", "8 of the model's 12 layers", "the 3 other"]),
+        (("parallel.pipeline=2", "first=5", "last=5"), ["2 of the model's 12 layers are left for the 0 other"]),
+        (("parallel.pipeline=3", "first=12"), ["0 of the model's 12 layers are left", "one or more"]),
+        (("first=4",), ["set parallel.pipeline above 1"]),
+        (("parallel.pipeline=2", "first=0"), ["first_pipeline_stage = 0", "whole number above 0"]),
+        (("parallel.pipeline=2", "first=true"), ["whole number above 0"]),
+        (("parallel.pipeline=3", "parallel.virtual_pipeline=2", "last=4"), ["never tried; leave one out"]),
+    ],
+)
+def test_a_first_or_last_stage_may_have_a_number_of_layers_of_its_own(settings, words):
+    fields = {end: f"model.megatron.num_layers_in_{end}_pipeline_stage" for end in ("first", "last")}
+    given = [f"{fields.get(key, key)}={value}" for key, value in (setting.split("=") for setting in settings)]
+    loaded = load(Run, [], ["model.path=x", *given])
+    layout = layout_of(loaded.run.parallel, None, loaded.run.model.megatron)
+    told = check_layout(loaded, layout, MOE, on_gloo=True)
+    assert bool(told) == bool(words)
+    for word in words:
+        assert word in "\n".join(told)
+
+
 def test_all_problems_come_at_once():
     assert len(problems("tensor=3", "pipeline=5", "expert=5", "ranks=7")) == 6
 

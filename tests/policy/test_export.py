@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.live_bytes import LiveBytes
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.weights import PARTS
@@ -24,27 +22,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "pipeline": (2, {"pipeline": 2}),
     "tensor and expert": (2, {"tensor": 2, "expert": 2}),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that operations made under it and that still live, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Storages that came in are not new, whatever view of them comes out.
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
-                storage = tensor.untyped_storage()
-                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
 
 
 def peaks(folder: str, parallel: dict[str, object], own: bool) -> tuple[int, int]:

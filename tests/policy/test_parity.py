@@ -143,6 +143,21 @@ def test_weights_come_back_byte_for_byte(model: Path, layout: str) -> None:
         assert torch.equal(exported[name], tensor), name
 
 
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_a_pipeline_of_uneven_stages_changes_nothing(model: Path, truth: dict[str, Tensor], end: str) -> None:
+    on_disk = load_file(model / "model.safetensors")
+
+    ours = step_under(model, "pipeline", megatron={f"num_layers_in_{end}_pipeline_stage": 1})
+
+    torch.testing.assert_close(ours["logprobs_T"].double(), truth["logprobs_T"], atol=1e-5, rtol=0)  # as above
+    gradients = [name for name in truth if name.startswith("gradient.")]
+    largest = max(float(truth[name].abs().max()) for name in gradients)
+    for name in gradients:
+        torch.testing.assert_close(ours[name].double(), truth[name], atol=5e-6 * largest, rtol=0, msg=name)  # as above
+    for name, tensor in on_disk.items():
+        assert torch.equal(ours[f"weight.{name}"], tensor), name
+
+
 @pytest.mark.parametrize("layout", ["one rank", "pipeline", "tensor"])
 def test_tied_embeddings_give_the_same_gradient(tmp_path: Path, layout: str) -> None:
     folder = save_model(tmp_path, tied=True)

@@ -18,6 +18,7 @@ FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {
     "glm4_moe": glm4_moe.family,
     "deepseek_v2": deepseek.v2,
     "deepseek_v3": deepseek.v3,
+    "kimi_k2": deepseek.v3,
 }
 """``model_type`` of config.json -> the function that reads it."""
 

@@ -1,0 +1,110 @@
+"""Everything that the plan of a run says in numbers, from its configuration and the model's config.json."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.launch.layout import Layout, check_layout, layout_of
+from megatron_rl.launch.plan import Batches, batches_of, max_prompt_tokens
+from megatron_rl.launch.shape import Shape, shape_of
+from megatron_rl.launch.sizing import gpt_oss
+from megatron_rl.launch.sizing.flops import Step, Traffic, step_of, traffic_of
+from megatron_rl.launch.sizing.memory import GIB, RankMemory, memory_of, work_of
+from megatron_rl.launch.sizing.suggest import Suggestion, rows_of, suggest
+from megatron_rl.launch.sizing.widths import Work
+from megatron_rl.parallel.links import gpu_memory_bytes
+from megatron_rl.policy.names import FAMILIES, family_of, read_hf_config
+from megatron_rl.policy.names.rules import Family, HFConfig
+
+ONLY_PLANNED = {"gpt_oss": gpt_oss.family}
+"""Values of ``model_type`` that can be planned even where they cannot be trained."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A run in numbers.
+
+    Attributes:
+        rows: micro-batches of a rank in an optimizer step, if all sequences are the longest.
+        memory_bytes: of a GPU; None: none found, none given.
+        can_train: whether the model's family can be trained at present.
+    """
+
+    family: Family
+    shape: Shape
+    layout: Layout
+    batches: Batches
+    work: Work
+    rows: int
+    memories: tuple[RankMemory, ...]
+    step: Step
+    traffic: Traffic
+    memory_bytes: float | None
+    can_train: bool
+
+
+def planned_family(hf: HFConfig) -> Family:
+    """Return the family of a parsed config.json, also of those that can only be planned; ConfigError: neither."""
+    model_type = hf.get("model_type")
+    return ONLY_PLANNED[model_type](hf) if model_type in ONLY_PLANNED and model_type not in FAMILIES else family_of(hf)
+
+
+def sizes_of(loaded: Loaded[Run], ranks: int | None = None) -> Sizes | None:
+    """Return a run in numbers; None if its model or layout cannot be: ``make_plan`` says why.
+
+    Args:
+        loaded: the configuration.
+        ranks: trainer ranks; None: as many as ``planned_ranks`` says.
+    """
+    run = loaded.run
+    layout = layout_of(run.parallel, ranks or planned_ranks(loaded), run.model.megatron)
+    try:
+        hf = read_hf_config(Path(run.model.path))
+        family = planned_family(hf)
+    except MegatronRLError:
+        return None
+    shape, batches = shape_of(family), batches_of(run, layout)
+    if check_layout(loaded, layout, shape, on_gloo=not plans_gpus(loaded)):
+        return None
+    work, rows = work_of(run, layout, batches.longest, fused=plans_gpus(loaded)), rows_of(batches, layout)
+    return Sizes(
+        family=family,
+        shape=shape,
+        layout=layout,
+        batches=batches,
+        work=work,
+        rows=rows,
+        memories=memory_of(run, family, layout, work, rows),
+        step=step_of(run, family, longest=batches.longest, prompt=max_prompt_tokens(run)),
+        traffic=traffic_of(run, family, layout, work, rows),
+        memory_bytes=memory_bytes(run),
+        can_train=hf.get("model_type") in FAMILIES,
+    )
+
+
+def planned_ranks(loaded: Loaded[Run]) -> int | None:
+    """Return the trainer ranks that a config asks for: its own, or those of its Slurm job if it describes one."""
+    run = loaded.run
+    if run.parallel.ranks is None and loaded.origin("slurm.nodes") != "default":
+        return run.slurm.nodes * run.slurm.ranks
+    return run.parallel.ranks
+
+
+def plans_gpus(loaded: Loaded[Run]) -> bool:
+    """Return whether the plan is one for GPUs: there are some here, or ``[cluster]`` describes some."""
+    return memory_bytes(loaded.run) is not None
+
+
+def memory_bytes(run: Run) -> float | None:
+    """Return the memory of a GPU: as given, or as found here."""
+    given = run.cluster.gpu_memory_gib
+    return given * GIB if given is not None else gpu_memory_bytes()
+
+
+def suggestions_for(loaded: Loaded[Run], sizes: Sizes) -> list[Suggestion]:
+    """Return layouts of as many ranks that fit, the fastest first; nothing where no GPU's memory is known."""
+    if sizes.memory_bytes is None:
+        return []
+    return suggest(loaded, sizes.family, sizes.shape, sizes.layout.ranks, sizes.memory_bytes)

@@ -1,0 +1,128 @@
+"""How many parameters a rank holds, against the chunks that megatron-core really builds there."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.launch.layout import check_layout, layout_of
+from megatron_rl.launch.shape import shape_of
+from megatron_rl.launch.sizing.parameters import active_parameters, parameters_of, total_parameters
+from megatron_rl.launch.sizing.stages import stages_of
+from megatron_rl.parallel.mesh import start_world
+from megatron_rl.policy.groups import build_mesh
+from megatron_rl.policy.model import build_chunks
+from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.upstream import repair
+from tests.policy import families
+from tests.ranks import run_ranks
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one rank": (1, ()),
+    "tensor and its experts": (2, ("parallel.tensor=2",)),
+    "tensor and expert": (2, ("parallel.tensor=2", "parallel.expert=2")),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "interleaved": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "pipeline and expert": (4, ("parallel.pipeline=2", "parallel.expert=2")),
+    "uneven pipeline": (2, ("parallel.pipeline=2", "model.megatron.num_layers_in_first_pipeline_stage=1")),
+}
+DENSE = ["one rank", "tensor and its experts", "pipeline", "interleaved", "uneven pipeline"]
+
+
+def write_config(name: str, folder: Path) -> Path:
+    model_type, settings = families.MODELS[name]
+    rope = {} if "rope_parameters" in settings else {"rope_theta": 10000.0}
+    hf = {**families.COMMON, "rms_norm_eps": 1e-6, **rope, **settings, "model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(hf))
+    return folder
+
+
+def counts(folder: str, words: tuple[str, ...]) -> tuple[int, int, int]:
+    """Return this rank's pipeline stage, and its parameters in and out of the experts' own buffers."""
+    repair()
+    run = load(Run, [], [f"model.path={folder}", *words]).run
+    mesh = build_mesh(run, start_world(60, deterministic=True))
+    family = family_of(read_hf_config(Path(folder)))
+    parameters = [p for chunk in build_chunks(run, family, mesh) for p in chunk.parameters()]
+    dense = sum(p.numel() for p in parameters if getattr(p, "allreduce", True))
+    stage = 0 if mesh.pipeline is None else torch.distributed.get_rank(mesh.pipeline)
+    return stage, dense, sum(p.numel() for p in parameters) - dense
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Forked ranks would not have torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama", "pipeline"),
+        ("qwen2", "tensor and its experts"),
+        *(("qwen3_moe", layout) for layout in LAYOUTS),
+        ("qwen2_moe", "tensor and expert"),
+        ("glm4_moe", "pipeline and expert"),
+        ("mixtral", "tensor and its experts"),
+        ("deepseek_v3", "tensor and its experts"),
+        ("deepseek_v3", "tensor and expert"),
+        ("deepseek_v3", "interleaved"),
+        ("moonlight", "uneven pipeline"),
+    ],
+)
+def test_a_rank_holds_exactly_what_is_counted(name, layout, tmp_path):
+    folder = write_config(name, tmp_path)
+    ranks, words = LAYOUTS[layout]
+    loaded = load(Run, [], [f"model.path={folder}", *words])
+    family = family_of(read_hf_config(folder))
+    sizes = layout_of(loaded.run.parallel, ranks, loaded.run.model.megatron)
+    assert check_layout(loaded, sizes, shape_of(family), on_gloo=True) == []
+    stages = stages_of(family.num_layers, sizes)
+    for index, dense, expert in run_ranks(counts, ranks, str(folder), words, initialise=False):
+        counted = parameters_of(family, sizes, stages[index])
+        assert (counted.dense, counted.expert) == (dense, expert)
+
+
+def test_layers_go_to_stages_as_megatron_core_deals_them():
+    def layers(*words: str, num_layers: int = 8) -> list[tuple[tuple[int, ...], ...]]:
+        run = load(Run, [], ["model.path=x", *words]).run
+        return [stage.chunks for stage in stages_of(num_layers, layout_of(run.parallel, None, run.model.megatron))]
+
+    assert layers("parallel.pipeline=2") == [((0, 1, 2, 3),), ((4, 5, 6, 7),)]
+    assert layers("parallel.pipeline=2", "parallel.virtual_pipeline=2") == [((0, 1), (4, 5)), ((2, 3), (6, 7))]
+    first, last = (f"model.megatron.num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
+    assert layers("parallel.pipeline=3", f"{first}=1", f"{last}=3") == [((0,),), ((1, 2, 3, 4),), ((5, 6, 7),)]
+    assert layers("parallel.pipeline=2", f"{last}=1") == [((0, 1, 2, 3, 4, 5, 6),), ((7,),)]
+
+
+def test_a_small_model_by_hand(tmp_path):
+    """Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two of them for each token."""
+    hf = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 10,
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 2,
+        "mlp_only_layers": [0],
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+    }
+    family = family_of(hf)
+    attention = 4 * (6 + 3 + 3) + 6 * 4 + 3 + 3
+    norms, dense, expert, router = 4 + 4, 3 * 4 * 6, 3 * 4 * 2, 4 * 4
+    ends = 10 * 4 * 2 + 4
+    assert total_parameters(family) == ends + 2 * (attention + norms) + dense + router + 4 * expert
+    assert active_parameters(family) == ends + 2 * (attention + norms) + dense + router + 2 * expert

@@ -1,0 +1,115 @@
+"""The shipped configs: sizes of the models, a plan that fits, a script for Slurm, with each objective."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.plan import make_plan
+from megatron_rl.launch.sizing.memory import GIB, worst
+from megatron_rl.launch.sizing.parameters import active_parameters, total_parameters
+from megatron_rl.launch.sizing.plan import planned_family, planned_ranks, sizes_of
+from megatron_rl.launch.slurm import render, servers_per_node
+from megatron_rl.policy.names import FAMILIES, read_hf_config
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+MODELS = sorted((CONFIGS / "models").glob("*.toml"), key=lambda path: path.name)
+OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo")
+H100 = CONFIGS / "cluster" / "h100-80gb.toml"
+
+BILLIONS = {
+    "qwen3-30b-a3b": (30.5, 3.3),
+    "qwen3-235b-a22b": (235, 22),
+    "glm-4.5-air": (106, 12),
+    "glm-4.5": (355, 32),
+    "deepseek-v3": (671, 37),
+    "moonlight-16b-a3b": (16, 3),
+    "gpt-oss-120b": (117, 5.1),
+    "kimi-k2": (1040, 32),
+}
+"""Parameters as their makers publish them: all, and those at work on a token."""
+
+
+def each_model():
+    return pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_the_sizes_are_those_that_the_models_are_known_by(name):
+    """GLM-4.5 and Kimi-K2 are published with 2 % more than their decoder's: multi-token prediction, and rounding.
+
+    Makers round the parameters at work, and count the embedding's table, of which a token reads a row, or do not.
+    """
+    hf = read_hf_config(CONFIGS / "shapes" / name)
+    family = planned_family(hf)
+    total, active = (count * 1e9 for count in BILLIONS[name])
+    assert total_parameters(family) == pytest.approx(total, rel=0.02)
+    table = hf["vocab_size"] * hf["hidden_size"]
+    assert active_parameters(family) - 2 * table <= 1.05 * active
+    assert active_parameters(family) >= 0.95 * active
+
+
+def test_every_shape_has_a_config_and_every_config_a_plan_that_fits():
+    assert {path.name for path in (CONFIGS / "shapes").iterdir()} == set(BILLIONS)
+    used = {Path(load(Run, [path]).run.model.path).name for path in MODELS}
+    assert used == set(BILLIONS)
+
+
+@each_model()
+def test_a_shipped_config_fits_and_says_what_is_not_here(path, capsys):
+    sizes = sizes_of(load(Run, [path, H100]))
+    assert sizes is not None
+    assert sizes.memory_bytes is not None
+    assert worst(sizes.memories).total < 0.95 * sizes.memory_bytes
+    assert main(["check", str(path), str(H100)]) == 1
+    told = capsys.readouterr()
+    assert "most at a time" in told.out
+    assert "fits" in told.out
+    assert "DOES NOT FIT" not in told.out
+    assert "Layouts that fit" in told.out
+    for missing in ("no *.safetensors in", "no such file"):
+        assert (missing in told.err) == (sizes.can_train or missing == "no such file")
+
+
+@each_model()
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_shipped_config_loads_plans_and_renders_with_each_objective(path, objective, tmp_path, capsys):
+    files = [path, CONFIGS / "objective" / f"{objective}.toml"]
+    words = [f"log.path={tmp_path / 'run'}"]
+    loaded = load(Run, files, words)
+    assert loaded.run.objective.name == objective
+    sizes = sizes_of(loaded)
+    assert sizes is not None
+    assert sizes.layout.ranks == loaded.run.slurm.nodes * 8
+    if not sizes.can_train:
+        with pytest.raises(ConfigError, match="is not supported"):
+            render(loaded, [*map(str, files), *words], tmp_path, starts_here=False)
+        return
+    script = render(loaded, [*map(str, files), *words], tmp_path, starts_here=False)
+    assert f"#SBATCH --nodes={loaded.run.slurm.nodes}" in script
+    assert "no weights" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        make_plan(loaded, planned_ranks(loaded), on_gloo=False)
+
+
+@each_model()
+def test_a_server_that_the_job_starts_holds_the_model(path):
+    run = load(Run, [path]).run
+    if run.rollout.urls:  # larger than a node: started by others
+        return
+    gpus = run.slurm.gpus_per_node // servers_per_node(run)
+    assert run.rollout.sglang["tp_size"] == gpus
+    weights = 2 * total_parameters(planned_family(read_hf_config(Path(run.model.path))))
+    # a seventh and more is left for keys and values
+    assert weights / gpus < 0.85 * float(run.rollout.sglang["mem_fraction_static"]) * 80 * GIB
+
+
+def test_gpt_oss_is_planned_whether_or_not_it_can_be_trained(capsys):
+    path = CONFIGS / "models" / "gpt-oss-120b-4nodes.toml"
+    assert main(["check", str(path), str(H100)]) == 1
+    told = capsys.readouterr()
+    assert ("can be planned, but not be trained" in told.out) == ("gpt_oss" not in FAMILIES)
+    assert ("'gpt_oss' of config.json is not supported" in told.err) == ("gpt_oss" not in FAMILIES)
