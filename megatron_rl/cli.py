@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     preflight = verbs.add_parser("preflight", help="the first steps of a Slurm job: are the nodes fit for it")
     preflight.add_argument("step", choices=("report", "judge", "link", "fleet"))
     preflight.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
-    preflight.add_argument("--folder", type=Path, default=Path(), help="where nodes write and read (not: fleet)")
+    preflight.add_argument("--folder", type=Path, help="where nodes write and read; fleet: where addresses go")
     preflight.add_argument("--nodes", nargs="+", default=[], help="judge: names of the nodes")
     preflight.add_argument("--needed", type=int, default=1, help="judge: how many of them the run needs")
     preflight.set_defaults(run=_preflight)
@@ -191,14 +191,16 @@ def _fleet(options: argparse.Namespace) -> int:
 def _preflight(options: argparse.Namespace) -> int:
     from megatron_rl.launch import preflight
 
+    if options.step == "fleet":
+        from megatron_rl.launch.roundtrip import ask_fleet
+
+        return ask_fleet(_load(options.config).run, options.folder)
+    if options.folder is None:
+        raise ConfigError(f"preflight {options.step} needs --folder")
     if options.step == "judge":
         return preflight.judge(options.folder, options.nodes, options.needed)
     if options.step == "link":
         return preflight.link(options.folder, timeout_seconds=60)
-    if options.step == "fleet":
-        from megatron_rl.launch.roundtrip import ask_fleet
-
-        return ask_fleet(_load(options.config).run)
     return preflight.report(_load(options.config).run, options.folder)
 
 

@@ -1,10 +1,10 @@
 """One server of a fleet on a node of its own: started, registered, started again when it dies, ended with the job.
 
 RUN/fleet/START/server_0.json   {"url": "http://..."}, written before the server is healthy; its url never changes
+RUN/fleet/START/asked/          the same files, for the trainer, once every server has answered (``roundtrip``)
 RUN/fleet/START/end             the trainer has ended, and so do the servers
 """
 
-import json
 import logging
 import os
 import signal
@@ -16,8 +16,7 @@ from types import FrameType
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.mesh import task_number
-from megatron_rl.train.folder import replace_text
-from megatron_rl.train.servers import END, server_of
+from megatron_rl.train.servers import END, server_of, write_address
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
     wait = FIRST_WAIT_SECONDS
     try:
         server.start()
-        replace_text(registry / f"server_{number}.json", json.dumps({"url": server.url}) + "\n")
+        write_address(registry, number, server.url)
         while not (registry / END).exists():
             time.sleep(LOOK_SECONDS)
             if server.exit_status is not None:

@@ -41,7 +41,6 @@ nodelist="$(IFS=,; echo "${nodes[*]:0:nodes_needed}")"
 MASTER_ADDR="$(tr ' ' '\n' <<<"$MEGATRON_RL_NODES" | sed -n "s/^${nodes[0]}=//p" | head -n 1)"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
 export MASTER_ADDR MASTER_PORT
-on_one=("${on_trainer[@]}" --nodes=1 --ntasks=1 --nodelist="${nodes[0]}")
 on_ranks=("${on_trainer[@]}" --nodes="$nodes_needed" --nodelist="$nodelist")
 on_ranks+=(--ntasks="$((nodes_needed * ranks_per_node))" --ntasks-per-node="$ranks_per_node")
 if [ "$preflight" = 1 ]; then
@@ -51,23 +50,25 @@ if [ "$preflight" = 1 ]; then
 fi
 
 # The fleet: servers write their addresses to the registry, and end when a file "end" stands there.
-fleet=""
+fleet="" asked=("${config[@]}")
 if [ "$servers" -gt 0 ]; then
     options=("${on_fleet[@]}" "${server_options[@]}" --ntasks="$servers")
     options+=(--kill-on-bad-exit=0 --output="$logs/server-%t.log")
     step fleet --registry "$registry" "${config[@]}" &
-    fleet=$!
-    config+=("rollout.registry=$registry")
+    fleet=$! answered="$registry"
+    [ "$preflight" = 1 ] && answered="$registry/asked"
+    asked+=("rollout.registry=$registry") config+=("rollout.registry=$answered")
 fi
 
 # Each server answers a short request before the run relies on it. Servers that run already are asked before the ranks
-# start; those of this job load their model while the ranks load theirs, and are asked as soon as they are there.
+# start. Those of this job load their model while the ranks load theirs; they are asked as soon as they are there, and
+# the ranks learn their addresses when all have answered.
 ask_fleet() {
-    options=("${on_one[@]}")
-    (step preflight fleet "${config[@]}")
+    options=("${on_trainer[@]}" --nodes=1 --ntasks=1 --nodelist="${nodes[0]}")
+    (step preflight fleet --folder "$registry/asked" "$@")
 }
 if [ "$preflight" = 1 ] && [ -z "$fleet" ]; then
-    ask_fleet || { say "a server of rollout.urls is not fit"; exit 2; }
+    ask_fleet "${asked[@]}" || { say "a server of rollout.urls is not fit"; exit 2; }
 fi
 
 options=("${on_ranks[@]}" --output="$logs/rank-%t.log")
@@ -75,7 +76,7 @@ step train "${config[@]}" &
 trainer=$!
 unfit="$logs/fleet-unfit"
 if [ "$preflight" = 1 ] && [ -n "$fleet" ]; then
-    (ask_fleet || { touch "$unfit"; kill -TERM "$trainer" 2>/dev/null; }) &
+    (ask_fleet "${asked[@]}" || { touch "$unfit"; kill -TERM "$trainer" 2>/dev/null; }) &
 fi
 
 # Slurm's signal before the time limit: the ranks finish their step, write a checkpoint and end with 130. srun hands

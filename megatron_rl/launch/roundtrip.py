@@ -25,7 +25,7 @@ from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
 from megatron_rl.rollout.plan import sampling_params
 from megatron_rl.rollout.protocol import SampleRequest
 from megatron_rl.rollout.vllm import VllmFleet
-from megatron_rl.train.servers import registered
+from megatron_rl.train.servers import registered, write_address
 
 PROMPT = tuple(range(1, 9))
 """Tokens that every vocabulary has."""
@@ -55,8 +55,12 @@ class Answer:
     logprobs: tuple[float, ...] = ()
 
 
-def ask_fleet(run: Run) -> int:
+def ask_fleet(run: Run, fit: Path | None = None) -> int:
     """Ask every server of a run, print a table, name the unfit ones; return 0 if there is none, else 1.
+
+    Args:
+        run: the configuration.
+        fit: registry that gets the addresses of this job's servers if all are fit; None: nobody waits for them.
 
     Raises:
         RolloutError: servers that this job starts have not registered in time.
@@ -75,7 +79,13 @@ def ask_fleet(run: Run) -> int:
     for answer in answers:
         if answer.problem:
             sys.stdout.write(f"preflight: {answer.url} {answer.problem}\n")
-    return int(any(answer.problem for answer in answers))
+    if any(answer.problem for answer in answers):
+        return 1
+    if fit is not None and started_here:
+        fit.mkdir(parents=True, exist_ok=True)
+        for number, url in enumerate(urls):
+            write_address(fit, number, url)
+    return 0
 
 
 async def _ask_all(clients: Sequence[Client], patience: Patience) -> list[Answer]:

@@ -4,6 +4,7 @@ The script is the launcher: plain bash that a user can read, change and submit b
 of the fleet beside them, found through the run folder. Source: Slurm's pages on sbatch, srun and heterogeneous jobs.
 """
 
+import math
 import os
 import re
 import shlex
@@ -62,6 +63,12 @@ LOOK_SECONDS = 4.0
 
 SET_BY_THE_JOB = ("train.resume=", "rollout.registry=")
 """Words of the command line that the script gives anew at each start."""
+
+PARALLEL_SIZES = ("tensor_parallel_size", "tp_size", "pipeline_parallel_size", "pp_size")
+"""Options of SGLang and vLLM that say how many GPUs share a server."""
+
+COPIES = ("data_parallel_size", "dp_size")
+"""Copies of the model within a server, each on GPUs of its own unless they share attention alone."""
 
 OURS = (
     *("job-name", "output", "error", "open-mode", "signal", "time", "nodes", "ntasks", "ntasks-per-node"),
@@ -150,6 +157,24 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_he
         "restarts": str(slurm.restarts),
     }
     return TOP.substitute(filled) + COMMON.read_text(encoding="utf-8")
+
+
+def _server_gpus(loaded: Loaded[Run], gpus: int) -> Iterator[str]:
+    """Yield a problem if a server is to be shared by another number of GPUs than it gets."""
+    rollout = loaded.run.rollout
+    if rollout.urls or not gpus or rollout.engine == "embedded":
+        return
+    options = rollout.sglang if rollout.engine == "sglang" else rollout.vllm
+    names = PARALLEL_SIZES if options.get("enable_dp_attention") else (*PARALLEL_SIZES, *COPIES)
+    sizes = {name: int(options[name]) for name in names if name in options}
+    if (wanted := math.prod(sizes.values())) != gpus:
+        said = ", ".join(f"rollout.{rollout.engine}.{name} = {size}" for name, size in sizes.items())
+        yield (
+            f"a server gets {gpus} GPUs (slurm.gpus_per_node = {loaded.run.slurm.gpus_per_node}, rollout.servers ="
+            f" {rollout.servers} on {loaded.run.slurm.rollout_nodes or loaded.run.slurm.nodes} nodes), but is shared by"
+            f" {wanted} ({said or 'no size is set'}); write rollout.{rollout.engine}.{PARALLEL_SIZES[0]} = {gpus}, or"
+            " another number of servers"
+        )
 
 
 def servers_per_node(run: Run) -> int:
@@ -246,6 +271,7 @@ def _problems(loaded: Loaded[Run]) -> Iterator[str]:
             f"rollout.servers = {run.rollout.servers} ({loaded.origin('rollout.servers')}) on {slurm.rollout_nodes}"
             f" node(s) of {gpus} GPUs leaves less than one GPU a server; write at most {gpus * slurm.rollout_nodes}"
         )
+    yield from _server_gpus(loaded, gpus // per_node if per_node else 0)
     if not slurm.rollout_nodes and not run.rollout.urls and gpus:
         yield (
             f"slurm.rollout_nodes = 0 ({loaded.origin('slurm.rollout_nodes')}) with slurm.gpus_per_node = {gpus}:"

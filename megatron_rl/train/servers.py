@@ -10,6 +10,7 @@ from megatron_rl.errors import ConfigError, RolloutError
 from megatron_rl.rollout.process import ServerProcess, embedded_server
 from megatron_rl.rollout.sglang import sglang_server
 from megatron_rl.rollout.vllm import vllm_server
+from megatron_rl.train.folder import replace_text
 
 END = "end"
 """Name of the file in a registry that says that the run is over."""
@@ -24,8 +25,14 @@ def servers_of(run: Run) -> Sequence[str | ServerProcess]:
     """
     rollout = run.rollout
     if rollout.registry:
-        return registered(Path(rollout.registry), rollout.servers, rollout.start_timeout_seconds)
+        # Whoever registers them may first wait that long until they are healthy.
+        return registered(Path(rollout.registry), rollout.servers, 2 * rollout.start_timeout_seconds)
     return rollout.urls or [server_of(run, number) for number in range(rollout.servers)]
+
+
+def write_address(folder: Path, number: int, url: str) -> None:
+    """Register a server."""
+    replace_text(folder / f"server_{number}.json", json.dumps({"url": url}) + "\n")
 
 
 def registered(folder: Path, count: int, timeout_seconds: float) -> list[str]:

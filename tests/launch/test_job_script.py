@@ -66,8 +66,12 @@ class Job:
 
     @property
     def steps(self) -> list[str]:
-        """What srun was asked, in order."""
-        return self.record.read_text().splitlines()
+        """What srun was asked, in order; no setting stands twice in a step, which would be refused."""
+        steps = self.record.read_text().splitlines()
+        for step in steps:
+            settings = [word.partition("=")[0] for word in step.partition("megatron_rl")[2].split() if "=" in word]
+            assert len(settings) == len(set(settings)), step
+        return steps
 
 
 def steps_named(job: Job, name: str) -> list[str]:
@@ -106,6 +110,8 @@ def test_a_job_looks_starts_trains_and_ends_in_this_order(tmp_path):
     assert "--nodelist=n1,n2" in steps_named(job, "train")[0]
     assert not any("--het-group" in step for step in job.steps)
     assert "train.resume=true" not in steps_named(job, "train")[0]
+    assert steps_named(job, "train")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0/asked")
+    assert steps_named(job, "preflight fleet")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0")
     assert (tmp_path / "run" / "fleet" / "7.0" / "end").exists()
 
 

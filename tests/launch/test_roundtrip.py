@@ -9,6 +9,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
 from megatron_rl.launch.roundtrip import Answer, ask_fleet, compared
+from megatron_rl.train.servers import registered, write_address
 from tests.rollout.fake import FakeServer, garbage, serving
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
@@ -69,6 +70,21 @@ def test_servers_of_the_job_that_do_not_register_are_named_by_number(tmp_path):
 
     with pytest.raises(RolloutError, match=r"1 of 3 servers .* within 1 s, 0, 2 have not"):
         ask_fleet(run_with(**settings))
+
+
+def test_the_trainer_learns_of_the_job_s_servers_when_all_are_fit(tmp_path):
+    with serving(FakeServer(), FakeServer()) as servers:
+        for number, server in enumerate(servers):
+            write_address(tmp_path, number, server.url)
+        run = run_with(rollout__registry=tmp_path, rollout__servers=2)
+        servers[0].status = 500
+        assert ask_fleet(run, tmp_path / "asked") == 1
+        assert not (tmp_path / "asked").exists()
+
+        servers[0].status = 200
+        assert ask_fleet(run, tmp_path / "asked") == 0
+
+    assert registered(tmp_path / "asked", 2, 1) == [server.url for server in servers]
 
 
 def test_of_two_unlike_servers_both_are_named():

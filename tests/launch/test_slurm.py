@@ -1,6 +1,7 @@
 """The script of a job, as text: what it asks for, what it runs, what is refused."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.slurm import render
+from megatron_rl.launch.slurm import _server_gpus, render
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0")
@@ -94,6 +95,28 @@ def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
 def test_what_no_job_could_be_is_refused(tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
         script(tmp_path, setting)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "fits"),
+    [
+        ("vllm", "{ tensor_parallel_size = 4 }", True),
+        ("vllm", "{ tensor_parallel_size = 2, pipeline_parallel_size = 2 }", True),
+        ("vllm", "{ tensor_parallel_size = 2, data_parallel_size = 2 }", True),
+        ("sglang", "{ tp_size = 4, dp_size = 4, enable_dp_attention = true }", True),
+        ("vllm", "{ tensor_parallel_size = 8 }", False),
+        ("vllm", "{}", False),
+    ],
+)
+def test_a_server_is_shared_by_the_gpus_that_it_gets(tmp_path, engine, options, fits):
+    run = load(Run, [str(DEMO)], [f"rollout.engine={engine}", f"rollout.{engine}={options}", "rollout.servers=4"])
+    given = run.run.slurm.model_copy(update={"nodes": 2, "rollout_nodes": 2, "gpus_per_node": 8})
+    loaded = replace(run, run=run.run.model_copy(update={"slurm": given}))
+
+    problems = list(_server_gpus(loaded, 4))
+
+    assert len(problems) == (not fits)
+    assert fits or "a server gets 4 GPUs (slurm.gpus_per_node = 8, rollout.servers = 4 on 2 nodes)" in problems[0]
 
 
 def test_a_run_folder_that_cannot_be_made_is_told_before_anything_is_submitted(tmp_path, capsys):
