@@ -263,6 +263,7 @@ def test_a_node_that_does_not_share_the_run_folder_stops_the_job_before_the_mode
     assert not (run / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_never_comes_is_named_and_ends_the_job(cluster, tmp_path):
     run, wrapper = tmp_path / "server", tmp_path / "python"
     wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID $3" = "1 fleet" ] && exit 1\nexec {sys.executable} "$@"\n')
