@@ -111,7 +111,7 @@ def _owner(sources: Sequence[Source], key: Key) -> Source | None:
 
 
 def _resolve_path(model: type[BaseModel], table: dict[str, object], key: Key, folder: Path) -> None:
-    field = field_at(model, table, key)
+    field = field_at(model, table, key) or field_at(model, table, key[:-1])  # of a table: what its values are
     marks = [mark for mark in marks_of(field) if isinstance(mark, ReadFrom)] if field else []
     holder = lookup(table, key[:-1])
     value = lookup(table, key)

@@ -120,10 +120,11 @@ def tests_of(answer: str) -> Iterator[tuple[str, str, str]]:
 
 _TRIES = """
 import os, socket, threading
-for attempt in (socket.socket, os.fork, lambda: open("made", "w"), lambda: os.kill(os.getppid(), 0)):
+thread, file, signal = threading.Thread(target=int).start, lambda: open("made", "w"), lambda: os.kill(os.getppid(), 0)
+for attempt in (socket.socket, os.fork, thread, file, signal):
     try:
         attempt()
-    except OSError:
+    except (OSError, RuntimeError):
         continue
     print("got through")
 print("locked")

@@ -67,7 +67,7 @@ class Pool:
             "reward": run.reward.model_dump(mode="json"),
             "max_new_tokens": run.rollout.sampling.max_new_tokens,
         }
-        self._lock = threading.Lock()
+        self._state, self._writing = threading.Lock(), threading.Lock()
         self._numbers = count()
         self._open: dict[int, Future[Verdict]] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,16 +81,18 @@ class Pool:
 
     def _ask(self, prompt: Prompt, response: Response) -> Future[Verdict]:
         answer: Future[Verdict] = Future()
-        with self._lock:
-            if self._process is None:
-                self._start()
-            assert self._process is not None, "just started"
-            assert self._process.stdin is not None, "a pipe was asked for"
-            number = next(self._numbers)
-            self._open[number] = answer
-            with contextlib.suppress(BrokenPipeError):  # its reader settles what is open
-                self._process.stdin.write(wire.job(number, prompt, response))
-                self._process.stdin.flush()
+        with self._writing:
+            with self._state:
+                if self._process is None:
+                    self._start()
+                process, number = self._process, next(self._numbers)
+                assert process is not None, "just started"
+                assert process.stdin is not None, "a pipe was asked for"
+                self._open[number] = answer
+            # Not while holding the state: the reader needs it, and they read on only as long as it reads.
+            with contextlib.suppress(BrokenPipeError):  # the reader settles what is open
+                process.stdin.write(wire.job(number, prompt, response))
+                process.stdin.flush()
         return answer
 
     def _start(self) -> None:
@@ -109,10 +111,10 @@ class Pool:
         assert process.stdout is not None, "a pipe was asked for"
         for said in process.stdout:
             answer = json.loads(said)
-            with self._lock:
+            with self._state:
                 future = self._open.pop(answer["job"])
             future.set_result(Verdict(**answer["verdict"]))
-        with self._lock:
+        with self._state:
             lost = dict(self._open)
             self._open.clear()
             self._process = None
@@ -122,7 +124,7 @@ class Pool:
 
     def close(self) -> None:
         """See ``Judging``."""
-        with self._lock:
+        with self._writing:
             process, thread = self._process, self._thread
             if process is not None and process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):

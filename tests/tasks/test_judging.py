@@ -22,7 +22,7 @@ from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.tasks.judge import Judge
+from megatron_rl.tasks.judge import Judge, is_quick
 from megatron_rl.tasks.pool import AtOnce, Pool, open_judging
 from megatron_rl.train.collect import collect
 from megatron_rl.train.sampler import failures, lost_words, reward_means
@@ -118,7 +118,7 @@ def test_what_a_verifier_does_to_itself_is_counted_and_harms_no_other_response(t
 
 
 def test_verdicts_do_not_depend_on_how_many_processes_give_them(tmp_path, tempers):
-    texts = ["7", "raise", "8", "nan"] * 5
+    texts = ["7", "8", "nan", "none"] * 400 + ["raise"] * 3  # more than the pipes hold
     with (
         closing(Pool(tempers)) as two,
         closing(Pool(run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge"))) as one,
@@ -140,10 +140,13 @@ def test_verifying_processes_that_are_killed_cost_open_responses_and_come_back(t
 
 def test_a_run_judges_at_once_only_where_nothing_can_hang(tmp_path):
     assert isinstance(open_judging(run_of(tmp_path)), AtOnce)
-    for words in (["task.verifier=regex"], ["task.verifier=math"], ["reward.format=think"]):
-        judging = open_judging(run_of(tmp_path, *words))
-        assert isinstance(judging, Pool)
-        judging.close()
+    for words in ("task.verifier=number", "reward.overlong_tokens=2", 'reward.verifiers={ a = "exact" }'):
+        run = run_of(tmp_path, words)
+        assert is_quick(run.task, run.reward)
+    others = ("task.verifier=regex", "task.verifier=math", "reward.format=think", 'reward.verifiers={ a = "number" }')
+    for words in others:
+        run = run_of(tmp_path, words)
+        assert not is_quick(run.task, run.reward)
 
 
 def judge(tmp_path: Path, *words: str) -> Judge:
@@ -307,6 +310,11 @@ def test_a_verifier_that_cannot_be_imported_and_a_missing_package_are_clear_erro
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problem = next(check_task(JsonlTask(path=str(file), verifier="math"), Reward(), Environment()))
     assert "pip install 'megatron-rl[tasks]'" in problem
+
+
+def test_verifiers_in_a_file_are_looked_for_beside_it(tmp_path):
+    (tmp_path / "a.toml").write_text('[model]\npath = "x"\n[reward.verifiers]\na = "b.py:c"\nd = "exact"\n')
+    assert load(Run, [tmp_path / "a.toml"]).run.reward.verifiers == {"a": f"{tmp_path}/b.py:c", "d": "exact"}
 
 
 @pytest.mark.parametrize(

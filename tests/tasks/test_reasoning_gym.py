@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -183,3 +184,13 @@ def test_the_mixture_is_read_from_a_file_and_wrong_keys_are_named(tmp_path):
     file.write_text(f"{head}[task.mixture.chain_sum]\nwieght = 2\n")
     with pytest.raises(ConfigError, match=r"task\.mixture\.chain_sum\.wieght"):
         load(Run, [file])
+
+
+def test_the_mixture_that_is_shipped_makes_questions_of_every_task():
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    options = load(Run, [configs / "demo.toml", configs / "task" / "arithmetic.toml"]).run.task
+    assert isinstance(options, ReasoningGymTask)
+    prompts = first_prompts(ReasoningGym(options, Bytes()).prompts("train", 0), 40)
+    found = {(prompt.metadata["task"], prompt.metadata["difficulty"]) for prompt in prompts}
+    assert found == {(name, "default") for name in ("chain_sum", "products", "gcd")} | {("chain_sum", "three_terms")}
+    assert all(prompt.text.startswith("<system>Answer with a number.<user>") for prompt in prompts)
