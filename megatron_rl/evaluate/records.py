@@ -50,6 +50,7 @@ def described(run: Run, step: int, prompts: Sequence[Prompt]) -> Json:
         "weights": {"path": run.model.path, "step": step, "files": _files(Path(run.model.path))},
         "task": json.loads(to_json(run.task)),
         "reward": json.loads(to_json(run.reward)),
+        "environment": json.loads(to_json(run.environment)),
         "prompts": len(prompts),
         "prompts_sha256": _digest(prompts),
         "samples": run.evaluate.samples,

@@ -2,13 +2,20 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from megatron_rl.cli import main
 from megatron_rl.convert import to_megatron
+from megatron_rl.evaluate import servers
+from megatron_rl.evaluate.targets import find_targets
+from megatron_rl.policy.folders import holds_hf_files, open_source
+from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.torch_dist import is_torch_dist
 from megatron_rl.rollout.process import embedded_server
 from tests.e2e.job import ONE_RANK, ROOT, Job
@@ -88,3 +95,24 @@ def test_the_start_is_compared_with_the_end(run, newest, tmp_path, capsys):
     assert main(["eval", *words]) == 0
     assert main(["eval", "--compare", str(tmp_path / "start"), str(newest)]) == 0
     assert "sign-flip" in capsys.readouterr().out
+
+
+def test_an_engine_that_cannot_read_a_checkpoint_gets_a_copy(run, tmp_path, monkeypatch):
+    seen: list[Path] = []
+
+    @contextmanager
+    def open_fleet(asked, world, tokenizer):
+        folder = Path(asked.model.path)
+        assert holds_hf_files(folder)
+        family = family_of(read_hf_config(folder))
+        copy, export = (open_source(place, family) for place in (folder, run / "export"))
+        assert all(torch.equal(copy.read(name), export.read(name)) for name in family.hf_tensors())
+        seen.append(folder)
+        yield
+
+    monkeypatch.setattr(servers, "open_fleet", open_fleet)
+    (target,) = find_targets([str(run / "checkpoints" / "step_00000002")], ["rollout.engine=sglang"], tmp_path)
+    with servers.serving(target.run, AutoTokenizer.from_pretrained(target.run.model.path), tmp_path):
+        pass
+    (folder,) = seen
+    assert not folder.exists()
