@@ -11,6 +11,9 @@ SEED = "train.seed"
 NO_DIFFERENCE = ("log.", "train.resume")
 """Settings that say where a run is written and shown, or that it was continued: runs may differ by them."""
 
+MOST_POINTS = 600
+"""Of a curve: more would make the page large and be no easier to see."""
+
 ABSENT = "-"
 LONGEST_LABEL = 48
 
@@ -35,7 +38,27 @@ class Group:
         if not at:
             return None
         low, high = ([min(v) for v in at], [max(v) for v in at]) if len(columns) > 1 else (None, None)
-        return Series(self.label, steps, [sum(v) / len(v) for v in at], low, high)
+        return thinned(Series(self.label, steps, [sum(v) / len(v) for v in at], low, high))
+
+
+def thinned(series: Series) -> Series:
+    """Return a curve of at most ``MOST_POINTS``: means over as many neighbours as it takes, bands that hold theirs."""
+    width = -(-len(series.x) // MOST_POINTS)
+    if width == 1:
+        return series
+    low, high = series.low, series.high
+    parts = [slice(start, start + width) for start in range(0, len(series.x), width)]
+    return Series(
+        series.label,
+        [_mean(series.x[part]) for part in parts],
+        [_mean(series.y[part]) for part in parts],
+        None if low is None else [min(low[part]) for part in parts],
+        None if high is None else [max(high[part]) for part in parts],
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def group_runs(runs: Sequence[RunFolder]) -> list[Group]:

@@ -87,7 +87,7 @@ def json_lines(path: Path, notes: list[str]) -> Iterator[Line]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for last, text in enumerate(file, start=1):
             try:
-                value = json.loads(text)
+                value = json.loads(text, parse_constant=_no_number)
             except json.JSONDecodeError:
                 broken.append(last)
                 continue
@@ -101,7 +101,7 @@ def json_lines(path: Path, notes: list[str]) -> Iterator[Line]:
 
 def _object(path: Path, notes: list[str]) -> Line:
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"), parse_constant=_no_number)
     except FileNotFoundError:
         if path.name == CONFIG:
             notes.append(f"no {CONFIG}: its settings are not known")
@@ -110,6 +110,10 @@ def _object(path: Path, notes: list[str]) -> Line:
         notes.append(f"{path.name} is not JSON: {error}")
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _no_number(name: str) -> None:
+    """Return None for NaN and Infinity, which JSON lacks and browsers refuse."""
 
 
 def _flat(section: Line, prefix: str = "") -> Iterator[tuple[str, object]]:

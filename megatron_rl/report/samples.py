@@ -50,8 +50,10 @@ class Clips:
         """Take a step's counts."""
         for kind in ("by_length", "by_entropy"):
             counts = line.get(kind)
+            if not isinstance(counts, Mapping) or not {"edges", "segments", "clipped"} <= counts.keys():
+                continue
             # A run that was continued with other bins keeps those that it began with.
-            if not isinstance(counts, Mapping) or counts["edges"] != self._edges.setdefault(kind, counts["edges"]):
+            if counts["edges"] != self._edges.setdefault(kind, counts["edges"]):
                 continue
             own = self._sums.setdefault(kind, {})
             for name in ("segments", "clipped"):

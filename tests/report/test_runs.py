@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megatron_rl.errors import DataError
-from megatron_rl.report.groups import differences, group_runs
+from megatron_rl.report.groups import differences, group_runs, thinned
+from megatron_rl.report.plot import Series
 from megatron_rl.report.runs import read_runs
 from megatron_rl.report.samples import read_samples
 from tests.report.folders import metrics, sample, tokens, write_run
@@ -21,6 +22,20 @@ def test_runs_that_differ_by_their_seed_are_one_group(tmp_path):
     assert (curve.x, curve.y) == ([0, 1, 2], [0.5, 0.375, 0.5])
     assert (curve.low, curve.high) == ([0.25, 0.375, 0.5], [0.75, 0.375, 0.5])
     assert group.curve("accuracy") is None
+
+
+def test_a_long_curve_is_thinned_to_means_of_neighbours():
+    steps = list(range(1250))
+    series = Series(
+        "x", steps, [float(step) for step in steps], [step - 1.0 for step in steps], [step + 1.0 for step in steps]
+    )
+    thin = thinned(series)
+    assert len(thin.x) == 417
+    assert (thin.x[0], thin.y[0], thin.x[-1]) == (1, 1, 1248.5)
+    assert thin.low is not None
+    assert thin.high is not None
+    assert (thin.low[0], thin.high[0]) == (-1, 3)
+    assert thinned(thin) == thin
 
 
 def test_where_a_run_is_written_and_that_it_was_continued_is_no_difference(tmp_path):
@@ -51,6 +66,11 @@ def test_a_killed_run_loses_its_last_line_only(tmp_path):
     assert [line["step"] for line in run.lines] == [0, 1, 2]
     assert any("the last line of metrics.jsonl was cut off" in note for note in run.notes)
     assert [line["step"] for line in read_samples(run).lines] == [0]
+
+
+def test_what_json_has_no_number_for_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "a", [metrics(0), metrics(1, reward_mean=float("nan"))])
+    assert read_runs([folder])[0].values("reward_mean") == {0: 0.25}
 
 
 def test_an_old_run_says_that_it_has_no_tokens(tmp_path):

@@ -164,6 +164,17 @@ def test_long_responses_are_cut_and_their_segments_are_not(monkeypatch):
     assert [sample["segments"]["tokens"] for sample in samples] == [[counts[sample["id"]]] for sample in samples]
 
 
+def test_a_step_whose_last_mini_batch_trains_nothing_is_recorded_too():
+    batch, _ = trained("sspo")
+    record = TokenRecord(4, Letters())
+    record.add(batch)
+    record.add(batch.select([0]))  # the response without a trained token
+    record.add(batch.select([]))
+    line = taken(record, 0, batch)
+    assert (line["updates"], line["samples"]) == (3, [])
+    assert sum(line["by_length"]["tokens"]) == len(batch.trained_R)
+
+
 @pytest.mark.parametrize(
     ("advantages", "picked"),
     [([1, 1, 1, -1, -1, -1], [0, 1, 3, 4]), ([1, 1, 1, 1, 1, -1], [0, 1, 2, 5]), ([0, 1, 0, 0, 0, 0], [1, 0, 2, 3])],
