@@ -96,12 +96,12 @@ def reaches(line: Line) -> bool:
     return any(value >= GOAL for value in smooth(line["curves"].get("reward_mean", []))[SMOOTH - 1 :])
 
 
-def collapsed(line: Line) -> bool:
-    """Return whether a run diverged or ends below the accuracy that it began with, on the same held-out prompts."""
+def collapsed(line: Line, share: float = 1.0) -> bool:
+    """Return whether a run diverged or ends below this share of the accuracy at its start, on the same prompts."""
     if "error" in line:
         return True
     accuracy = line["accuracy"]
-    return accuracy[max(accuracy, key=int)] < accuracy["0"]
+    return accuracy[max(accuracy, key=int)] < share * accuracy["0"]
 
 
 @dataclass(frozen=True)

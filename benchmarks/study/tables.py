@@ -45,8 +45,9 @@ def conditions(found: Found) -> list[str]:
         ordered = [(name, variants[name]) for name in PAPERS if name in variants]
         lines += ["", f"### {in_words(key)[0].upper()}{in_words(key)[1:]}", ""]
         lines += table(
-            ["objective", "seeds", *(MEASURES[m].title for m in (*LEARNING, "steps80")), "reached 80 %", "collapsed"],
-            [[name, str(len(cells.lines)), *_means(cells, (*LEARNING, "steps80")), *_rates(cells)]
+            ["objective", "seeds", *(MEASURES[m].title for m in (*LEARNING, "steps80")), "reached 80 %", *COLLAPSE],
+            [[name, str(len(cells.lines)), *_means(cells, (*LEARNING, "steps80")),
+              *_rates(cells, reaches, *COLLAPSE.values())]
              for name, cells in ordered],
         )  # fmt: skip
         lines += ["", *table(
@@ -60,13 +61,21 @@ def _means(cells: Cells, names: Sequence[str]) -> list[str]:
     return [mean_of([*cells.by_seed(name).values()]).text(MEASURES[name].form) for name in names]
 
 
-def _rates(cells: Cells) -> list[str]:
-    count = len(cells.lines)
+def _rates(cells: Cells, *asked: Callable[[Line], bool]) -> list[str]:
     said = []
-    for hits in (sum(map(reaches, cells.lines.values())), sum(map(collapsed, cells.lines.values()))):
-        share = rate(hits, count)
-        said.append(f"{hits} of {count} [{share.low:.2f}, {share.high:.2f}]")
+    for holds in asked:
+        hits = sum(map(holds, cells.lines.values()))
+        share = rate(hits, len(cells.lines))
+        said.append(f"{hits} of {share.count} [{share.low:.2f}, {share.high:.2f}]")
     return said
+
+
+def collapsed_half(line: Line) -> bool:
+    """Return whether a run ends below half of what it began with."""
+    return collapsed(line, 0.5)
+
+
+COLLAPSE = {"below its start": collapsed, "below half of it": collapsed_half}
 
 
 def differences(found: Found, pairs: Sequence[tuple[str, str]], names: Sequence[str], keys: Sequence[Key]) -> list[str]:
@@ -101,7 +110,18 @@ def sapo_stability(found: Found) -> list[str]:
     """Does SAPO stay stable where hard clipping collapses?"""
     pairs = [("sapo", name) for name in PAPERS if name != "sapo"]
     keys = [key for key in OFF_POLICY if key[1] == HOT]
-    return differences(found, pairs, ("final", "along", "entropy"), keys)
+    rows = [
+        [in_words(key), name, str(len(cells.lines)), *_means(cells, ("final", "entropy", "left")),
+         *_rates(cells, *COLLAPSE.values())]
+        for key in keys
+        for name, cells in found.get(key, {}).items() if name in PAPERS
+    ]  # fmt: skip
+    titles = [MEASURES[name].title for name in ("final", "entropy", "left")]
+    return [
+        *table(["condition", "objective", "seeds", *titles, *COLLAPSE], rows),
+        "",
+        *differences(found, pairs, ("final", "along", "entropy"), keys),
+    ]
 
 
 def against_grpo(found: Found) -> list[str]:
@@ -138,7 +158,7 @@ def windows(found: Found) -> list[str]:
             name,
             str(len(hot[name].lines)),
             *_means(hot[name], ("final", "entropy", "clipped", "left")),
-            _rates(hot[name])[1],
+            *_rates(hot[name], *COLLAPSE.values()),
         ]
         for base in PAPERS
         for name in (base, *(other for other in WINDOWS if other.partition(",")[0] == base))
@@ -150,7 +170,7 @@ def windows(found: Found) -> list[str]:
         "",
         f"{in_words(key_of(ROUGH))}, in absolute numbers:".capitalize(),
         "",
-        *table(["window", "seeds", *titles, "collapsed"], rows),
+        *table(["window", "seeds", *titles, *COLLAPSE], rows),
     ]
 
 
