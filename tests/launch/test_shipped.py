@@ -84,6 +84,7 @@ def test_a_shipped_config_loads_plans_and_renders_with_each_objective(path, obje
     sizes = sizes_of(loaded)
     assert sizes is not None
     assert sizes.layout.ranks == loaded.run.slurm.nodes * 8
+    assert sizes.work.fused
     if not sizes.can_train:
         with pytest.raises(ConfigError, match="is not supported"):
             render(loaded, [*map(str, files), *words], tmp_path, starts_here=False)

@@ -90,8 +90,13 @@ def layer_working(widths: Widths, layout: Layout, work: Work, *, sparse: bool) -
     share, size, hidden = share_of(work, widths, layout), work.bytes, widths.hidden
     residual = share.S * hidden + share.T * hidden * layout.sequence
     dense = 2 * share.T * widths.ffn / layout.tensor
-    experts = (2 * share.R + share.S * widths.per_token) * hidden
-    return size * (residual + (experts if sparse else dense))
+    return size * (residual + (0 if sparse else dense)) + (exchanged_bytes(widths, layout, work) if sparse else 0)
+
+
+def exchanged_bytes(widths: Widths, layout: Layout, work: Work) -> float:
+    """Return the buffers of tokens on their way to experts and back, and of their gradients."""
+    share = share_of(work, widths, layout)
+    return (2 * share.R + share.S * widths.per_token) * widths.hidden * work.bytes
 
 
 def head_kept(widths: Widths, layout: Layout, work: Work) -> float:

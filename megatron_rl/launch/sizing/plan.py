@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import MegatronRLError
+from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.plan import Batches, batches_of, max_prompt_tokens
 from megatron_rl.launch.shape import Shape, shape_of
@@ -48,7 +48,12 @@ class Sizes:
 def planned_family(hf: HFConfig) -> Family:
     """Return the family of a parsed config.json, also of those that can only be planned; ConfigError: neither."""
     model_type = hf.get("model_type")
-    return ONLY_PLANNED[model_type](hf) if model_type in ONLY_PLANNED and model_type not in FAMILIES else family_of(hf)
+    if model_type in FAMILIES or model_type not in ONLY_PLANNED:
+        return family_of(hf)
+    try:
+        return ONLY_PLANNED[model_type](hf)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"config.json of a {model_type} model lacks a key, or has it wrong: {error}") from error
 
 
 def sizes_of(loaded: Loaded[Run], ranks: int | None = None) -> Sizes | None:
@@ -93,8 +98,9 @@ def planned_ranks(loaded: Loaded[Run]) -> int | None:
 
 
 def plans_gpus(loaded: Loaded[Run]) -> bool:
-    """Return whether the plan is one for GPUs: there are some here, or ``[cluster]`` describes some."""
-    return memory_bytes(loaded.run) is not None
+    """Return whether the plan is one for GPUs: some are here, or described by ``[cluster]``, or asked of Slurm."""
+    asked = loaded.origin("slurm.nodes") != "default" and loaded.run.slurm.gpus_per_node > 0
+    return asked or memory_bytes(loaded.run) is not None
 
 
 def memory_bytes(run: Run) -> float | None:

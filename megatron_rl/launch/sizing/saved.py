@@ -46,6 +46,11 @@ def share_of(work: Work, widths: Widths, layout: Layout) -> Share:
     return Share(tokens, between, between * widths.per_token * layout.expert_tensor * busiest)
 
 
+def gathered_tokens(share: Share, layout: Layout, work: Work) -> int:
+    """Return the tokens whose keys a rank keeps: the row's; but transformer-engine passes keys from rank to rank."""
+    return share.T if work.fused else share.T * layout.context
+
+
 def layer_bytes(widths: Widths, layout: Layout, work: Work, *, sparse: bool, keeps_attention: bool = True) -> float:
     """Return what one layer keeps; without ``keeps_attention`` its scores are computed again (selective)."""
     share = share_of(work, widths, layout)
@@ -77,7 +82,7 @@ def attention_bytes(widths: Widths, layout: Layout, work: Work, keeps_scores: bo
             )  # the keys' norm holds on to the product they are cut from
     expanded = groups if work.fused else heads
     if keeps_scores:
-        keys = 2 * share.T * layout.context * expanded * dim * size
+        keys = 2 * gathered_tokens(share, layout, work) * expanded * dim * size
         kept += 2 * share.T * heads * dim * size + keys + WIDE * share.T * heads
     else:
         kept += share.T * (heads + groups) * dim * size + whole_qkv
@@ -92,7 +97,7 @@ def latent_attention_bytes(widths: Widths, layout: Layout, work: Work, keeps_sco
     for rank in (widths.query_rank, widths.latent_rank):
         if rank:
             kept += norm_bytes(rank, share.S, work) + share.S * rank * size
-    keys = share.T * layout.context
+    keys = gathered_tokens(share, layout, work)
     if not keeps_scores:
         kept += share.T * heads * (2 * widths.query + widths.nope + widths.value) * size
     elif work.fused:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from megatron_rl.config.schema import Run
+from megatron_rl.launch.sizing.activations import exchanged_bytes
 from megatron_rl.launch.sizing.flops import bubble
 from megatron_rl.launch.sizing.memory import GIB, RankMemory, worst
 from megatron_rl.launch.sizing.parameters import active_parameters, total_parameters
 from megatron_rl.launch.sizing.plan import Sizes
 from megatron_rl.launch.sizing.suggest import Suggestion
+from megatron_rl.launch.sizing.widths import widths_of
 
 SHOWN_SUGGESTIONS = 5
 
@@ -39,6 +41,7 @@ def memory_rows(run: Run, sizes: Sizes, memory: RankMemory) -> list[tuple[str, f
         ("activations", activations.kept, f"kept: {flights}{work.row} tokens a row, recompute = {run.model.recompute}"),
         ("", activations.working, f"at work: one layer or the vocabulary operation{imbalance}; {kernels}"),
         ("logits", None, _tiles(activations.tiles)),
+        ("communication", None, _communication(sizes, memory)),
     ]
     if memory.reduction:
         rows.append(("reduction", memory.reduction, "gloo's copy of the gradients, when activations are gone"))
@@ -50,6 +53,10 @@ def memory_rows(run: Run, sizes: Sizes, memory: RankMemory) -> list[tuple[str, f
     if memory.reserved:
         rows.append(("reserved", memory.reserved, "assumed: CUDA context, NCCL, gaps of the allocator"))
     rows.append(("most at a time", memory.total, ""))
+    if sizes.memory_bytes is None and work.fused:
+        rows.append(
+            ("left of a GPU", None, "unknown: set cluster.gpu_memory_gib, or add an overlay of configs/cluster")
+        )
     if sizes.memory_bytes is not None:
         left = sizes.memory_bytes - memory.total
         words = "fits" if left >= 0 else "DOES NOT FIT: see the layouts below, or more nodes"
@@ -122,6 +129,14 @@ def _stage(sizes: Sizes, memory: RankMemory) -> str:
 
 def _has_exchange(sizes: Sizes) -> bool:
     return sizes.layout.expert > 1
+
+
+def _communication(sizes: Sizes, memory: RankMemory) -> str:
+    words = "gradient buckets and the gather of new weights work in place"
+    if not sizes.family.num_experts or all(layer in sizes.family.dense_layers for layer in memory.stage.layers):
+        return words
+    buffers = exchanged_bytes(widths_of(sizes.family), sizes.layout, sizes.work)
+    return f"{words}; tokens to and from experts {gib(buffers)} GiB, part of what is at work"
 
 
 def _tiles(tiles: int) -> str:

@@ -1,0 +1,129 @@
+"""Write the tables of docs/plan.md: python tools/make_plan_tables.py [--check]
+
+They come from configs/ and docs/plan-measured.json.
+
+With --check nothing is written; the exit code is 1 if the page is not what the code says.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.memory_plan import Measured, table  # noqa: E402
+from megatron_rl.config.load import load  # noqa: E402
+from megatron_rl.config.schema import Run  # noqa: E402
+from megatron_rl.launch.layout import LAST  # noqa: E402
+from megatron_rl.launch.sizing.flops import bubble  # noqa: E402
+from megatron_rl.launch.sizing.memory import GIB, worst  # noqa: E402
+from megatron_rl.launch.sizing.parameters import active_parameters, total_parameters  # noqa: E402
+from megatron_rl.launch.sizing.plan import Sizes, sizes_of  # noqa: E402
+
+PAGE = ROOT / "docs" / "plan.md"
+MEASURED = ROOT / "docs" / "plan-measured.json"
+CONFIGS = ROOT / "configs"
+AXES = ("tensor", "pipeline", "context", "expert")
+
+
+def shipped() -> list[tuple[str, Run, Sizes]]:
+    """Return every shipped config in numbers, on 80 GB GPUs."""
+    found = []
+    for path in sorted((CONFIGS / "models").glob("*.toml"), key=lambda path: path.name):
+        loaded = load(Run, [path, CONFIGS / "cluster" / "h100-80gb.toml"])
+        sizes = sizes_of(loaded)
+        assert sizes is not None, path
+        found.append((path.stem, loaded.run, sizes))
+    return sorted(found, key=lambda one: (total_parameters(one[2].family), one[2].layout.ranks))
+
+
+def memory() -> str:
+    """Return layout and memory of the fullest rank of each shipped config."""
+    head = (
+        "config",
+        "parameters, at work",
+        "GPUs",
+        "layout",
+        "weights",
+        "gradients",
+        "optimizer",
+        "kept",
+        "at work",
+        "sum",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, run, sizes in shipped():
+        fullest, layout = worst(sizes.memories), sizes.layout
+        axes = [f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1]
+        axes += [f"last stage {run.model.megatron[LAST]} layers"] if LAST in run.model.megatron else []
+        counts = f"{total_parameters(sizes.family) / 1e9:.1f} G, {active_parameters(sizes.family) / 1e9:.1f} G"
+        activations = fullest.activations
+        amounts = (fullest.parameters, fullest.gradients, fullest.optimizer, activations.kept, activations.working)
+        cells = [f"{amount / GIB:.1f}" for amount in (*amounts, fullest.total)]
+        words = ", ".join([*axes, f"recompute {run.model.recompute}"])
+        lines.append(f"| {name} | {counts} | {layout.ranks} | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def work() -> str:
+    """Return what a step of each shipped config costs."""
+    head = (
+        "config",
+        "tokens of a step",
+        "score",
+        "train",
+        "generate",
+        "score and train",
+        "tokens/s",
+        "waiting",
+        "weights",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, run, sizes in shipped():
+        step, waiting = sizes.step, bubble(sizes.layout, sizes.rows)
+        assert run.cluster.gpu_tflops is not None
+        rate = sizes.layout.ranks * run.cluster.gpu_tflops * 1e12 * run.cluster.mfu
+        seconds = (step.score + step.train) / rate / (1 - waiting)
+        operations = " | ".join(f"{count / 1e15:,.0f}" for count in (step.score, step.train, step.generate))
+        times = f"{seconds:,.0f} s | {step.tokens / seconds:,.0f} | {waiting:.1%}"
+        lines.append(f"| {name} | {step.tokens:,} | {operations} | {times} | {step.weight_bytes / GIB:,.0f} GiB |")
+    return "\n".join(lines)
+
+
+def measured() -> str:
+    """Return plan and measurement of each case."""
+    figures = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return table({name: [(Measured(**a), Measured(**b)) for a, b in pairs] for name, pairs in figures.items()})
+
+
+TABLES: dict[str, Callable[[], str]] = {"memory": memory, "work": work, "measured": measured}
+
+
+def page(text: str) -> str:
+    """Return the page with its tables made anew."""
+    for name, made in TABLES.items():
+        marks = f"<!-- {name}: made by tools/make_plan_tables.py -->", "<!-- end -->"
+        pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+        text, count = pattern.subn(lambda _, made=made, marks=marks: f"{marks[0]}\n{made()}\n{marks[1]}", text)
+        assert count == 1, name
+    return text
+
+
+def main() -> int:
+    """Write or check the page; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    text = PAGE.read_text(encoding="utf-8")
+    made = page(text)
+    if parser.parse_args().check:
+        return int(made != text)
+    PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
