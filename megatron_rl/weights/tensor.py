@@ -2,11 +2,19 @@
 
 import asyncio
 import base64
+import io
 import pickle
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from megatron_rl.weights.protocol import Carrier, NamedTensors, Push, Server
+
+STORAGE_BYTES = 1 << 20
+"""Small tensors share storages of this size: each storage costs a third of a millisecond to write and to read."""
 
 
 @dataclass
@@ -36,6 +44,44 @@ class _TensorPush(Push):
 
 def encode(bucket: NamedTensors) -> str:
     """Return the tensors as SGLang's ``update_weights_from_tensor`` takes them."""
-    # A view is pickled with its whole storage: clone what does not own all of its own.
-    own = [(name, t if t.untyped_storage().nbytes() == t.nbytes else t.clone()) for name, t in bucket]
-    return base64.b64encode(pickle.dumps(own, protocol=5)).decode("ascii")
+    file = io.BytesIO()
+    _Pickler(file, [tensor for _, tensor in bucket]).dump(list(bucket))
+    return base64.b64encode(file.getbuffer()).decode("ascii")
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as torch does, but neighbours as parts of one storage, which pickle then writes once."""
+
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file, protocol=5)
+        self._places = {
+            id(tensor): (storage, start) for run in _runs(tensors) for tensor, storage, start in _together(run)
+        }
+
+    def reducer_override(self, value: object, /) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
+        """Return how to make a tensor again; all else is left to pickle."""
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        storage, start = self._places[id(value)]
+        strides = torch.empty(value.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (storage, start, tuple(value.shape), strides, False, OrderedDict())
+
+
+def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut the tensors into neighbours of one type that fit into a storage; a larger tensor is alone."""
+    run: list[Tensor] = []
+    for tensor in tensors:
+        if run and (run[0].dtype != tensor.dtype or sum(t.nbytes for t in run) + tensor.nbytes > STORAGE_BYTES):
+            yield run
+            run = []
+        run.append(tensor)
+    if run:
+        yield run
+
+
+def _together(run: Sequence[Tensor]) -> Iterator[tuple[Tensor, torch.TypedStorage, int]]:
+    """Yield each tensor with the storage that it is in now, and where it begins there."""
+    storage, start = torch.cat([tensor.flatten() for tensor in run])._typed_storage(), 0
+    for tensor in run:
+        yield tensor, storage, start
+        start += tensor.numel()
