@@ -182,6 +182,8 @@ def test_several_rewards_are_summed_with_their_weights_and_told_apart(tmp_path):
     assert dict(verdict.rewards) == {"task": 1.0, "short": 1.0, "format": 1.0, "overlong": -0.5}
     assert verdict.score == 3 + 2 + 0.5 - 0.5
     assert verdict.correct
+    doubled = judge(tmp_path, "task.verifier=number", "reward.weights={ task = 2 }").verify(PROMPT, response("is 7"))
+    assert (doubled.score, doubled.answer) == (2.0, "7")  # what it answers is kept, for majority votes
     cut = made.verify(PROMPT, response("7", tokens=8, finish="length"))
     assert dict(cut.rewards) == {"task": 0.0, "short": 0.0, "format": 0.0, "overlong": -1.0}
     assert reward_means([verdict, cut])["reward/overlong"] == -0.75
