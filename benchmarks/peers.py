@@ -241,10 +241,11 @@ def speed_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str
             ]
             memory = max(jobs, key=lambda job: sum(job["peak_bytes"]))["peak_bytes"]
             cells = [f"{seconds:.3f}" if seconds else "-" for seconds in phases]
-            total = f"{sum(memory) / 1e6:,.0f} = " + " + ".join(f"{size / 1e6:.0f}" for size in memory)
+            sizes = [f"{size / 1e6:.0f}" for size in memory]
+            parts = f" = {' + '.join(sizes)}" if len(sizes) > 1 else ""
             speeds = [spread(jobs, key) for key in ("tokens_per_second", "tokens_per_cpu_second")]
-            lines.append("| " + " | ".join([name, side, *speeds, *cells, total if len(memory) > 1 else total[:-5]]))
-            lines[-1] += " |"
+            cells = [name, side, *speeds, *cells, f"{sum(memory) / 1e6:,.0f}{parts}"]
+            lines.append(f"| {' | '.join(cells)} |")
         keys = ("tokens_per_second", "tokens_per_cpu_second")
         ratios = [middle(sides["ours"], key) / middle(sides["trl"], key) for key in keys]
         lines.append(f"| {name} | **ours / trl** | **{ratios[0]:.2f}** | **{ratios[1]:.2f}** |" + " |" * 5)
