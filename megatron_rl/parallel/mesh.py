@@ -95,12 +95,33 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
     if launched is None:
         raise ConfigError("this process is no trainer rank: RANK and WORLD_SIZE are not set; use `megatron-rl train`")
     rank, size, local_rank = launched
+    if deterministic:
+        for name, value in DETERMINISTIC_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)  # before CUDA, NCCL and transformer-engine read them
     device, backend = _prepare_device(local_rank)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    make_deterministic(deterministic, device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
+
+
+DETERMINISTIC_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # matrix products: a workspace for each stream
+    "NCCL_ALGO": "^NVLS",  # sums in the switch come in any order
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # transformer-engine's attention
+}
+"""What libraries on GPUs want to hear before they start; a value that is set already stays."""
+
+
+def make_deterministic(deterministic: bool, device: torch.device) -> None:
+    """Make torch's operations give equal bits in every run, or stop doing so.
+
+    An operation that cannot is an error on a GPU, which names it: torch's attention is deterministic only where such
+    operations are errors and not mere warnings. Fresh memory is not filled first, which torch would do as well.
+    """
+    torch.use_deterministic_algorithms(deterministic, warn_only=device.type != "cuda")
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (not in torch's stubs)
 
 
 def lone_world() -> World:

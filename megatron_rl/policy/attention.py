@@ -16,7 +16,7 @@ from megatron_rl.policy.paths import paths_for
 from megatron_rl.policy.rows import Bucket, PackedRow
 
 LARGEST_HEAD = 256
-"""Of torch's kernel for sequences of different lengths."""
+"""Of torch's kernel for sequences of different lengths; it takes multiples of 8."""
 
 
 class PackedAttention(nn.Module):
@@ -59,7 +59,8 @@ class PackedAttention(nn.Module):
 
 def can_vary(query: Tensor) -> bool:
     """Return whether torch's variable-length kernel takes tensors like this one."""
-    return query.shape[-1] <= LARGEST_HEAD and paths_for(query.dtype, query.device.type).varlen
+    width = query.shape[-1]
+    return width <= LARGEST_HEAD and width % 8 == 0 and paths_for(query.dtype, query.device.type).varlen
 
 
 def varying(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None) -> Tensor:
@@ -99,6 +100,10 @@ def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scale: float | None) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and not _takes_groups(query, bucket):
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     attended_BNSD = F.scaled_dot_product_attention(
         query[bucket.query_index_BS].transpose(1, 2),
         key[bucket.key_index_BS].transpose(1, 2),
@@ -106,6 +111,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scale: fl
         attn_mask=bucket.mask_B1SS,
         is_causal=bucket.mask_B1SS is None,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped,
     )
     return attended_BNSD.transpose(1, 2).flatten(0, 1)
+
+
+def _takes_groups(query: Tensor, bucket: Bucket) -> bool:
+    """Return whether heads may share keys without falling back to a product that holds all scores.
+
+    A CPU's kernel takes them; of a GPU's only the flash one surely does, which wants 16 bits and no mask.
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cpu" or (half and bucket.mask_B1SS is None)

@@ -194,6 +194,9 @@ def grouped_product(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
 
     By torch's grouped kernel, or, for float64 and rows that it does not take, by a loop.
     """
+    if not left.numel():  # no token came
+        shape = (len(left), right.shape[-1]) if right.dim() == 3 else (len(ends_E), len(left), right.shape[-1])
+        return left.new_zeros(shape)
     if left.dtype is not torch.float64 and all(_is_aligned(matrix) for matrix in (left, right)):
         return F.grouped_mm(left, right, offs=ends_E)
     bounds = [slice(first, last) for first, last in pairwise([0, *ends_E.tolist()])]

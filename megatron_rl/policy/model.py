@@ -117,7 +117,7 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": run.rollout.routing_replay != "none",
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
-        "deterministic_mode": on_cuda and run.train.deterministic,
+        "deterministic_mode": on_cuda and torch.are_deterministic_algorithms_enabled(),
         **fusions(paths_of(run, mesh), family.has_latent_attention),
         **RECOMPUTE[run.model.recompute],
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy import paths
+from megatron_rl.policy import attention, paths
 from megatron_rl.policy.attention import in_buckets, varying
 from megatron_rl.policy.rows import Bucket, PackedRow
 from tests.policy.plain_attention import causal, plain_varlen
@@ -59,6 +59,15 @@ def test_both_paths_attend_as_one_sequence_at_a_time(path, groups, value_width, 
     found, truth = (torch.autograd.grad(out, inputs, upstream) for out in (out_TND, expected))
     for gradient, other in zip(found, truth, strict=True):
         torch.testing.assert_close(gradient, other)
+
+
+def test_repeated_heads_give_what_shared_ones_give(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(LENGTHS) + FILLER, heads, 8) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    shared = in_buckets(query, key, value, row(), None)
+    monkeypatch.setattr(attention, "_takes_groups", lambda *_: False)
+    torch.testing.assert_close(in_buckets(query, key, value, row(), None), shared)
 
 
 def test_what_serves_follows_from_device_type_and_packages(monkeypatch) -> None:

@@ -1,0 +1,126 @@
+"""The parts beside the model, each against its limit: matrix products, copies, segment sums, a push between processes.
+
+    python benchmarks/gpu_parts.py limit OUT.json        # bf16 products, copies on the device and to it
+    python benchmarks/gpu_parts.py segments OUT.json     # the loss over 65,536 packed tokens, by objective
+    python benchmarks/gpu_parts.py push OUT.json         # CUDA IPC: another process copies this one's tensors
+    ... --device cpu --tiny                              # the same code, end to end (push: shared memory)
+
+A push here is only the copy through a handle: the bound of any push between two processes of one GPU.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from megatron_rl.data.types import Batch, Micro
+from megatron_rl.data.vocabulary import Vocabulary
+from megatron_rl.loss import LossOf, loss_of, prepare
+from megatron_rl.objectives import ESPO, GRPO, GSPO
+
+REPEATS = 10
+
+
+def seconds_of(operation: Callable[[], object], device: str) -> float:
+    """Return the median of seconds, after two calls that are not counted."""
+    seconds = []
+    for number in range(REPEATS + 2):
+        _wait(device)
+        start = time.perf_counter()
+        operation()
+        _wait(device)
+        if number >= 2:
+            seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def limit(device: str, tiny: bool) -> dict[str, object]:
+    """Return TFLOP/s of square products and GB/s of copies."""
+    side, count = (256, 1 << 20) if tiny else (8192, 1 << 30)
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    there, here = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
+    host = torch.empty(count, dtype=torch.uint8, pin_memory=device == "cuda")
+    product = seconds_of(lambda: torch.mm(left, right, out=out), device)
+    return {
+        "bf16 TFLOP/s": 2 * side**3 / product / 1e12,
+        "copy GB/s": count / seconds_of(lambda: there.copy_(here), device) / 1e9,
+        "from host GB/s": count / seconds_of(lambda: there.copy_(host), device) / 1e9,
+    }
+
+
+def segments(device: str, tiny: bool) -> dict[str, object]:
+    """Return seconds of the loss and its gradient, by objective, over one row of many tokens."""
+
+    tokens, length = (4096, 256) if tiny else (65_536, 2048)
+    torch.manual_seed(0)
+    old_T = -torch.rand(tokens)
+    batch = Batch(
+        torch.full((tokens // length,), length),
+        {
+            "input_ids_T": torch.zeros(tokens, dtype=torch.int64),
+            "loss_mask_T": torch.arange(tokens) % length > 0,
+            "old_logprobs_T": old_T,
+            "old_entropies_T": torch.rand(tokens),
+            "advantages_B": torch.randn(tokens // length).double(),
+        },
+    )
+    found: dict[str, object] = {"tokens": tokens}
+    for name, objective in {"grpo": GRPO(), "gspo": GSPO(), "espo": ESPO()}.items():
+        micro = batch.add(prepare(batch, objective, None, Vocabulary(1000))).micro()
+        on_device = Micro({key: column.to(device) for key, column in micro.columns.items()}, micro.num_segments)
+        new_R = (old_T[batch.trained_R] + 0.01).to(device).requires_grad_()
+        entropies_R = torch.rand(len(new_R), device=device)
+        once = partial(_backward, loss_of(objective), new_R, entropies_R, on_device)
+        found[name] = {"seconds": seconds_of(once, device), "segments": on_device.num_segments}
+    return found
+
+
+def _backward(loss: LossOf, new_R: Tensor, entropies_R: Tensor, micro: Micro) -> None:
+    loss(new_R, entropies_R, micro).value.backward()
+
+
+def _copier(tensors: "multiprocessing.Queue[Tensor]", answers: "multiprocessing.Queue[float]", device: str) -> None:
+    theirs = tensors.get()
+    mine = torch.empty_like(theirs)
+    answers.put(seconds_of(lambda: mine.copy_(theirs), device))
+    tensors.get()  # the sender's memory must live until here
+
+
+def push(device: str, tiny: bool) -> dict[str, object]:
+    """Return GB/s at which another process copies a tensor of this one, which sends no more than a handle."""
+    context = multiprocessing.get_context("spawn")
+    tensors, answers = context.Queue(), context.Queue()
+    child = context.Process(target=_copier, args=(tensors, answers, device))
+    child.start()
+    count = 1 << 20 if tiny else 1 << 30
+    tensors.put(torch.ones(count, dtype=torch.uint8, device=device))
+    rate = count / answers.get(timeout=120) / 1e9
+    tensors.put(torch.zeros(1))
+    child.join(30)
+    return {"bytes": count, "GB/s": rate}
+
+
+if __name__ == "__main__":
+    parts = {"limit": limit, "segments": segments, "push": push}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=tuple(parts))
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    found = parts[given.part](given.device, given.tiny)
+    given.output.write_text(json.dumps(found, indent=1))
+    print(json.dumps(found))

@@ -1,0 +1,51 @@
+"""The JSON files of benchmarks/gpu.sh as tables for docs/gpu.md: python benchmarks/gpu_tables.py FOLDER"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+
+
+def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
+    """Return the line of one file of gpu_step.py."""
+    settings = found["settings"]
+    cells = [name, settings["tokens"], settings["recompute"], settings["plain"] or "-"]
+    for part in ("score", "step"):
+        measured = found[part]
+        share, peak = measured.get("share of limit"), measured["peak"]
+        cells += [f"{measured['tokens/s']:,.0f}", "-" if share is None else f"{share:.1%}"]
+        cells += ["-" if peak is None else f"{peak / GIB:.1f}"]
+    return cells
+
+
+def report(folder: Path) -> str:
+    """Return all tables that the folder has files for."""
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    steps = {name: found for name, found in files.items() if name.startswith("step-")}
+    parts = []
+    if steps:
+        measures = [f"{part} {what}" for part in ("score", "step") for what in ("tokens/s", "of limit", "peak GiB")]
+        heads = ["run", "row", "recompute", "plain", *measures]
+        parts.append(table(heads, [step_row(name.removeprefix("step-"), found) for name, found in steps.items()]))
+    for name, found in files.items():
+        if name not in steps:
+            parts.append(f"{name}:\n\n" + table(["what", "value"], [[key, str(value)] for key, value in found.items()]))
+    for name, found in steps.items():
+        plan = {key: f"{value / GIB:.2f} GiB" for key, value in found["planned"].items()}
+        parts.append(f"{name}, planned:\n\n" + table(list(plan), [list(plan.values())]))
+        if "profile" in found:
+            rows = [[event["name"], f"{event['share']:.1%}", str(event["calls"])] for event in found["profile"]]
+            parts.append(f"{name}, slowest operations:\n\n" + table(["operation", "share", "calls"], rows))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1])))

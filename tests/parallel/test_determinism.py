@@ -1,0 +1,30 @@
+"""What ``train.deterministic`` sets on a rank before anything runs there."""
+
+import os
+
+import pytest
+import torch
+
+from megatron_rl.parallel.mesh import DETERMINISTIC_ENVIRONMENT, start_world
+from tests.ranks import run_ranks
+
+
+def started(deterministic: bool, given: dict[str, str]) -> dict[str, object]:
+    for name in DETERMINISTIC_ENVIRONMENT:
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    start_world(30, deterministic=deterministic)
+    found = {name: os.environ.get(name) for name in DETERMINISTIC_ENVIRONMENT}
+    return {**found, "enabled": torch.are_deterministic_algorithms_enabled()}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_libraries_are_told_before_they_start(deterministic: bool) -> None:
+    found = run_ranks(started, 1, deterministic, {}, initialise=False)[0]
+    expected = DETERMINISTIC_ENVIRONMENT if deterministic else dict.fromkeys(DETERMINISTIC_ENVIRONMENT)
+    assert found == {**expected, "enabled": deterministic}
+
+
+def test_what_somebody_set_stays() -> None:
+    found = run_ranks(started, 1, True, {"NCCL_ALGO": "Ring"}, initialise=False)[0]
+    assert found["NCCL_ALGO"] == "Ring"
