@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from megatron_rl.rollout.turns import Turns
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.train.collect import collect
 from megatron_rl.weights.tensor import TensorCarrier
+from tests.contract.test_routes import SHAPE, chosen_by_transformers
 from tests.rollout.tiny import prompts_of
 
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(3, 7, 5, 4))]
@@ -118,6 +120,18 @@ def test_log_probs_of_sampled_tokens_are_those_of_the_whole_sequence(fleet, moe_
             response = group.responses[number]
             if response.sampled[at]:
                 assert math.isclose(response.logprobs[at], logprob, abs_tol=1e-4)  # float32, other kernels
+
+
+def test_experts_of_several_turns_are_those_of_the_whole_sequence(fleet, moe_folder):
+    fleet.turns = Turns(Echo, Words(), lambda text: f"w47 {text}", 8, 30)
+    several = 0
+    for group in fleet.generate(PROMPTS, 2, SAMPLING, (0, 1), 0, SHAPE):
+        for response in group.responses:
+            several += len(response.observed) == 2
+            truth = chosen_by_transformers(moe_folder, [*group.prompt.input_ids, *response.output_ids])[:-1]
+            assert response.routes is not None
+            assert np.array_equal(np.sort(response.routes.numpy(), axis=-1), truth)
+    assert several > 0
 
 
 def test_only_sampled_tokens_are_trained_on(fleet):
