@@ -2,6 +2,7 @@
 # Starts this node's trainer ranks where something else than Slurm made the nodes (Kubernetes, say); run it on every node:
 #   NODES=2 NODE=0 MASTER=10.0.0.5 launch/torchrun.sh configs/my.toml 'rollout.urls=["http://10.0.0.9:30000"]'
 set -euo pipefail
+export PYTHONHASHSEED="${PYTHONHASHSEED:-0}" # some tasks make prompts by way of sets
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="${NODES:-1}" --node-rank="${NODE:-0}" \
     --nproc-per-node="${RANKS:-8}" --master-addr="${MASTER:-127.0.0.1}" --master-port="${PORT:-29500}" \
     -m megatron_rl train "$@"

@@ -1,6 +1,8 @@
 """Log-probabilities and entropies from vocabulary shards and from the fused head, against the full softmax."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -342,3 +344,21 @@ def test_compiled_tiles_equal_the_definition_and_the_eager_ones():
     # Sums of 30 terms in another order; a slope on the edge between two bfloat16 may fall to either side (2^-8).
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=2**-7, atol=2**-8)
+
+
+@pytest.mark.skipif(not compiler_found("cpu"), reason="torch.compile needs a C++ compiler")
+def test_tiles_are_compiled_beside_the_stand_ins_for_cuda():
+    """In a process of its own: the stand-ins keep torch from compiling megatron-core's functions, and stay for good."""
+    program = (
+        "import torch\n"
+        "from megatron_rl.parallel import cpu\n"
+        "cpu.activate()\n"
+        "from megatron_rl.parallel.tiles import compiled_passes\n"
+        "from torch._dynamo.utils import counters\n"
+        "compiled_passes('cpu').sums(torch.zeros(4, 8), torch.tensor(1.0))\n"
+        "assert counters['frames'] == {'total': 1, 'ok': 1}, counters['frames']\n"
+        "torch.compile(lambda x: x + 1)(torch.zeros(3))\n"
+        "assert counters['frames']['ok'] == 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

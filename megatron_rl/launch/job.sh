@@ -41,6 +41,7 @@ nodelist="$(IFS=,; echo "${nodes[*]:0:nodes_needed}")"
 MASTER_ADDR="$(tr ' ' '\n' <<<"$MEGATRON_RL_NODES" | sed -n "s/^${nodes[0]}=//p" | head -n 1)"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
 export MASTER_ADDR MASTER_PORT
+export PYTHONHASHSEED="${PYTHONHASHSEED:-0}" # some tasks make prompts by way of sets
 on_ranks=("${on_trainer[@]}" --nodes="$nodes_needed" --nodelist="$nodelist")
 on_ranks+=(--ntasks="$((nodes_needed * ranks_per_node))" --ntasks-per-node="$ranks_per_node")
 if [ "$preflight" = 1 ]; then

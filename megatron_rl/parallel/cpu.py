@@ -74,6 +74,18 @@ def _splits_on_host(dispatcher: object, point: str, tokens_per_expert: Tensor | 
     return tokens_per_expert
 
 
+def _current_device() -> str:
+    return torch.cpu.current_device()
+
+
+def _synchronize(device: object = None) -> None:
+    pass
+
+
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
 class _NoStream(torch.cpu.Stream):
     """A stream whose work is done when the call returns."""
 
@@ -104,12 +116,9 @@ REPLACEMENTS = (
     ),
     Replacement("torch:Tensor.cuda", "there is no other device to move to", _stay),
     Replacement("torch:Tensor.type", "gradient clipping and two optimizers ask for torch.cuda types", _as_on_cuda),
-    Replacement(
-        "torch.cuda:current_device", "about forty buffers are made on the current device", torch.cpu.current_device
-    ),
-    Replacement(
-        "torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", torch.cpu.synchronize
-    ),
+    # Functions of ours, not torch.cpu's: the compiler keeps a table of torch's functions, each only once.
+    Replacement("torch.cuda:current_device", "about forty buffers are made on the current device", _current_device),
+    Replacement("torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", _synchronize),
     Replacement(f"{_DISPATCHER}.cuda_dtoh_stream", "the dispatcher makes a CUDA stream otherwise", _NoStream()),
     Replacement(
         f"{_DISPATCHER}._maybe_dtoh_and_synchronize", "it copies token counts with CUDA streams", _splits_on_host
@@ -120,7 +129,7 @@ REPLACEMENTS = (
     Replacement(
         "torch._dynamo.config:disable", "megatron-core compiles small functions: seconds each, and a C++ compiler", True
     ),
-    Replacement("torch.cuda:manual_seed", "the random tracker seeds the CUDA generator", torch.manual_seed),
+    Replacement("torch.cuda:manual_seed", "the random tracker seeds the CUDA generator", _manual_seed),
 )
 
 

@@ -70,6 +70,7 @@ def eager_passes() -> Passes:
 @cache
 def compiled_passes(device_type: str) -> Passes:
     """Return the passes fused by torch.compile; eager ones for small tiles, and where no compiler works."""
+    from torch._dynamo import config as dynamo_config
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor import config
 
@@ -89,7 +90,8 @@ def compiled_passes(device_type: str) -> Passes:
     def sums(logits_RC: Tensor, scale: Tensor) -> Tensor:
         if usable(logits_RC):
             try:
-                return fused_sums(logits_RC, scale)
+                with dynamo_config.patch(disable=False):  # ``parallel.cpu`` disables it for megatron-core's functions
+                    return fused_sums(logits_RC, scale)
             except BackendCompilerFailed as error:
                 give_up(error)
         return _eager_sums(logits_RC, scale)
@@ -98,7 +100,8 @@ def compiled_passes(device_type: str) -> Passes:
         if usable(logits_RC):
             saved_2R, u_R, v_R = upstream.saved_2R, upstream.u_R, upstream.v_R
             try:
-                return fused_slopes(out_RC, logits_RC, columns_R, saved_2R, u_R, v_R, scale)
+                with dynamo_config.patch(disable=False):
+                    return fused_slopes(out_RC, logits_RC, columns_R, saved_2R, u_R, v_R, scale)
             except BackendCompilerFailed as error:
                 give_up(error)
         return _eager_slopes(out_RC, logits_RC, columns_R, upstream, scale)
