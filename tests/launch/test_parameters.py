@@ -1,7 +1,6 @@
 """How many parameters a rank holds, against the chunks that megatron-core really builds there."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,11 @@ from megatron_rl.policy.groups import build_mesh
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.upstream import repair
+from tests.launch.test_sizing import HF
 from tests.policy import families
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one rank": (1, ()),
@@ -51,15 +53,6 @@ def counts(folder: str, words: tuple[str, ...]) -> tuple[int, int, int]:
     dense = sum(p.numel() for p in parameters if getattr(p, "allreduce", True))
     stage = 0 if mesh.pipeline is None else torch.distributed.get_rank(mesh.pipeline)
     return stage, dense, sum(p.numel() for p in parameters) - dense
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Forked ranks would not have torch's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -104,23 +97,7 @@ def test_layers_go_to_stages_as_megatron_core_deals_them():
 
 def test_a_small_model_by_hand(tmp_path):
     """Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two of them for each token."""
-    hf = {
-        "model_type": "qwen3_moe",
-        "vocab_size": 10,
-        "hidden_size": 4,
-        "intermediate_size": 6,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 3,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 2,
-        "mlp_only_layers": [0],
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 64,
-    }
-    family = family_of(hf)
+    family = family_of(HF)
     attention = 4 * (6 + 3 + 3) + 6 * 4 + 3 + 3
     norms, dense, expert, router = 4 + 4, 3 * 4 * 6, 3 * 4 * 2, 4 * 4
     ends = 10 * 4 * 2 + 4

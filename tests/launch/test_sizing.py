@@ -1,10 +1,8 @@
 """The plan's arithmetic, against numbers worked out by hand; its memory, against what a real step was seen to hold."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.memory_plan import CATEGORIES, Case, compare
 from megatron_rl.config.load import load
@@ -20,6 +18,8 @@ from megatron_rl.launch.sizing.stages import stages_of
 from megatron_rl.launch.sizing.suggest import suggest
 from megatron_rl.launch.sizing.widths import Work, widths_of
 from megatron_rl.policy.names import family_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HF = {
     "model_type": "qwen3_moe",
@@ -50,14 +50,6 @@ def run_of(*words: str) -> Run:
 def layout(*words: str, ranks: int | None = None) -> Layout:
     run = run_of(*words)
     return layout_of(run.parallel, ranks, run.model.megatron)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Grouped experts against megatron's loop over experts: values, gradients, and that no weight is copied."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,10 @@ from megatron_rl.policy import layers
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import GroupedExperts, Matrices, grouped_linear, grouped_product, strided
 from tests.policy.test_parity import LAYOUTS, one_step, weighted
-from tests.policy.tiny import case, run_of, save_model
+from tests.policy.tiny import case, run_of
 from tests.ranks import run_ranks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep torch from starting threads in this process: forked ranks would not have them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_loop(

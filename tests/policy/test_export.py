@@ -1,18 +1,18 @@
 """What a rank holds besides its shards while the model goes out: measured, tensor by tensor."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.live_bytes import LiveBytes
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.weights import PARTS
 from megatron_rl.weights.tensor import TensorCarrier
-from tests.policy.tiny import run_of, save_model
+from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUCKET_BYTES = 192 << 10
 """Above four times the largest parameter, gate and up of a dense layer (48 KiB): no parameter is ever cut."""
@@ -35,19 +35,6 @@ def peaks(folder: str, parallel: dict[str, object], own: bool) -> tuple[int, int
             seen += sum(tensor.nbytes for _, tensor in bucket)
             bucket.clear()
     return bytes_.peak, seen
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["to the main rank", "each its own"])

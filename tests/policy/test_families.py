@@ -24,6 +24,8 @@ from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "one rank": (1, {}),
     "tensor": (2, {"tensor": 2}),
@@ -45,15 +47,6 @@ CASES = [
     if "expert" not in layout or name in MIXTURES
 ]
 HIDDEN = "hidden_TH"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Forked ranks wait forever for the parent's threads: it must not have started any."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

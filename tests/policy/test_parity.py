@@ -1,6 +1,5 @@
 """The policy on megatron-core against transformers: values, gradients, weights, on one rank and on several."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.tiny import by_transformers, case, lonely_case, run_of, save_model
 from tests.ranks import RankError, run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "one rank": (1, {}),
@@ -62,20 +63,6 @@ def step_under(folder: Path, layout: str, batch: Batch | None = None, **model: o
     results = run_ranks(one_step, ranks, *arguments, initialise=False, timeout_seconds=280)
     assert results[0] is not None
     return results[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep torch from starting threads in this process: forked ranks would not have them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

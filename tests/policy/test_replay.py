@@ -1,6 +1,5 @@
 """Routing replay: the same experts under every layout, and exactly the ones that were given."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,10 @@ from megatron_rl.data.types import Batch, Loss, Metrics, Micro
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.test_parity import weighted
-from tests.policy.tiny import by_transformers, case, run_of, save_model
+from tests.policy.tiny import by_transformers, case, run_of
 from tests.ranks import RankError, run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS, EXPERTS, PER_TOKEN = 3, 8, 2
 """With experts: layer 1 of 4 has none."""
@@ -27,19 +28,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, object], str]] = {
     "tensor and expert, recomputed": (2, {"tensor": 2, "expert": 2}, "full"),
     "data": (2, {}, "none"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def given() -> Batch:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,9 @@ from megatron_rl.train import checkpoints as module
 from megatron_rl.train.resume import checkpoint_name, newest_checkpoint
 from tests.train.small import small
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KILLS = 20
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep torch from starting threads in this process: forked writers would not have them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_for_ever(folder: Path, store: Path, rank: int, size: int) -> None:

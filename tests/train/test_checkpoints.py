@@ -1,7 +1,7 @@
 """Checkpoints of a real policy: bit for bit on the layout that wrote them, the same numbers on any other."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from tests.policy import families
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,6 @@ def contents(folder: Path, model: Path, step: int) -> dict[str, Tensor]:
                 parts = reader.merged(tensor, name.layout)
                 state |= {f"{kind} {n}": p for n, p in zip(name.hf_names(layer, expert), parts, strict=True)}
     return state
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep torch from starting threads in this process: forked ranks would not have them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

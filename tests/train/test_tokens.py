@@ -21,6 +21,8 @@ from megatron_rl.train.tokens import TokenRecord, chosen, token_texts
 from tests.policy.tiny import VOCABULARY, run_of, save_model
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = Vocabulary(VOCABULARY, tuple(b"." if token % 4 == 0 else b"a" for token in range(VOCABULARY)))
 
 
@@ -224,15 +226,6 @@ def one_line(folder: str, parallel: dict[str, object], name: str) -> dict[str, o
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Keep torch from starting threads in this process: forked ranks would not have them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(ours: object, expected: object, at: str = "") -> None:
