@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from benchmarks.study.cells import ABLATIONS, HOT, PAPERS, SAFE, WINDOWS, Cell, Condition, Line
 from benchmarks.study.intervals import Interval, mean_of, paired, rate
 from benchmarks.study.measures import MEASURES, REAL_SUITES, Cells, Key, collapsed, grouped, reaches
-from benchmarks.study.plan import PLAN, REFERENCE, ROUGH
+from benchmarks.study.plan import DIFFER_ON_POLICY, PLAN, REFERENCE, ROUGH
 
 Found = Mapping[Key, Mapping[str, Cells]]
 
@@ -136,7 +136,8 @@ def off_policy(found: Found) -> list[str]:
     for name in PAPERS:
         for more, less in ((4, 1), (16, 4)):
             for lr in (SAFE, HOT):
-                ours, theirs = found.get((more, lr, 0), {}).get(name), found.get((less, lr, 0), {}).get(name)
+                twin = name if less > 1 or name in DIFFER_ON_POLICY else "grpo"
+                ours, theirs = found.get((more, lr, 0), {}).get(name), found.get((less, lr, 0), {}).get(twin)
                 if ours and theirs:
                     gaps = [paired(ours.by_seed(m), theirs.by_seed(m)) for m in ("final", "along", "kept")]
                     said = [name, f"{lr:g}", f"{more} - {less}", str(gaps[0].count)]

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.study.cells import PAPERS, SAFE, SEEDS, Condition, interleaved
 from benchmarks.study.intervals import T_975, mean_of, paired, rate
 from benchmarks.study.measures import at_tokens, collapsed, grouped, measures, reaches, smooth
-from benchmarks.study.plan import PLAN, REFERENCE, real_cells
+from benchmarks.study.plan import DIFFER_ON_POLICY, PLAN, REFERENCE, real_cells
 from benchmarks.study.queue import CURVES, pending, read_results, result, run_queue
 from benchmarks.study.tables import REAL, TABLES, differences, fill, key_of
 from benchmarks.study.worker import RunFailed, end_with_the_queue
@@ -171,6 +171,15 @@ def test_the_page_is_what_the_results_say():
     assert all(f"<!-- table: {name} -->" in page for name in (*TABLES, REAL))
     for name, text in pictures(lines).items():
         assert (DOCS / "study" / name).read_text() == text
+
+
+def test_on_policy_the_runs_of_objectives_with_the_same_gradient_are_the_same():
+    """With one update every ratio is 1: that is why one seed of GSPO, SAPO and SSPO is enough."""
+    cells = [line for line in read_results() if (line["updates"], line["lag"], line["seed"]) == (1, 0, 0)]
+    for lr in {line["lr"] for line in cells}:
+        runs = {line["variant"]: line["curves"]["reward_mean"] for line in cells if line["lr"] == lr}
+        alike = [runs[name] for name in PAPERS if name in runs and name not in DIFFER_ON_POLICY]
+        assert all(run == runs["grpo"] for run in alike)
 
 
 def test_every_result_is_a_cell_of_the_plan():
