@@ -55,7 +55,7 @@ def plan() -> list[Cell]:
     changes = (
         [*interleaved("ablations", ABLATIONS, [REFERENCE])],
         on_policy,
-        [*interleaved("windows hot", WINDOWS, [ROUGH])],
+        [*interleaved("windows-hot", WINDOWS, [ROUGH])],
     )
     others = tuple([*interleaved("grid", PAPERS, [condition])] for condition in OTHERS)
     return [
