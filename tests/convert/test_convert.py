@@ -26,6 +26,7 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.names.engine import local_name
+from megatron_rl.policy.paths import PLAIN_VARIABLE
 from megatron_rl.policy.weights import shards_of
 from tests.policy import families
 from tests.policy.families import MODELS
@@ -105,7 +106,10 @@ def _keys(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "expert": 2}], ids=["one rank", "tensor and expert"])
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "llama"])
-def test_megatron_reads_it_under_any_layout(tmp_path: Path, name: str, parallel: dict[str, object]) -> None:
+def test_megatron_reads_it_under_any_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parallel: dict[str, object]
+) -> None:
+    monkeypatch.setenv(PLAIN_VARIABLE, "experts")  # megatron-core's own experts; ours leave its checkpoints to convert
     parallel = parallel if name != "llama" or not parallel else {"tensor": 2}
     there(families.save(name, tmp_path / "hf"), tmp_path / "megatron")
 

@@ -154,8 +154,8 @@ MISTAKES = (
     Mistake(
         "attention-reaches-into-the-sequence-before-it-in-the-row",
         "policy.rows",
-        "key[place, :length] = gathered_R[start : start + length]",
-        "key[place, :length] = gathered_R[max(start - 1, 0) : max(start - 1, 0) + length]",
+        "(starts_B + place_S).clamp(max=len(gathered_R) - 1)",
+        "(starts_B + place_S - 1).clamp(0, len(gathered_R) - 1)",
         ("prove tokens=4096 grpo",),
     ),
     Mistake(
