@@ -72,7 +72,7 @@ MISTAKES = (
         "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n"
         "        untempered = [_no_sums(hidden_RH, dtype)]\n"
         "        for tile in shard.tiles:\n"
-        "            logits_RC = widened_RH @ weight_VH[tile].to(widened_RH.dtype).T\n"
+        "            logits_RC = products.into(_part(buffer, len(hidden_RH), len(weight_VH[tile])), weight_VH[tile])\n"
         "            untempered.append(shard.passes.sums(logits_RC, torch.ones_like(scale)))\n"
         "        entropies_R = finish(merge_sums(torch.stack(untempered)), target_logits_R, shard.group)[1]\n",
         (HEAD,),
