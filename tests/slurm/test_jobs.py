@@ -211,7 +211,7 @@ def test_a_rank_that_stands_still_is_reported_and_the_job_goes_on_from_its_check
     assert curve(run) == curve(uninterrupted)
 
 
-@pytest.mark.slow  # failed once of two runs on 2026-11-21: a task of the restarted job was killed on the node that had come back
+@pytest.mark.slow  # not steady: a task of the restarted job was once killed on the node that had just come back
 def test_a_node_that_dies_costs_no_step(cluster, uninterrupted, tmp_path):
     run = tmp_path / "node"
     job = submit(cluster, words(run, "train.steps=10000"))
