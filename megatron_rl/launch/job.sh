@@ -89,7 +89,7 @@ trap 'stopping=1; ask_to_stop "the time limit is near"' USR1
 if [ -n "$fleet" ]; then
     (
         while kill -0 "$fleet" 2>/dev/null; do sleep 2; done
-        [ -e "$registry/end" ] || ask_to_stop "the fleet ended"
+        [ -e "$registry/end" ] || { touch "$logs/fleet-lost"; ask_to_stop "the fleet ended"; }
     ) &
 fi
 
@@ -115,11 +115,20 @@ queue_again() {
     say "$1: the job goes back into the queue and will continue from its newest checkpoint"
     scontrol requeue "$SLURM_JOB_ID" && sleep 120 # until Slurm ends this script
 }
+# What was killed may go on, unless Slurm itself ends the job. It is the kernel that kills, short of memory; or Slurm, which
+# hands a kill that a dead node missed to the step of the same number when node and job are back.
+killed_from_outside() {
+    [ $code -eq 137 ] || [ $code -eq 143 ] || [ -e "$logs/fleet-lost" ] || return 1
+    [ "$count" -gt 0 ] || [ "$run/metrics.jsonl" -nt "$logs/began" ] || return 1 # it never ran: it would not run again
+    scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q "JobState=RUNNING"
+}
 [ -e "$unfit" ] && { say "a server of the fleet is not fit, see above"; exit 2; }
 [ $code -ne 0 ] && [ $stopping -eq 1 ] && queue_again "the time limit is near"
 # A rank that is stopped does not end with 75 like the others: srun must kill it, and tells of that. The report is new.
 if [ $code -eq 75 ] || { [ $code -ne 0 ] && [ "$run/hang/report.txt" -nt "$logs/began" ]; }; then
     queue_again "the ranks hung, see $run/hang"
     code=75
+elif killed_from_outside; then
+    queue_again "ranks or servers were killed"
 fi
 exit $code

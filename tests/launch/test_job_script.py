@@ -21,8 +21,11 @@ case "$*" in
                            echo n1 n2 > "$folder/nodes"; echo > "$folder/links" ;;
     *" preflight fleet "*) sleep "${ASKS:-0}"; exit "${UNFIT:-0}" ;;
     *" fleet --registry "*) folder="$(sed 's/.*--registry \\([^ ]*\\) .*/\\1/' <<<"$*")"
-                            until [ -e "$folder/end" ]; do sleep 0.05; done ;;
-    *" train "*) trap 'kill $!; exit 143' TERM; sleep "${TRAINS:-0}" & wait $!
+                            until [ -e "$folder/end" ] || [ -n "${NO_FLEET:-}" ]; do sleep 0.05; done ;;
+    *" train "*) trap 'kill $!; exit 143' TERM; trap 'kill $!; made; exit 130' USR1
+                 made() { [ -z "${STEPS:-}" ] || { sleep 0.02; touch "$STEPS"; }; }
+                 sleep "${TRAINS:-0}" & wait $!
+                 made
                  [ -z "${REPORT:-}" ] || { mkdir -p "$REPORT"; sleep 0.02; touch "$REPORT/report.txt"; }
                  exit "${CODE:-0}" ;;
 esac
@@ -31,6 +34,7 @@ SCONTROL = """#!/usr/bin/env bash
 case "$1 $2" in
     "show node") for n in 1 2; do echo "NodeName=n$n Arch=x NodeAddr=10.0.0.$n Port=1"; done ;;
     "show hostnames") echo n1; echo n2 ;;
+    "show job") echo "JobId=7 JobState=${STATE:-RUNNING}" ;;
     requeue*) echo "REQUEUE $2" >> "$RECORD"; exit 1 ;; # 1: the script must not sleep until Slurm ends it
 esac
 """
@@ -185,6 +189,32 @@ def test_a_failure_of_its_own_is_not_repeated(tmp_path, code, restarted):
 
     assert job.run(CODE=str(code))[0] == code
     assert ("REQUEUE 7" in job.steps) == restarted
+
+
+@pytest.mark.parametrize("code", [137, 143])
+def test_ranks_that_were_killed_go_on_if_they_had_made_a_step_and_the_job_is_not_being_ended(tmp_path, code):
+    job = Job(tmp_path, "slurm.preflight=false")
+    job.run_folder.mkdir()
+    steps = str(job.run_folder / "metrics.jsonl")
+
+    assert job.run(CODE=str(code))[0] == code
+    assert job.run(CODE=str(code), STEPS=steps, STATE="CANCELLED")[0] == code
+    assert "REQUEUE 7" not in job.steps
+    assert "ranks or servers were killed: the job goes back" in job.run(CODE=str(code), STEPS=steps)[1]
+    assert job.steps.count("REQUEUE 7") == 1
+    assert job.run(1, CODE=str(code))[0] == code  # no step since the restart: the kill of the first start came late
+    assert job.steps.count("REQUEUE 7") == 2
+
+
+def test_a_fleet_that_is_lost_after_a_step_lets_the_job_go_on(tmp_path):
+    job = Job(tmp_path, "slurm.preflight=false")
+    job.run_folder.mkdir()
+
+    code, said = job.run(NO_FLEET="1", TRAINS="60", STEPS=str(job.run_folder / "metrics.jsonl"))
+
+    assert code == 130
+    assert "the fleet ended: the ranks finish their step" in said
+    assert "REQUEUE 7" in job.steps, said
 
 
 def test_a_run_folder_that_cannot_be_made_is_told(tmp_path):

@@ -1,5 +1,6 @@
 """A real Slurm on this machine, in a network namespace of its own: slurmctld and several slurmd, as root, for tests."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -24,6 +25,20 @@ def missing() -> str | None:
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
     return f"no network namespace can be made here: {made.stderr.strip()}" if made.returncode else None
+
+
+def open_files(pid: int) -> set[Path]:
+    """Return the files that a process has open; none if it is gone."""
+    with contextlib.suppress(OSError):
+        return {entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    return set()
+
+
+def environment_of(pid: int) -> list[bytes]:
+    """Return the environment of a process; none if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
 
 
 class Cluster:
@@ -81,9 +96,19 @@ class Cluster:
         """Start a node's slurmd."""
         self.run(["slurmd", "-N", name])
 
-    def kill_node(self, name: str) -> None:
-        """Kill a node's slurmd as a crash would."""
+    def kill_slurmd(self, name: str) -> None:
+        """Kill a node's slurmd; what it started lives on."""
         self._kill(self.folder / "run" / f"slurmd-{name}.pid", signal.SIGKILL)
+
+    def kill_node(self, name: str) -> None:
+        """Kill a node's slurmd and all that it started, as when the machine goes down."""
+        self.kill_slurmd(name)
+        log = self.folder / "log" / f"slurmd-{name}.log"
+        daemons = [pid for pid in self.processes("slurmstepd") if log in open_files(pid)]
+        tasks = [pid for pid in self.processes("") if f"SLURMD_NODENAME={name}".encode() in environment_of(pid)]
+        for pid in [*daemons, *tasks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def nodes(self, state: str) -> set[str]:
         """Return the nodes in a state."""
@@ -100,10 +125,16 @@ class Cluster:
         return self.job(number)
 
     def start_now(self, number: str) -> None:
-        """Let a requeued job start without the two minutes that Slurm holds it back."""
-        time.sleep(1)  # until it is held back, which comes a little after it is pending
-        for part in self.run(["squeue", "-h", "-o", "%i"]).split():
-            self.run(["scontrol", "update", f"jobid={part}", "StartTime=now"], check=False)
+        """Let a requeued job start without the two minutes for which Slurm holds back each component."""
+
+        def started() -> bool:
+            for line in self.run(["squeue", "-h", "-t", "PENDING", "-o", "%i %r"]).splitlines():
+                part, reason = line.split(maxsplit=1)
+                if reason == "BeginTime":
+                    self.run(["scontrol", "update", f"jobid={part}", "StartTime=now"], check=False)
+            return self.job(number)["JobState"] != "PENDING"
+
+        self._wait(started, 60, f"job {number} to start")
 
     def processes(self, text: str) -> list[int]:
         """Return the processes of this namespace whose command line holds a text."""
