@@ -137,6 +137,8 @@ class Reward(Section):
     """Processes that verify, beside sampling and training."""
     seconds: Annotated[float, Field(gt=0)] = 10.0
     """A response that takes longer to verify is unverified, and the process that hangs is ended."""
+    http_batch: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Responses that a verifier behind HTTP is asked about at once, at most; above 1 with lists: docs/tasks.md."""
     allow_code: bool = False
     """Let the verifier ``code`` run what the model wrote. Its sandbox has limits: docs/tasks.md."""
 

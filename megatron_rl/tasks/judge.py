@@ -5,7 +5,7 @@ A judge needs the configuration alone, no tokenizer and no prompt files: it is m
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,13 +18,16 @@ from megatron_rl.tasks import chained_arithmetic
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.tasks.code import CodeVerifier, check_sandbox
 from megatron_rl.tasks.reasoning_gym import GymJudge
-from megatron_rl.tasks.remote import RemoteVerifier
+from megatron_rl.tasks.remote import Job, RemoteVerifier
 from megatron_rl.tasks.verifiers import Verifier, find_verifier, is_url, read_answer
 
 Check = Callable[[Prompt, Response], Verdict]
 
 QUICK = ("exact", "number")
 """Verifiers that can neither hang nor, on answers that were checked, raise: they need no process of their own."""
+
+ASKING_SHARE = 0.9
+"""Of ``reward.seconds``, in which servers must answer a batch: afterwards there is time left to say which did."""
 
 FORMATS: Mapping[str, str] = {"think": r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"}
 """Names for regular expressions of ``reward.format``."""
@@ -37,18 +40,32 @@ class Judge:
         self.reward, self.max_new_tokens = reward, max_new_tokens
         self.task = _task_check(task, reward)
         self.others = {name: find_check(verifier, reward) for name, verifier in reward.verifiers.items()}
+        named = dict(reward.verifiers) | ({"task": task.verifier} if isinstance(task, JsonlTask) else {})
+        urls = {name: url for name, url in named.items() if is_url(url) and reward.http_batch > 1}
+        self.servers = {name: RemoteVerifier(url, reward.seconds) for name, url in urls.items()}
         self.format = re.compile(FORMATS.get(reward.format, reward.format), re.DOTALL)
         self.weights = dict(zip(reward.names, reward.weights_in_order, strict=True))
 
-    def verify(self, prompt: Prompt, response: Response) -> Verdict:
-        """Return the verdict on one response: unverified if any of its rewards is."""
+    def ask(self, jobs: Sequence[Job]) -> list[dict[str, Verdict]]:
+        """Return what the servers that are asked in batches say of each response, by the name of the reward."""
+        known: list[dict[str, Verdict]] = [{} for _ in jobs]
+        ended = [place for place, (_, response) in enumerate(jobs) if response.finish_reason == "stop"]
+        for name, server in self.servers.items():
+            seconds = ASKING_SHARE * self.reward.seconds / len(self.servers)
+            for place, verdict in zip(ended, server.ask([jobs[place] for place in ended], seconds), strict=True):
+                known[place][name] = verdict
+        return known
+
+    def verify(self, prompt: Prompt, response: Response, known: Mapping[str, Verdict] | None = None) -> Verdict:
+        """Return the verdict on one response: unverified if any of its rewards is. ``known`` is what ``ask`` said."""
+        known = known or {}
         if response.finish_reason == "failed":
             return Verdict(None, False, "its environment failed", "environment")
-        verdict = self.task(prompt, response)
+        verdict = known.get("task") or self.task(prompt, response)
         rewards = {"task": verdict.score}
         failed = verdict if verdict.score is None else None
         for name, check in self.others.items():
-            other = ended(check)(prompt, response)
+            other = known.get(name) or ended(check)(prompt, response)
             rewards[name] = other.score
             failed = other if failed is None and other.score is None else failed
         if failed is not None:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.tasks import wire
-from megatron_rl.tasks.base import Verdict
+from megatron_rl.tasks.base import Verdict, failed
 from megatron_rl.tasks.judge import Judge, is_quick
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class Pool:
             self._process = None
             process.wait()
         for future in lost.values():
-            future.set_result(wire.failed("raised", "the verifying processes ended; they are started again"))
+            future.set_result(failed("raised", "the verifying processes ended; they are started again"))
 
     def close(self) -> None:
         """See ``Judging``."""

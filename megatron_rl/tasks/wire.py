@@ -1,12 +1,14 @@
 """What the verifying processes and their owner say to each other: one JSON object a line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_rl.data.types import Prompt, Response
-from megatron_rl.tasks.base import Failure, Verdict
+from megatron_rl.tasks.base import Verdict
+
+Json = Mapping[str, Any]
 
 
 def job(number: int, prompt: Prompt, response: Response) -> bytes:
@@ -26,7 +28,7 @@ def job(number: int, prompt: Prompt, response: Response) -> bytes:
     return line({"job": number, **asked})
 
 
-def read_job(asked: Mapping[str, Any]) -> tuple[Prompt, Response]:
+def read_job(asked: Json) -> tuple[Prompt, Response]:
     """Return what ``job`` wrote; the prompt has no tokens, the response no log-probs."""
     said, prompt = asked["response"], Prompt(input_ids=(), **asked["prompt"])
     response = Response(
@@ -44,14 +46,29 @@ def read_job(asked: Mapping[str, Any]) -> tuple[Prompt, Response]:
     return prompt, response
 
 
-def verdict(said: Verdict) -> bytes:
-    """Return the line that answers."""
-    return line(asdict(said))
+def ask(jobs: Sequence[bytes]) -> bytes:
+    """Return the line that asks what servers say of many jobs."""
+    return b'{"jobs": [' + b",".join(job.rstrip() for job in jobs) + b"]}\n"
 
 
-def failed(failure: Failure, reason: str) -> Verdict:
-    """Return the verdict of a verifier that gave none."""
-    return Verdict(None, False, reason, failure)
+def known(job: bytes, verdicts: Json) -> bytes:
+    """Return the line of a job with what servers said of it."""
+    return line({**json.loads(job), "known": verdicts})
+
+
+def read_known(asked: Json) -> Mapping[str, Verdict]:
+    """Return what ``known`` put into a job: verdicts by the name of their reward."""
+    return {name: Verdict(**said) for name, said in asked.get("known", {}).items()}
+
+
+def asked(known: Sequence[Mapping[str, Verdict]]) -> bytes:
+    """Return the line that answers ``ask``."""
+    return line({"asked": [{name: asdict(said) for name, said in verdicts.items()} for verdicts in known]})
+
+
+def verdict(said: Verdict, *, last: bool = False) -> bytes:
+    """Return the line that answers a job; ``last``: whoever says it ends."""
+    return line({"verdict": asdict(said), "last": last})
 
 
 def line(value: object) -> bytes:

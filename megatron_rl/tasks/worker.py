@@ -17,14 +17,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
 from megatron_rl.config.tasks import AnyTask, Reward
 from megatron_rl.tasks import wire
-from megatron_rl.tasks.base import Verdict
+from megatron_rl.tasks.base import Verdict, failed
 from megatron_rl.tasks.judge import Judge
 
 DATA_BYTES = 4 << 30
@@ -43,7 +43,8 @@ class Worker:
     """Descriptor that it reads jobs from."""
     verdicts: int
     """Descriptor that it writes verdicts to."""
-    number: int | None = None
+    work: list[tuple[int, bytes]] = field(default_factory=list)
+    """Numbers and lines of the jobs that it has: one to judge, or many to ask servers about."""
     deadline: float = 0.0
     heard: bytearray = field(default_factory=bytearray)
 
@@ -54,6 +55,8 @@ class Nursery:
     def __init__(self, judge: Judge, workers: int, seconds: float) -> None:
         self.judge, self.seconds = judge, seconds
         self.queue: deque[tuple[int, bytes]] = deque()
+        self.unasked: deque[tuple[int, bytes]] = deque()
+        """Jobs that servers are to be asked about first, many at once; empty if there is no such server."""
         self.workers = [self._fork() for _ in range(workers)]
 
     def run(self) -> None:
@@ -69,24 +72,32 @@ class Nursery:
                     return
                 heard += chunk
                 *lines, heard = heard.split(b"\n")
-                self.queue += [(json.loads(said)["job"], bytes(said) + b"\n") for said in lines]
+                new = [(json.loads(said)["job"], bytes(said) + b"\n") for said in lines]
+                (self.unasked if self.judge.servers else self.queue).extend(new)
             for at, worker in enumerate(self.workers):
                 if worker.verdicts in ready:
                     self._hear(at)
-                elif worker.number is not None and time.monotonic() >= worker.deadline:
+                elif worker.work and time.monotonic() >= worker.deadline:
                     why = f"took longer than {self.seconds:g} s (reward.seconds)"
-                    self._answer(worker, wire.failed("timed_out", why))
+                    self._answer(worker, failed("timed_out", why))
                     self._replace(at)
 
     def _assign(self) -> None:
         for worker in self.workers:
-            if worker.number is None and self.queue:
-                worker.number, said = self.queue.popleft()
-                worker.deadline = time.monotonic() + self.seconds
-                _write(worker.jobs, said)
+            if worker.work or not (self.queue or self.unasked):
+                continue
+            if self.queue:
+                worker.work = [self.queue.popleft()]
+                said = worker.work[0][1]
+            else:
+                most = min(self.judge.reward.http_batch, len(self.unasked))
+                worker.work = [self.unasked.popleft() for _ in range(most)]
+                said = wire.ask([job for _, job in worker.work])
+            worker.deadline = time.monotonic() + self.seconds
+            _write(worker.jobs, said)
 
     def _patience(self) -> float | None:
-        deadlines = [worker.deadline for worker in self.workers if worker.number is not None]
+        deadlines = [worker.deadline for worker in self.workers if worker.work]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _hear(self, at: int) -> None:
@@ -94,21 +105,24 @@ class Nursery:
         chunk = os.read(worker.verdicts, _CHUNK)
         worker.heard += chunk
         if worker.heard.endswith(b"\n"):
-            verdict = Verdict(**json.loads(worker.heard))
+            said = json.loads(worker.heard)
             worker.heard.clear()
-            self._answer(worker, verdict)
-            if verdict.failure in ("raised", "timed_out"):  # these are a worker's last words
+            if "asked" in said:
+                known = zip(worker.work, said["asked"], strict=True)
+                self.queue += [(number, wire.known(job, verdicts)) for (number, job), verdicts in known]
+                worker.work = []
+                return
+            self._answer(worker, Verdict(**said["verdict"]))
+            if said["last"]:
                 self._replace(at)
         elif not chunk:
-            self._answer(
-                worker, wire.failed("raised", "its process died (out of memory, or a crash of the interpreter)")
-            )
+            self._answer(worker, failed("raised", "its process died (out of memory, or a crash of the interpreter)"))
             self._replace(at)
 
     def _answer(self, worker: Worker, verdict: Verdict) -> None:
-        if worker.number is not None:
-            _write(1, wire.line({"job": worker.number, "verdict": json.loads(wire.verdict(verdict))}))
-            worker.number = None
+        for number, _ in worker.work:
+            _write(1, wire.line({"job": number, "verdict": asdict(verdict)}))
+        worker.work = []
 
     def _replace(self, at: int) -> None:
         worker = self.workers[at]
@@ -141,7 +155,7 @@ def _work(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
         error = sys.exc_info()[1]
         if error is not None:
             failure = "timed_out" if isinstance(error, TimeoutError) else "raised"
-            _write(verdicts, wire.verdict(wire.failed(failure, f"{type(error).__name__}: {error}"[:500])))
+            _write(verdicts, wire.verdict(failed(failure, f"{type(error).__name__}: {error}"[:500]), last=True))
         os._exit(0 if error is None else 1)
 
 
@@ -155,7 +169,11 @@ def _serve(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
     os.dup2(2, 1)  # what a verifier prints must not get among the verdicts
     with os.fdopen(jobs, "rb") as lines:
         while os.getppid() == nursery and (said := lines.readline()):
-            _write(verdicts, wire.verdict(judge.verify(*wire.read_job(json.loads(said)))))
+            asked = json.loads(said)
+            if "jobs" in asked:
+                _write(verdicts, wire.asked(judge.ask([wire.read_job(job) for job in asked["jobs"]])))
+            else:
+                _write(verdicts, wire.verdict(judge.verify(*wire.read_job(asked), wire.read_known(asked))))
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -1,7 +1,10 @@
 """Parquet and saved datasets give the same prompts as JSON lines; labels and conversations come along."""
 
+import importlib.util
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -16,7 +19,8 @@ from megatron_rl.tasks.jsonl import Jsonl
 from tests.tasks.test_jsonl import Bytes
 
 SAVED = Path(__file__).parent / "saved_dataset"
-"""Written by ``DatasetDict.save_to_disk`` of datasets 5.2.0: train rows 5, 1, 2, 3, 4 and test row 0."""
+"""Written by tools/make_saved_dataset.py with datasets 5.2.0: train rows 5, 1, 2, 3, 4 and test row 0."""
+TOOL = Path(__file__).parents[2] / "tools" / "make_saved_dataset.py"
 
 ROWS = [{"prompt": f"What is {n}?", "answer": str(n), "task": "echo", "difficulty": n % 3} for n in range(40)]
 
@@ -63,6 +67,14 @@ def test_a_folder_that_datasets_saved():
     assert [(p.text, dict(p.metadata)) for p in made.splits["heldout"]] == [
         ("What is 0 + 1?", {"task": "sums", "difficulty": "0"})
     ]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="needs the package datasets, as tools/peer-env"
+)
+def test_the_saved_folder_is_what_its_tool_writes():
+    checked = subprocess.run([sys.executable, str(TOOL), "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_shuffling_and_resume_depend_on_seed_and_position_alone(folder):

@@ -1,0 +1,240 @@
+"""Servers that are asked about many responses at once: what one breaks costs no other, whatever the order."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.data.types import Group, Prompt, Response
+from megatron_rl.errors import ConfigError
+from megatron_rl.tasks.judge import Judge
+from megatron_rl.tasks.pool import Pool
+
+Items = list[dict[str, Any]]
+Answer = Callable[[Items], tuple[int, object]]
+
+
+class Server:
+    """Answers on 127.0.0.1 as it is told, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Items] = []
+        self.answer: Answer = scores
+
+    def handle(self, body: bytes) -> tuple[int, bytes]:
+        items = json.loads(body)["items"]
+        self.asked.append(items)
+        status, answer = self.answer(items)
+        return status, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(items) for items in self.asked]
+
+
+def scores(items: Items) -> tuple[int, object]:
+    """Give each its own number, from the last to the first."""
+    return 200, {"items": [{"id": i["id"], "score": float(i["response"])} for i in reversed(items)]}
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Server, str]]:
+    told = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, body = told.handle(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield told, f"http://127.0.0.1:{made.server_address[1]}/judge"
+        made.shutdown()
+        thread.join()
+
+
+def run_of(folder: Path, url: str, *words: str) -> Run:
+    (folder / "a.jsonl").write_text("")
+    task = ['task.name="jsonl"', f"task.path={folder}/a.jsonl", f"task.verifier={url}", "reward.http_batch=16"]
+    return load(Run, [], ["model.path=x", *task, "rollout.sampling.max_new_tokens=8", *words]).run
+
+
+def group(texts: Sequence[str], name: str = "p", finish: str = "stop") -> Group:
+    prompt = Prompt(name, (1,), f"{name}?", "7", {"task": "sums"})
+    return Group(
+        prompt,
+        tuple(
+            Response(f"0.3/{name}/{index}", name, index, (1, 2), (-1.0, -1.0), text, finish, ((0, 0, 2),))
+            for index, text in enumerate(texts)
+        ),
+    )
+
+
+def pooled(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
+    """Return scores and failures from verifying processes."""
+    with closing(Pool(run)) as pool:
+        return [[(v.score, v.failure) for v in verdicts] for verdicts in pool.submit(groups).result(60)]
+
+
+def judged(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
+    """Return them from one request, without processes."""
+    judge = Judge(run.task, run.reward, run.rollout.sampling.max_new_tokens)
+    jobs = [(group.prompt, response) for group in groups for response in group.responses]
+    verdicts = (judge.verify(*job, known) for job, known in zip(jobs, judge.ask(jobs), strict=True))
+    return [[(v.score, v.failure) for v in islice(verdicts, len(group.responses))] for group in groups]
+
+
+def test_every_response_gets_its_own_verdict_from_few_bounded_requests(tmp_path, server):
+    told, url = server
+    groups = [group([str(100 * name + index) for index in range(20)], f"p{name}") for name in range(10)]
+    found = pooled(run_of(tmp_path, url), *groups)
+    assert found == [[(100.0 * name + index, "") for index in range(20)] for name in range(10)]
+    assert max(told.sizes) == 16
+    assert sum(told.sizes) == 200
+    assert len(told.sizes) < 40
+    assert told.asked[0][0] == {
+        "id": "0.3/p0/0",
+        "prompt": "p0?",
+        "response": "0",
+        "answer": "7",
+        "metadata": {"task": "sums"},
+    }
+
+
+def test_two_responses_of_one_id_are_never_taken_for_each_other(tmp_path, server):
+    _, url = server
+    assert judged(run_of(tmp_path, url), group("123"), group("456")) == [
+        [(1.0, ""), (2.0, ""), (3.0, "")],
+        [(4.0, ""), (5.0, ""), (6.0, "")],
+    ]
+
+
+def test_partial_failures_leave_single_responses_unverified(tmp_path, server):
+    told, url = server
+
+    def answer(items: Items) -> tuple[int, object]:
+        special = {
+            "nan": {"score": float("nan")},
+            "null": {"score": None, "reason": "cannot tell"},
+            "text": {"score": "1"},
+            "none": {},
+        }
+        said: list[object] = [{"id": "nobody's", "score": 1.0}, "rubbish"]
+        for item in items:
+            if item["response"] != "silent":
+                said.append({"id": item["id"], **special.get(item["response"], {"score": 0.5, "correct": True})})
+            if item["response"] == "twice":
+                said.append({"id": item["id"], "score": 1.0})
+        return 200, {"items": said}
+
+    told.answer = answer
+    texts = ["a", "nan", "b", "null", "text", "none", "silent", "twice", "c"]
+    (found,) = judged(run_of(tmp_path, url), group(texts))
+    assert dict(zip(texts, found, strict=True)) == {
+        **dict.fromkeys("abc", (0.5, "")),
+        "null": (None, "declined"),
+        **dict.fromkeys(("nan", "text", "none", "silent", "twice"), (None, "invalid")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "failure"), [(500, b"", "timed_out"), (400, b"", "raised"), (200, b"hello", "raised")]
+)
+def test_a_response_that_breaks_the_server_is_found_and_the_others_are_verified(
+    tmp_path, server, status, body, failure
+):
+    told, url = server
+    told.answer = lambda items: (status, body) if any(i["response"] == "9" for i in items) else scores(items)
+    run = run_of(tmp_path, url, "reward.seconds=4")
+    (found,) = judged(run, group([str(number) for number in range(32)]))
+    assert found == [(None, failure) if number == 9 else (float(number), "") for number in range(32)]
+
+
+def test_a_request_that_is_too_large_for_the_server_is_divided(tmp_path, server):
+    told, url = server
+    told.answer = lambda items: (413, b"") if len(items) > 3 else scores(items)
+    (found,) = judged(run_of(tmp_path, url), group([str(number) for number in range(40)]))
+    assert found == [(float(number), "") for number in range(40)]
+    assert max(told.sizes) > 3
+
+
+def test_a_server_that_is_busy_is_asked_again(tmp_path, server):
+    told, url = server
+    refusals = iter([503, 429, 502])
+
+    def answer(items: Items) -> tuple[int, object]:
+        status = next(refusals, 0)
+        return (status, b"") if status else scores(items)
+
+    told.answer = answer
+    assert judged(run_of(tmp_path, url), group("123")) == [[(1.0, ""), (2.0, ""), (3.0, "")]]
+    assert next(refusals, None) is None
+
+
+def test_a_server_that_hangs_costs_what_was_asked_and_no_more(tmp_path, server):
+    told, url = server
+
+    def answer(items: Items) -> tuple[int, object]:
+        if any(i["response"] == "9" for i in items):
+            time.sleep(2)
+        return scores(items)
+
+    told.answer = answer
+    run = run_of(tmp_path, url, "reward.seconds=1", "reward.workers=1")
+    with closing(Pool(run)) as pool:
+        late = pool.submit([group("9")])
+        later = pool.submit([group("123", "q")])
+        assert [v.failure for v in late.result(60)[0]] == ["timed_out"]
+        # Asked with the one that hangs, or after it: whichever the processes were quick enough for.
+        assert {v.failure for v in later.result(60)[0]} <= {"", "timed_out"}
+        assert [v.score for v in pool.submit([group("45", "r")]).result(60)[0]] == [4.0, 5.0]
+
+
+def test_a_server_that_is_not_there_times_out(tmp_path):
+    gone = judged(run_of(tmp_path, "http://127.0.0.1:9/", "reward.seconds=1"), group("123"))
+    assert gone == [[(None, "timed_out")] * 3]
+
+
+def test_other_verifiers_beside_a_server_still_lose_one_response_each(tmp_path, server):
+    told, url = server
+    (tmp_path / "judge.py").write_text(
+        "import os, time\n"
+        "def judge(prompt, response, answer):\n"
+        "    if response == '3': time.sleep(100)\n"
+        "    if response == '5': os.kill(os.getpid(), 9)\n"
+        "    if response == '7': raise RuntimeError('bad luck')\n"
+        "    return 0.25\n"
+    )
+    words = [f'reward.verifiers={{ mine = "{tmp_path}/judge.py:judge", other = "{url}" }}', "reward.seconds=1.5"]
+    (found,) = pooled(run_of(tmp_path, url, *words), group([str(number) for number in range(10)]))
+    failures = {3: "timed_out", 5: "raised", 7: "raised"}
+    expected = [(None, failures[n]) if n in failures else (n + 0.25 + n, "") for n in range(10)]
+    assert found == expected
+    assert sum(told.sizes) == 20  # nobody was asked twice
+
+
+def test_responses_that_did_not_end_are_wrong_without_being_asked_about(tmp_path, server):
+    told, url = server
+    cut, lost = group("12", "p", "length"), group("34", "q", "failed")
+    assert judged(run_of(tmp_path, url), cut, lost) == [[(0.0, "")] * 2, [(None, "environment")] * 2]
+    assert sum(told.sizes) == 0
+
+
+def test_a_batch_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="http_batch"):
+        run_of(tmp_path, "http://127.0.0.1:9/", "reward.http_batch=0")
