@@ -284,7 +284,7 @@ def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[st
     out = options.out.with_suffix(".json")
     out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
     page = options.out.with_suffix(".md")
-    before, _, rest = page.read_text().partition(MARKS[0])
+    before, _, rest = (page.read_text() if page.exists() else "").partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     made = (
         f"{options.seeds} runs of {options.steps} rollout batches each, {conditions['machine']}, {conditions['date']}."

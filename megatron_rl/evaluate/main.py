@@ -52,7 +52,8 @@ def evaluate_one(target: Target, console: Console) -> None:
     missing = folder.missing()
     if missing:
         begun = f", {len(prompts) - len(missing)} of them answered already" if len(missing) < len(prompts) else ""
-        said = f"{run.model.path}: {len(prompts)} prompts{begun}, {run.evaluate.samples} samples each"
+        each = "one sample" if run.evaluate.samples == 1 else f"{run.evaluate.samples} samples"
+        said = f"{run.model.path}: {len(prompts)} prompts{begun}, {each} each"
         console.print(f"{said}, temperature {run.evaluate.temperature:g}", markup=False)
         try:
             _answer(target, prompts, folder, tokenizer, console)
