@@ -467,3 +467,24 @@ def test_wrong_shapes_and_segment_ids_are_named():
             megatron_rl.policy_loss("gspo", **{**common, **wrong}, vocab_size=None)
     with pytest.raises(ConfigError, match="ratios are per token"):
         megatron_rl.policy_loss("sapo", **common, segment_ids=torch.zeros(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["grpo", "espo", "sspo", "gspo"])
+def test_what_check_recommends_for_a_lag_bounds_the_gradient_of_a_token_that_became_unlikely(name):
+    """Sampled with probability 0.5 by older weights, e^-20 where the step began, pushed up to e^-1 by its updates."""
+
+    new_BS = torch.full((1, 1), -1.0, dtype=torch.float64, requires_grad=True)
+    value = {"rollout_logprobs": math.log(0.5), "old_logprobs": -20.0, "advantages": -1.0, "entropies": 1.0}
+    columns = {key: torch.full((1, 1), number, dtype=torch.float64) for key, number in value.items()}
+    ids_BS = torch.zeros(1, 1, dtype=torch.int64) if name == "sspo" else None
+
+    def gradient(**options: Option) -> float:
+        mask_BS = torch.ones(1, 1, dtype=torch.bool)
+        made = megatron_rl.policy_loss(
+            {"name": name, **options}, logprobs=new_BS, loss_mask=mask_BS, segment_ids=ids_BS, vocab_size=32, **columns
+        )
+        return float(torch.autograd.grad(made.loss, new_BS)[0])
+
+    assert gradient() == pytest.approx(math.exp(19))
+    assert gradient(dual_clip=3) == 0
+    assert gradient(correction={"kind": "tis"}) == pytest.approx(2 * math.exp(-1))

@@ -42,6 +42,8 @@ def check(loaded: Loaded[Run] | None, ranks: int | None = None) -> int:
     plan = make_plan(loaded, ranks, on_gloo=not plans_gpus(loaded))
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", markup=False, style="yellow")
     console.print("ok: nothing found that would stop this run")
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.failures import told
-from megatron_rl.launch.plan import make_plan
+from megatron_rl.launch.plan import Plan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
 from megatron_rl.parallel.ledger import keep_ledger
@@ -25,9 +25,10 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
     if launched is not None:
         rank, size, _ = launched
         if PREPARED not in os.environ:  # torchrun or srun started this rank, not we
-            make_plan(loaded, size)
+            plan = make_plan(loaded, size)
             check_resumable(loaded.run)
             if rank == 0:
+                _warn(plan)
                 prepare_folder(loaded.run)
         quiet_upstream()
         keep_ledger()
@@ -36,7 +37,13 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
 
             return run_rank(loaded)
     plan = make_plan(loaded)
+    _warn(plan)
     check_resumable(loaded.run)
     for change in prepare_folder(loaded.run):
         sys.stderr.write(f"megatron-rl train: resumed with another setting: {change}\n")
     return LocalRanks(["train", *words], plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
+
+
+def _warn(plan: Plan) -> None:
+    for warning in plan.warnings:
+        sys.stderr.write(f"megatron-rl train: warning: {warning}\n")

@@ -12,6 +12,7 @@ from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
+from megatron_rl.objectives.base import Clipped
 from megatron_rl.parallel.mesh import on_cuda
 from megatron_rl.policy.folders import has_weights, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
@@ -21,6 +22,9 @@ from megatron_rl.rollout.sglang import NEVER_TIED, wrong_options
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.judge import runs_code
 from megatron_rl.train.sinks import missing_packages
+
+BOUNDED = ("sapo", "cispo", "dppo")
+"""Objectives in which no ratio, however large, has a large gradient."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Plan:
     shape: Shape
     batches: Batches
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    """What will run, and is likely to go wrong."""
     absent: tuple[str, ...] = ()
     """What the run reads and is not on this machine, where it need not be."""
 
@@ -99,7 +105,8 @@ def make_plan(
         absent.append(f"task.path = {run.task.path!r} ({loaded.origin('task.path')})")
     raise_problems(problems)
     assert shape is not None, "a missing shape is a problem"
-    return Plan(layout, shape, batches, tuple(_notes(loaded, layout, batches)), tuple(absent))
+    notes, warnings = tuple(_notes(loaded, layout, batches)), tuple(_warnings(loaded))
+    return Plan(layout, shape, batches, notes, warnings, tuple(absent))
 
 
 def check_sampling(loaded: Loaded[Run]) -> None:
@@ -263,7 +270,23 @@ def _notes(loaded: Loaded[Run], layout: Layout, batches: Batches) -> Iterator[st
         yield "programs that the model writes run on this machine, in the sandbox of docs/tasks.md: read its limits"
     if run.train.group_size == 1 and run.advantage.kind != "dr":
         yield "groups of one response have no advantage: nothing would be learnt"
-    if run.rollout.max_lag and run.correction.kind == "none":
-        yield f"rollout.max_lag = {run.rollout.max_lag}, but nothing corrects for older samples; see correction.kind"
     if layout.data > batches.per_update:
         yield f"{layout.data} data-parallel ranks share {batches.per_update} responses an update: some have none"
+
+
+def _warnings(loaded: Loaded[Run]) -> Iterator[str]:
+    run, objective = loaded.run, loaded.run.objective
+    if not run.rollout.max_lag or run.correction.kind != "none":
+        return
+    lag = f"rollout.max_lag = {run.rollout.max_lag} ({loaded.origin('rollout.max_lag')})"
+    said = f'{lag}, but nothing corrects for older samples (correction.kind = "none"); write correction.kind = "tis"'
+    dual_clip = isinstance(objective, Clipped)
+    bounded = objective.name in BOUNDED or (dual_clip and objective.dual_clip is not None)
+    if run.train.updates_per_step > 1 and not bounded:
+        said += " or objective.dual_clip = 3, or both" if dual_clip else ""
+        said += (
+            f": {objective.name} does not bound a ratio from above where the advantage is negative, and a token that"
+            " older weights sampled may be so unlikely under newer ones that the updates of one step multiply its"
+            " probability without limit: loss and gradient with it"
+        )
+    yield said

@@ -2,10 +2,12 @@
 
 import json
 import re
+import signal
 
+import psutil
 import pytest
 
-from tests.e2e.job import ONE_RANK, ROOT, Job
+from tests.e2e.job import ONE_RANK, ROOT, Job, same_result
 
 
 def test_verifiers_that_fail_are_counted_and_told_and_the_run_goes_on(tmp_path):
@@ -53,6 +55,50 @@ def test_verifiers_that_fail_are_counted_and_told_and_the_run_goes_on(tmp_path):
     assert "responses unverified (" in (tmp_path / "run" / "console.log").read_text()
     assert {sample["reward"] for sample in samples if sample["prompt"][0] in "123"} <= {None, 0.0, 0.5}
     assert all(set(sample["rewards"]) == {"task", "format"} for sample in samples if sample["reward"] is not None)
+
+
+def test_a_run_killed_while_processes_verify_goes_on_to_the_same_result_and_leaves_none_behind(tmp_path):
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"prompt": "{a}+1=", "answer": {a + 1}}}\n' for a in range(8)))
+    held, hold = tmp_path / "held", tmp_path / "hold"
+    (tmp_path / "mine.py").write_text(
+        "import os, pathlib, time\n"
+        "HERE = pathlib.Path(__file__).parent\n"
+        "def verify(prompt, response, answer):\n"
+        "    while (HERE / 'hold').exists():\n"
+        "        (HERE / 'held').write_text(str(os.getpid()))\n"
+        "        time.sleep(0.01)\n"
+        "    if prompt[0] == '1': raise RuntimeError('bad luck')\n"
+        "    return len(response) % 3\n"
+    )
+    settings = [
+        "task.name=jsonl",
+        "task.heldout_fraction=0",
+        f"task.path={tmp_path / 'sums.jsonl'}",
+        f"task.verifier={tmp_path / 'mine.py'}:verify",
+        "task.max_prompt_tokens=16",
+        "train.updates_per_step=1",
+        "reward.seconds=100",
+        "checkpoint.every=1",
+        "train.steps=3",
+    ]
+    with Job(tmp_path / "straight", *ONE_RANK, *settings) as job:
+        assert job.end() == 0, job.output()
+        assert sum(line["unverified_raised"] for line in job.metrics()) > 0
+    with Job(tmp_path / "run", *ONE_RANK, *settings) as job:
+        job.until_steps(1)
+        hold.touch()
+        job.until(held.exists)
+        assert len(job.metrics()) < 3
+        verifiers = [p for p in job.look() if "megatron_rl.tasks.worker" in p.cmdline()]
+        assert len(verifiers) == 3  # the one that hands out, and two that verify
+        for victim in (job.process, *job.ranks()):
+            victim.kill()
+        assert job.end() == -signal.SIGKILL
+        assert not [p for p in verifiers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    hold.unlink()
+    with Job(tmp_path / "run", *ONE_RANK, *settings, "train.resume=true") as job:
+        assert job.end() == 0, job.output()
+    same_result(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_calculator_takes_its_turns_and_only_what_was_sampled_is_trained(tmp_path):

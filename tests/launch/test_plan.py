@@ -94,8 +94,29 @@ def test_odd_choices_are_noted():
     notes = "\n".join(plan("train.updates_per_step=1", "rollout.sampling.top_p=0.9").notes)
     assert "every ratio is 1" in notes
     assert "top_p" in notes
-    assert "nothing corrects for older samples" in "\n".join(plan("rollout.max_lag=1").notes)
-    assert "older samples" not in "\n".join(plan("rollout.max_lag=1", "correction.kind=tis").notes)
+
+
+UNBOUNDED = "does not bound a ratio from above"
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "not_found"),
+    [
+        (["objective.name=grpo"], ['correction.kind = "tis" or objective.dual_clip = 3', UNBOUNDED], []),
+        (["objective.name=espo"], ["objective.dual_clip = 3", UNBOUNDED], []),
+        (["objective.name=gmpo"], ['correction.kind = "tis"', UNBOUNDED], ["dual_clip"]),
+        (["objective.name=grpo", "objective.dual_clip=3"], ['correction.kind = "tis"'], [UNBOUNDED]),
+        (["objective.name=sapo"], ['correction.kind = "tis"'], ["dual_clip", UNBOUNDED]),
+        (["objective.name=grpo", "train.updates_per_step=1"], ['correction.kind = "tis"'], [UNBOUNDED]),
+    ],
+)
+def test_lag_without_a_correction_is_a_warning_that_says_what_to_write(words, found, not_found):
+    (said,) = plan("rollout.max_lag=2", *words).warnings
+    assert said.startswith("rollout.max_lag = 2 (command line: rollout.max_lag=2)")
+    assert all(part in said for part in found)
+    assert not any(part in said for part in not_found)
+    assert plan("rollout.max_lag=2", "correction.kind=tis", *words).warnings == ()
+    assert plan(*words).warnings == ()
 
 
 def test_fields_of_megatron_core_are_read_from_its_source():
