@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from megatron_rl.rollout.experts import experts_by
 from megatron_rl.rollout.requests import Row
 from megatron_rl.rollout.routes import RouteRecorder, listening
 from megatron_rl.rollout.sampler import SamplingColumns, sample
@@ -138,8 +139,9 @@ class SlotStep:
         kind: Kind,
         layers: Sequence[tuple[Tensor, Tensor]],
         recorder: RouteRecorder | None,
+        experts: str | None = None,
     ) -> None:
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.experts = model, kind, experts
         self.recorder = recorder if kind.routed else None
         device = layers[0][0].device
         self.columns = SlotColumns.empty(kind, device, recorder.size if recorder else 0)
@@ -152,7 +154,7 @@ class SlotStep:
         """Give every row that is alive one more token."""
         c = self.columns
         mask_BW = self._places_W <= c.positions_B[:, None]
-        with listening(self.recorder) as heard:
+        with listening(self.recorder) as heard, experts_by(self.model, self.experts):
             logits_BV = self.model(
                 input_ids=c.last_B[:, None],
                 position_ids=c.positions_B[:, None],

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from megatron_rl.parallel.graphs import Graphs
 from megatron_rl.rollout.decode import Batch, DecodeBatch, stops_of
+from megatron_rl.rollout.experts import NAME, takes_every_expert
 from megatron_rl.rollout.requests import Row
 from megatron_rl.rollout.routes import RouteRecorder
 from megatron_rl.rollout.sampler import SamplingColumns
@@ -36,6 +37,8 @@ class StaticDecoder:
         self.graphs = graphs
         self.burst = burst or (8 if graphs.device.type == "cuda" else 1)
         """Most steps between two looks."""
+        grouped = graphs.device.type != "cuda" or model.dtype == torch.bfloat16
+        self.experts = None if grouped or not takes_every_expert(model) else NAME
         self._capacity = 0
         self._memory: list[list[Tensor]] = []
         """Keys and values of every layer, flat."""
@@ -67,7 +70,7 @@ class StaticDecoder:
     def step(self, kind: Kind, layers: Sequence[tuple[Tensor, Tensor]]) -> SlotStep:
         """Return the step of this kind."""
         if kind not in self._steps:
-            step = SlotStep(self.model, kind, layers, self.recorder)
+            step = SlotStep(self.model, kind, layers, self.recorder, self.experts)
             # No slot has a row yet, so that running it changes nothing; what it writes to the cache is at position 0.
             kept = [(keys[:, :, :1].clone(), values[:, :, :1].clone()) for keys, values in layers]
             self._steps[kind] = step, self.graphs.record(step.run)
