@@ -25,6 +25,7 @@ from megatron_rl.rollout.members import Patience
 from megatron_rl.rollout.process import embedded_server
 from megatron_rl.weights.disk import DiskCarrier
 from megatron_rl.weights.distributed import DistributedCarrier
+from megatron_rl.weights.ipc import IpcCarrier
 from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
 
@@ -60,6 +61,7 @@ def carriers(folder: Path, model: Path) -> dict[str, Carrier]:
         "tensor": TensorCarrier(BUCKET_BYTES),
         "disk": DiskCarrier(BUCKET_BYTES, folder / "weights", model),
         "distributed (gloo)": DistributedCarrier(BUCKET_BYTES, "gloo", torch.device("cpu")),
+        "ipc": IpcCarrier(BUCKET_BYTES, torch.device("cpu")),
     }
 
 

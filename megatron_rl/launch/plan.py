@@ -215,6 +215,9 @@ def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
     if rollout.engine == "vllm" and carrier not in ("auto", "disk"):
         said = f"weights.carrier = {carrier!r} ({loaded.origin('weights.carrier')})"
         yield f"{said}: vLLM reads weights from a folder only; write disk or auto"
+    if rollout.engine == "sglang" and carrier == "ipc":
+        said = f"weights.carrier = 'ipc' ({loaded.origin('weights.carrier')})"
+        yield f"{said}: only the embedded server takes weights through shared memory; write distributed or auto"
     if rollout.router is not None and rollout.engine == "vllm":
         yield f"rollout.router ({loaded.origin('rollout.router')}) speaks SGLang's protocol, not vLLM's; leave it out"
 

@@ -17,7 +17,8 @@ from megatron_rl.errors import ConfigError
 PLAIN_VARIABLE = "MEGATRON_RL_PLAIN"
 """Environment variable: parts that take their plain path, to compare with, such as ``engine,attention,experts``."""
 
-PARTS = ("engine", "attention", "experts", "fusion")
+PARTS = ("engine", "attention", "experts", "fusion", "slots", "graphs")
+"""The last two are of the embedded engine: its decoding on fixed addresses, and graphs of that."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ def paths_for(dtype: torch.dtype, device_type: str) -> Paths:
     Raises:
         ConfigError: the environment variable names a part that there is not.
     """
-    plain = {part.strip() for part in os.environ.get(PLAIN_VARIABLE, "").split(",") if part.strip()}
-    if unknown := sorted(plain - {*PARTS}):
-        raise ConfigError(f"{PLAIN_VARIABLE} names {', '.join(unknown)}; write some of {', '.join(PARTS)}")
+    plain = plain_parts()
     half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     engine = half and "engine" not in plain and _found("transformer_engine")
     return Paths(
@@ -57,6 +56,25 @@ def paths_for(dtype: torch.dtype, device_type: str) -> Paths:
         fused=device_type == "cuda" and "fusion" not in plain and _found("triton"),
         accumulates=engine and _found("fused_weight_gradient_mlp_cuda"),
     )
+
+
+def plain_parts() -> set[str]:
+    """Return the parts that the environment variable names.
+
+    Raises:
+        ConfigError: it names a part that there is not.
+    """
+    plain = {part.strip() for part in os.environ.get(PLAIN_VARIABLE, "").split(",") if part.strip()}
+    if unknown := sorted(plain - {*PARTS}):
+        raise ConfigError(f"{PLAIN_VARIABLE} names {', '.join(unknown)}; write some of {', '.join(PARTS)}")
+    return plain
+
+
+def decoding_in_words(device_type: str) -> str:
+    """Return, for people, how an embedded server decodes here."""
+    if device_type != "cuda" or "slots" in plain_parts():
+        return "one step after the other, with a cache that grows"
+    return "in slots, as CUDA graphs" if "graphs" not in plain_parts() else "in slots"
 
 
 def paths_in_words(paths: Paths, device_type: str) -> Mapping[str, str]:
@@ -72,6 +90,7 @@ def paths_in_words(paths: Paths, device_type: str) -> Mapping[str, str]:
         "activation": compiled if paths.fused else "torch, eager",
         "weight gradients": "apex, added by the product" if paths.accumulates else "added after the product",
         "optimizer": _optimizer(),
+        "embedded engine": decoding_in_words(device_type),
     }
 
 

@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Literal
 
 import aiohttp
+from pydantic import TypeAdapter, ValidationError
 
+from megatron_rl.parallel.share import Handle, Place, TensorPiece
 from megatron_rl.rollout.protocol import (
     BadAnswer,
     Json,
@@ -124,6 +127,16 @@ class Client:
         """Make the server forget a group."""
         await self._control(Path.LEAVE_GROUP, {"group_name": name}, retries=0)
 
+    async def place(self) -> Place | None:
+        """Return where the server runs; None if it takes no weights through shared memory."""
+        place = (await self.server_info()).get("place")
+        return None if place is None else _read_place(place, self.url)
+
+    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
+        """Make the server copy pieces of tensors out of a shared buffer."""
+        body = {"handle": asdict(handle), "pieces": [asdict(piece) for piece in pieces]}
+        await self._control(Path.UPDATE_FROM_HANDLE, body, retries=0)
+
     async def end_update(self) -> None:
         """Close a weight update: from now on the new weights are used."""
         await self._control(Path.END_UPDATE, {}, retries=0)
@@ -136,9 +149,13 @@ class Client:
         """Name the weights that the server has."""
         await self._control(Path.UPDATE_VERSION, {"new_version": version, "abort_all_requests": False})
 
-    async def checksums(self) -> tuple[str, Mapping[str, str]]:
-        """Return the algorithm (empty if it is not known) and each tensor's checksum by the server's names."""
-        answer = await self._json("POST", Path.WEIGHTS_CHECKER, {"action": "checksum"})
+    async def checksums(self, algorithm: str = "sha256") -> tuple[str, Mapping[str, str]]:
+        """Return the algorithm (empty if it is not known) and each tensor's checksum by the server's names.
+
+        The embedded server computes what it is asked for.
+        """
+        asked = {} if algorithm == "sha256" else {"algorithm": algorithm}  # which SGLang does not know
+        answer = await self._json("POST", Path.WEIGHTS_CHECKER, {"action": "checksum", **asked})
         ranks = answer.get("ranks")
         merged: dict[str, str] = {}
         for rank, entry in enumerate(ranks if isinstance(ranks, list) else []):
@@ -192,3 +209,10 @@ class Client:
                 f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
             )
         return raw
+
+
+def _read_place(entry: object, url: str) -> Place:
+    try:
+        return TypeAdapter(Place).validate_python(entry)
+    except ValidationError as error:
+        raise BadAnswer(f"{url}{Path.SERVER_INFO}: place is {str(entry)[:80]}") from error

@@ -7,6 +7,7 @@ Legend: B rows, V vocabulary, S stop tokens, N output tokens, X routes of N outp
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,8 +46,57 @@ class Columns:
         return Columns(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
-class DecodeBatch:
+class Batch(ABC):
     """Rows in the middle of their decoding."""
+
+    rows: list[Row]
+    live: dict[int, Row]
+    """Those that have not ended, by their place."""
+    stop_strings: bool
+    """Some row's text must be looked at after every token."""
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    @abstractmethod
+    def step(self) -> list[Row]:
+        """Give every live row one more token, or some; return the rows that this finished."""
+
+    @abstractmethod
+    def join(self, other: "DecodeBatch") -> "Batch":
+        """Return one batch with the live rows of both."""
+
+    @abstractmethod
+    def _write_back(self, ids: Sequence[int]) -> None:
+        """Give these rows the tokens that they have so far."""
+
+    @abstractmethod
+    def _remove(self, ids: Sequence[int]) -> list[Row]: ...
+
+    @abstractmethod
+    def counts(self) -> list[int]:
+        """Return how many output tokens each live row has."""
+
+    def withdraw(self, rows: Sequence[Row]) -> list[Row]:
+        """Take live rows out, with the tokens they have so far; return them."""
+        wanted = set(map(id, rows))
+        ids = [i for i, row in self.live.items() if id(row) in wanted]
+        self._write_back(ids)
+        return self._remove(ids)
+
+    def peek(self, row: Row) -> tuple[list[int], list[float]]:
+        """Return the output tokens and log-probs that a live row has so far."""
+        self._write_back([next(i for i, other in self.live.items() if other is row)])
+        return row.output_ids, row.logprobs
+
+    def note_version(self, version: str) -> None:
+        """Record that the next tokens come from other weights."""
+        for row, count in zip(self.live.values(), self.counts(), strict=True):
+            row.note_version(version, count)
+
+
+class DecodeBatch(Batch):
+    """Rows whose cache grows with them."""
 
     def __init__(
         self,
@@ -65,23 +115,21 @@ class DecodeBatch:
         self.recorder = recorder
         self._refresh()
 
-    def __len__(self) -> int:
-        return len(self.live)
-
     def _refresh(self) -> None:
         self.live = {i: self.rows[i] for i in self.columns.alive_B.nonzero()[:, 0].tolist()}
         self.padded = bool((self.columns.lengths_B < self.cache.width).any())
         vocabulary = self.model.config.get_text_config().vocab_size
-        self.sampling = SamplingColumns.of([row.params for row in self.rows], self.seeds, vocabulary)
+        sampling = SamplingColumns.of([row.params for row in self.rows], self.seeds, vocabulary)
+        self.sampling = sampling.to(self.columns.last_B.device)
         self.stop_strings = any(row.params.stop_strings for row in self.rows)
-        self.ids_B = torch.arange(len(self.rows))
+        self.ids_B = torch.arange(len(self.rows), device=self.columns.last_B.device)
 
     def step(self) -> list[Row]:
         """Give every live row one more token; return the rows that this finished."""
         columns, mask = self.columns, None
         if self.padded:
             width = self.cache.width + 1
-            mask = torch.arange(width) >= (width - 1 - columns.lengths_B)[:, None]
+            mask = torch.arange(width, device=columns.last_B.device) >= (width - 1 - columns.lengths_B)[:, None]
             mask = mask[:, None, None, :]
         with listening(self.recorder) as heard:
             logits_BV = self.model(
@@ -119,7 +167,8 @@ class DecodeBatch:
         ended = ended_B.nonzero()[:, 0].tolist()
         for i, at_limit in zip(ended, at_limit_B[ended].tolist(), strict=True):
             # SGLang looks at the length first: a stop token in the last place counts as "length".
-            row = self._write_back(i)
+            row = self.rows[i]
+            self._write_back([i])
             row.finish = (
                 {"type": "length", "length": len(row.output_ids)}
                 if at_limit
@@ -127,15 +176,24 @@ class DecodeBatch:
             )
         return self._remove(ended)
 
-    def _write_back(self, i: int) -> Row:
-        row, count = self.rows[i], int(self.columns.counts_B[i])
-        row.output_ids = self.columns.outputs_BN[i, :count].tolist()
-        row.logprobs = self.columns.logprobs_BN[i, :count].tolist()
-        if row.prefix_routes is not None:
-            known, each = len(row.prefix_routes) - len(row.prompt), row.prefix_routes.shape[1:]
-            newer = self.columns.routes_BX[i].view(-1, *each)[known : count - 1]
-            row.routes = torch.cat([row.prefix_routes, newer])
-        return row
+    def _write_back(self, ids: Sequence[int]) -> None:
+        for i in ids:
+            row, count = self.rows[i], int(self.columns.counts_B[i])
+            row.output_ids = self.columns.outputs_BN[i, :count].tolist()
+            row.logprobs = self.columns.logprobs_BN[i, :count].tolist()
+            if row.prefix_routes is not None:
+                known, each = len(row.prefix_routes) - len(row.prompt), row.prefix_routes.shape[1:]
+                newer = self.columns.routes_BX[i].view(-1, *each)[known : count - 1]
+                row.routes = torch.cat([row.prefix_routes, newer.cpu()])
+
+    def write_back(self, ids: Sequence[int]) -> None:
+        """Give these rows the tokens that they have so far; reads the device once."""
+        self.columns = self.columns.map(Tensor.cpu)
+        self._write_back(ids)
+
+    def counts(self) -> list[int]:
+        """See ``Batch``."""
+        return self.columns.counts_B[list(self.live)].tolist()
 
     def _remove(self, ids: Sequence[int]) -> list[Row]:
         removed = [self.live.pop(i) for i in ids]
@@ -144,32 +202,12 @@ class DecodeBatch:
             self.compact()
         return removed
 
-    def withdraw(self, rows: Sequence[Row]) -> list[Row]:
-        """Take live rows out, with the tokens they have so far; return them."""
-        wanted = set(map(id, rows))
-        ids = [i for i, row in self.live.items() if id(row) in wanted]
-        for i in ids:
-            self._write_back(i)
-        return self._remove(ids)
-
-    def peek(self, row: Row) -> tuple[list[int], list[float]]:
-        """Return the output tokens and log-probs that a live row has so far."""
-        i = next(i for i, other in self.live.items() if other is row)
-        self._write_back(i)
-        return row.output_ids, row.logprobs
-
-    def note_version(self, version: str) -> None:
-        """Record that the next tokens come from other weights."""
-        counts = self.columns.counts_B.tolist()
-        for i, row in self.live.items():
-            row.note_version(version, counts[i])
-
     def compact(self) -> None:
         """Drop the finished rows, and the cache positions that no row uses."""
         if not self.live:
             return
         keep = list(self.live)
-        kept_B = torch.tensor(keep)
+        kept_B = torch.tensor(keep, device=self.columns.last_B.device)
         self.rows = [self.rows[i] for i in keep]
         self.seeds = [self.seeds[i] for i in keep]
         self.columns = self.columns.map(lambda column: column[kept_B])
@@ -193,3 +231,8 @@ def _cat(columns: Sequence[Tensor]) -> Tensor:
     width = max(column.shape[1] for column in columns)
     # -1 is no token: stop lists are filled up with it, and output slots are not read before they are written.
     return torch.cat([torch.nn.functional.pad(c, (0, width - c.shape[1]), value=-1) for c in columns])
+
+
+def stops_of(row: Row, eos: Sequence[int]) -> list[int]:
+    """Return the tokens that end a row."""
+    return [] if row.params.ignore_eos else [*eos, *(row.params.stop_token_ids or ())]

@@ -19,10 +19,11 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from megatron_rl.data.types import fold_seed
-from megatron_rl.rollout.decode import DecodeBatch
+from megatron_rl.rollout.decode import Batch, DecodeBatch
 from megatron_rl.rollout.model import ServedModel
 from megatron_rl.rollout.prefill import prefill, score
 from megatron_rl.rollout.requests import BadRequest, Row, Work
+from megatron_rl.rollout.static import StaticBatch, StaticDecoder
 
 T = TypeVar("T")
 Batching = Literal["request", "continuous"]
@@ -37,14 +38,23 @@ class EngineStopped(RuntimeError):
 class Engine:
     """Decodes what is submitted, until it is closed."""
 
-    def __init__(self, model: ServedModel, batching: Batching = "request", max_rows: int = 512, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        batching: Batching = "request",
+        max_rows: int = 512,
+        seed: int = 0,
+        static: StaticDecoder | None = None,
+    ) -> None:
         self.model = model
+        self.static = static
+        """Decodes in slots; None: with a cache that grows."""
         self.max_rows = max_rows
         self.batching = batching
         self.paused = False
         self.waiting: list[Work] = []
         self.running: list[Work] = []
-        self.batch: DecodeBatch | None = None
+        self.batch: Batch | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: set[Future[object]] = set()
         self._closing = False
@@ -150,8 +160,11 @@ class Engine:
             return
         seeds = [self._seed_of(row) for row in rows]
         batch, finished = prefill(self.model.model, rows, seeds, self.model.eos, self.model.routes)
-        self.batch = self.batch.join(batch) if self.batch else batch
+        self.batch = self.batch.join(batch) if self.batch else self._in_slots(batch)
         self._finish(finished)
+
+    def _in_slots(self, batch: DecodeBatch) -> Batch:
+        return StaticBatch(self.static, batch, self.model.eos) if self.static and batch else batch
 
     def _seed_of(self, row: Row) -> int:
         if row.seed is None:
@@ -164,7 +177,7 @@ class Engine:
         if self.batch and self.batch.stop_strings:
             self._finish(self._at_stop_string(self.batch))
 
-    def _at_stop_string(self, batch: DecodeBatch) -> list[Row]:
+    def _at_stop_string(self, batch: Batch) -> list[Row]:
         stopped = []
         for row in [row for row in batch.live.values() if row.params.stop_strings]:
             # A stop string of n characters lies within the last n tokens; a few more for characters of several tokens.

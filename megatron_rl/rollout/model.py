@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
+from megatron_rl.parallel.sums import sums64
 from megatron_rl.policy.folders import holds_hf_files, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.rollout.process import require_model
@@ -26,10 +27,10 @@ from megatron_rl.rollout.routes import RouteRecorder
 class ServedModel:
     """The model, its weights by checkpoint name, and their version."""
 
-    def __init__(self, path: str, dtype: str, version: str) -> None:
+    def __init__(self, path: str, dtype: str, version: str, device: torch.device | None = None) -> None:
         require_model(path)
         self.path = path
-        self.model = _read(Path(path), getattr(torch, dtype)).eval()
+        self.model = _read(Path(path), getattr(torch, dtype)).eval().to(device or torch.device("cpu"))
         self.model.requires_grad_(False)
         self.version = version
         self.tensors = checkpoint_views(self.model)
@@ -39,6 +40,11 @@ class ServedModel:
         self.routes = RouteRecorder(self.model)
         self.context_length = _context_length(self.model)
         self._staged: dict[str, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
 
     def text(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Return the text of tokens; empty if the model folder has no tokenizer."""
@@ -101,6 +107,10 @@ class ServedModel:
         """Return the sha256 of each tensor's bytes, little-endian, row-major, in the type it is served in."""
         return {name: checksum(tensor) for name, tensor in self.tensors.items()}
 
+    def sums64(self) -> dict[str, str]:
+        """Return another checksum of each tensor, which the device computes."""
+        return sums64({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+
 
 def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model with its weights, from a checkpoint of any kind."""
@@ -123,7 +133,7 @@ def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def checksum(tensor: Tensor) -> str:
     """Return the sha256 of the tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:

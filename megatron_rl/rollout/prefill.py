@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_rl.rollout.decode import Columns, DecodeBatch
+from megatron_rl.rollout.decode import Columns, DecodeBatch, stops_of
 from megatron_rl.rollout.kvcache import RowCache
 from megatron_rl.rollout.requests import Row
 from megatron_rl.rollout.routes import RouteRecorder, listening
@@ -33,18 +33,20 @@ def prefill(
     Rows with the same tokens are put through the model once.
     """
     unique: dict[tuple[int, ...], int] = {}
-    places_B = torch.tensor([unique.setdefault((*row.prompt, *row.output_ids), len(unique)) for row in rows])
+    places = [unique.setdefault((*row.prompt, *row.output_ids), len(unique)) for row in rows]
+    places_B = torch.tensor(places, device=model.device)
     prefixes = list(unique)
     recorder = recorder if any(row.returns_routes for row in rows) else None
     parts = [_begin(model, part, recorder) for part in _slices(prefixes, PREFILL_TOKENS)]
     cache = parts[0][0] if len(parts) == 1 else RowCache.stack([cache for cache, _, _ in parts])
     routes = [routes_TAE for _, _, part in parts for routes_TAE in part]
-    for row, place in zip(rows, places_B.tolist(), strict=True):
-        row.prefix_routes = routes[place] if row.returns_routes and routes else None
+    for row, place in zip(rows, places, strict=True):
+        row.prefix_routes = routes[place].cpu() if row.returns_routes and routes else None
     if len(prefixes) < len(rows):
         cache.select(places_B, 0)
     logits_BV = torch.cat([logits_BV for _, logits_BV, _ in parts])[places_B]
-    batch = DecodeBatch(model, rows, _columns(rows, eos, recorder), cache, seeds, recorder)
+    columns = _columns(rows, eos, recorder).map(lambda column: column.to(model.device))
+    batch = DecodeBatch(model, rows, columns, cache, seeds, recorder)
     return batch, batch.take(logits_BV)
 
 
@@ -53,7 +55,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[li
     scores: list[list[float]] = []
     tokens = min(PREFILL_TOKENS, SCORE_LOGITS // model.config.get_text_config().vocab_size)
     for part in _slices(sequences, tokens):
-        ids_BT, inputs = padded_inputs(part)
+        ids_BT, inputs = padded_inputs(part, model.device)
         logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits[:, :-1]
         exact = logits_BTV.dtype if logits_BTV.dtype == torch.float64 else torch.float32
         logprobs_BT = logits_BTV.to(exact).log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
@@ -62,16 +64,18 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[li
     return scores
 
 
-def padded_inputs(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+def padded_inputs(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """Return token ids [B, T] aligned at their ends, and the positions and the mask for the model."""
     width = max(map(len, sequences))
-    pads_B = torch.tensor([width - len(ids) for ids in sequences])
-    ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in sequences])
-    if not pads_B.any():
-        return ids_BT, {"position_ids": torch.arange(width).expand(len(sequences), -1)}
-    positions_BT = (torch.arange(width) - pads_B[:, None]).clamp(min=0)
-    used_BT = torch.arange(width) >= pads_B[:, None]
-    causal_TT = torch.ones(width, width, dtype=torch.bool).tril()
+    pads = [width - len(ids) for ids in sequences]
+    ids_BT = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(pads, sequences, strict=True)], device=device)
+    places_T = torch.arange(width, device=device)
+    if not any(pads):
+        return ids_BT, {"position_ids": places_T.expand(len(sequences), -1)}
+    pads_B = torch.tensor(pads, device=device)
+    positions_BT = (places_T - pads_B[:, None]).clamp(min=0)
+    used_BT = places_T >= pads_B[:, None]
+    causal_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     return ids_BT, {"position_ids": positions_BT, "attention_mask": (used_BT[:, None] & causal_TT)[:, None]}
 
 
@@ -80,7 +84,7 @@ def _begin(
 ) -> tuple[RowCache, Tensor, list[Tensor]]:
     """Return the cache of these token sequences, the logits [B, V] after each, the routes [T, A, E] of each."""
     cache = RowCache(model.config.get_text_config().num_hidden_layers)
-    ids_BT, inputs = padded_inputs(prefixes)
+    ids_BT, inputs = padded_inputs(prefixes, model.device)
     with listening(recorder) as heard:
         logits_BTV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
     routes_BTAE = recorder.stacked(heard, len(prefixes)) if recorder and heard else ()
@@ -94,7 +98,7 @@ def _slices(sequences: Sequence[Sequence[int]], tokens: int) -> list[Sequence[Se
 
 
 def _columns(rows: list[Row], eos: Sequence[int], recorder: RouteRecorder | None) -> Columns:
-    stops = [_stops(row, eos) for row in rows]
+    stops = [stops_of(row, eos) for row in rows]
     num_stops = max(1, *map(len, stops))
     width = max(row.limit for row in rows)
     columns = Columns(
@@ -112,7 +116,3 @@ def _columns(rows: list[Row], eos: Sequence[int], recorder: RouteRecorder | None
         columns.outputs_BN[i, : len(row.output_ids)] = torch.tensor(row.output_ids, dtype=torch.int64)
         columns.logprobs_BN[i, : len(row.logprobs)] = torch.tensor(row.logprobs, dtype=torch.float64)
     return columns
-
-
-def _stops(row: Row, eos: Sequence[int]) -> list[int]:
-    return [] if row.params.ignore_eos else [*eos, *(row.params.stop_token_ids or ())]

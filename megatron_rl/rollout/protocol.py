@@ -37,6 +37,8 @@ class Path(StrEnum):
     UPDATE_FROM_TENSOR = "/update_weights_from_tensor"
     JOIN_GROUP = "/init_weights_update_group"
     UPDATE_FROM_DISTRIBUTED = "/update_weights_from_distributed"
+    UPDATE_FROM_HANDLE = "/update_weights_from_handle"
+    """Of the embedded server alone."""
     LEAVE_GROUP = "/destroy_weights_update_group"
     END_UPDATE = "/end_weight_update"
     UPDATE_FROM_DISK = "/update_weights_from_disk"

@@ -48,7 +48,7 @@ class RouteRecorder:
     def stacked(self, heard: dict[int, Tensor], rows: int) -> Tensor:
         """Return [B, T, A, E], int16; zeros where a layer has no experts, as in SGLang."""
         some = next(iter(heard.values()))
-        stacked = torch.zeros(len(some), self.layers, self.per_token, dtype=torch.int16)
+        stacked = torch.zeros(len(some), self.layers, self.per_token, dtype=torch.int16, device=some.device)
         for number, chosen in heard.items():
             stacked[:, number] = chosen
         return stacked.view(rows, -1, self.layers, self.per_token)

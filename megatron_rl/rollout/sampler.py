@@ -7,7 +7,7 @@ Legend: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class SamplingColumns:
             any(p.narrows and not g for p, g in zip(params, greedy, strict=True)),
             all(greedy),
         )
+
+    def to(self, device: torch.device) -> "SamplingColumns":
+        """Return the columns on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)})
 
 
 def uniforms(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def truncate(probs_BV: Tensor, columns: SamplingColumns) -> Tensor:
     """Return the probabilities with those outside top-k, top-p or min-p set to 0, all three judged on the whole."""
     sorted_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    ranks_V = torch.arange(probs_BV.shape[1])
+    ranks_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
     keep_BV = ranks_V < columns.top_ks_B[:, None]
     keep_BV &= before_BV <= columns.top_ps_B[:, None]
     keep_BV &= sorted_BV >= sorted_BV[:, :1] * columns.min_ps_B[:, None]

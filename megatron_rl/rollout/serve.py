@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="request: one request at a time, repeatable bit for bit; continuous: requests share a batch",
     )
     parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together (default: %(default)s)")
+    parser.add_argument(
+        "--decoding",
+        choices=("auto", "growing", "slots"),
+        default="auto",
+        help="growing: a cache that grows; slots: fixed addresses, on a GPU as CUDA graphs (default: slots on a GPU)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="for requests that bring no sampling_seed")
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
@@ -44,11 +50,18 @@ def serve(args: argparse.Namespace) -> int:
     # Slow to import: what can be refused is refused before.
     import torch
 
+    from megatron_rl.parallel.graphs import Graphs, serving_device
+    from megatron_rl.policy.paths import plain_parts
     from megatron_rl.rollout.engine import Engine
     from megatron_rl.rollout.model import ServedModel
+    from megatron_rl.rollout.static import StaticDecoder
 
     torch.set_num_threads(args.threads)
-    engine = Engine(ServedModel(args.model, args.dtype, args.weight_version), args.batching, args.max_rows, args.seed)
+    device, plain = serving_device(), plain_parts()
+    model = ServedModel(args.model, args.dtype, args.weight_version, device)
+    in_slots = args.decoding == "slots" or (args.decoding == "auto" and device.type == "cuda" and "slots" not in plain)
+    static = StaticDecoder(model.model, model.routes, Graphs(device, "graphs" not in plain)) if in_slots else None
+    engine = Engine(model, args.batching, args.max_rows, args.seed, static)
     engine.start()
     try:
         asyncio.run(_serve(engine, args.host, args.port))

@@ -8,16 +8,20 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from typing import TypeVar, cast, get_args
 
 from aiohttp import web
 
+from megatron_rl.parallel.share import Place
+from megatron_rl.parallel.sums import SUM64
 from megatron_rl.rollout.answers import answer_of
 from megatron_rl.rollout.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.rollout.groups import WeightGroups
 from megatron_rl.rollout.payload import read_tensors
 from megatron_rl.rollout.protocol import Path
 from megatron_rl.rollout.requests import BadRequest, Row, Work, parse_work
+from megatron_rl.rollout.shared import SharedBuffer, filling_of
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,6 +37,7 @@ class EmbeddedServer:
         self.engine = engine
         self.model = engine.model
         self.groups = WeightGroups()
+        self.shared = SharedBuffer(self.model.device)
         self._next_version: str | None = None
 
     def application(self) -> web.Application:
@@ -54,6 +59,7 @@ class EmbeddedServer:
             Path.JOIN_GROUP: self.join_group,
             Path.UPDATE_FROM_DISTRIBUTED: self.update_from_distributed,
             Path.LEAVE_GROUP: self.leave_group,
+            Path.UPDATE_FROM_HANDLE: self.update_from_handle,
             Path.END_UPDATE: self.end_update,
             Path.UPDATE_FROM_DISK: self.update_from_disk,
             Path.UPDATE_VERSION: self.update_version,
@@ -83,8 +89,12 @@ class EmbeddedServer:
                 "context_length": self.model.context_length,
                 "max_running_requests": self.engine.max_rows,
                 "batching": self.engine.batching,
+                "decoding": "slots" if self.engine.static else "growing",
+                "graphs": self.engine.static is not None and self.engine.static.graphs.capturing,
+                "device": str(self.model.device),
                 "weight_version": self.model.version,
                 "version": "embedded",
+                "place": asdict(Place.here()),
             }
         )
 
@@ -175,6 +185,7 @@ class EmbeddedServer:
         """Open a weight update."""
         await _body(request, {"selector"})
         self._next_version = None
+        self.shared.close()
         await self._engine(self.model.begin_update)
         return _done("weight update begun")
 
@@ -218,9 +229,20 @@ class EmbeddedServer:
         self.groups.leave(_text(await _body(request, {"group_name"}), "group_name"))
         return _done("left")
 
+    async def update_from_handle(self, request: web.Request) -> web.Response:
+        """Stage what lies in a buffer that the sender shares."""
+        filling = filling_of(await _body(request, {"handle", "pieces", "weight_version"}))
+        await self._engine(self.model.require_update)
+        self.shared.watch(filling.handle)
+        # By the thread that owns the model: no other one speaks to the device.
+        staged = await self._engine(lambda: self.model.stage(self.shared.read(filling.pieces)))
+        self._next_version = filling.weight_version
+        return _done(f"{staged} tensors staged")
+
     async def end_update(self, request: web.Request) -> web.Response:
         """Make the staged tensors the model's."""
         await _body(request, set())
+        self.shared.close()
         change, version = self.engine.change_weights, self._next_version
         return _done(await self._engine(lambda: change(self.model.end_update, version)))
 
@@ -247,11 +269,14 @@ class EmbeddedServer:
 
     async def weights_checker(self, request: web.Request) -> web.Response:
         """Return the checksum of every tensor."""
-        body = await _body(request, {"action"})
+        body = await _body(request, {"action", "algorithm"})
         if body.get("action", "checksum") != "checksum":
             raise BadRequest(f"action is {body['action']!r}; this server knows checksum")
-        checksums = await self._engine(self.model.checksums)
-        return _done(f"{len(checksums)} tensors", ranks=[{"checksums": checksums}], algorithm="sha256")
+        algorithm = body.get("algorithm", "sha256")
+        if algorithm not in ("sha256", SUM64):
+            raise BadRequest(f"algorithm is {algorithm!r}; this server knows sha256 and {SUM64}")
+        checksums = await self._engine(self.model.sums64 if algorithm == SUM64 else self.model.checksums)
+        return _done(f"{len(checksums)} tensors", ranks=[{"checksums": checksums}], algorithm=algorithm)
 
 
 async def _settled(engine: Engine, work: Work) -> None:

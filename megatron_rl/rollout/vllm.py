@@ -84,7 +84,7 @@ class VllmClient(Client):
         body = {"new_version": version}
         await self._ask("POST", "/update_weight_version", body, self.control_timeout_seconds, self.retries)
 
-    async def checksums(self) -> tuple[str, Mapping[str, str]]:
+    async def checksums(self, algorithm: str = "sha256") -> tuple[str, Mapping[str, str]]:
         """See ``Client``, of tables and norms only: vLLM fuses other tensors, and on CPUs packs them as a kernel wants.
 
         They say whether a push arrived. Of several ranks each has a shard: then servers are compared with each other.

@@ -22,6 +22,7 @@ from megatron_rl.tasks.environments import ChatTokenizer, chat_wrap, find_enviro
 from megatron_rl.train.servers import servers_of
 from megatron_rl.weights.disk import DiskCarrier, write_share
 from megatron_rl.weights.distributed import DistributedCarrier
+from megatron_rl.weights.ipc import IpcCarrier
 from megatron_rl.weights.protocol import Carrier
 from megatron_rl.weights.tensor import TensorCarrier
 
@@ -45,8 +46,8 @@ def open_fleet(run: Run, world: World, tokenizer: Chat) -> Fleet:
     )
     servers = servers_of(run)
     carrier = _carrier(run, world)
-    # Disk has a copy already. With the distributed carrier no process shall ever hold the whole model.
-    keeps = isinstance(carrier, TensorCarrier)
+    # Disk has a copy already. With the distributed carrier no process shall ever hold the whole model, nor a GPU twice.
+    keeps = isinstance(carrier, TensorCarrier) or (isinstance(carrier, IpcCarrier) and world.device.type == "cpu")
     decode = partial(tokenizer.decode, skip_special_tokens=True) if rollout.at_push == "resubmit" else None
     kind = VllmFleet if rollout.engine == "vllm" else Fleet
     rows, requests = rollout.rows_per_request, rollout.requests_per_server
@@ -70,7 +71,7 @@ def turns_of(run: Run, tokenizer: Chat) -> Turns | None:
     return Turns(find_environment(section.name), tokenizer, wrap, section.max_turns, run.reward.seconds)
 
 
-def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed"]:
+def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed", "ipc"]:
     """Return how weights travel: as configured, or what suits the engine and the trainer's device."""
     if run.weights.carrier != "auto":
         return run.weights.carrier
@@ -122,6 +123,8 @@ def _carrier(run: Run, world: World) -> Carrier:
     elif name == "distributed":
         backend: Backend = "nccl" if on_gpus else "gloo"
         carrier = DistributedCarrier(size, backend, world.device, min(patience, Patience().control_timeout_seconds))
+    elif name == "ipc":
+        carrier = IpcCarrier(size, world.device)
     else:
         carrier = TensorCarrier(size)
     if run.rollout.dtype is not None:

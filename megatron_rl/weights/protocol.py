@@ -12,12 +12,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
+from megatron_rl.parallel.share import Handle, Place, TensorPiece
 
 NamedTensors = Sequence[tuple[str, Tensor]]
 CHECKSUM = "sha256"
@@ -27,7 +28,7 @@ SHORT_CHECKSUM = "sha256/8"
 and pads others with rows of zeros."""
 _PAD_ROWS = 64
 """SGLang's tables of the vocabulary have a multiple of this many rows."""
-_DIGITS = {CHECKSUM: 64, SHORT_CHECKSUM: 16}
+_SHORT_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ class Server(Protocol):
     async def leave_group(self, name: str) -> None:
         """Leave the group."""
 
+    async def place(self) -> Place | None:
+        """Return where it runs; None if it takes no weights through shared memory."""
+        ...
+
+    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
+        """Copy these pieces out of a shared buffer; returns when it has."""
+
     async def end_update(self) -> None:
         """Use the new weights."""
 
@@ -73,8 +81,8 @@ class Server(Protocol):
     async def set_version(self, version: str) -> None:
         """Name the weights."""
 
-    async def checksums(self) -> tuple[str, Mapping[str, str]]:
-        """Return the algorithm and the checksum of each tensor."""
+    async def checksums(self, algorithm: str) -> tuple[str, Mapping[str, str]]:
+        """Return the algorithm, the one asked for if the server knows it, and the checksum of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +109,12 @@ class Push(ABC):
     """Checksums of every tensor, as sent and padded."""
     num_bytes: int = 0
     begun: float = field(default_factory=time.perf_counter)
+    algorithm: ClassVar[str] = CHECKSUM
+    """Of the checksums that this sender computes."""
 
     async def send(self, bucket: NamedTensors) -> None:
         """Send one bucket of tensors in checkpoint names to every server."""
-        self.sums |= await asyncio.to_thread(sums_of, bucket)
+        self.sums |= await asyncio.to_thread(self._sums, bucket)
         self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
         await self._carry(bucket)
 
@@ -128,21 +138,23 @@ class Push(ABC):
         self.failed |= {s.url: why for s, why in zip(self.servers, outcomes, strict=True) if why}
         self.servers = [s for s, why in zip(self.servers, outcomes, strict=True) if not why]
 
+    def _sums(self, bucket: NamedTensors) -> dict[str, tuple[str, str]]:
+        return sums_of(bucket)
+
     def _allowed(self, name: str, algorithm: str) -> Sequence[str]:
-        return (
-            self.sums[name][:1] if algorithm == CHECKSUM else [value[: _DIGITS[algorithm]] for value in self.sums[name]]
-        )
+        whole = algorithm == self.algorithm
+        return self.sums[name][:1] if whole else [value[:_SHORT_DIGITS] for value in self.sums[name]]
 
     async def _verify(self) -> None:
         """Compare every server's checksums with the sender's, or among each other if they are of another kind."""
         found: dict[str, Mapping[str, str]] = {}
 
         async def compare(server: Server) -> None:
-            algorithm, sums = await server.checksums()
-            if algorithm not in _DIGITS:
+            algorithm, sums = await server.checksums(self.algorithm)
+            if algorithm not in (self.algorithm, SHORT_CHECKSUM):
                 found[server.url] = sums
                 return
-            names = self.sums.keys() if algorithm == CHECKSUM else self.sums.keys() & sums.keys()
+            names = self.sums.keys() if algorithm == self.algorithm else self.sums.keys() & sums.keys()
             wrong = [n for n in self.sums if n in names and sums.get(n) not in self._allowed(n, algorithm)]
             if not names:
                 raise RolloutError(f"{server.url}: it has none of the {len(self.sums)} tensors that were sent, by name")

@@ -91,7 +91,7 @@ def test_the_engines_experts_are_taken_in_training(tmp_path, straight):
     assert lines[0]["reward_mean"] == metrics_of(straight)[0]["reward_mean"]
 
 
-@pytest.mark.parametrize("carrier", ["disk", "distributed"])
+@pytest.mark.parametrize("carrier", ["disk", "distributed", "ipc"])
 def test_every_carrier_brings_the_same_weights(tmp_path, straight, carrier):
     with Job(tmp_path / "run", f"weights.carrier={carrier}", "weights.bucket_bytes=196608", "train.steps=3") as job:
         assert job.end() == 0, job.output()

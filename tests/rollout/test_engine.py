@@ -15,10 +15,7 @@ LONG = {"max_new_tokens": 200, "sampling_seed": 1}
 
 def wait_for_tokens(engine: Engine) -> None:
     """Return when rows have been decoded for a few steps."""
-    counted = 0
-    while counted < 5:
-        batch = engine.batch
-        counted = 0 if batch is None else int(batch.columns.counts_B.max())
+    while engine.call(lambda: max(engine.batch.counts(), default=0) if engine.batch else 0).result() < 5:
         time.sleep(0.001)
 
 

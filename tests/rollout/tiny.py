@@ -17,10 +17,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from megatron_rl.parallel.graphs import Graphs
 from megatron_rl.rollout.engine import Batching, Engine
 from megatron_rl.rollout.model import ServedModel
 from megatron_rl.rollout.requests import Row, Work, parse_work
+from megatron_rl.rollout.static import StaticDecoder
 
+CPU = torch.device("cpu")
 VOCABULARY = 48
 FAMILIES = ("qwen3_moe", "llama")
 SIZES = {
@@ -67,9 +70,13 @@ def work_of(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, obje
 
 
 @contextmanager
-def running(folder: Path, batching: Batching = "request", max_rows: int = 512) -> Iterator[Engine]:
-    """Run an engine on the model."""
-    engine = Engine(ServedModel(str(folder), "float32", "0"), batching, max_rows)
+def running(
+    folder: Path, batching: Batching = "request", max_rows: int = 512, burst: int | None = None
+) -> Iterator[Engine]:
+    """Run an engine on the model; with a burst it decodes in slots, and looks after that many steps."""
+    model = ServedModel(str(folder), "float32", "0")
+    static = StaticDecoder(model.model, model.routes, Graphs(CPU), burst) if burst else None
+    engine = Engine(model, batching, max_rows, static=static)
     engine.start()
     try:
         yield engine

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
+from megatron_rl.parallel.share import Handle, Place, TensorPiece
 from megatron_rl.rollout.payload import read_tensors
 from megatron_rl.weights.disk import DiskCarrier
 from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, TensorHeader, checksum, checksums
@@ -60,7 +61,13 @@ class Recorder:
     async def set_version(self, version: str) -> None:
         await self._called(f"version {version}")
 
-    async def checksums(self) -> tuple[str, Mapping[str, str]]:
+    async def place(self) -> Place | None:
+        return None
+
+    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
+        await self._called("bucket")
+
+    async def checksums(self, algorithm: str = CHECKSUM) -> tuple[str, Mapping[str, str]]:
         await self._called("checksums")
         sums = {name: checksum(tensor) for name, tensor in self.tensors.items()}
         if self.algorithm == SHORT_CHECKSUM:  # as SGLang: some names are its own

@@ -1,0 +1,55 @@
+"""Experts of a decoding step for types that the grouped product of a GPU does not take: every token through every one.
+
+torch's grouped product has a kernel for bfloat16; of other types it reads the groups' sizes on the host, which a CUDA
+graph cannot. A decoding step reads all experts' weights anyway, so that a batched product over all of them costs little
+more while tokens are few.
+
+Legend: T tokens, E experts, K experts that a token takes, H hidden size, I width of an expert.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "every_expert"
+
+
+def every_expert(experts: Any, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return what transformers' implementations return, [T, H]."""
+    tokens, count = len(hidden_TH), experts.num_experts
+    shares_TE = torch.zeros(tokens, count, dtype=hidden_TH.dtype, device=hidden_TH.device)
+    shares_TE.scatter_(1, index_TK, weights_TK.to(hidden_TH.dtype))
+    both_ETI = torch.bmm(hidden_TH.expand(count, -1, -1), experts.gate_up_proj.transpose(1, 2))
+    outputs_ETH = torch.bmm(experts._apply_gate(both_ETI), experts.down_proj.transpose(1, 2))
+    return torch.einsum("te,eth->th", shares_TE, outputs_ETH)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
+
+
+def takes_every_expert(model: PreTrainedModel) -> bool:
+    """Return whether the model has experts, in a form that this knows: gated, no biases, matrices as [out, in]."""
+    found: list[Any] = [
+        module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate")
+    ]
+    return bool(found) and all(
+        module.has_gate and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+        for module in found
+    )
+
+
+@contextmanager
+def experts_by(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """Let experts be computed this way meanwhile; None: as they are."""
+    config = model.config.get_text_config()
+    before = config._experts_implementation
+    config._experts_implementation = name or before
+    try:
+        yield
+    finally:
+        config._experts_implementation = before

@@ -1,0 +1,254 @@
+"""Weights through shared memory against real servers, also when either side is killed in the middle."""
+
+import asyncio
+import dataclasses
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import aiohttp
+import pytest
+import torch
+
+from megatron_rl.parallel.share import CannotShare, MemoryHandle, Place, Shared, can_share, open_shared
+from megatron_rl.rollout.client import Client
+from megatron_rl.rollout.process import ServerProcess, embedded_server
+from megatron_rl.weights.ipc import IpcCarrier
+from megatron_rl.weights.protocol import PushReport, checksum
+from tests.rollout import tiny
+from tests.weights.test_distributed import healthy, weights
+
+CPU = torch.device("cpu")
+MARK = "megatron-rl-weights"
+pytestmark = pytest.mark.skipif(not can_share(), reason="no memfd and /proc here")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("qwen3_moe", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def server(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    process = embedded_server(str(model), tmp_path / "log", environment={"OMP_NUM_THREADS": "1"})
+    try:
+        process.start()
+        asyncio.run(healthy([process]))
+        yield process
+    finally:
+        process.stop()
+
+
+def shared_by(pid: int) -> list[str]:
+    """Return the shared buffers that a process or its children hold, mapped or as files."""
+    found: list[str] = []
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for number in (pid, *map(int, children)):
+        found += [line for line in Path(f"/proc/{number}/maps").read_text().splitlines() if MARK in line]
+        for entry in Path(f"/proc/{number}/fd").iterdir():
+            try:
+                found += [os.readlink(entry)] if MARK in os.readlink(entry) else []
+            except FileNotFoundError:  # the listing itself
+                continue
+    return found
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+async def pushed(servers: list[ServerProcess], carrier: IpcCarrier, version: int) -> PushReport:
+    clients = [Client(process.url) for process in servers]
+    report = await carrier.push(clients, weights(servers), version)
+    for client in clients:
+        await client.close()
+    return report
+
+
+@pytest.mark.parametrize("bucket_bytes", [100, 1 << 12, 1 << 24])
+def test_every_tensor_arrives_whatever_the_size_of_the_buffer(server: ServerProcess, bucket_bytes: int) -> None:
+    async def sums() -> tuple[str, dict[str, str], str]:
+        client = Client(server.url)
+        algorithm, found = await client.checksums()
+        version = await client.version()
+        await client.close()
+        return algorithm, dict(found), version
+
+    report = asyncio.run(pushed([server], IpcCarrier(bucket_bytes, CPU), 7))
+    assert not report.failed, report.failed
+    assert asyncio.run(sums()) == ("sha256", {name: checksum(tensor) for name, tensor in weights([server])}, "7")
+    assert shared_by(server.pid) == shared_by(os.getpid()) == []
+
+
+def test_the_sender_may_send_another_type_than_it_has(server: ServerProcess) -> None:
+    carrier = IpcCarrier(1 << 12, CPU)
+    carrier.dtype = torch.bfloat16
+    report = asyncio.run(pushed([server], carrier, 1))
+    assert "if it serves another dtype than the trainer's" in str(report.failed[server.url])
+
+
+def test_a_server_that_is_killed_leaves_nothing_behind(server: ServerProcess) -> None:
+    async def run() -> PushReport:
+        client = Client(server.url)
+        carrier = IpcCarrier(1 << 12, CPU)
+        push = await carrier.begin([client], 2)
+        for place, bucket in enumerate(carrier.buckets(weights([server]))):
+            if place == 1:
+                assert shared_by(server.pid)
+                os.kill(server.pid, signal.SIGKILL)
+            await push.send(bucket)
+        report = await push.finish()
+        await client.close()
+        return report
+
+    report = asyncio.run(run())
+    assert set(report.failed) == {server.url}
+    assert shared_by(os.getpid()) == []
+
+
+SENDER = """
+import asyncio, sys, time, torch
+from megatron_rl.rollout.client import Client
+from megatron_rl.weights.ipc import IpcCarrier
+
+async def main():
+    push = await IpcCarrier(1 << 12, torch.device("cpu")).begin([Client(sys.argv[1])], 2)
+    await push.send([("model.norm.weight", torch.ones(32))])
+    assert not push.failed, push.failed
+    print("sent", flush=True)
+    time.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_sender_that_is_killed_leaves_nothing_behind(server: ServerProcess) -> None:
+    before = set(os.listdir("/dev/shm"))
+    sender = subprocess.Popen([sys.executable, "-c", SENDER, server.url], stdout=subprocess.PIPE, text=True)
+    try:
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "sent\n"
+        assert shared_by(server.pid)
+        assert set(os.listdir("/dev/shm")) <= before  # it has no name anywhere
+        sender.kill()
+        sender.wait()
+        wait_until(lambda: not shared_by(server.pid))
+    finally:
+        sender.kill()
+        sender.wait()
+    # What it sent was never used, and the next sender is served.
+    assert not asyncio.run(pushed([server], IpcCarrier(1 << 12, CPU), 3)).failed
+
+
+class Elsewhere(Client):
+    """A client whose server says that it runs somewhere else."""
+
+    def __init__(self, url: str, place: Place | None) -> None:
+        super().__init__(url)
+        self._place = place
+
+    async def place(self) -> Place | None:
+        return self._place
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        (dataclasses.replace(Place.here(), boot="other"), "another machine"),
+        (dataclasses.replace(Place.here(), process_ids="other"), "another container"),
+        (dataclasses.replace(Place.here(), user=12345), "another user"),
+        (dataclasses.replace(Place.here(), boot=""), "needs Linux"),
+        (None, "only the embedded server"),
+    ],
+)
+def test_a_server_elsewhere_is_refused_in_words(place: Place | None, why: str) -> None:
+    report = asyncio.run(IpcCarrier(1 << 12, CPU).push([Elsewhere("http://10.0.0.7:1", place)], [], 1))
+    [error] = report.failed.values()
+    assert why in str(error)
+    assert "weights.carrier = ipc" in str(error)
+    assert "write tensor, disk, distributed or auto" in str(error)
+
+
+def test_the_memory_is_its_owners_alone_and_cannot_be_guessed() -> None:
+    shared = Shared(100, CPU)
+    handle = shared.handle()
+    assert isinstance(handle, MemoryHandle)
+    shared.memory_N.copy_(torch.arange(100))
+    assert torch.equal(open_shared(handle), shared.memory_N)
+    assert stat.S_IMODE(os.stat(f"/proc/{handle.pid}/fd/{handle.fd}").st_mode) == 0o600
+    theirs = open_shared(handle)
+    theirs[0] = 77  # a reader's copy
+    assert int(shared.memory_N[0]) == 0
+    with pytest.raises(CannotShare, match="another token"):
+        open_shared(dataclasses.replace(handle, token="00" * 32))
+    with pytest.raises(CannotShare, match="does not have 101 bytes"):
+        open_shared(dataclasses.replace(handle, num_bytes=101))
+    with pytest.raises(CannotShare, match="is not shared memory for weights"):
+        open_shared(dataclasses.replace(handle, fd=0))
+    with pytest.raises(CannotShare, match="processes of one user on one machine"):
+        open_shared(dataclasses.replace(handle, fd=10_000))
+    shared.close()
+    with pytest.raises(CannotShare):
+        open_shared(handle)
+
+
+async def answer_to(server: ServerProcess, piece: Mapping[str, object], begun: bool = True) -> str:
+    """Return what the server has against this piece of a shared buffer."""
+    shared = Shared(128, CPU)
+    await ask(server, "/begin_weight_update", {})
+    if not begun:
+        await ask(server, "/end_weight_update", {})
+    body = {"handle": dataclasses.asdict(shared.handle()), "pieces": [piece]}
+    return await ask(server, "/update_weights_from_handle", body)
+
+
+async def ask(server: ServerProcess, path: str, body: Mapping[str, object]) -> str:
+    async with aiohttp.ClientSession() as session, session.post(server.url + path, json=body) as response:
+        assert response.status in (200, 400)
+        return "" if response.status == 200 else (await response.json())["message"]
+
+
+GOOD = {"name": "model.norm.weight", "dtype": "float32", "shape": [32], "start": 0, "num_bytes": 128, "offset": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, ""),
+        ({"offset": 4}, "is not in the buffer"),
+        ({"offset": -1}, "is not in the buffer"),
+        ({"start": 4}, "does not follow byte 0"),
+        ({"num_bytes": -1}, "is not in the buffer"),
+        ({"shape": [-32]}, "model.norm.weight is float32"),
+        ({"dtype": "object"}, "send one of float64"),
+        ({"name": "nobody's"}, "unknown tensor"),
+        ({"more": 1}, "pieces.0.more"),
+    ],
+)
+def test_a_server_believes_nothing_that_a_sender_says(server_once: ServerProcess, change, why: str) -> None:
+    found = asyncio.run(answer_to(server_once, {**GOOD, **change}))
+    assert why in found
+    assert bool(found) == bool(why)
+
+
+@pytest.fixture(scope="module")
+def server_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    process = embedded_server(str(model), tmp_path_factory.mktemp("once") / "log")
+    try:
+        process.start()
+        asyncio.run(healthy([process]))
+        yield process
+    finally:
+        process.stop()
+
+
+def test_a_piece_without_an_update_is_refused(server_once: ServerProcess) -> None:
+    assert "begin_weight_update" in asyncio.run(answer_to(server_once, GOOD, begun=False))
