@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
@@ -58,7 +59,7 @@ def _sentence(
         place = _place(origins, tuple(dotted.split(".")))
         return f'no such {dotted}: "{context["tag"]}" ({place}); {_choose(str(context["tag"]), tags)}'
     if kind in ("value_error", "assertion_error"):
-        return f"{dotted or 'configuration'}: {_remedy(detail)} ({_place(origins, key)})"
+        return f"{dotted or 'configuration'}: {_remedy(detail)} ({_places_named(origins, key, detail['msg'])})"
     return f"wrong value for {dotted}: {_show(detail['input'])} ({_place(origins, key)}); {_remedy(detail)}"
 
 
@@ -73,6 +74,17 @@ def _place(origins: Places, key: Key) -> str:
         return origins[key]
     below = [place for other, place in origins.items() if other[: len(key)] == key]
     return ", ".join(dict.fromkeys(below)) or "default"
+
+
+def _places_named(origins: Places, key: Key, message: str) -> str:
+    """Return where the settings were set that a message about a table names; of all of them where it names none."""
+    named = {
+        other: place
+        for other, place in origins.items()
+        if other[: len(key)] == key
+        and re.search(rf"(?<![\w.]){re.escape('.'.join(other[len(key) :]))}(?![\w.])", message)
+    }
+    return _place(named or origins, key)
 
 
 def _missing(model: type[BaseModel], table: Mapping[str, object], key: Key) -> str:

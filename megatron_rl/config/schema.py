@@ -209,7 +209,7 @@ class Evaluate(Section):
     def _greedy_answers_are_all_the_same(self) -> "Evaluate":
         if self.samples > 1 and not self.temperature:
             raise ValueError(
-                f"samples = {self.samples} at temperature 0, which gives the same response every time; write samples"
+                f"samples = {self.samples} at temperature 0, which gives the same response each time; write samples"
                 " = 1, or a temperature above 0"
             )
         return self

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.cli import _parser
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch
 from megatron_rl.objectives import Objective
 from megatron_rl.policy.names.rules import Family
@@ -45,6 +47,18 @@ def test_links_lead_somewhere(page):
 def blocks(page: str) -> list[str]:
     """Return the Python code of a page."""
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "tasks.md"])
+def test_the_configs_of_a_page_have_only_settings_that_exist(page, tmp_path):
+    found = re.findall(r"```toml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert found
+    for text in found:
+        (tmp_path / "a.toml").write_text(text)
+        # The demo's model answers in 40 tokens; the pages are about longer ones.
+        load(
+            Run, [DOCS.parent / "configs" / "demo.toml", tmp_path / "a.toml"], ["rollout.sampling.max_new_tokens=2048"]
+        )
 
 
 def test_the_objective_of_the_guide_is_its_formula():
