@@ -46,6 +46,7 @@ FOLDER_HEAD = """# The run folder
 | `console.log` | the table of the console, with the time of day |
 | `mismatch.json` | the newest step's tokens on which engine and trainer agree least |
 | `nonfinite/` | where NaN or inf came up: the micro-batch and its weights, for `megatron-rl replay` |
+| `hang/` | empty, or, after a hang, `report.txt`: who did not come to which collective, and every rank's stack |
 | `servers/server_0.log` | what a rollout server says, if the run started it |
 | `checkpoints/step_00000060/` | weights, moments, generators, sampler: [checkpoints.md](checkpoints.md) |
 | `export/` | the trained model as a Hugging Face checkpoint; `checkpoint.export` |
