@@ -138,6 +138,11 @@ def _experts(layout: Layout, shape: Shape, said: Said, *, on_gloo: bool) -> Iter
             " silently wrong gradients (it sums them over the wrong ranks);"
             f" write expert_tensor = {layout.tensor}{other}"
         )
+    if shape.biased_experts and not on_gloo and layout.expert_tensor > 1:
+        yield (
+            f"{said('expert_tensor')}, and the model's experts have biases: transformer-engine's layers would add a"
+            " bias once on each of these ranks; write expert_tensor = 1, and an expert axis above 1"
+        )
     if on_gloo and layout.expert > 1 and layout.expert_tensor > 1:
         yield (
             f"{said('expert_tensor')} with {said('expert')}: the exchange needs all-gathers of uneven sizes, which gloo"
