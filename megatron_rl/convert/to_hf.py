@@ -15,11 +15,12 @@ from torch import Tensor
 
 from megatron_rl.convert.jobs import Job, Report, Staging, enough_room, run_jobs
 from megatron_rl.convert.manifest import Manifest, Record, Row, dtype_name, dtype_of, read_manifest, write_manifest
-from megatron_rl.errors import DataError
+from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.policy.dist_source import DistSource
-from megatron_rl.policy.folders import copy_companions
+from megatron_rl.policy.folders import QUANTISATION, copy_companions, write_hf_config
 from megatron_rl.policy.fp8 import SCALE_SUFFIX, quantised, scales_shape
 from megatron_rl.policy.hf_files import INDEX
+from megatron_rl.policy.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, Mxfp4
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.names.rules import Family, HFConfig
 from megatron_rl.policy.torch_dist import METADATA, is_torch_dist
@@ -80,6 +81,11 @@ def convert(source_folder: Path, target: Path, wanted: Wanted, threads: int, con
         raise DataError(f"{source_folder} holds no distributed checkpoint: there is no {METADATA}")
     hf = read_hf_config(source_folder)
     family = family_of(hf)
+    if family.stacks and (wanted.fp8 or wanted.apart):
+        raise ConfigError(
+            f"model_type {hf['model_type']!r} has the experts of a layer in one tensor only: they cannot be written "
+            "apart, nor in FP8, which is for single matrices; leave out --apart and --fp8"
+        )
     source = DistSource(source_folder, family)
     source.check(family)
     came = read_manifest(source_folder)
@@ -109,27 +115,37 @@ def _quantization(block: tuple[int, int] | None) -> HFConfig:
     if block is None:
         return {}
     settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
-    return {"quantization_config": settings}
+    return {QUANTISATION: settings}
 
 
 def _planned(source: DistSource, family: Family, came: Manifest | None, wanted: Wanted) -> list[Out]:
     """Return all tensors to write: those that the weights came as, or one for each name of the table."""
     if came is not None and came.conversion == "hf-to-megatron":
         block = came.fp8_block or FP8_BLOCK
-        joined = _joined_parts(family)
+        joined = family.joined_parts()
         outs = [out for row in came.tensors for out in _as_it_came(row, source, joined, wanted, block)]
         given = {part for out in outs for part in out.parts}
         if lost := [name for name in source.specs if name not in given and not name.endswith(SCALE_SUFFIX)]:
             raise DataError(f"the manifest in {source.folder} does not account for {lost[0]}; remove it to do without")
         return outs
-    plain = [
-        Out(name, "", spec.dtype, spec.shape, (name,))
-        for name, spec in source.specs.items()
-        if not name.endswith(SCALE_SUFFIX)
-    ]
     matrices = _matrices(family) if wanted.fp8 else frozenset()
-    quantised_or_not = [part for out in plain for part in _in_fp8(out, FP8_BLOCK if out.name in matrices else None)]
+    quantised_or_not = [
+        part for out in _plain(source, family) for part in _in_fp8(out, FP8_BLOCK if out.name in matrices else None)
+    ]
     return _in_files(quantised_or_not)
+
+
+def _plain(source: DistSource, family: Family) -> Iterator[Out]:
+    """Yield the tensors of the table; in place of the first of those that only come stacked, the stack."""
+    stacks = family.joined_parts(only=True)
+    firsts = {parts[0]: (stack, parts) for stack, parts in stacks.items()}
+    others = {part for parts in stacks.values() for part in parts[1:]}
+    for name, spec in source.specs.items():
+        if name in firsts:
+            stack, parts = firsts[name]
+            yield Out(stack, "", spec.dtype, (len(parts), *spec.shape), parts)
+        elif name not in others and not name.endswith(SCALE_SUFFIX):
+            yield Out(name, "", spec.dtype, spec.shape, (name,))
 
 
 def _as_it_came(
@@ -137,6 +153,10 @@ def _as_it_came(
 ) -> Iterator[Out]:
     if row.name.removesuffix(SCALE_SUFFIX) in source.specs and row.name.endswith(SCALE_SUFFIX):
         return  # it comes with its matrix, or not at all
+    if row.name.endswith(SCALES_SUFFIX) and row.name.removesuffix(SCALES_SUFFIX) in joined:
+        return
+    if row.name.endswith(BLOCKS_SUFFIX) and (stem := row.name.removesuffix(BLOCKS_SUFFIX)) in joined:
+        row = row.model_copy(update={"name": stem, "shape": Mxfp4().shape(row.shape)})  # written as it was read
     parts = joined.get(row.name, (row.name,))
     if unknown := [part for part in parts if part not in source.specs]:
         raise DataError(f"the manifest in {source.folder} names {unknown[0]}, which the checkpoint does not have")
@@ -158,19 +178,6 @@ def _in_fp8(out: Out, block: tuple[int, int] | None) -> Iterator[Out]:
     yield replace(out, dtype=torch.float8_e4m3fn, block=block)
     shape = scales_shape(out.shape, block)
     yield replace(out, name=out.name + SCALE_SUFFIX, dtype=torch.float32, shape=shape, block=block)
-
-
-def _joined_parts(family: Family) -> dict[str, tuple[str, ...]]:
-    """Return what each fused tensor consists of, in the order of its bytes."""
-    return {
-        joined.hf.format(layer=layer): tuple(
-            part.format(layer=layer, expert=expert)
-            for expert in range(family.num_experts if joined.is_stacked else 1)
-            for part in joined.parts
-        )
-        for joined in family.joined
-        for layer in range(family.num_layers)
-    }
 
 
 def _matrices(family: Family) -> frozenset[str]:
@@ -240,5 +247,5 @@ def _write_json_files(folder: Path, outs: Sequence[Out], hf: HFConfig) -> None:
         weight_map = {out.name: out.file for out in sorted(outs, key=lambda out: out.name)}
         index = {"metadata": {"total_size": sum(out.num_bytes for out in outs)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if "quantization_config" in hf:
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+    if QUANTISATION in hf:
+        write_hf_config(folder, hf)

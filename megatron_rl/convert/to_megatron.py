@@ -1,7 +1,6 @@
 """Hugging Face -> megatron-core: each layer becomes a file of whole Megatron tensors, which serve every layout."""
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,7 +54,7 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
     jobs = []
     for number, part in enumerate(parts):
-        size = sum(source.pieces[name].extent.num_bytes for name in part.hf_names())
+        size = sum(source.pieces[name].num_bytes for name in part.hf_names())
         file = f"__{number}_0.distcp"
         jobs.append(Job(file, size, partial(_convert_part, source, family, part, file)))
     staging = Staging(target, {"to": "megatron", "files": stamps})
@@ -63,13 +62,9 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     records = run_jobs(staging, jobs, threads, console)
     write_metadata(staging.folder, _joined(records))
     copy_companions(source_folder, staging.folder)
-    block = fp8_block(hf)
-    if block:
-        plain = {key: value for key, value in hf.items() if key != "quantization_config"}
-        (staging.folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     # In the order of the files, so that converting back can write them as they were.
     rows = sorted((row for record in records for row in record.rows), key=lambda row: _place_in_files(source, row))
-    manifest = write_manifest(staging.folder, hf, rows, "hf-to-megatron", fp8_block=block)
+    manifest = write_manifest(staging.folder, hf, rows, "hf-to-megatron", fp8_block=fp8_block(hf))
     staging.publish()
     return manifest
 

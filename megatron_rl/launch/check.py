@@ -59,8 +59,6 @@ def _print_sizes(console: Console, loaded: Loaded[Run], sizes: Sizes) -> None:
         console.print(suggestions_table(suggestions))
     elif sizes.memory_bytes is not None:
         console.print(f"no layout of {sizes.layout.ranks} ranks fits; ask for more, or for fewer tokens a row")
-    if not sizes.can_train:
-        console.print("note: this model's family can be planned, but not be trained at present", markup=False)
 
 
 def versions_table() -> Table:

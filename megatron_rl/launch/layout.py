@@ -91,6 +91,7 @@ def check_layout(loaded: Loaded[Run], layout: Layout, shape: Shape, *, on_gloo: 
         *_ranks(layout, said("ranks") if loaded.run.parallel.ranks == layout.ranks else f"{layout.ranks} ranks"),
         *_divisions(layout, shape, said),
         *_experts(layout, shape, said, on_gloo=on_gloo),
+        *_attention(layout, shape, said, on_gloo=on_gloo),
         *_pipeline(layout, shape, said),
         *_uneven(loaded, layout, shape),
     ]
@@ -138,10 +139,23 @@ def _experts(layout: Layout, shape: Shape, said: Said, *, on_gloo: bool) -> Iter
             " silently wrong gradients (it sums them over the wrong ranks);"
             f" write expert_tensor = {layout.tensor}{other}"
         )
+    if shape.biased_experts and not on_gloo and layout.expert_tensor > 1:
+        yield (
+            f"{said('expert_tensor')}, and the model's experts have biases: transformer-engine's layers would add a"
+            " bias once on each of these ranks; write expert_tensor = 1, and an expert axis above 1"
+        )
     if on_gloo and layout.expert > 1 and layout.expert_tensor > 1:
         yield (
             f"{said('expert_tensor')} with {said('expert')}: the exchange needs all-gathers of uneven sizes, which gloo"
             " (ranks without a GPU) cannot do; write expert_tensor = 1 or expert = 1"
+        )
+
+
+def _attention(layout: Layout, shape: Shape, said: Said, *, on_gloo: bool) -> Iterator[str]:
+    if shape.sinks and not on_gloo and layout.context > 1:
+        yield (
+            f"{said('context')}, and the model's attention has sinks: transformer-engine takes them only where it"
+            " exchanges heads (cp_comm_type a2a), which was not tried; write context = 1"
         )
 
 

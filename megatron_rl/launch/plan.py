@@ -14,7 +14,7 @@ from megatron_rl.launch.shape import Shape, shape_of
 from megatron_rl.launch.upstream import check_megatron_fields
 from megatron_rl.objectives.base import Clipped
 from megatron_rl.parallel.mesh import on_cuda
-from megatron_rl.policy.folders import has_weights, open_source
+from megatron_rl.policy.folders import QUANTISATION, has_weights, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.names.rules import HFConfig
 from megatron_rl.policy.torch_dist import is_torch_dist
@@ -77,7 +77,7 @@ def make_plan(
     shape = None
     try:
         hf = read_hf_config(Path(run.model.path))
-        problems += _tied(loaded, hf)
+        problems += [*_tied(loaded, hf), *_quantised(loaded, hf)]
         family = family_of(hf)
         shape = shape_of(family)
         if starts_here or has_weights(Path(run.model.path)):
@@ -233,6 +233,16 @@ def _tied(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
             f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) ties its output head to the"
             f" embedding, which SGLang does not for {hf['model_type']}: its head would hold no weights; write the"
             " embedding as lm_head.weight too, and tie_word_embeddings = false in config.json"
+        )
+
+
+def _quantised(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
+    rollout, settings = loaded.run.rollout, hf.get(QUANTISATION)
+    if rollout.engine != "embedded" and not rollout.urls and settings:
+        yield (
+            f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) is quantised"
+            f" ({settings.get('quant_method')}): {rollout.engine} would serve it so, and pushes are not; write it"
+            " without by tools/convert.py hf-to-megatron, then megatron-to-hf, and name that folder"
         )
 
 

@@ -7,11 +7,13 @@ from megatron_rl.policy.names.rules import Family
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; without experts the last two are 0.
+    """Sizes of a model; without experts what is said of them is 0 or false.
 
     Attributes:
         positions: tokens of the longest sequence.
         has_dense_layers: some layers have an ordinary feed-forward network.
+        biased_experts: experts have biases.
+        sinks: attention has a sink for each head.
     """
 
     layers: int
@@ -23,6 +25,8 @@ class Shape:
     has_dense_layers: bool
     experts: int = 0
     expert_ffn: int = 0
+    biased_experts: bool = False
+    sinks: bool = False
 
 
 def shape_of(family: Family) -> Shape:
@@ -41,4 +45,6 @@ def shape_of(family: Family) -> Shape:
         has_dense_layers=not family.num_experts or bool(family.dense_layers),
         experts=family.num_experts,
         expert_ffn=size("moe_ffn_hidden_size"),
+        biased_experts=family.num_experts > 0 and bool(family.fields.get("add_bias_linear")),
+        sinks=family.fields.get("softmax_type") == "learnable",
     )

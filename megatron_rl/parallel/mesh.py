@@ -37,6 +37,7 @@ class Mesh:
         context: ranks that share each sequence.
         data: ranks that hold the same shard of the dense weights and the same part of each sequence.
         expert_tensor, expert, expert_data: the same for the experts.
+        experts: ranks that together hold all experts of a layer once; those of ``expert_tensor`` follow each other.
     """
 
     world: World
@@ -47,6 +48,7 @@ class Mesh:
     expert_tensor: Group
     expert: Group
     expert_data: Group
+    experts: Group
 
     @property
     def is_last_stage(self) -> bool:

@@ -4,12 +4,15 @@ Legend: T tokens of this rank's part of a row, N heads, G key and value heads, D
 bucket, S their longest.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from megatron_rl.policy.paths import paths_for
@@ -26,9 +29,19 @@ class PackedAttention(nn.Module):
     context parallelism keys and values are gathered, so each rank attends from its zig-zag chunks to whole sequences.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0] + 1  # megatron counts those before a token
+        self.softmax_offset: nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            memory = torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            self.softmax_offset = nn.Parameter(memory)
         self.context_group = parallel_state.get_context_parallel_group()
 
     def forward(
@@ -49,12 +62,14 @@ class PackedAttention(nn.Module):
         if packed_seq_params.is_plain:
             query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
         shape = (len(query), 1, -1) if packed_seq_params.is_plain else (len(query), -1)
-        if self.context_group.size() == 1 and packed_seq_params.num_tokens and can_vary(query):
+        plain = self.window is None and self.softmax_offset is None
+        if plain and self.context_group.size() == 1 and packed_seq_params.num_tokens and can_vary(query):
             return varying(query, key, value, packed_seq_params, self.scale).reshape(shape)
         if self.context_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.context_group)
             value = gather_from_sequence_parallel_region(value, group=self.context_group)
-        return in_buckets(query, key, value, packed_seq_params, self.scale).reshape(shape)
+        kind = Kind(self.scale, self.window, self.softmax_offset)
+        return in_buckets(query, key, value, packed_seq_params, kind).reshape(shape)
 
 
 def can_vary(query: Tensor) -> bool:
@@ -89,37 +104,92 @@ def varying(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: fl
     return F.pad(attended[..., :width], (0, 0, 0, 0, 0, len(query) - tokens))
 
 
-def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None) -> Tensor:
+@dataclass(frozen=True)
+class Kind:
+    """What attention does besides.
+
+    Attributes:
+        scale: of the scores; None: one over the root of the head dimension.
+        window: how many tokens back a token sees, itself included; None: all.
+        sinks_N: a logit of each head that takes its share of the softmax and gives nothing; None: none.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    sinks_N: Tensor | None = None
+
+
+def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: Kind) -> Tensor:
     """Return what torch's scaled dot product gives on each bucket, [T, N, D]; zeros at padding positions."""
-    outputs = [_attend(query, key, value, bucket, scale) for bucket in row.buckets]
+    outputs = [_attend(query, key, value, bucket, kind) for bucket in row.buckets]
     nothing_1ND = query.new_zeros(1, query.shape[1], value.shape[-1])
     if not outputs:
         # An empty row must still run backward: every rank of a data- or expert-parallel group waits for it.
-        nothing_1ND = nothing_1ND + 0 * (query.sum() + key.sum() + value.sum())
+        sinks = 0 if kind.sinks_N is None else kind.sinks_N.sum()
+        nothing_1ND = nothing_1ND + 0 * (query.sum() + key.sum() + value.sum() + sinks)
     return torch.cat([*outputs, nothing_1ND])[row.output_index_T]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scale: float | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, kind: Kind) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
-    if grouped and not _takes_groups(query, bucket):
+    mask = seen(bucket, kind.window)
+    if grouped and not _takes_groups(query, mask):
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    query_BNSD = query[bucket.query_index_BS].transpose(1, 2)
+    key_BGSD, value_BGSD = (tensor[bucket.key_index_BS].transpose(1, 2) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if kind.scale is None else kind.scale
+    if kind.sinks_N is not None:
+        query_BNSD, key_BGSD, value_BGSD = with_sinks(query_BNSD, key_BGSD, value_BGSD, kind.sinks_N / scale)
+        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    skipped = 1 if kind.sinks_N is not None and mask is None else 0
     attended_BNSD = F.scaled_dot_product_attention(
-        query[bucket.query_index_BS].transpose(1, 2),
-        key[bucket.key_index_BS].transpose(1, 2),
-        value[bucket.key_index_BS].transpose(1, 2),
-        attn_mask=bucket.mask_B1SS,
-        is_causal=bucket.mask_B1SS is None,
+        # In plain causal order the sink, as the first key, needs a query of its own before the others.
+        F.pad(query_BNSD, (0, 0, skipped, 0)) if skipped else query_BNSD,
+        key_BGSD,
+        value_BGSD,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=grouped,
     )
-    return attended_BNSD.transpose(1, 2).flatten(0, 1)
+    return attended_BNSD[:, :, skipped:, : value.shape[-1]].transpose(1, 2).flatten(0, 1)
 
 
-def _takes_groups(query: Tensor, bucket: Bucket) -> bool:
+def seen(bucket: Bucket, window: int | None) -> Tensor | None:
+    """Return which keys each query sees, through a window if there is one; None: all before it, and itself."""
+    longest = bucket.key_index_BS.shape[1]
+    if window is None or longest <= window:
+        return bucket.mask_B1SS
+    place_S = torch.arange(longest, device=bucket.key_index_BS.device)
+    mask = place_S <= place_S[:, None] if bucket.mask_B1SS is None else bucket.mask_B1SS
+    return mask & (place_S > mask.sum(-1, keepdim=True) - 1 - window)
+
+
+def with_sinks(
+    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, logits_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put a key without value before the others, whose product with a query of head n is ``logits_N[n]``.
+
+    Heads that share keys are told apart by features of their own: head n's queries have a 1 where the key has its
+    logit. Values get as many zeros, because torch's kernels want heads of one width. Gradients are those of the
+    softmax with one more logit, by whatever kernel runs.
+    """
+    groups = key_BGSD.shape[1]
+    shared = len(logits_N) // groups
+    more = -(-shared // 8) * 8  # kernels on a GPU take multiples of 8
+    mine_ND = F.pad(torch.eye(shared, dtype=query_BNSD.dtype, device=query_BNSD.device), (0, more - shared))
+    mine_ND = mine_ND.repeat(groups, 1)
+    query = torch.cat([query_BNSD, mine_ND[None, :, None].expand(*query_BNSD.shape[:3], -1)], dim=-1)
+    own_GD = F.pad(logits_N.to(key_BGSD.dtype).view(groups, shared), (key_BGSD.shape[-1], more - shared))
+    own = own_GD[None, :, None].expand(len(key_BGSD), -1, -1, -1)
+    return query, torch.cat([own, F.pad(key_BGSD, (0, more))], dim=2), F.pad(value_BGSD, (0, more, 1, 0))
+
+
+def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
     """Return whether heads may share keys without falling back to a product that holds all scores.
 
     A CPU's kernel takes them; of a GPU's only the flash one surely does, which wants 16 bits and no mask.
     """
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cpu" or (half and bucket.mask_B1SS is None)
+    return query.device.type == "cpu" or (half and mask is None)

@@ -36,7 +36,7 @@ class Place:
 
 def place_of(name: Name, layer: int, expert: int, family: Family) -> Place:
     """Return where a tensor of the table is saved: layers apart, the experts of a layer stacked."""
-    shape = (sum(part[0] for part in name.shapes), *name.shapes[0][1:])
+    shape = name.whole_shape
     key = saved_name(name, layer, family)
     if not name.is_expert:
         return Place(key, shape, (0,) * len(shape), shape, shape)

@@ -62,7 +62,7 @@ class Policy:
         self.family = family_of(read_hf_config(Path(run.model.path)))
         self.mesh = build_mesh(run, world)
         self.chunks = build_chunks(run, self.family, self.mesh)
-        mark_shards(shards_of(self.chunks, self.family, self.mesh))
+        mark_shards(shards_of(self.chunks, self.family, self.mesh), self.mesh)
         load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
         self.balancing = LoadBalancing(self.chunks)
         self.replay = Replay(run.rollout.routing_replay, self.chunks, self.family, self.mesh)

@@ -30,13 +30,15 @@ ALIGNMENT_BYTES = 16
 
 
 class _Matrix(nn.Module):
-    """One matrix of one expert, in memory that is given."""
+    """One matrix of one expert, and its bias if it has one, in memory that is given."""
 
-    def __init__(self, memory: Tensor, config: TransformerConfig) -> None:
+    def __init__(self, memory: Tensor, bias: Tensor, config: TransformerConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(memory)
-        # As megatron's own layers do: which of the data-parallel groups adds up the gradient.
-        setattr(self.weight, "allreduce", config.expert_model_parallel_size == 1)  # noqa: B010 (not of Parameter)
+        self.bias = nn.Parameter(bias) if config.add_bias_linear else None
+        for parameter in self.parameters():
+            # As megatron's own layers do: which of the data-parallel groups adds up the gradient.
+            setattr(parameter, "allreduce", config.expert_model_parallel_size == 1)  # noqa: B010 (not of Parameter)
 
 
 class _Expert(nn.Module):
@@ -85,7 +87,8 @@ class Matrices:
 class GroupedExperts(MegatronModule):
     """The experts of one rank: gate and up matrix (``linear_fc1``) and down matrix (``linear_fc2``) of each.
 
-    No exchange happens inside: the dispatcher gathers tokens over expert-tensor ranks before, and sums after.
+    No exchange happens inside: the dispatcher gathers tokens over expert-tensor ranks before, and sums after. The bias
+    of a down matrix, which each of these ranks has, therefore counts on the first one only.
     """
 
     def __init__(
@@ -99,27 +102,54 @@ class GroupedExperts(MegatronModule):
         assert pg_collection is not None, "megatron's layer gives its groups"
         assert config.moe_ffn_hidden_size is not None, "megatron's configuration sets it"
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        biases = (2 * width, hidden) if config.add_bias_linear else (0, 0)
+        sizes = (2 * width * hidden, biases[0], width * hidden, biases[1])
         memory = torch.empty(
-            num_local_experts, 3 * width * hidden, dtype=config.params_dtype, device=torch.cuda.current_device()
+            num_local_experts, sum(sizes), dtype=config.params_dtype, device=torch.cuda.current_device()
         )
-        halves = memory.split((2 * width * hidden, width * hidden), dim=1)
-        fc1 = [_Matrix(row.view(2 * width, hidden), config) for row in halves[0]]
-        fc2 = [_Matrix(row.view(hidden, width), config) for row in halves[1]]
+        parts = [row.split(sizes) for row in memory]
+        fc1 = [_Matrix(weight.view(2 * width, hidden), bias, config) for weight, bias, _, _ in parts]
+        fc2 = [_Matrix(weight.view(hidden, width), bias, config) for _, _, weight, bias in parts]
+        self.adds_bias = pg_collection.expt_tp.rank() == 0
         self.local_experts = nn.Module()
         for number in reversed(range(num_local_experts)):
             self.local_experts.add_module(str(number), _Expert(fc1[number], fc2[number]))
         self.matrices = tuple(Matrices([matrix.weight for matrix in side]) for side in (fc1, fc2))
+        self.biases = tuple([matrix.bias for matrix in side if matrix.bias is not None] for side in (fc1, fc2))
 
     def forward(self, tokens_TH: Tensor, counts_E: Tensor, probs_T: Tensor) -> tuple[Tensor, None]:
         """Return each expert's output for its tokens, times the router's weight, and no bias: megatron's signature."""
         ends_E = counts_E.cumsum(0).to(device=tokens_TH.device, dtype=torch.int32, non_blocking=True)
         inner = grouped_linear(tokens_TH, ends_E, self.matrices[0])
+        if self.config.add_bias_linear:
+            inner = inner + of_each_token(self.biases[0], counts_E, len(inner))
         if self.config.bias_activation_fusion:
             gated_TF = weighted_bias_swiglu_impl(inner, None, probs_T[:, None])
         else:
-            gate_TF, up_TF = inner.chunk(2, -1)
-            gated_TF = (F.silu(gate_TF) * up_TF * probs_T[:, None]).to(inner.dtype)
-        return grouped_linear(gated_TF, ends_E, self.matrices[1]), None
+            gated_TF = (gated(inner, self.config) * probs_T[:, None]).to(inner.dtype)
+        out_TH = grouped_linear(gated_TF, ends_E, self.matrices[1])
+        if self.config.add_bias_linear:
+            bias_TH = of_each_token(self.biases[1], counts_E, len(out_TH))
+            # Elsewhere it counts nothing, but has the same gradient: every rank keeps the same bias.
+            bias_TH = bias_TH if self.adds_bias else bias_TH - bias_TH.detach()
+            out_TH = out_TH + (bias_TH * probs_T[:, None]).to(out_TH.dtype)
+        return out_TH, None
+
+
+def of_each_token(biases: Sequence[Tensor], counts_E: Tensor, total: int) -> Tensor:
+    """Return the bias of the expert of each of ``total`` tokens, [T, O]."""
+    biases_EO = torch.stack(tuple(biases))
+    return biases_EO.repeat_interleave(counts_E.to(biases_EO.device), dim=0, output_size=total)
+
+
+def gated(inner: Tensor, config: TransformerConfig) -> Tensor:
+    """Return the gate's activation times the other half, [T, F], from both halves side by side, [T, 2 F]."""
+    gate_TF, up_TF = inner.chunk(2, -1)
+    if (limit := config.activation_func_clamp_value) is not None:
+        gate_TF, up_TF = gate_TF.clamp(max=limit), up_TF.clamp(-limit, limit)
+    if config.glu_linear_offset:
+        up_TF = up_TF + config.glu_linear_offset
+    return config.activation_func(gate_TF) * up_TF
 
 
 def skip_second_sort(model: nn.Module) -> None:
@@ -136,10 +166,10 @@ def skip_second_sort(model: nn.Module) -> None:
 
 def can_group(config: TransformerConfig) -> bool:
     """Return whether experts of this kind are served here; others run in megatron's loop."""
-    gated = config.gated_linear_unit and config.activation_func is F.silu
-    plain = not config.add_bias_linear and config.activation_func_clamp_value is None and not config.glu_linear_offset
-    return (
-        gated and plain and not (config.fp8 or config.fp4 or config.moe_latent_size or config.moe_apply_probs_on_input)
+    if config.bias_activation_fusion and (config.add_bias_linear or config.activation_func is not F.silu):
+        return False
+    return config.gated_linear_unit and not (
+        config.fp8 or config.fp4 or config.moe_latent_size or config.moe_apply_probs_on_input
     )
 
 

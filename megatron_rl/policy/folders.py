@@ -1,12 +1,13 @@
 """Checkpoint folders: which kind one holds, and the small files that go from one to the next."""
 
+import json
 import shutil
 from pathlib import Path
 
 from megatron_rl.policy.dist_source import DistSource
 from megatron_rl.policy.hf_files import INDEX, HFSource
 from megatron_rl.policy.names import read_hf_config
-from megatron_rl.policy.names.rules import Family
+from megatron_rl.policy.names.rules import Family, HFConfig
 from megatron_rl.policy.piece_folder import INDEX as PIECES
 from megatron_rl.policy.piece_folder import META, SAMPLER, PieceSource
 from megatron_rl.policy.sources import Source
@@ -15,15 +16,23 @@ from megatron_rl.policy.torch_dist import FORMAT, is_torch_dist
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 """Config, tokenizer, generation config and chat template go along as they are."""
 MANIFEST = "manifest.json"
+CONFIG, QUANTISATION = "config.json", "quantization_config"
 _OF_THE_WEIGHTS = (INDEX, FORMAT, MANIFEST, PIECES, META, SAMPLER)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model besides its weights."""
+    """Copy what belongs to a model besides its weights; these will not be quantised, whatever the source's are."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file() and path.name not in _OF_THE_WEIGHTS:
                 shutil.copyfile(path, target / path.name)
+    if (target / CONFIG).is_file() and QUANTISATION in (hf := read_hf_config(target)):
+        write_hf_config(target, {key: value for key, value in hf.items() if key != QUANTISATION})
+
+
+def write_hf_config(folder: Path, hf: HFConfig) -> None:
+    """Write ``config.json``."""
+    (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
 def holds_hf_files(folder: Path) -> bool:

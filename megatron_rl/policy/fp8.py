@@ -4,6 +4,8 @@ Block (i, j) of ``X.weight`` is ``float8_e4m3fn`` values times ``X.weight_scale_
 lower and right edge may be smaller.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,24 @@ def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor
     """Return the scale of each element."""
     rows = scales.float().repeat_interleave(block[0], dim=0)[: shape[0]]
     return rows.repeat_interleave(block[1], dim=1)[:, : shape[1]]
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """How such a matrix is read: see ``hf_files.Coding``."""
+
+    block: tuple[int, int]
+    scales_suffix: str = SCALE_SUFFIX
+    keeps_scales: bool = True
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the matrix, which is that of its values."""
+        return stored
+
+    def scales_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape that the scales must have; None: this is no matrix."""
+        return scales_shape(stored, self.block) if len(stored) == 2 else None
+
+    def decoded(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Return the matrix in bfloat16."""
+        return dequantised(values, scales, self.block)

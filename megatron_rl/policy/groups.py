@@ -32,6 +32,7 @@ def build_mesh(run: Run, world: World) -> Mesh:
         expert_tensor=parallel_state.get_expert_tensor_parallel_group(),
         expert=parallel_state.get_expert_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
+        experts=parallel_state.get_expert_tensor_and_model_parallel_group(),
     )
 
 

@@ -1,19 +1,21 @@
 """A Hugging Face checkpoint folder as a ``Source``: safetensors files, with or without an index.
 
-Experts may be apart or fused in one tensor a layer, and matrices may be FP8 with a scale for each block: names, shapes
-and values come out as the family's table has them.
+Experts may be apart or fused in one tensor a layer, matrices may be FP8 or MXFP4 with a scale for each block: names,
+shapes and values come out as the family's table has them.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.errors import DataError
-from megatron_rl.policy.fp8 import SCALE_SUFFIX, dequantised, scales_shape
+from megatron_rl.policy.fp8 import Fp8
+from megatron_rl.policy.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, Mxfp4
 from megatron_rl.policy.names.rules import Family, HFConfig, Joined
 from megatron_rl.policy.safetensor_files import Extent, read_header
 from megatron_rl.policy.sources import Source, Spec
@@ -21,23 +23,63 @@ from megatron_rl.policy.sources import Source, Spec
 INDEX = "model.safetensors.index.json"
 
 
+class Coding(Protocol):
+    """How quantised tensors become bfloat16."""
+
+    @property
+    def scales_suffix(self) -> str:
+        """What follows a tensor's name in that of its scales."""
+        ...
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether the scales are also tensors by themselves, which go along to other checkpoints."""
+        ...
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tensor's shape from that of its values in the file."""
+        ...
+
+    def scales_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape that its scales must have; None: the values themselves have a wrong one."""
+        ...
+
+    def decoded(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Return the tensor."""
+        ...
+
+
 @dataclass(frozen=True)
 class Piece:
     """Where a tensor's bytes are, and the scales of its blocks if it is quantised.
 
     Attributes:
-        of: the tensor of the file that it is, or is a part of.
+        of: the tensor of the file that it is, or is a part of; and that of its scales.
     """
 
     of: str
     extent: Extent
+    scales_of: str = ""
     scales: Extent | None = None
-    block: tuple[int, int] = (0, 0)
+    coding: Coding | None = None
 
     @property
     def spec(self) -> Spec:
         """Shape and dtype once it is read."""
-        return Spec(self.extent.shape, torch.bfloat16 if self.scales else self.extent.dtype)
+        if self.coding is None:
+            return Spec(self.extent.shape, self.extent.dtype)
+        return Spec(self.coding.shape(self.extent.shape), torch.bfloat16)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file that belong to it alone."""
+        own = self.scales if self.coding and not self.coding.keeps_scales else None
+        return self.extent.num_bytes + (own.num_bytes if own else 0)
+
+    def item(self, index: int) -> "Piece":
+        """Return one slice along the first dimension, without that dimension."""
+        scales = self.scales.item(index) if self.scales else None
+        return replace(self, extent=self.extent.item(index), scales=scales)
 
 
 class HFSource(Source):
@@ -67,9 +109,12 @@ class HFSource(Source):
         piece = self.pieces[name]
         values = piece.extent.read()
         self.watch(piece.of, values)
-        if piece.scales is None:
+        if piece.scales is None or piece.coding is None:
             return values
-        return dequantised(values, piece.scales.read(), piece.block)
+        scales = piece.scales.read()
+        if not piece.coding.keeps_scales:
+            self.watch(piece.scales_of, scales)
+        return piece.coding.decoded(values, scales)
 
 
 def _ignore(name: str, values: Tensor) -> None:
@@ -120,25 +165,35 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _whole_pieces(files: Mapping[str, Extent], hf: HFConfig) -> dict[str, Piece]:
     """Return the tensors with their scales, if config.json says that they have some."""
-    block = fp8_block(hf)
-    if block is None:
-        return {name: Piece(name, extent) for name, extent in files.items()}
-    pieces = {}
+    method, block = quantisation(hf), fp8_block(hf)
+    pieces: dict[str, Piece] = {}
     for name, extent in files.items():
-        if extent.dtype is not torch.float8_e4m3fn:
+        if block is not None and extent.dtype is torch.float8_e4m3fn:
+            pieces[name] = _coded(files, name, name, Fp8(block))
+        elif method == "mxfp4" and name.endswith(BLOCKS_SUFFIX):
+            stem = name.removesuffix(BLOCKS_SUFFIX)
+            if stem in files:
+                raise DataError(f"tensor {stem} is in the checkpoint, and again as {name}")
+            pieces[stem] = _coded(files, name, stem, Mxfp4())
+        elif method != "mxfp4" or not name.endswith(SCALES_SUFFIX):
             pieces[name] = Piece(name, extent)
-            continue
-        scales = files.get(name + SCALE_SUFFIX)
-        expected = scales_shape(extent.shape, block) if len(extent.shape) == 2 else None
-        if scales is None or scales.shape != expected:
-            found = None if scales is None else list(scales.shape)
-            raise DataError(f"{name} {list(extent.shape)} is FP8; its {name + SCALE_SUFFIX} is {found}, not {expected}")
-        pieces[name] = Piece(name, extent, scales, block)
     return pieces
 
 
-def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
-    """Return the size of an FP8 block, (rows, columns); None if the checkpoint is not quantised.
+def _coded(files: Mapping[str, Extent], name: str, stem: str, coding: Coding) -> Piece:
+    """Return a quantised tensor, whose scales must be there and fit."""
+    extent, scales = files[name], files.get(stem + coding.scales_suffix)
+    expected = coding.scales_shape(extent.shape)
+    if scales is None or scales.shape != expected:
+        found = None if scales is None else list(scales.shape)
+        raise DataError(
+            f"{name} {list(extent.shape)} is quantised; its {stem + coding.scales_suffix} is {found}, not {expected}"
+        )
+    return Piece(name, extent, stem + coding.scales_suffix, scales, coding)
+
+
+def quantisation(hf: HFConfig) -> str | None:
+    """Return ``fp8`` or ``mxfp4``, or None if the checkpoint is not quantised.
 
     Raises:
         DataError: another quantisation.
@@ -146,13 +201,27 @@ def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
     settings = hf.get("quantization_config")
     if not settings:
         return None
-    block = settings.get("weight_block_size")
-    if settings.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+    method, block = settings.get("quant_method"), settings.get("weight_block_size")
+    if method == "mxfp4":
+        return method
+    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
         raise DataError(
-            f"quantization_config {settings.get('quant_method')!r} with weight_block_size {block!r} of config.json "
-            "cannot be read; fp8 with two block sizes can, and checkpoints that are not quantised"
+            f"quantization_config {method!r} with weight_block_size {block!r} of config.json cannot be read; fp8 with "
+            "two block sizes and mxfp4 can, and checkpoints that are not quantised"
         )
-    return int(block[0]), int(block[1])
+    return "fp8"
+
+
+def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
+    """Return the size of an FP8 block, (rows, columns); None if the checkpoint is not in FP8.
+
+    Raises:
+        DataError: a quantisation that is not known.
+    """
+    if quantisation(hf) != "fp8":
+        return None
+    rows, columns = hf["quantization_config"]["weight_block_size"]
+    return int(rows), int(columns)
 
 
 def _take_apart(pieces: dict[str, Piece], joined: Joined, family: Family) -> None:
@@ -164,18 +233,18 @@ def _take_apart(pieces: dict[str, Piece], joined: Joined, family: Family) -> Non
         if name not in pieces:
             continue
         piece = pieces.pop(name)
-        if piece.scales:
+        if isinstance(piece.coding, Fp8):
             raise DataError(f"{name} is FP8 and holds several matrices; FP8 is read of single matrices only")
-        whole = piece.extent
         expected = (sum(heights), *shapes[joined.parts[0]][1:])
         expected = (experts, *expected) if joined.is_stacked else expected
-        if whole.shape != expected:
-            raise DataError(f"misshapen: {name} is {list(whole.shape)}, expected {list(expected)}")
+        if piece.spec.shape != expected:
+            raise DataError(f"misshapen: {name} is {list(piece.spec.shape)}, expected {list(expected)}")
         for expert in range(experts if joined.is_stacked else 1):
-            matrix, row = whole.item(expert) if joined.is_stacked else whole, 0
+            matrix, row = piece.item(expert) if joined.is_stacked else piece, 0
             for part, height in zip(joined.parts, heights, strict=True):
                 own = part.format(layer=layer, expert=expert)
                 if own in pieces:
                     raise DataError(f"tensor {own} is in the checkpoint, and again as a part of {name}")
-                pieces[own] = Piece(name, matrix.rows(row, height))
+                alone = len(joined.parts) == 1
+                pieces[own] = matrix if alone else replace(matrix, extent=matrix.extent.rows(row, height))
                 row += height

@@ -20,10 +20,27 @@ from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.policy.experts import skip_second_sort
 from megatron_rl.policy.layers import block_spec
 from megatron_rl.policy.names.rules import Family
-from megatron_rl.policy.paths import Paths, fusions, paths_for
+from megatron_rl.policy.paths import PLAIN_VARIABLE, Paths, fusions, paths_for
 from megatron_rl.policy.rows import PackedRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclasses.dataclass
+class YarnConfig(TransformerConfig):
+    """With the settings of a YaRN rotary embedding, which GPTModel and its attention read and TransformerConfig lacks.
+
+    See megatron-core's YarnRotaryEmbedding for their meaning.
+    """
+
+    position_embedding_type: str = "yarn"
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    yarn_correction_range_round_to_int: bool = True
 
 
 class PolicyModel(GPTModel):
@@ -49,6 +66,7 @@ class PolicyModel(GPTModel):
         if packed_seq_params.is_plain:
             # One rotation for the whole row; megatron's for packed rows takes the sequences one by one, in each layer.
             angles = self.rotary_pos_emb.get_emb(packed_seq_params.max_seqlen_q)
+            angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN's come with a factor
             prepared = (prepared[0], angles[position_ids[0]], *prepared[2:])
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # megatron-core shares the mask over tensor ranks on the first stage only; later stages need it too.
@@ -92,7 +110,8 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
     """
     dtype, parallel = DTYPES[run.model.dtype], run.parallel
     on_cuda = mesh.world.device.type == "cuda"
-    kind = MLATransformerConfig if family.has_latent_attention else TransformerConfig
+    kind = YarnConfig if "yarn_rotary_scaling_factor" in family.fields else TransformerConfig
+    kind = MLATransformerConfig if family.has_latent_attention else kind
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(run.model.megatron) - known):
         raise ConfigError(f"model.megatron has fields that TransformerConfig does not know: {', '.join(unknown)}")
@@ -118,10 +137,32 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         "moe_enable_routing_replay": run.rollout.routing_replay != "none",
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "deterministic_mode": on_cuda and torch.are_deterministic_algorithms_enabled(),
-        **fusions(paths_of(run, mesh), family.has_latent_attention),
+        **fusions(paths_of(run, mesh), family.fields),
         **RECOMPUTE[run.model.recompute],
     }
-    return kind(**{**fields, **run.model.megatron})
+    return _built(kind, {**fields, **run.model.megatron}, paths_of(run, mesh))
+
+
+def _built(kind: type[TransformerConfig], fields: dict[str, object], paths: Paths) -> TransformerConfig:
+    """Return the configuration, also of biased experts that several ranks share, which megatron-core refuses.
+
+    Raises:
+        ConfigError: such experts, but not in the layers here that are right for them.
+    """
+    ranks = fields["expert_tensor_parallel_size"]
+    if not fields["add_bias_linear"] or (paths.engine and ranks == 1):
+        return kind(**fields)
+    if not paths.grouped:
+        raise ConfigError(
+            f"parallel.expert_tensor is {ranks}, and the model's experts have biases: transformer-engine's layers "
+            "would add a bias once on each of these ranks; write expert_tensor = 1, and an expert axis above 1"
+            if paths.engine
+            else "the model's experts have biases, which megatron-core's loop over experts cannot train; leave experts "
+            f"out of {PLAIN_VARIABLE}"
+        )
+    config = kind(**{**fields, "expert_tensor_parallel_size": 1})
+    config.expert_tensor_parallel_size = ranks
+    return config
 
 
 RECOMPUTE: Mapping[str, Mapping[str, object]] = {

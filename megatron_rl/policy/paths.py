@@ -94,14 +94,21 @@ def paths_in_words(paths: Paths, device_type: str) -> Mapping[str, str]:
     }
 
 
-def fusions(paths: Paths, is_latent: bool) -> dict[str, object]:
-    """Return megatron-core's switches of fused kernels: all are off by default, also where transformer-engine is."""
+def fusions(paths: Paths, fields: Mapping[str, object]) -> dict[str, object]:
+    """Return megatron-core's switches of fused kernels: all are off by default, also where transformer-engine is.
+
+    Args:
+        paths: what serves here.
+        fields: of the model's family. What megatron-core does not fuse for it stays apart.
+    """
+    plain_rope = not fields.get("multi_latent_attention") and "yarn_rotary_scaling_factor" not in fields
+    biased = bool(fields.get("add_bias_linear"))
     return {
-        "bias_activation_fusion": paths.fused,
-        "bias_dropout_fusion": paths.fused,
+        "bias_activation_fusion": paths.fused and not biased,
+        "bias_dropout_fusion": paths.fused and not biased,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "apply_rope_fusion": paths.engine and not is_latent,
+        "apply_rope_fusion": paths.engine and plain_rope,
         "moe_grouped_gemm": paths.engine,
         "moe_permute_fusion": paths.engine,
         "gradient_accumulation_fusion": paths.accumulates,

@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ class Shard:
     expert: int
     parameter: Tensor
     is_trained: bool = True
+    stack: str = ""
+    """The tensor of a checkpoint that holds this one and those of the layer's other experts; empty: it has its own."""
 
     @property
     def full_name(self) -> str:
@@ -44,6 +47,10 @@ class Shard:
     def group(self, mesh: Mesh) -> Group:
         """The ranks that hold the other shards of the same tensor."""
         return mesh.expert_tensor if self.name.is_expert else mesh.tensor
+
+    def whole_group(self, mesh: Mesh) -> Group:
+        """The ranks that hold shards of the same tensor of a checkpoint."""
+        return mesh.experts if self.stack else self.group(mesh)
 
     def is_first_copy(self, mesh: Mesh) -> bool:
         """True on the ranks that hold the first data-parallel copy of this tensor's shards."""
@@ -62,7 +69,7 @@ class Shard:
 
     def speaker(self, mesh: Mesh) -> int:
         """The global rank that gathers this tensor's shards and hands them on."""
-        group = self.group(mesh)
+        group = self.whole_group(mesh)
         return mesh.world.rank if group is None else dist.get_global_rank(group, 0)
 
 
@@ -95,7 +102,9 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
                 canonical = canonical.replace(match[0], "local_experts.{expert}.", 1)
             if canonical not in entries:
                 raise DataError(f"the model's parameter {own_name} has no entry in the table of names ({canonical})")
-            shards.append(Shard(entries[canonical], layer, expert, parameter, own_name in trained))
+            name = entries[canonical]
+            stack = family.stacks.get(name.hf[0], "").format(layer=layer)
+            shards.append(Shard(name, layer, expert, parameter, own_name in trained, stack))
     return shards
 
 
@@ -108,15 +117,22 @@ def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> li
     return [Shard(embedding, 0, 0, chunk.output_layer.weight) for chunk in heads]
 
 
-def mark_shards(shards: Sequence[Shard]) -> None:
+def mark_shards(shards: Sequence[Shard], mesh: Mesh) -> None:
     """Tell megatron which parameters are cut over tensor-parallel ranks.
 
     Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves
     its shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
+
+    What each rank of an expert has whole (a bias) counts on the first of them, whichever of the dense weights' tensor
+    ranks that is; nor is its gradient a part of a sum over those, as megatron's own layer says.
     """
     for shard in shards:
         dim = shard.name.layout.dim
-        marks = {"tensor_model_parallel": dim is not None, "partition_dim": -1 if dim is None else dim}
+        counts = dim is not None
+        if shard.name.is_expert:
+            counts = counts or group_rank(mesh.expert_tensor) == 0
+            setattr(shard.parameter, "sequence_parallel", False)  # noqa: B010 (no attribute of Tensor)
+        marks = {"tensor_model_parallel": counts, "partition_dim": -1 if dim is None else dim}
         for mark, value in {**marks, "partition_stride": 1}.items():
             setattr(shard.parameter, mark, value)
 
@@ -150,8 +166,9 @@ class Export:
     """The model under Hugging Face names, tensor by tensor.
 
     ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
-    be larger, it is never cut. ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating
-    and ``own`` are collective: every rank must exhaust the same one of them.
+    be larger, it is never cut. Where the experts of a layer are one tensor, that one comes on top, in host memory.
+    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``own`` are collective: every
+    rank must exhaust the same one of them.
     """
 
     shards: Sequence[Shard]
@@ -172,25 +189,29 @@ class Export:
             for merged in self._merged(owner):
                 if owner == 0:
                     yield from merged
-                else:
-                    _send(dict(merged), mesh)
+                    continue
+                for message in _messages(merged, self.bucket_bytes // PARTS):
+                    _send(message, mesh, self.bucket_bytes // PARTS)
+                    message.clear()
             if mesh.world.rank == owner != 0:
-                _send({}, mesh)
+                _send({}, mesh, 0)
             elif mesh.world.rank == 0 != owner:
-                yield from _receive(owner, mesh)
+                yield from _receive(owner, mesh, self.bucket_bytes // PARTS)
 
     @torch.no_grad()
     def _merged(self, owner: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
         """Yield the owner's tensors, bucket by bucket, to the owner itself; the ranks that share them take part."""
         mine = [shard for shard in self.shards if shard.is_first_copy(self.mesh) and shard.speaker(self.mesh) == owner]
         # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
-        dense, experts = ([s for s in mine if s.name.is_expert == expert] for expert in (False, True))
-        for part in (dense, experts):
-            share = self.bucket_bytes // PARTS // group_size(part[0].group(self.mesh)) if part else 0
+        stacked = sorted((s for s in mine if s.stack), key=attrgetter("stack"))  # one after the other
+        dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == own] for own in (False, True))
+        for part in (dense, experts, stacked):
+            group = part[0].whole_group(self.mesh) if part else None
+            share, stacks = self.bucket_bytes // PARTS // group_size(group), Stacks(self.mesh)
             for bucket in _buckets(part, share):
-                gathered = _gather(bucket, self.mesh, self.pick)
+                gathered = _gather(bucket, group, self.pick)
                 if self.mesh.world.rank == owner:
-                    yield _merge(bucket, gathered)
+                    yield stacks.merge(bucket, gathered) if part is stacked else _merge(bucket, gathered)
                 del gathered  # before the next one comes
 
 
@@ -209,38 +230,82 @@ def _buckets(shards: Sequence[Shard], bucket_bytes: int) -> Iterator[list[Shard]
         yield bucket
 
 
-def _gather(bucket: Sequence[Shard], mesh: Mesh, pick: Callable[[Tensor], Tensor]) -> Tensor:
+def _gather(bucket: Sequence[Shard], group: Group, pick: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the shards of all ranks of the bucket's group, [ranks, elements], by one collective."""
-    group = bucket[0].group(mesh)
     if group_size(group) > 1:
         return gather_over(group, torch.cat([pick(shard.parameter).flatten() for shard in bucket]))
     return torch.cat([pick(shard.parameter).flatten() for shard in bucket])[None]
 
 
-def _merge(bucket: Sequence[Shard], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a bucket's shards make: copies, so that the bucket can go."""
+def _pieces(bucket: Sequence[Shard], gathered: Tensor) -> Iterator[tuple[Shard, list[Tensor]]]:
+    """Yield each shard of a bucket with those that the ranks have in its place, in rank order."""
     offset = 0
     for shard in bucket:
         count = shard.parameter.numel()
-        pieces = [rank_flat[offset : offset + count].view(shard.parameter.shape) for rank_flat in gathered]
+        yield shard, [rank_flat[offset : offset + count].view(shard.parameter.shape) for rank_flat in gathered]
+        offset += count
+
+
+def _merge(bucket: Sequence[Shard], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a bucket's shards make: copies, so that the bucket can go."""
+    for shard, pieces in _pieces(bucket, gathered):
         for name, part in zip(shard.hf_names, shard.name.layout.merge(pieces), strict=True):
             whole = part.contiguous().cpu()
             shares = whole.untyped_storage().data_ptr() == gathered.untyped_storage().data_ptr()
             yield name, whole.clone() if shares else whole
-        offset += count
 
 
-def _send(tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
+@dataclass
+class Stacks:
+    """Puts the experts of a layer together, in host memory: a stack is there from its first bucket to its last."""
+
+    mesh: Mesh
+    _open: dict[str, Tensor] = field(default_factory=dict)
+    _missing: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, bucket: Sequence[Shard], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the stacks that a bucket completes; ``gathered`` comes from the ranks of ``Mesh.experts``, in order."""
+        sharing, ranks = group_size(self.mesh.expert_tensor), group_size(self.mesh.expert)
+        for shard, pieces in _pieces(bucket, gathered):
+            name, experts = shard.stack, shard.name.experts
+            for rank in range(ranks):
+                (one,) = shard.name.layout.merge(pieces[rank * sharing : (rank + 1) * sharing])
+                if name not in self._open:
+                    self._open[name] = torch.empty(experts, *one.shape, dtype=one.dtype)
+                    self._missing[name] = experts
+                self._open[name][rank * (experts // ranks) + shard.expert] = one
+            self._missing[name] -= ranks
+            if not self._missing[name]:
+                yield name, self._open.pop(name)
+
+
+def _messages(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors in groups of at most so many bytes; a larger one is alone."""
+    message: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if message and sum(other.nbytes for other in message.values()) + tensor.nbytes > most_bytes:
+            yield message
+            message = {}
+        message[name] = tensor
+        del tensor
+    if message:
+        yield message
+
+
+def _send(tensors: Mapping[str, Tensor], mesh: Mesh, part_bytes: int) -> None:
+    """Send tensors to the main rank, in parts of so many bytes."""
     device = mesh.world.device
     header = json.dumps([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
     text = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8).to(device)
     dist.send(torch.tensor([len(text)], device=device), dst=0)
     dist.send(text, dst=0)
-    if tensors:
-        dist.send(torch.cat([t.flatten().view(torch.uint8) for t in tensors.values()]).to(device), dst=0)
+    flats = [t.flatten().view(torch.uint8) for t in tensors.values()]
+    flat = flats[0] if len(flats) == 1 else torch.cat(flats) if flats else text[:0]
+    for part in flat.split(part_bytes) if flats else ():
+        dist.send(part.to(device), dst=0)
 
 
-def _receive(owner: int, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+def _receive(owner: int, mesh: Mesh, part_bytes: int) -> Iterator[tuple[str, Tensor]]:
     device = mesh.world.device
     while True:
         size = torch.zeros(1, dtype=torch.int64, device=device)
@@ -251,8 +316,13 @@ def _receive(owner: int, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
         if not entries:
             return
         sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, shape, dtype in entries]
-        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        dist.recv(flat, src=owner)
-        for (name, shape, dtype), part in zip(entries, flat.cpu().split(sizes), strict=True):
-            yield name, part.clone().view(getattr(torch, dtype)).view(shape)
-        del flat, part  # before the next one comes
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        for part in flat.split(part_bytes):
+            buffer = torch.empty_like(part, device=device)
+            dist.recv(buffer, src=owner)
+            part.copy_(buffer)
+        del buffer, part
+        for (name, shape, dtype), own in zip(entries, flat.split(sizes), strict=True):
+            alone = own if len(entries) == 1 else own.clone()
+            yield name, alone.view(getattr(torch, dtype)).view(shape)
+        del flat, own, alone  # before the next one comes

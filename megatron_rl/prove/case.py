@@ -52,6 +52,8 @@ class Shrink:
         if self.layers is not None:
             small["num_hidden_layers"] = self.layers
             small["mlp_only_layers"] = [layer for layer in hf.get("mlp_only_layers", ()) if layer < self.layers]
+            if isinstance(hf.get("layer_types"), list):
+                small["layer_types"] = hf["layer_types"][: self.layers]
         if self.hidden is not None:
             ratio = self.hidden / hf["hidden_size"]
             small["hidden_size"] = self.hidden
@@ -72,12 +74,14 @@ def make_model(run: Run, shrink: Shrink | None, folder: Path) -> str:
     if shrink is None and list(Path(run.model.path).glob("*.safetensors")):
         return run.model.path
     small = (shrink or Shrink()).config(hf)
-    generator = torch.Generator().manual_seed(1)
+    generator, family = torch.Generator().manual_seed(1), family_of(small)
     tensors = {}
-    for name, shape in family_of(small).hf_tensors().items():
+    for name, shape in family.hf_tensors().items():
         noise = torch.randn(shape, generator=generator)
         # Norms around 1; matrices so that activations keep their size and routers and softmaxes are decided.
         tensors[name] = 1 + 0.1 * noise if len(shape) == 1 else noise * (2.0 / shape[-1]) ** 0.5
+    for stack, parts in family.joined_parts(only=True).items():
+        tensors[stack] = torch.stack([tensors.pop(part) for part in parts])
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(small), encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_rl.rollout.kvcache import RowCache
+from megatron_rl.rollout.masks import masks
 from megatron_rl.rollout.requests import Row
 from megatron_rl.rollout.routes import RouteRecorder, listening
 from megatron_rl.rollout.sampler import SamplingColumns, sample
@@ -130,7 +131,7 @@ class DecodeBatch(Batch):
         if self.padded:
             width = self.cache.width + 1
             mask = torch.arange(width, device=columns.last_B.device) >= (width - 1 - columns.lengths_B)[:, None]
-            mask = mask[:, None, None, :]
+            mask = masks(self.model, mask[:, None, None, :])
         with listening(self.recorder) as heard:
             logits_BV = self.model(
                 input_ids=columns.last_B[:, None],

@@ -24,23 +24,27 @@ def every_expert(experts: Any, hidden_TH: Tensor, index_TK: Tensor, weights_TK: 
     tokens, count = len(hidden_TH), experts.num_experts
     shares_TE = torch.zeros(tokens, count, dtype=hidden_TH.dtype, device=hidden_TH.device)
     shares_TE.scatter_(1, index_TK, weights_TK.to(hidden_TH.dtype))
-    both_ETI = torch.bmm(hidden_TH.expand(count, -1, -1), experts.gate_up_proj.transpose(1, 2))
-    outputs_ETH = torch.bmm(experts._apply_gate(both_ETI), experts.down_proj.transpose(1, 2))
+    both_ETI = _product(experts, "gate_up_proj", hidden_TH.expand(count, -1, -1))
+    outputs_ETH = _product(experts, "down_proj", experts._apply_gate(both_ETI))
     return torch.einsum("te,eth->th", shares_TE, outputs_ETH)
+
+
+def _product(experts: Any, name: str, inputs_ETI: Tensor) -> Tensor:
+    """Return every expert's product with its matrix of this name, and its bias on top if it has one."""
+    matrices = getattr(experts, name)
+    products = torch.bmm(inputs_ETI, matrices if experts.is_transposed else matrices.transpose(1, 2))
+    return products + getattr(experts, f"{name}_bias")[:, None] if experts.has_bias else products
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
 
 
 def takes_every_expert(model: PreTrainedModel) -> bool:
-    """Return whether the model has experts, in a form that this knows: gated, no biases, matrices as [out, in]."""
+    """Return whether the model has experts, in a form that this knows: gated, and nothing after them."""
     found: list[Any] = [
         module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "has_gate")
     ]
-    return bool(found) and all(
-        module.has_gate and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
-        for module in found
-    )
+    return bool(found) and all(module.has_gate and not module.has_post_expert_norm for module in found)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
 from megatron_rl.parallel.sums import sums64
-from megatron_rl.policy.folders import holds_hf_files, open_source
+from megatron_rl.policy.folders import QUANTISATION, holds_hf_files, open_source
 from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.rollout.masks import has_windowed_layers
 from megatron_rl.rollout.process import require_model
 from megatron_rl.rollout.requests import BadRequest
 from megatron_rl.rollout.routes import RouteRecorder
@@ -114,18 +115,22 @@ class ServedModel:
 
 def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model with its weights, from a checkpoint of any kind."""
+    hf = read_hf_config(folder)
     # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
-    if holds_hf_files(folder):
+    if holds_hf_files(folder) and QUANTISATION not in hf:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    family = family_of(read_hf_config(folder))
+    family = family_of(hf)
     source = open_source(folder, family)
     source.check(family)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    stacks = family.joined_parts(only=True)
     with torch.no_grad():
         for name, view in checkpoint_views(model).items():
-            if name not in source.specs:
-                raise DataError(f"{folder} has no tensor {name}, which transformers' {type(model).__name__} needs")
-            view.copy_(source.read(name))
+            parts = stacks.get(name, (name,))
+            for part, own in zip(parts, view if name in stacks else (view,), strict=True):
+                if part not in source.specs:
+                    raise DataError(f"{folder} has no tensor {part}, which transformers' {type(model).__name__} needs")
+                own.copy_(source.read(part))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -172,7 +177,7 @@ def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
 def _context_length(model: PreTrainedModel) -> int:
     config = model.config.get_text_config().to_dict()
     limits = [config["max_position_embeddings"]]
-    if config.get("use_sliding_window", True) and config.get("sliding_window"):
+    if config.get("use_sliding_window", True) and config.get("sliding_window") and not has_windowed_layers(model):
         limits.append(config["sliding_window"])  # below its window a sliding layer is a full one
     return min(limits)
 

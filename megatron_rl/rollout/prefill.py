@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from megatron_rl.rollout.decode import Columns, DecodeBatch, stops_of
 from megatron_rl.rollout.kvcache import RowCache
+from megatron_rl.rollout.masks import masks
 from megatron_rl.rollout.requests import Row
 from megatron_rl.rollout.routes import RouteRecorder, listening
 
@@ -55,7 +56,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[li
     scores: list[list[float]] = []
     tokens = min(PREFILL_TOKENS, SCORE_LOGITS // model.config.get_text_config().vocab_size)
     for part in _slices(sequences, tokens):
-        ids_BT, inputs = padded_inputs(part, model.device)
+        ids_BT, inputs = padded_inputs(model, part)
         logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits[:, :-1]
         exact = logits_BTV.dtype if logits_BTV.dtype == torch.float64 else torch.float32
         logprobs_BT = logits_BTV.to(exact).log_softmax(-1).gather(2, ids_BT[:, 1:, None])[:, :, 0]
@@ -64,9 +65,11 @@ def score(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[li
     return scores
 
 
-def padded_inputs(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def padded_inputs(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]]
+) -> tuple[Tensor, dict[str, Tensor | dict[str, Tensor]]]:
     """Return token ids [B, T] aligned at their ends, and the positions and the mask for the model."""
-    width = max(map(len, sequences))
+    width, device = max(map(len, sequences)), model.device
     pads = [width - len(ids) for ids in sequences]
     ids_BT = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(pads, sequences, strict=True)], device=device)
     places_T = torch.arange(width, device=device)
@@ -76,7 +79,8 @@ def padded_inputs(sequences: Sequence[Sequence[int]], device: torch.device) -> t
     positions_BT = (places_T - pads_B[:, None]).clamp(min=0)
     used_BT = places_T >= pads_B[:, None]
     causal_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return ids_BT, {"position_ids": positions_BT, "attention_mask": (used_BT[:, None] & causal_TT)[:, None]}
+    seen_B1TT = (used_BT[:, None] & causal_TT)[:, None]
+    return ids_BT, {"position_ids": positions_BT, "attention_mask": masks(model, seen_B1TT)}
 
 
 def _begin(
@@ -84,7 +88,7 @@ def _begin(
 ) -> tuple[RowCache, Tensor, list[Tensor]]:
     """Return the cache of these token sequences, the logits [B, V] after each, the routes [T, A, E] of each."""
     cache = RowCache(model.config.get_text_config().num_hidden_layers)
-    ids_BT, inputs = padded_inputs(prefixes, model.device)
+    ids_BT, inputs = padded_inputs(model, prefixes)
     with listening(recorder) as heard:
         logits_BTV = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
     routes_BTAE = recorder.stacked(heard, len(prefixes)) if recorder and heard else ()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from megatron_rl.rollout.experts import experts_by
+from megatron_rl.rollout.masks import masks
 from megatron_rl.rollout.requests import Row
 from megatron_rl.rollout.routes import RouteRecorder, listening
 from megatron_rl.rollout.sampler import SamplingColumns, sample
@@ -158,7 +159,7 @@ class SlotStep:
             logits_BV = self.model(
                 input_ids=c.last_B[:, None],
                 position_ids=c.positions_B[:, None],
-                attention_mask=mask_BW[:, None, None, :],
+                attention_mask=masks(self.model, mask_BW[:, None, None, :], c.positions_B[:, None]),
                 past_key_values=self.cache,
                 use_cache=True,
             ).logits[:, -1]

@@ -224,6 +224,11 @@ class Carrier(ABC):
                 size = 0
             bucket.append((name, self._sent(tensor)))
             size += bucket[-1][1].nbytes
+            del tensor  # before the next one comes
+            if size >= self.bucket_bytes:
+                yield bucket
+                bucket = []
+                size = 0
         if bucket:
             yield bucket
 

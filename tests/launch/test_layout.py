@@ -1,5 +1,8 @@
 """Layouts that are refused, each with its reason and the way out."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from megatron_rl.config.load import load
@@ -146,3 +149,18 @@ def test_a_dense_model_has_no_expert_axes_but_divides_its_feed_forward():
 def test_ranks_that_were_launched_overrule_the_config():
     assert problems("tensor=2", ranks=4) == []
     assert problems("tensor=2", ranks=5)[0].startswith("5 ranks cannot be shared")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("tensor=2",), r"expert_tensor = 2 .*biases.*write expert_tensor = 1"),
+        (("context=2",), r"context = 2 .*sinks.*write context = 1"),
+    ],
+)
+def test_what_transformer_engine_gets_wrong_or_refuses_is_refused_on_gpus_only(settings, words):
+    odd = replace(MOE, biased_experts=True, sinks=True)
+    assert problems(*settings, shape=odd) == []
+    (problem,) = problems(*settings, shape=odd, on_gloo=False)
+    assert re.search(words, problem)
+    assert problems("tensor=2", "expert=4", "pipeline=2", shape=odd, on_gloo=False) == []

@@ -68,6 +68,8 @@ def counts(folder: str, words: tuple[str, ...]) -> tuple[int, int, int]:
         ("deepseek_v3", "tensor and expert"),
         ("deepseek_v3", "interleaved"),
         ("moonlight", "uneven pipeline"),
+        ("gpt_oss", "tensor and its experts"),
+        ("gpt_oss", "tensor and expert"),
     ],
 )
 def test_a_rank_holds_exactly_what_is_counted(name, layout, tmp_path):

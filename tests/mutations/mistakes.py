@@ -140,7 +140,7 @@ MISTAKES = (
     Mistake(
         "shards-not-marked-for-the-gradient-norm",
         "policy.engine",
-        "        mark_shards(shards_of(self.chunks, self.family, self.mesh))\n",
+        "        mark_shards(shards_of(self.chunks, self.family, self.mesh), self.mesh)\n",
         "",
         ("prove tensor=2 grpo",),
     ),

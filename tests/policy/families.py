@@ -69,6 +69,16 @@ MODELS: Mapping[str, tuple[str, Mapping[str, object]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "rope_parameters": {**YARN, "truncate": False, "mscale": None, "mscale_all_dim": None},
+        },
+    ),
     "deepseek_v2": (
         "deepseek_v2",
         {**EXPERTS, **LATENT, "q_lora_rank": None, "norm_topk_prob": False, "routed_scaling_factor": 1.5},

@@ -4,13 +4,25 @@ import torch
 from torch import Tensor
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    *,
+    window: int | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
     """Attend within one sequence: query [T, N, D], key [T, G, D], value [T, G, E] -> [T, N, E]."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = torch.einsum("tnd,snd->nts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return torch.einsum("nts,sne->tne", scores.masked_fill(later, -torch.inf).softmax(-1), value)
+    earlier = torch.ones_like(later).tril(-(window or len(query)))
+    scores = scores.masked_fill(later | earlier, -torch.inf)
+    if sinks_N is not None:
+        scores = torch.cat([scores, sinks_N[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    return torch.einsum("nts,sne->tne", scores.softmax(-1)[..., : len(query)], value)
 
 
 def plain_varlen(

@@ -1,11 +1,14 @@
 """Attention over packed rows: both paths against one sequence at a time; and which path is taken when."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy import attention, paths
-from megatron_rl.policy.attention import in_buckets, varying
+from megatron_rl.policy.attention import Kind, in_buckets, varying
 from megatron_rl.policy.rows import Bucket, PackedRow
 from tests.policy.plain_attention import causal, plain_varlen
 
@@ -37,7 +40,12 @@ def row() -> PackedRow:
     )
 
 
-@pytest.mark.parametrize("path", [in_buckets, varying], ids=["buckets", "varlen"])
+def buckets(query: Tensor, key: Tensor, value: Tensor, packed: PackedRow, scale: float | None) -> Tensor:
+    """Stand where ``varying`` stands."""
+    return in_buckets(query, key, value, packed, Kind(scale))
+
+
+@pytest.mark.parametrize("path", [buckets, varying], ids=["buckets", "varlen"])
 @pytest.mark.parametrize(
     ("groups", "value_width", "scale"), [(4, 8, None), (2, 8, 0.3), (4, 6, 0.3)], ids=["full", "grouped", "latent"]
 )
@@ -65,9 +73,61 @@ def test_repeated_heads_give_what_shared_ones_give(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((sum(LENGTHS) + FILLER, heads, 8) for heads in (4, 2, 2))
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    shared = in_buckets(query, key, value, row(), None)
+    sinks_N = torch.randn(4, generator=generator)
+    kinds = (Kind(), Kind(sinks_N=sinks_N))
+    shared = [in_buckets(query, key, value, row(), kind) for kind in kinds]
     monkeypatch.setattr(attention, "_takes_groups", lambda *_: False)
-    torch.testing.assert_close(in_buckets(query, key, value, row(), None), shared)
+    for kind, before in zip(kinds, shared, strict=True):
+        torch.testing.assert_close(in_buckets(query, key, value, row(), kind), before)
+
+
+@pytest.mark.parametrize("order", ["plain", "masked"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 3, 40])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_sinks_and_windows_are_the_softmax_written_out(order: str, groups: int, window: int, sinks: bool) -> None:
+    """``masked`` is the order that context parallelism gives, here with all keys on one rank."""
+    if window is None and not sinks:
+        pytest.skip("neither")
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS) + FILLER
+    shapes = ((total, 4, 8), (total, groups, 8), (total, groups, 8), (4,))
+    query, key, value, sinks_N = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes
+    )
+    packed = row() if order == "plain" else masked(row())
+    kind = Kind(0.3, window, sinks_N if sinks else None)
+    out_TND = in_buckets(query, key, value, packed, kind)
+    queries, keys, values = (tensor.split([*LENGTHS, FILLER]) for tensor in (query, key, value))
+    parts = zip(queries, keys, values, strict=True)
+    alone = [causal(q, k, v, 0.3, window=window, sinks_N=kind.sinks_N) for q, k, v in parts]
+    expected = torch.cat(alone) * (torch.arange(total) < sum(LENGTHS))[:, None, None]
+    torch.testing.assert_close(out_TND, expected)
+
+    upstream = torch.randn(out_TND.shape, generator=generator, dtype=torch.float64)
+    leaves = [query, key, value, *([sinks_N] if sinks else [])]
+    found, truth = (torch.autograd.grad(out, leaves, upstream) for out in (out_TND, expected))
+    for gradient, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def masked(plain: PackedRow) -> PackedRow:
+    """Return the same row with masks in place of plain causal order."""
+    made: list[Bucket] = []
+    for bucket in plain.buckets:
+        count, longest = bucket.key_index_BS.shape
+        order_SS = torch.ones(longest, longest, dtype=torch.bool).tril()
+        made.append(Bucket(bucket.query_index_BS, bucket.key_index_BS, order_SS.expand(count, 1, -1, -1)))
+    return replace(plain, buckets=made)
+
+
+def test_a_row_without_tokens_has_a_gradient_for_its_sinks() -> None:
+    tensor = torch.zeros(2, 4, 8, requires_grad=True)
+    sinks_N = torch.zeros(4, requires_grad=True)
+    empty = PackedRow(output_index_T=torch.zeros(2, dtype=torch.int64))
+    in_buckets(tensor, tensor, tensor, empty, Kind(sinks_N=sinks_N)).sum().backward()
+    assert sinks_N.grad is not None
+    assert not sinks_N.grad.any()
 
 
 def test_what_serves_follows_from_device_type_and_packages(monkeypatch) -> None:

@@ -4,15 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
+from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy import layers
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import GroupedExperts, Matrices, grouped_linear, grouped_product, strided
+from megatron_rl.policy.model import _built
+from megatron_rl.policy.names.gpt_oss import quick_gelu
+from megatron_rl.policy.paths import Paths
+from tests.policy import families
 from tests.policy.test_parity import LAYOUTS, one_step, weighted
 from tests.policy.tiny import case, run_of
 from tests.ranks import run_ranks
@@ -107,3 +115,83 @@ def test_groups_without_any_token_give_zeros() -> None:
     ends_E = torch.zeros(3, dtype=torch.int32)
     assert grouped_product(nothing, torch.randn(3, 8, 4), ends_E).shape == (0, 4)
     assert torch.equal(grouped_product(nothing.T, torch.zeros(0, 4), ends_E), torch.zeros(3, 8, 4))
+
+
+GPT_OSS = {
+    "num_moe_experts": 3,
+    "num_layers": 1,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "moe_ffn_hidden_size": 24,
+    "num_attention_heads": 2,
+    "gated_linear_unit": True,
+    "add_bias_linear": True,
+    "activation_func": quick_gelu,
+    "activation_func_clamp_value": 0.7,
+    "glu_linear_offset": 1.0,
+    "use_cpu_initialization": True,
+    "params_dtype": torch.float64,
+}
+
+
+def biased(_: str) -> dict[str, bool]:
+    """Return whether experts with biases are what they are written out, in values and in every gradient."""
+    start_world(60, deterministic=True)
+    parallel_state.initialize_model_parallel()
+    groups = ProcessGroupCollection(expt_tp=parallel_state.get_expert_tensor_parallel_group())
+    torch.manual_seed(0)
+    experts = GroupedExperts(3, TransformerConfig(**GPT_OSS), pg_collection=groups)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens_TH, counts_E = torch.randn(9, 16, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 5])
+    probs_T = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    upstream_TH = torch.randn(9, 16, dtype=torch.float64)
+    leaves = [tokens_TH, probs_T, *experts.parameters()]
+
+    out_TH, _ = experts(tokens_TH, counts_E, probs_T)
+    found = torch.autograd.grad(out_TH, leaves, upstream_TH)
+
+    rows, parts = torch.arange(3).repeat_interleave(counts_E).tolist(), list[Tensor]()
+    for token_H, prob, number in zip(tokens_TH, probs_T, rows, strict=True):
+        own = dict(experts.local_experts.get_submodule(str(number)).named_parameters())
+        gate_F, up_F = (own["linear_fc1.weight"] @ token_H + own["linear_fc1.bias"]).chunk(2)
+        gate_F, up_F = gate_F.clamp(max=0.7), up_F.clamp(-0.7, 0.7)
+        inner_F = (up_F + 1) * gate_F * torch.sigmoid(1.702 * gate_F)
+        parts.append(prob * (own["linear_fc2.weight"] @ inner_F + own["linear_fc2.bias"]))
+    expected_TH = torch.stack(parts)
+    truth = torch.autograd.grad(expected_TH, leaves, upstream_TH, allow_unused=True)
+    pairs = zip(found, truth, strict=True)
+    return {
+        "values": torch.allclose(out_TH, expected_TH),
+        "gradients": all(torch.allclose(a, torch.zeros_like(a) if b is None else b) for a, b in pairs),
+        "some": all(bool(gradient.any()) for gradient in found[:2]),
+    }
+
+
+def test_experts_with_biases_and_a_clamped_gate_are_what_they_are_written_out() -> None:
+    found = run_ranks(biased, 1, "", initialise=False)[0]
+    assert found == dict.fromkeys(found, True)
+
+
+def grad_norms(folder: str, parallel: dict[str, object]) -> tuple[float, dict[str, Tensor]]:
+    """Return the norm of the gradient of one step, and the gradients that the main rank has."""
+    policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
+    policy.accumulate(pack(case(), policy.row_rules), weighted, whole_gradients=True)
+    gradients = {name: tensor.double().clone() for name, tensor in policy.gradients()}
+    return policy.step().grad_norm, gradients
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "expert": 2}], ids=["one", "shared", "apart"])
+def test_the_norm_counts_every_bias_of_an_expert_once(tmp_path: Path, parallel: dict[str, object]) -> None:
+    """``shared``: both ranks have a bias whole; ``apart``: each has other experts, whose biases none of them cuts."""
+    folder = families.save("gpt_oss", tmp_path / "hf")
+    norm, gradients = run_ranks(grad_norms, 2 if parallel else 1, str(folder), parallel, initialise=False)[0]
+    whole = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+    assert norm == pytest.approx(whole, rel=1e-5)  # float32
+
+
+def test_what_cannot_train_biases_is_refused() -> None:
+    settings: dict[str, object] = {"add_bias_linear": True, "expert_tensor_parallel_size": 2}
+    for engine, words in ((True, r"expert_tensor is 2.*expert_tensor = 1"), (False, "leave experts out of")):
+        with pytest.raises(ConfigError, match=words):
+            _built(TransformerConfig, settings, Paths(engine, False, False, False, False))

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from benchmarks.live_bytes import LiveBytes
 from megatron_rl.parallel.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.weights import PARTS
 from megatron_rl.weights.tensor import TensorCarrier
+from tests.policy import families
 from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
 
@@ -24,13 +26,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 }
 
 
-def peaks(folder: str, parallel: dict[str, object], own: bool) -> tuple[int, int]:
+def peaks(folder: str, parallel: dict[str, object], own: bool, bucket_bytes: int = BUCKET_BYTES) -> tuple[int, int]:
     """Return the most bytes that this rank held, and the bytes that it got."""
     run = run_of(Path(folder), parallel=parallel)
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    carrier, seen = TensorCarrier(BUCKET_BYTES // PARTS), 0
+    carrier, seen = TensorCarrier(bucket_bytes // PARTS), 0
     with LiveBytes() as bytes_:
-        weights = policy.weights(BUCKET_BYTES)
+        weights = policy.weights(bucket_bytes)
         for bucket in carrier.buckets(weights.own() if own else iter(weights)):
             seen += sum(tensor.nbytes for _, tensor in bucket)
             bucket.clear()
@@ -48,3 +50,17 @@ def test_no_rank_holds_more_than_a_bucket_besides_its_shards(model: Path, layout
     assert total / 5 > BUCKET_BYTES  # so that the whole model could not have been within the bound
     assert sum(seen for _, seen in results) == pytest.approx(total, rel=0.02)  # the file has a header too
     assert own is False or all(seen for _, seen in results) or "tensor" in layout
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["to the main rank", "each its own"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_that_come_in_one_tensor_cost_that_tensor_besides(tmp_path: Path, layout: str, own: bool) -> None:
+    """An expert's gate and up matrix (48 KiB), as two ranks have one each, is a fifth of this bucket."""
+    bucket_bytes = PARTS * 2 * (48 << 10)
+    folder = families.save("gpt_oss", tmp_path / "hf")
+    ranks, parallel = LAYOUTS[layout]
+    results = run_ranks(peaks, ranks, str(folder), parallel, own, bucket_bytes, initialise=False, timeout_seconds=200)
+
+    tensors = load_file(folder / "model.safetensors").values()
+    assert max(peak for peak, _ in results) <= bucket_bytes + max(tensor.nbytes for tensor in tensors)
+    assert sum(seen for _, seen in results) == sum(tensor.nbytes for tensor in tensors)

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+from transformers import GptOssConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.names.rules import QKV, GateUp, Layout, Split, VocabularyRows, Whole
+from megatron_rl.policy.names import blocks, family_of, read_hf_config
+from megatron_rl.policy.names.rules import QKV, GateUp, Layout, PairedGateUp, Split, VocabularyRows, Whole
 
 SIZES = st.sampled_from([1, 2, 4])
 
@@ -31,6 +35,9 @@ def test_every_rule_is_undone_by_its_inverse(size: int, groups: int, heads: int,
     key, value = torch.randn(groups * head_dim, hidden), torch.randn(groups * head_dim, hidden)
     survives(QKV(groups * heads, groups, head_dim), [query, key, value], size)
     survives(GateUp(), [query[: 4 * size], query[: 4 * size] + 1], size) if len(query) >= 4 * size else None
+    survives(PairedGateUp(), [torch.randn(5, 2 * hidden)], size)
+    survives(PairedGateUp(), [torch.randn(2 * hidden)], size)
+    survives(Split(1, transposed=True), [torch.randn(hidden, 3)], size)
     survives(Split(0), [torch.randn(hidden, 3)], size)
     survives(Split(1), [torch.randn(3, hidden)], size)
     survives(Whole(), [torch.randn(5)], size)
@@ -57,3 +64,43 @@ def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no key 'num_experts'"):
         family_of({"model_type": "qwen3_moe"})
+
+
+def yarn(**changes: object) -> dict[str, Any]:
+    """Return a config.json's rotary settings as fields."""
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "rope_theta": 1e4, **changes}
+    return blocks.yarn_fields({"model_type": "gpt_oss", "rope_parameters": rope})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mscale": 0.7, "mscale_all_dim": 1.2}, {"mscale": 0.7}, {"attention_factor": 0.83}, {"factor": 1.0}],
+    ids=["plain", "two scales", "one scale", "its own", "not stretched"],
+)
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_has_the_angles_and_the_factor_that_transformers_gives(changes, truncate, monkeypatch) -> None:
+    fields = yarn(truncate=truncate, **changes)
+    monkeypatch.setattr(torch.cuda, "current_device", torch.cpu.current_device)  # as parallel.cpu does
+    rope = YarnRotaryEmbedding(
+        16,
+        rotary_base=10000,
+        use_cpu_initialization=True,
+        scaling_factor=fields["yarn_rotary_scaling_factor"],
+        original_max_position_embeddings=fields["yarn_original_max_position_embeddings"],
+        beta_fast=fields["yarn_beta_fast"],
+        beta_slow=fields["yarn_beta_slow"],
+        mscale=fields["yarn_mscale"],
+        mscale_all_dim=fields["yarn_mscale_all_dim"],
+        correction_range_round_to_int=fields["yarn_correction_range_round_to_int"],
+    )
+    angles, factor = rope.get_emb(2)
+    given = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "rope_theta": 1e4}
+    config = GptOssConfig(head_dim=16, rope_parameters={**given, "truncate": truncate, **changes})
+    expected, scaling = ROPE_INIT_FUNCTIONS["yarn"](config)
+    torch.testing.assert_close(angles[1, 0, 0, :8], expected)
+    assert factor == pytest.approx(scaling)
+
+
+def test_an_attention_factor_without_stretching_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"attention_factor 0\.5.*factor above 1, which is 1\.0"):
+        yarn(attention_factor=0.5, factor=1.0)

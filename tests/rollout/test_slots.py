@@ -81,7 +81,7 @@ def test_every_expert_is_what_the_grouped_product_is(name: str) -> None:
     assert takes_every_expert(model)
     torch.manual_seed(0)
     for experts in (module for module in model.modules() if hasattr(module, "gate_up_proj")):
-        hidden_TH = torch.randn(7, experts.gate_up_proj.shape[2], dtype=torch.float64)
+        hidden_TH = torch.randn(7, experts.down_proj.shape[2 if experts.is_transposed else 1], dtype=torch.float64)
         weights_TK, index_TK = torch.rand(7, experts.num_experts, dtype=torch.float64).topk(2)
         with experts_by(model, "eager"):
             expected = experts(hidden_TH, index_TK, weights_TK)

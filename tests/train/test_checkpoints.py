@@ -72,6 +72,8 @@ LAYOUTS = {
     "deepseek": Layout(1, model="deepseek", megatron=MOVING),
     "deepseek tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2}, model="deepseek", megatron=MOVING),
     "deepseek bfloat16 pipeline2": Layout(2, {"pipeline": 2}, "bfloat16", "deepseek", MOVING),
+    "gpt-oss tensor2": Layout(2, {"tensor": 2}, model="gpt-oss"),
+    "gpt-oss tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2}, model="gpt-oss"),
     "dropout": Layout(2, {"tensor": 2}, megatron={"hidden_dropout": 0.2}),
 }
 STRAIGHT = (2, 3, 4)
@@ -96,6 +98,7 @@ FAST_PAIRS = [
     ("tied tensor2 pipeline2", "tied"),
     ("tied", "tied pipeline2"),
     ("deepseek tensor2 expert2", "deepseek"),
+    ("gpt-oss tensor2", "gpt-oss tensor2 expert2"),
 ]
 """From every axis to another and from none, both optimizers both ways."""
 
@@ -182,7 +185,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """Folders of models; 19 rows of vocabulary are padded to 20 under tensor parallelism."""
     folder = tmp_path_factory.mktemp("models")
     tied = {name: save_model(folder / name, tied=name == "tied", vocabulary=19) for name in ("untied", "tied")}
-    return {**tied, "deepseek": families.save("deepseek_v3", folder / "deepseek")}
+    others = {"deepseek": "deepseek_v3", "gpt-oss": "gpt_oss"}
+    return {**tied, **{name: families.save(family, folder / name) for name, family in others.items()}}
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,7 @@ def forward_per_token(family: Family, length: int) -> float:
 def attention_per_token(family: Family, length: int) -> float:
     """Return the operations of attention's two products; a token sees half of its sequence on average, or a window."""
     widths, layers = widths_of(family), family.num_layers
-    windowed = (layers + 1) // 2 if widths.window else 0  # every other layer, the first among them
-    seen = windowed * min(length / 2, widths.window) + (layers - windowed) * length / 2
+    seen = widths.windowed * min(length / 2, widths.window) + (layers - widths.windowed) * length / 2
     return 2 * widths.heads * (widths.query + widths.value) * seen
 
 

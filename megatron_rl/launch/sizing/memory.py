@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.layout import Layout
 from megatron_rl.launch.sizing.activations import Activations, activations_of
-from megatron_rl.launch.sizing.parameters import Parameters, parameters_of
+from megatron_rl.launch.sizing.parameters import Parameters, largest_stack, parameters_of
 from megatron_rl.launch.sizing.stages import Stage, stages_of
 from megatron_rl.launch.sizing.widths import Work, widths_of
 from megatron_rl.policy.names.rules import Family
@@ -30,7 +30,8 @@ class RankMemory:
         optimizer: two moments, and under bfloat16 the float32 weights; a share of it if it is distributed.
         activations: see ``Activations``; tokens on their way to and from experts are part of it.
         reduction: a copy of the gradients, which gloo's reduction makes and NCCL's does not.
-        push: what is held besides the shards while new weights go to the fleet: between steps.
+        push: what is held besides the shards while new weights go to the fleet: between steps. Where the experts of a
+            layer are one tensor, the rank that sends it on has that too.
         reserved: not counted, assumed.
         host_reference: the reference policy, in the host's memory; twice as much while it scores.
     """
@@ -79,7 +80,7 @@ def memory_of(run: Run, family: Family, layout: Layout, work: Work, rows: int) -
                 optimizer=optimizer_bytes(run, counts, layout, work),
                 activations=activations,
                 reduction=0 if work.fused else gradients,
-                push=run.weights.bucket_bytes,
+                push=run.weights.bucket_bytes + largest_stack(family) * work.bytes,
                 reserved=RESERVED_BYTES if work.fused else 0,
                 host_reference=counts.total * work.bytes if run.kl.coefficient else 0,
             )

@@ -60,6 +60,11 @@ def shard_elements(name: Name, layout: Layout) -> int:
     return _elements(name) if name.layout.dim is None else _elements(name) // size
 
 
+def largest_stack(family: Family) -> int:
+    """Return the elements of the largest tensor that holds all experts of a layer; 0 where each has its own."""
+    return max((_elements(name) * name.experts for name in family.names if name.hf[0] in family.stacks), default=0)
+
+
 def _copies(name: Name, family: Family, layout: Layout, stage: Stage) -> int:
     """Return how many tensors of this entry a rank of the stage has."""
     if "{layer}" in name.megatron:

@@ -5,21 +5,17 @@ from pathlib import Path
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import ConfigError, MegatronRLError
+from megatron_rl.errors import MegatronRLError
 from megatron_rl.launch.layout import Layout, check_layout, layout_of
 from megatron_rl.launch.plan import Batches, batches_of, max_prompt_tokens
 from megatron_rl.launch.shape import Shape, shape_of
-from megatron_rl.launch.sizing import gpt_oss
 from megatron_rl.launch.sizing.flops import Step, Traffic, step_of, traffic_of
 from megatron_rl.launch.sizing.memory import GIB, RankMemory, memory_of, work_of
 from megatron_rl.launch.sizing.suggest import Suggestion, rows_of, suggest
 from megatron_rl.launch.sizing.widths import Work
 from megatron_rl.parallel.links import gpu_memory_bytes
-from megatron_rl.policy.names import FAMILIES, family_of, read_hf_config
-from megatron_rl.policy.names.rules import Family, HFConfig
-
-ONLY_PLANNED = {"gpt_oss": gpt_oss.family}
-"""Values of ``model_type`` that can be planned even where they cannot be trained."""
+from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.names.rules import Family
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,6 @@ class Sizes:
     Attributes:
         rows: micro-batches of a rank in an optimizer step, if all sequences are the longest.
         memory_bytes: of a GPU; None: none found, none given.
-        can_train: whether the model's family can be trained at present.
     """
 
     family: Family
@@ -42,18 +37,6 @@ class Sizes:
     step: Step
     traffic: Traffic
     memory_bytes: float | None
-    can_train: bool
-
-
-def planned_family(hf: HFConfig) -> Family:
-    """Return the family of a parsed config.json, also of those that can only be planned; ConfigError: neither."""
-    model_type = hf.get("model_type")
-    if model_type in FAMILIES or model_type not in ONLY_PLANNED:
-        return family_of(hf)
-    try:
-        return ONLY_PLANNED[model_type](hf)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"config.json of a {model_type} model lacks a key, or has it wrong: {error}") from error
 
 
 def sizes_of(loaded: Loaded[Run], ranks: int | None = None) -> Sizes | None:
@@ -66,8 +49,7 @@ def sizes_of(loaded: Loaded[Run], ranks: int | None = None) -> Sizes | None:
     run = loaded.run
     layout = layout_of(run.parallel, ranks or planned_ranks(loaded), run.model.megatron)
     try:
-        hf = read_hf_config(Path(run.model.path))
-        family = planned_family(hf)
+        family = family_of(read_hf_config(Path(run.model.path)))
     except MegatronRLError:
         return None
     shape, batches = shape_of(family), batches_of(run, layout)
@@ -85,7 +67,6 @@ def sizes_of(loaded: Loaded[Run], ranks: int | None = None) -> Sizes | None:
         step=step_of(run, family, longest=batches.longest, prompt=max_prompt_tokens(run)),
         traffic=traffic_of(run, family, layout, work, rows),
         memory_bytes=memory_bytes(run),
-        can_train=hf.get("model_type") in FAMILIES,
     )
 
 

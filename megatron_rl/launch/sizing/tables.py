@@ -45,7 +45,8 @@ def memory_rows(run: Run, sizes: Sizes, memory: RankMemory) -> list[tuple[str, f
     ]
     if memory.reduction:
         rows.append(("reduction", memory.reduction, "gloo's copy of the gradients, when activations are gone"))
-    rows.append(("weight push", memory.push, "weights.bucket_bytes, between steps, when activations are gone"))
+    stack = " and one tensor with a layer's experts" if sizes.family.stacks else ""
+    rows.append(("weight push", memory.push, f"weights.bucket_bytes{stack}, between steps, when activations are gone"))
     if memory.host_reference:
         rows.append(
             ("reference policy", None, f"{gib(memory.host_reference)} GiB of host memory, twice that in scoring")

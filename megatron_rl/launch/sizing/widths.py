@@ -19,6 +19,7 @@ class Widths:
         norms_heads: queries and keys are normalised head by head.
         shared_ffn: width of the expert that all tokens share, 0 where there is none.
         window: tokens that a query of a windowed layer sees; 0: all.
+        windowed: layers with a window.
         biased_routing: the router scores experts by sigmoids.
     """
 
@@ -39,6 +40,7 @@ class Widths:
     expert_ffn: int
     shared_ffn: int
     window: int
+    windowed: int
     biased_routing: bool
 
 
@@ -68,7 +70,8 @@ def widths_of(family: Family) -> Widths:
         per_token=size("moe_router_topk"),
         expert_ffn=size("moe_ffn_hidden_size"),
         shared_ffn=size("moe_shared_expert_intermediate_size"),
-        window=size("window_size"),
+        window=family.window,
+        windowed=family.windowed_layers,
         biased_routing=family.fields.get("moe_router_score_function") == "sigmoid",
     )
 

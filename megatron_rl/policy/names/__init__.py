@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.policy.names import deepseek, dense, glm4_moe, mixtral, qwen2_moe, qwen3_moe
+from megatron_rl.policy.names import deepseek, dense, glm4_moe, gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from megatron_rl.policy.names.rules import Family, HFConfig
 
 FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {
@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {
     "deepseek_v2": deepseek.v2,
     "deepseek_v3": deepseek.v3,
     "kimi_k2": deepseek.v3,
+    "gpt_oss": gpt_oss.family,
 }
 """``model_type`` of config.json -> the function that reads it."""
 

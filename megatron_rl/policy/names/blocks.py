@@ -1,5 +1,6 @@
 """What families share: the entries of each kind of layer, and the fields that every config.json names alike."""
 
+import math
 from collections.abc import Iterable
 
 import torch.nn.functional as F
@@ -60,6 +61,35 @@ def plain_rope(hf: HFConfig) -> float:
     if rope["rope_type"] != "default":
         raise ConfigError(f"rope_type {rope['rope_type']!r} of config.json is not supported for {hf['model_type']}")
     return float(str(rope["rope_theta"]))
+
+
+def yarn_fields(hf: HFConfig) -> dict[str, object]:
+    """Return the fields of a YaRN rotary embedding (those of ``YarnConfig``); none for a plain one.
+
+    Raises:
+        ConfigError: another scaling, or a factor for the angles that megatron-core cannot be told.
+    """
+    rope = rope_of(hf)
+    if rope["rope_type"] != "yarn":
+        plain_rope(hf)
+        return {}
+    factor, own = float(str(rope["factor"])), rope.get("attention_factor")
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    if own is not None:
+        if factor <= 1:
+            raise ConfigError(f"attention_factor {own} of config.json needs a factor above 1, which is {factor}")
+        scales = (float(str(own)) - 1) / (0.1 * math.log(factor)), 0.0
+    elif not all(scales):
+        scales = 1.0, 0.0  # transformers takes both or neither
+    return {
+        "yarn_rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_beta_fast": rope.get("beta_fast") or 32,
+        "yarn_beta_slow": rope.get("beta_slow") or 1,
+        "yarn_mscale": scales[0],
+        "yarn_mscale_all_dim": scales[1],
+        "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
+    }
 
 
 def refuse(hf: HFConfig, **unsupported: object) -> None:

@@ -7,6 +7,7 @@ exact inverses: they only cut, reorder and pad, so values keep every bit.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -53,17 +54,20 @@ class Whole:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut in equal pieces along one dimension."""
+    """Cut in equal pieces along one dimension (of the Megatron tensor, where the other one is transposed)."""
 
     dim: int
+    transposed: bool = False
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """Return piece ``rank``."""
-        return parts[0].chunk(size, self.dim)[rank]
+        whole = parts[0].T.contiguous() if self.transposed else parts[0]
+        return whole.chunk(size, self.dim)[rank]
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Join the pieces."""
-        return (torch.cat(list(shards), self.dim),)
+        whole = torch.cat(list(shards), self.dim)
+        return (whole.T if self.transposed else whole,)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,29 @@ class GateUp:
 
 
 @dataclass(frozen=True)
+class PairedGateUp:
+    """Gate and up in one Hugging Face tensor, in turn along its last dimension: [inputs, gate 0, up 0, gate 1, ...].
+
+    The Megatron tensor has gate rows above up rows within each shard. A bias has that one dimension only.
+    """
+
+    dim: int = 0
+
+    def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
+        """Return this rank's gate rows, then its up rows."""
+        rows = parts[0].movedim(-1, 0)
+        return torch.cat([rows[half::2].chunk(size)[rank] for half in range(2)])
+
+    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the whole tensor."""
+        halves = [shard.chunk(2) for shard in shards]
+        rows = shards[0].new_empty(sum(len(shard) for shard in shards), *shards[0].shape[1:])
+        for half in range(2):
+            rows[half::2] = torch.cat([pair[half] for pair in halves])
+        return (rows.movedim(0, -1),)
+
+
+@dataclass(frozen=True)
 class Name:
     """One entry: a Megatron name, the Hugging Face names that make it, their shapes, and the layout between them.
 
@@ -142,6 +169,12 @@ class Name:
     def is_expert(self) -> bool:
         """True where each expert has a tensor of its own."""
         return self.experts > 0
+
+    @cached_property
+    def whole_shape(self) -> Shape:
+        """Shape of the Megatron tensor if one rank holds all of it."""
+        parts = [torch.empty(shape, device="meta") for shape in self.shapes]
+        return tuple(self.layout.shard(parts, 0, 1).shape)
 
     def full(self, layer: int, expert: int) -> str:
         """Return the Megatron name for these indices."""
@@ -165,6 +198,8 @@ class Joined:
 
     hf: str
     parts: tuple[str, ...]
+    only: bool = False
+    """There is no other form: what goes out has it too. Its parts are then those of one entry of the table."""
 
     @property
     def is_stacked(self) -> bool:
@@ -218,11 +253,41 @@ class Family:
         return bool(self.fields.get("multi_latent_attention"))
 
     @property
+    def window(self) -> int:
+        """Tokens that one sees in a layer with a window, itself included; 0 where no layer has one."""
+        size = self.fields.get("window_size")
+        return size[0] + 1 if isinstance(size, tuple) else 0
+
+    @property
+    def windowed_layers(self) -> int:
+        """How many layers have a window."""
+        layers = self.fields.get("window_attn_skip_freq")
+        return sum(layers) if isinstance(layers, list) else 0
+
+    @property
     def routes(self) -> RouteShape:
         """What a record of its tokens' experts looks like."""
         layers = tuple(n for n in range(self.num_layers) if n not in self.dense_layers) if self.num_experts else ()
         per_token = int(str(self.fields.get("moe_router_topk") or 0))
         return RouteShape(layers, self.num_layers, self.num_experts, per_token)
+
+    @cached_property
+    def stacks(self) -> Mapping[str, str]:
+        """Parts of a layer's experts that only come stacked -> the tensor that they make; names with placeholders."""
+        return {joined.parts[0]: joined.hf for joined in self.joined if joined.only}
+
+    def joined_parts(self, *, only: bool = False) -> dict[str, tuple[str, ...]]:
+        """Return the parts of each joined tensor, in the order of its bytes; ``only``: where there is no other form."""
+        return {
+            joined.hf.format(layer=layer): tuple(
+                part.format(layer=layer, expert=expert)
+                for expert in range(self.num_experts if joined.is_stacked else 1)
+                for part in joined.parts
+            )
+            for joined in self.joined
+            if joined.only or not only
+            for layer in range(self.num_layers)
+        }
 
     def parameters(self) -> Iterator[tuple[Name, int, int]]:
         """Yield every parameter of the model: its table entry, layer and expert (0 where the entry has none)."""
