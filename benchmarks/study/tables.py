@@ -132,18 +132,34 @@ def against_grpo(found: Found) -> list[str]:
 
 def off_policy(found: Found) -> list[str]:
     """The same objective, 16 updates a batch against 4 and 1, and 4 against 1."""
-    rows = []
+    rows: list[list[str]] = []
     for name in PAPERS:
         for more, less in ((4, 1), (16, 4)):
             for lr in (SAFE, HOT):
                 twin = name if less > 1 or name in DIFFER_ON_POLICY else "grpo"
                 ours, theirs = found.get((more, lr, 0), {}).get(name), found.get((less, lr, 0), {}).get(twin)
-                if ours and theirs:
-                    gaps = [paired(ours.by_seed(m), theirs.by_seed(m)) for m in ("final", "along", "kept")]
-                    said = [name, f"{lr:g}", f"{more} - {less}", str(gaps[0].count)]
-                    rows.append([*said, *map(_told, gaps)])
-    titles = [MEASURES[m].title for m in ("final", "along", "kept")]
-    return table(["objective", "lr", "updates a batch", "seeds", *titles], rows)
+                rows += _gaps([name, f"{lr:g}", f"{more} - {less}"], ours, theirs)
+    return table(["objective", "lr", "updates a batch", "seeds", *_GAP_TITLES], rows)
+
+
+def lagging(found: Found) -> list[str]:
+    """The same objective on samples that may be two versions old, against samples of the newest version."""
+    updates, lr, _ = key_of(REFERENCE)
+    rows: list[list[str]] = []
+    for name in PAPERS:
+        rows += _gaps([name], *(found.get((updates, lr, lag), {}).get(name) for lag in (2, 0)))
+    return table(["objective", "seeds", *_GAP_TITLES], rows)
+
+
+_GAPS = ("final", "along", "kept")
+_GAP_TITLES = [MEASURES[name].title for name in _GAPS]
+
+
+def _gaps(words: list[str], ours: Cells | None, theirs: Cells | None) -> list[list[str]]:
+    if not ours or not theirs:
+        return []
+    gaps = [paired(ours.by_seed(name), theirs.by_seed(name)) for name in _GAPS]
+    return [[*words, str(gaps[0].count), *map(_told, gaps)]]
 
 
 def ablations(found: Found) -> list[str]:
@@ -227,6 +243,7 @@ TABLES: Mapping[str, Callable[[Found], list[str]]] = {
     "sapo stability": sapo_stability,
     "against grpo": against_grpo,
     "off policy": off_policy,
+    "lag": lagging,
     "ablations": ablations,
     "windows": windows,
     "conditions": conditions,
