@@ -239,7 +239,8 @@ class Weights(Section):
     """``tensor``: in the body of a request; ``disk``: safetensors in the run folder, which the servers must see,
     written by all ranks at once; ``distributed``: a torch.distributed group with each server, NCCL on GPUs, else gloo;
     ``ipc``: through memory that the trainer and embedded servers of its machine share, CUDA's on one GPU.
-    ``auto``: ``disk`` for vLLM, ``distributed`` for SGLang if the trainer has GPUs, else ``tensor``."""
+    ``auto``: ``disk`` for vLLM; ``distributed`` for SGLang if the trainer has GPUs; ``ipc`` if it has none, for
+    embedded servers that it starts itself; else ``tensor``."""
     bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
     """Most bytes of weights that a rank holds besides its own during a push; a fifth of it is sent at once."""
 

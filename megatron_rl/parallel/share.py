@@ -146,9 +146,7 @@ class Shared:
     def close(self) -> None:
         """Give the memory back, as far as no reader still has it open."""
         del self.memory_N
-        if self.device.type == "cuda":
-            torch.cuda.ipc_collect()
-        else:
+        if self.device.type != "cuda":
             self._close()
 
 

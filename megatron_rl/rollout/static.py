@@ -140,6 +140,8 @@ class StaticBatch(Batch):
         return [self._counts[i] for i in self.live]
 
     def _remove(self, ids: Sequence[int]) -> list[Row]:
+        if not ids:
+            return []
         assert self._step is not None
         removed = [self.live.pop(i) for i in ids]
         self.columns.alive_B[torch.tensor(ids, dtype=torch.int64, device=self.decoder.graphs.device)] = False

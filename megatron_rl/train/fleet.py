@@ -12,6 +12,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.parallel.collectives import gather_json
 from megatron_rl.parallel.mesh import World
 from megatron_rl.parallel.pair import Backend
+from megatron_rl.parallel.share import can_share
 from megatron_rl.policy.weights import PARTS
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.members import Patience
@@ -77,6 +78,8 @@ def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distr
         return run.weights.carrier
     if run.rollout.engine == "vllm":
         return "disk"
+    if run.rollout.engine == "embedded" and not (on_gpus or run.rollout.urls or run.rollout.registry) and can_share():
+        return "ipc"  # the servers are children of this process; on a GPU it was not run yet
     return "distributed" if run.rollout.engine == "sglang" and on_gpus else "tensor"
 
 

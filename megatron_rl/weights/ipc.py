@@ -30,6 +30,9 @@ class IpcCarrier(Carrier):
     bucket_bytes: int
     device: torch.device
     """Where the trainer's weights are."""
+    kept: Shared | None = None
+    """The buffer on a GPU: torch gives such memory back only when every reader has said that it let go, and one that
+    was killed says nothing."""
 
     async def begin(self, servers: Sequence[Server], version: int) -> Push:
         """Open a push to those of the servers that run on this machine."""
@@ -38,6 +41,13 @@ class IpcCarrier(Carrier):
         await push.each(lambda server: server.begin_update())
         push.open_buffer()
         return push
+
+    def buffer(self, device: torch.device) -> Shared:
+        """Return the buffer of a push."""
+        if device.type != "cuda":
+            return Shared(self.bucket_bytes, device)
+        self.kept = self.kept or Shared(self.bucket_bytes, device)
+        return self.kept
 
     def _sent(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -67,7 +77,7 @@ class _IpcPush(Push):
     def open_buffer(self) -> None:
         """Make the buffer, on the trainer's device if all servers see it."""
         places = [self.places[server.url] for server in self.servers]
-        self.buffer = Shared(self.carrier.bucket_bytes, common_device(self.carrier.device, places))
+        self.buffer = self.carrier.buffer(common_device(self.carrier.device, places))
         self.handles = {server.url: self.buffer.handle() for server in self.servers}
 
     def _sums(self, bucket: NamedTensors) -> dict[str, tuple[str, str]]:
@@ -83,8 +93,8 @@ class _IpcPush(Push):
         try:
             await self.each(lambda server: server.end_update())
         finally:
-            assert self.buffer is not None
-            self.buffer.close()
+            if self.buffer is not None and self.buffer is not self.carrier.kept:
+                self.buffer.close()
 
 
 def _fillings(bucket: NamedTensors, buffer: Shared) -> Iterator[list[TensorPiece]]:
