@@ -282,11 +282,14 @@ class Stacks:
 def _messages(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Yield tensors in groups of at most so many bytes; a larger one is alone."""
     message: dict[str, Tensor] = {}
+    used = 0
     for name, tensor in tensors:
-        if message and sum(other.nbytes for other in message.values()) + tensor.nbytes > most_bytes:
+        if message and used + tensor.nbytes > most_bytes:
             yield message
             message = {}
+            used = 0
         message[name] = tensor
+        used += tensor.nbytes
         del tensor
     if message:
         yield message

@@ -2,15 +2,18 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.cli import main
 from megatron_rl.policy.folders import open_source
 from megatron_rl.policy.names import family_of, read_hf_config
-from tests.e2e.job import ONE_RANK, Job, metrics_of
+from tests.e2e.job import ONE_RANK, ROOT, Job, metrics_of
+from tests.policy import families
 
 
 def test_the_run_folder_holds_what_is_promised(straight):
@@ -122,3 +125,41 @@ def test_exports_on_the_way_are_models_to_serve(tmp_path):
     last = open_source(tmp_path / "run" / "export", family)
     assert all(torch.equal(last.read(name), tensor) for name, tensor in weights[2].items())
     assert not torch.equal(weights[1]["lm_head.weight"], weights[2]["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_gpt_oss_is_trained_and_every_push_reaches_its_server(tmp_path):
+    """Its experts come in one tensor a layer, and each push must bring those of both ranks."""
+    model = families.save("gpt_oss", tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(ROOT / "configs" / "demo-model" / name, model)
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(f'{{"q": "{a}+{b}=", "a": {a + b}}}\n' for a in range(5) for b in (1, 2))
+    )
+    (tmp_path / "even.py").write_text(
+        "def verify(prompt, response, answer):\n    return sum(c in '02468' for c in response) / 24\n"
+    )
+    settings = [
+        f"model.path={model}",
+        "task.name=jsonl",
+        f"task.path={tmp_path / 'sums.jsonl'}",
+        "task.prompt_field=q",
+        "task.answer_field=a",
+        f"task.verifier={tmp_path / 'even.py'}:verify",
+        "task.max_prompt_tokens=16",
+        "optimizer.lr=3e-3",
+        "weights.bucket_bytes=65536",
+        "train.steps=3",
+        "checkpoint.export=true",
+    ]
+    with Job(tmp_path / "run", *settings) as job:
+        assert job.end() == 0, job.output()
+        lines = job.metrics()
+    assert min(line["grad_norm"] for line in lines) > 0
+    assert max(line["mismatch_max"] for line in lines) < 1e-4  # float32 on both sides, after each push too
+    before, after = (
+        {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in (model, tmp_path / "run" / "export")
+    )
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
