@@ -175,3 +175,13 @@ def test_a_tied_mixture_is_no_model_for_sglang(tmp_path):
 
     with pytest.raises(ConfigError, match="SGLang does not for qwen2_moe: its head would hold no weights"):
         make_plan(load(Run, [DEMO], [f"model.path={folder}", "rollout.engine=sglang"]), on_gloo=True)
+
+
+def test_quantised_weights_are_refused_for_an_engine_that_would_serve_them_so(tmp_path):
+    folder = families.save("gpt_oss", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    words = [f"model.path={folder}", "parallel.tensor=1", "parallel.expert=1"]
+    with pytest.raises(ConfigError, match=r"is quantised \(mxfp4\): sglang .* megatron-to-hf"):
+        make_plan(load(Run, [DEMO], [*words, "rollout.engine=sglang"]))
+    make_plan(load(Run, [DEMO], words))
