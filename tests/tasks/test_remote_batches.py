@@ -117,7 +117,8 @@ def test_every_response_gets_its_own_verdict_from_few_bounded_requests(tmp_path,
     assert max(told.sizes) == 16
     assert sum(told.sizes) == 200
     assert len(told.sizes) < 100  # 13 full ones at least; how many are not full depends on the machine
-    assert told.asked[0][0] == {
+    first = next(item for items in told.asked for item in items if item["id"] == "0.3/p0/0")
+    assert first == {
         "id": "0.3/p0/0",
         "prompt": "p0?",
         "response": "0",
