@@ -7,7 +7,6 @@
 Models are random: one shaped like SmolLM2-135M (dense), one a mixture like Qwen3-MoE with 64 experts of 8 taken.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.gpu_parts import seconds_of
+from benchmarks.gpu_parts import main, seconds_of
 from megatron_rl.parallel.graphs import Graphs
 from megatron_rl.parallel.sums import sums64
 from megatron_rl.rollout.engine import Engine
@@ -129,13 +128,4 @@ def carrier(device: str, tiny: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    parts = {"decode": decode, "carrier": carrier}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=tuple(parts))
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args()
-    found = parts[given.part](given.device, given.tiny)
-    given.output.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found))
+    main({"decode": decode, "carrier": carrier}, __doc__)

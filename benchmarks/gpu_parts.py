@@ -11,7 +11,7 @@ A push here is only the copy through a handle: the bound of any push between two
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -113,9 +113,9 @@ def push(device: str, tiny: bool) -> dict[str, object]:
     return {"bytes": count, "GB/s": rate}
 
 
-if __name__ == "__main__":
-    parts = {"limit": limit, "segments": segments, "push": push}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(parts: Mapping[str, Callable[[str, bool], dict[str, object]]], description: str | None) -> None:
+    """Run the part that the command line names, print what it found and write it to a file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=tuple(parts))
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -124,3 +124,7 @@ if __name__ == "__main__":
     found = parts[given.part](given.device, given.tiny)
     given.output.write_text(json.dumps(found, indent=1))
     print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main({"limit": limit, "segments": segments, "push": push}, __doc__)
