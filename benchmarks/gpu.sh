@@ -6,6 +6,7 @@
 #   benchmarks/gpu.sh OUT small      1.5B: packed 8k and 32k, recomputation, plain paths, determinism, profile
 #   benchmarks/gpu.sh OUT large      10B: forward and backward (its optimizer state does not fit on one device)
 #   benchmarks/gpu.sh OUT demo       the demo on one device
+#   SMOLLM2=FOLDER benchmarks/gpu.sh OUT smollm2     the five objectives on a real model (tools/fetch_smollm2.py FOLDER)
 #   benchmarks/gpu.sh OUT tables     OUT/tables.md
 #   benchmarks/gpu.sh OUT all --device cpu --tiny     every script end to end on a CPU, small
 # A step that fails is named at the end; the others run. OUT/log keeps what they print.
@@ -84,11 +85,22 @@ demo() {
     run demo tools/demo train.steps=$steps "log.path=$(realpath "$out")/demo"
 }
 
+# One objective after the other takes minutes; OBJECTIVES="sspo espo" does only these.
+smollm2() {
+    local work=(train.steps=60 train.prompts_per_step=16 evaluate.every=20 evaluate.prompts=256)
+    $tiny && work=(train.steps=1 train.prompts_per_step=2 evaluate.every=0)
+    for objective in ${OBJECTIVES:-grpo gspo sapo sspo espo}; do
+        run "smollm2-$objective" "$python" -m megatron_rl train benchmarks/study/real.toml "objective.name=$objective" \
+            "model.path=${SMOLLM2:?write SMOLLM2=FOLDER before the command}" train.group_size=8 train.updates_per_step=4 \
+            optimizer.lr=1e-5 "${work[@]}" "log.path=$(realpath "$out")/smollm2-$objective"
+    done
+}
+
 tables() { run tables sh -c '"$0" benchmarks/gpu_tables.py "$1" | tee "$1/tables.md"' "$python" "$out"; }
 
 case "$stage" in
-    setup | parts | engine | small | large | demo | tables) $stage ;;
+    setup | parts | engine | small | large | demo | smollm2 | tables) $stage ;;
     all) for stage in parts engine small $($tiny || echo large) tables; do $stage; done ;;
-    *) echo "no stage $stage: write setup, parts, engine, small, large, demo, tables or all" >&2; exit 2 ;;
+    *) echo "no stage $stage: write setup, parts, engine, small, large, demo, smollm2, tables or all" >&2; exit 2 ;;
 esac
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

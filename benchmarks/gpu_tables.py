@@ -26,6 +26,20 @@ def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
     return cells
 
 
+def run_row(metrics: Path) -> list[str]:
+    """Return the line of one run of the trainer; times are of all steps but the first two."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
+    told = [f"{accuracies[at]:.3f}" for at in (0, -1)] if accuracies else ["-", "-"]
+    timed = [line for line in lines if "tokens" in line][2:]
+    phases = ("rollout", "score", "train", "weights")
+    spent = {phase: sum(line["seconds"].get(phase, 0.0) for line in timed) for phase in phases}
+    if not timed:
+        return [metrics.parent.name, *told, *["-"] * (1 + len(phases))]
+    rate = sum(line["tokens"] for line in timed) / sum(spent.values())
+    return [metrics.parent.name, *told, f"{rate:,.0f}", *(f"{spent[phase] / len(timed):.2f}" for phase in phases)]
+
+
 def report(folder: Path) -> str:
     """Return all tables that the folder has files for."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -35,6 +49,9 @@ def report(folder: Path) -> str:
         measures = [f"{part} {what}" for part in ("score", "step") for what in ("tokens/s", "of limit", "peak GiB")]
         heads = ["run", "row", "recompute", "plain", *measures]
         parts.append(table(heads, [step_row(name.removeprefix("step-"), found) for name, found in steps.items()]))
+    if runs := sorted(folder.glob("*/metrics.jsonl")):
+        heads = ["run", "accuracy at first", "at last", "tokens/s", "rollout s", "score s", "train s", "weights s"]
+        parts.append(table(heads, [run_row(metrics) for metrics in runs]))
     for name, found in files.items():
         if name not in steps:
             parts.append(f"{name}:\n\n" + table(["what", "value"], [[key, str(value)] for key, value in found.items()]))
