@@ -128,10 +128,12 @@ class Cluster:
         """Let a requeued job start without the two minutes for which Slurm holds back each component."""
 
         def started() -> bool:
-            for line in self.run(["squeue", "-h", "-t", "PENDING", "-o", "%i %r"]).splitlines():
-                part, reason = line.split(maxsplit=1)
-                if reason == "BeginTime":
-                    self.run(["scontrol", "update", f"jobid={part}", "StartTime=now"], check=False)
+            lines = self.run(["squeue", "-h", "-t", "PENDING", "-o", "%i %r"]).splitlines()
+            held = [line.split()[0] for line in lines if line.endswith(" BeginTime")]
+            if held:
+                time.sleep(2)  # credentials are revoked by whole seconds: a job of the same second would be refused
+            for part in held:
+                self.run(["scontrol", "update", f"jobid={part}", "StartTime=now"], check=False)
             return self.job(number)["JobState"] != "PENDING"
 
         self._wait(started, 60, f"job {number} to start")
