@@ -213,6 +213,7 @@ def test_a_rank_that_stands_still_is_reported_and_the_job_goes_on_from_its_check
     assert curve(run) == curve(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_slurmd_that_is_killed_and_started_again_is_not_noticed_by_the_job(cluster, uninterrupted, tmp_path):
     run = tmp_path / "slurmd"
     job = submit(cluster, words(run))
@@ -249,6 +250,7 @@ def test_a_node_that_dies_costs_no_step(place, cluster, uninterrupted, tmp_path)
     assert curve(run)[:6] == curve(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_costs_no_step(cluster, uninterrupted, tmp_path):
     run = tmp_path / "rank"
     job = submit(cluster, words(run))
