@@ -51,13 +51,15 @@ class Setup:
     name: str
     cores: int
     ranks: int
-    threads: int
+    servers: int
+    """Ours, of one thread each, like our ranks: models of this size gain nothing from a second thread."""
+    peer_threads: int
 
 
 SETUPS = (
-    Setup("1 core", 1, 1, 1),
-    Setup("2 cores, 1 rank", 2, 1, 2),
-    Setup("2 cores, 2 ranks", 2, 2, 1),
+    Setup("1 core", 1, 1, 1, 1),
+    Setup("2 cores, 1 rank", 2, 1, 2, 2),
+    Setup("2 cores, 2 ranks", 2, 2, 2, 1),
 )
 
 
@@ -114,7 +116,7 @@ def our_command(setup: Setup, seed: int, steps: int, folder: Path) -> list[str]:
         "parallel.tensor": 1,
         "parallel.expert": 1,
         "parallel.ranks": setup.ranks,
-        "rollout.servers": setup.ranks,
+        "rollout.servers": setup.servers,
         "rollout.sampling.max_new_tokens": s["max_new_tokens"],
         "objective.name": "grpo",
         **{f"optimizer.{name}": s[name] for name in ("lr", "beta1", "beta2", "epsilon", "clip_grad")},
@@ -126,8 +128,8 @@ def our_command(setup: Setup, seed: int, steps: int, folder: Path) -> list[str]:
         "log.rollouts": "false",
         "checkpoint.export": "false",
     }
-    if setup.ranks > 1:
-        settings["rollout.rows_per_request"] = s["prompts_per_step"] * s["group_size"] // setup.ranks
+    if setup.servers > 1:
+        settings["rollout.rows_per_request"] = s["prompts_per_step"] * s["group_size"] // setup.servers
     words = [f"{name}={value}" for name, value in settings.items()]
     return [sys.executable, "-m", "megatron_rl", "train", "configs/demo.toml", *words]
 
@@ -148,10 +150,10 @@ def trl_command(setup: Setup, seed: int, steps: int, folder: Path, peers: Path) 
     return [*python, "benchmarks/trl_job.py", str(folder / "job.json")]
 
 
-def measure(command: Sequence[str], setup: Setup, folder: Path, steps: int) -> Measured:
+def measure(command: Sequence[str], threads: int, setup: Setup, folder: Path, steps: int) -> Measured:
     """Run a job on the setup's cores and watch it from outside."""
     cores = sorted(os.sched_getaffinity(0))[: setup.cores]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     measured = Measured()
     marks: dict[int, tuple[float, float]] = {}
     began = time.monotonic()
@@ -206,10 +208,10 @@ def run(side: str, setup: Setup, seed: int, options: argparse.Namespace) -> dict
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if side == "ours":
-        command = our_command(setup, seed, options.steps, folder)
+        command, threads = our_command(setup, seed, options.steps, folder), 1
     else:
-        command = trl_command(setup, seed, options.steps, folder, options.peers)
-    numbers = measure(command, setup, folder, options.steps).numbers()
+        command, threads = trl_command(setup, seed, options.steps, folder, options.peers), setup.peer_threads
+    numbers = measure(command, threads, setup, folder, options.steps).numbers()
     print(
         f"{side:5} {setup.name:16} seed {seed}: {numbers['tokens_per_second']:7,.0f} tokens/s, "
         f"{numbers['tokens_per_cpu_second']:7,.0f} a CPU second",
