@@ -118,7 +118,7 @@ queue_again() {
 # What was killed may go on, unless Slurm itself ends the job. It is the kernel that kills, short of memory; or Slurm, which
 # hands a kill that a dead node missed to the step of the same number when node and job are back.
 killed_from_outside() {
-    [ $code -eq 137 ] || [ $code -eq 143 ] || [ -e "$logs/fleet-lost" ] || return 1
+    [ $code -eq 137 ] || [ $code -eq 143 ] || { [ $code -ne 0 ] && [ -e "$logs/fleet-lost" ]; } || return 1
     [ "$count" -gt 0 ] || [ "$run/metrics.jsonl" -nt "$logs/began" ] || return 1 # it never ran: it would not run again
     scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q "JobState=RUNNING"
 }

@@ -22,7 +22,7 @@ case "$*" in
     *" preflight fleet "*) sleep "${ASKS:-0}"; exit "${UNFIT:-0}" ;;
     *" fleet --registry "*) folder="$(sed 's/.*--registry \\([^ ]*\\) .*/\\1/' <<<"$*")"
                             until [ -e "$folder/end" ] || [ -n "${NO_FLEET:-}" ]; do sleep 0.05; done ;;
-    *" train "*) trap 'kill $!; exit 143' TERM; trap 'kill $!; made; exit 130' USR1
+    *" train "*) trap 'kill $!; exit 143' TERM; trap 'kill $!; made; exit "${STOPPED:-130}"' USR1
                  made() { [ -z "${STEPS:-}" ] || { sleep 0.02; touch "$STEPS"; }; }
                  sleep "${TRAINS:-0}" & wait $!
                  made
@@ -215,6 +215,17 @@ def test_a_fleet_that_is_lost_after_a_step_lets_the_job_go_on(tmp_path):
     assert code == 130
     assert "the fleet ended: the ranks finish their step" in said
     assert "REQUEUE 7" in job.steps, said
+
+
+def test_a_run_that_reached_its_end_is_over_though_the_fleet_was_lost(tmp_path):
+    job = Job(tmp_path, "slurm.preflight=false")
+    job.run_folder.mkdir()
+
+    code, said = job.run(NO_FLEET="1", TRAINS="60", STOPPED="0", STEPS=str(job.run_folder / "metrics.jsonl"))
+
+    assert code == 0, said
+    assert "the fleet ended: the ranks finish their step" in said
+    assert "REQUEUE 7" not in job.steps
 
 
 def test_a_run_folder_that_cannot_be_made_is_told(tmp_path):
