@@ -24,10 +24,10 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.types import Prompt, Response
-from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.rollout.stream import Stream
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.stream import Stream
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.fake import FakeServer, serving
 
 TOKEN_SECONDS = 0.0005
@@ -75,7 +75,7 @@ def clockwork(max_lag: int, train_seconds: float) -> dict[str, float]:
     run = load(Run, [], ["model.path=none", *sizes, *lag]).run
     with serving(*(SleepyServer() for _ in range(SERVERS))) as servers:
         urls = [server.url for server in servers]
-        with Fleet(urls, TensorCarrier(1 << 20), rows_per_request=GROUP, requests_per_server=64) as fleet:
+        with Fleet(urls, TensorTransport(1 << 20), rows_per_request=GROUP, requests_per_server=64) as fleet:
             stream = Stream(run, fleet, AnyAnswer())
             begun, busy = time.monotonic(), 0.0
             for step in range(STEPS):

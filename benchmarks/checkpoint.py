@@ -50,11 +50,11 @@ def seconds(work: Callable[[], object]) -> float:
 
 def copied(source: Path, target: Path) -> None:
     """Copy a folder as `cp` does, until it is on the disk."""
-    from megatron_rl.data.files import flush
+    from megatron_rl.util.atomic import flush_to_disk
 
     subprocess.run(["cp", "-r", source, target], check=True)
     for path in target.iterdir():
-        flush(path)
+        flush_to_disk(path)
 
 
 def peak_bytes() -> int:
@@ -69,13 +69,13 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     from megatron_rl.config.schema import Run
     from megatron_rl.data.pack import pack
     from megatron_rl.data.types import Loss, Metrics, Micro
-    from megatron_rl.parallel.mesh import start_world
+    from megatron_rl.distributed.mesh import start_world
     from megatron_rl.policy.engine import Policy
     from megatron_rl.prove.case import make_batch
     from megatron_rl.train.checkpoints import Checkpoints
     from megatron_rl.train.resume import newest_checkpoint
 
-    def loss_of(logprobs_R: torch.Tensor, entropies_R: torch.Tensor, micro: Micro) -> Loss:
+    def make_loss(logprobs_R: torch.Tensor, entropies_R: torch.Tensor, micro: Micro) -> Loss:
         value = -logprobs_R.sum() / 100
         return Loss(value, Metrics({"loss": value.detach()}, {}))
 
@@ -87,7 +87,7 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     checkpoints = Checkpoints(run, world, policy)
 
     def update() -> None:
-        policy.accumulate(rows, loss_of)
+        policy.accumulate(rows, make_loss)
         policy.step()
 
     found: dict[str, list[float]] = {name: [] for name in ("update", "stall", "complete", "update while writing")}

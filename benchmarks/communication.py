@@ -83,19 +83,19 @@ def rank(out: Path, words: list[str]) -> int:
     replace(dist.Work, "wait", clock.timed(dist.Work.wait, 0))  # what was started without waiting
 
     from megatron_rl.cli import main
-    from megatron_rl.train.journal import Journal
+    from megatron_rl.observability.recorder import RunRecorder
 
-    original = Journal.phase
+    original = RunRecorder.phase
 
     @contextmanager
-    def phase(self: Journal, name: str) -> Iterator[None]:
+    def phase(self: RunRecorder, name: str) -> Iterator[None]:
         clock.read()
         began = time.perf_counter()
         with original(self, name):
             yield
         lines.append((name, time.perf_counter() - began, *clock.read()))
 
-    replace(Journal, "phase", phase)
+    replace(RunRecorder, "phase", phase)
     code = main(words)
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(lines))

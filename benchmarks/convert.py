@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_rl.policy.names import family_of
+from megatron_rl.models.hf_mapping import family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
@@ -58,7 +58,7 @@ import torch
 from pathlib import Path
 from mbridge import AutoBridge
 from megatron_rl.config.schema import Run
-from megatron_rl.parallel.mesh import lone_world
+from megatron_rl.distributed.mesh import lone_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.test_mbridge import EngineNames
 from transformers import AutoConfig

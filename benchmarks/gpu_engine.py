@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu_parts import main, seconds_of
-from megatron_rl.parallel.graphs import Graphs
-from megatron_rl.parallel.sums import sums64
-from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.model import ServedModel
-from megatron_rl.rollout.process import embedded_server
-from megatron_rl.rollout.requests import Work, parse_work
-from megatron_rl.rollout.static import StaticDecoder
-from megatron_rl.weights.ipc import IpcCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.inference_server.engine import Engine
+from megatron_rl.inference_server.model import ServedModel
+from megatron_rl.inference_server.requests import Work, parse_work
+from megatron_rl.inference_server.static import StaticDecoder
+from megatron_rl.ops.graphs import Graphs
+from megatron_rl.weights.checksum import sums64
+from megatron_rl.weights.ipc import IpcTransport
 
 MODELS: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "dense 135M": (
@@ -116,7 +116,7 @@ def carrier(device: str, tiny: bool) -> dict[str, object]:
             "checksums of one side": seconds_of(lambda: sums64(weights), device),
         }
         pushes = []
-        with Fleet([server], IpcCarrier(1 << 20 if tiny else 1 << 28, here), Patience(), keep_weights=False) as fleet:
+        with Fleet([server], IpcTransport(1 << 20 if tiny else 1 << 28, here), Timeouts(), keep_weights=False) as fleet:
             for version in range(1, 5):
                 report = fleet.update(weights.items(), version)
                 if report.failed:

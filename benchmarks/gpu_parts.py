@@ -20,10 +20,10 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from megatron_rl.algorithms.loss import LossOf, make_loss, prepare
+from megatron_rl.algorithms.objectives import ESPO, GRPO, GSPO
 from megatron_rl.data.types import Batch, Micro
 from megatron_rl.data.vocabulary import Vocabulary
-from megatron_rl.loss import LossOf, loss_of, prepare
-from megatron_rl.objectives import ESPO, GRPO, GSPO
 
 REPEATS = 10
 
@@ -83,7 +83,7 @@ def segments(device: str, tiny: bool) -> dict[str, object]:
         on_device = Micro({key: column.to(device) for key, column in micro.columns.items()}, micro.num_segments)
         new_R = (old_T[batch.trained_R] + 0.01).to(device).requires_grad_()
         entropies_R = torch.rand(len(new_R), device=device)
-        once = partial(_backward, loss_of(objective), new_R, entropies_R, on_device)
+        once = partial(_backward, make_loss(objective), new_R, entropies_R, on_device)
         found[name] = {"seconds": seconds_of(once, device), "segments": on_device.num_segments}
     return found
 

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.layout import layout_of
-from megatron_rl.launch.sizing.memory import memory_of, work_of
-from megatron_rl.policy.names.rules import Family
+from megatron_rl.launch.planning.layout import layout_of
+from megatron_rl.launch.planning.memory import memory_of, work_of
+from megatron_rl.models.hf_mapping.rules import Family
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ def fill(chunks: list[nn.Module], *_: object) -> None:
 def main(arguments: argparse.Namespace) -> dict[str, object]:
     """Measure, and return what is to be written."""
     os.environ["MEGATRON_RL_DEVICE"] = arguments.device
+    from megatron_rl.algorithms.loss import make_loss, prepare
+    from megatron_rl.algorithms.objectives import GRPO
     from megatron_rl.data.pack import pack
     from megatron_rl.data.types import Batch
-    from megatron_rl.loss import loss_of, prepare
-    from megatron_rl.objectives import GRPO
-    from megatron_rl.parallel.mesh import DETERMINISTIC_ENVIRONMENT, lone_world, make_deterministic
+    from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, lone_world, make_deterministic
     from megatron_rl.policy import engine
 
     if arguments.deterministic:
@@ -140,7 +140,7 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
     prepared = pack(scored.add(prepare(scored, objective)), policy.row_rules)
 
     def step() -> None:
-        policy.accumulate(prepared, loss_of(objective))
+        policy.accumulate(prepared, make_loss(objective))
         if not arguments.no_step:
             policy.step()
 

@@ -30,14 +30,19 @@ def run_row(metrics: Path) -> list[str]:
     """Return the line of one run of the trainer; times are of all steps but the first two."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
-    told = [f"{accuracies[at]:.3f}" for at in (0, -1)] if accuracies else ["-", "-"]
+    columns = [f"{accuracies[at]:.3f}" for at in (0, -1)] if accuracies else ["-", "-"]
     timed = [line for line in lines if "tokens" in line][2:]
     phases = ("rollout", "score", "train", "weights")
     spent = {phase: sum(line["seconds"].get(phase, 0.0) for line in timed) for phase in phases}
     if not timed:
-        return [metrics.parent.name, *told, *["-"] * (1 + len(phases))]
+        return [metrics.parent.name, *columns, *["-"] * (1 + len(phases))]
     rate = sum(line["tokens"] for line in timed) / sum(spent.values())
-    return [metrics.parent.name, *told, f"{rate:,.0f}", *(f"{spent[phase] / len(timed):.2f}" for phase in phases)]
+    return [
+        metrics.parent.name,
+        *columns,
+        f"{rate:,.0f}",
+        *(f"{spent[phase] / len(timed):.2f}" for phase in phases),
+    ]
 
 
 def report(folder: Path) -> str:

@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.live_bytes import LiveBytes  # noqa: E402
 from megatron_rl.config.schema import Run  # noqa: E402
 from megatron_rl.data.types import Batch  # noqa: E402
-from megatron_rl.launch.layout import layout_of  # noqa: E402
-from megatron_rl.launch.sizing.memory import RankMemory, memory_of, work_of  # noqa: E402
-from megatron_rl.policy.names import family_of, read_hf_config  # noqa: E402
+from megatron_rl.launch.planning.layout import layout_of  # noqa: E402
+from megatron_rl.launch.planning.memory import RankMemory, memory_of, work_of  # noqa: E402
+from megatron_rl.models.hf_mapping import family_of, read_hf_config  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 
 if TYPE_CHECKING:
@@ -165,10 +165,10 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
     """Return what this rank holds and needs for a step over so many rows of sequences of these lengths."""
     from megatron_rl.data.pack import pack
     from megatron_rl.data.types import Loss, Metrics, Micro
-    from megatron_rl.parallel.mesh import start_world
+    from megatron_rl.distributed.mesh import start_world
     from megatron_rl.policy.engine import Policy
 
-    def loss_of(logprobs_K: Tensor, entropies_K: Tensor, micro: Micro) -> Loss:
+    def make_loss(logprobs_K: Tensor, entropies_K: Tensor, micro: Micro) -> Loss:
         value = logprobs_K.sum() + entropies_K.sum()
         return Loss(value, Metrics({"loss": value.detach()}, {}))
 
@@ -190,7 +190,7 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
 
     config.finalize_model_grads_func = reduce_apart
     with meter.running():
-        policy.accumulate(batch, loss_of)
+        policy.accumulate(batch, make_loss)
     policy.step()
     measured.optimizer = held_bytes(_optimizer_tensors(policy))
     return measured

@@ -41,8 +41,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_rl.parallel.head import TILE_COLUMNS, HeadLogprobs, Shard, head_logprobs_entropies  # noqa: E402
-from megatron_rl.parallel.tiles import compiled_passes, eager_passes  # noqa: E402
+from megatron_rl.ops.head import TILE_COLUMNS, HeadLogprobs, VocabShard, head_logprobs_entropies  # noqa: E402
+from megatron_rl.ops.tiles import compiled_passes, eager_passes  # noqa: E402
 
 PEERS = ("trl==1.16.0", "verl==0.9.1", "liger-kernel==0.8.5")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -80,7 +80,7 @@ class Measured:
 def tiles(columns: int, compiled: bool, shifted: bool) -> Operation:
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         passes = compiled_passes(weight.device.type) if compiled else eager_passes()
-        shard = Shard(0, len(weight), 1.0, None, columns, passes, shifted)
+        shard = VocabShard(0, len(weight), 1.0, None, columns, passes, shifted)
         return HeadLogprobs.apply(hidden, weight, targets, shard)
 
     return call

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.process import embedded_server
-from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.distributed import DistributedCarrier
-from megatron_rl.weights.ipc import IpcCarrier
-from megatron_rl.weights.protocol import Carrier
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.weights.disk import DiskTransport
+from megatron_rl.weights.distributed import DistributedTransport
+from megatron_rl.weights.ipc import IpcTransport
+from megatron_rl.weights.tensor import TensorTransport
+from megatron_rl.weights.transport import WeightTransport
 
 BUCKET_BYTES = 16 << 20
 
@@ -55,13 +55,13 @@ def make_model(folder: Path, megabytes: int) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def carriers(folder: Path, model: Path) -> dict[str, Carrier]:
+def carriers(folder: Path, model: Path) -> dict[str, WeightTransport]:
     """Return one of each kind."""
     return {
-        "tensor": TensorCarrier(BUCKET_BYTES),
-        "disk": DiskCarrier(BUCKET_BYTES, folder / "weights", model),
-        "distributed (gloo)": DistributedCarrier(BUCKET_BYTES, "gloo", torch.device("cpu")),
-        "ipc": IpcCarrier(BUCKET_BYTES, torch.device("cpu")),
+        "tensor": TensorTransport(BUCKET_BYTES),
+        "disk": DiskTransport(BUCKET_BYTES, folder / "weights", model),
+        "distributed (gloo)": DistributedTransport(BUCKET_BYTES, "gloo", torch.device("cpu")),
+        "ipc": IpcTransport(BUCKET_BYTES, torch.device("cpu")),
     }
 
 
@@ -79,7 +79,7 @@ def measure(megabytes: int, servers: int, repeats: int, folder: Path) -> dict[st
     processes = [embedded_server(str(model), folder / f"log-{megabytes}-{n}") for n in range(servers)]
     kinds = carriers(folder, model)
     best: dict[str, float] = dict.fromkeys([*kinds, "plain copy"], float("inf"))
-    with Fleet(processes, kinds["tensor"], Patience(), keep_weights=False) as fleet:
+    with Fleet(processes, kinds["tensor"], Timeouts(), keep_weights=False) as fleet:
         version = 0
         for _ in range(repeats):
             best["plain copy"] = min(best["plain copy"], copy_seconds(model / "model.safetensors", folder / "copy"))

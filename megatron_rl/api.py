@@ -11,15 +11,15 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from megatron_rl.algorithms.loss import Correction, ReferenceKL, make_loss, mismatch, prepare, summary
+from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.config.explain import explain
 from megatron_rl.config.load import leaves
 from megatron_rl.config.section import Section
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
-from megatron_rl.loss import Correction, ReferenceKL, loss_of, mismatch, prepare, summary
-from megatron_rl.objectives import AnyObjective
-from megatron_rl.parallel.vocab import vocab_logprobs_entropies
+from megatron_rl.ops.vocab import vocab_logprobs_entropies
 
 __all__ = ["Option", "PolicyLoss", "policy_loss", "vocab_logprobs_entropies"]
 
@@ -32,7 +32,7 @@ class PolicyLoss:
 
     Attributes:
         loss: scalar to minimise, with gradient to ``logprobs``.
-        metrics: the journal's numbers, see ``megatron_rl.loss.summary`` and ``mismatch``.
+        metrics: the journal's numbers, see ``megatron_rl.algorithms.loss.summary`` and ``mismatch``.
     """
 
     loss: Tensor
@@ -100,7 +100,7 @@ def policy_loss(
     micro = replace(micro, columns={name: column.to(logprobs.device) for name, column in micro.columns.items()})
     logprobs_R = logprobs[loss_mask.bool()]
     entropies_R = torch.zeros_like(logprobs_R) if entropies is None else micro["old_entropies_T"]
-    loss = loss_of(options.objective, options.kl)(logprobs_R, entropies_R, micro)
+    loss = make_loss(options.objective, options.kl)(logprobs_R, entropies_R, micro)
     metrics = summary(loss.metrics) | mismatch(batch)
     if entropies is None:
         del metrics["entropy_mean"]

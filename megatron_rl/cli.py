@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.errors import ConfigError, MegatronRLError
-from megatron_rl.rollout.serve import add_arguments as add_serve_arguments
-from megatron_rl.rollout.serve import serve
+from megatron_rl.inference_server.serve import add_arguments as add_serve_arguments
+from megatron_rl.inference_server.serve import serve
 
 if TYPE_CHECKING:  # the tree needs torch, and help should not wait for it
     from megatron_rl.config.schema import Run
@@ -157,11 +157,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from megatron_rl.launch.check import check
+    from megatron_rl.launch.planning.check import check
 
     loaded = _load(options.config) if options.config else None
     if options.cluster and loaded is not None:
-        from megatron_rl.launch.cluster import check_cluster
+        from megatron_rl.launch.slurm.cluster import check_cluster
 
         return check_cluster(options.config, loaded.run)
     return check(loaded, options.ranks)
@@ -175,7 +175,7 @@ def _prove(options: argparse.Namespace) -> int:
 
 
 def _slurm(options: argparse.Namespace) -> int:
-    from megatron_rl.launch.slurm import slurm
+    from megatron_rl.launch.slurm.render import slurm
 
     return slurm(_load(options.config), options.config, submit=options.submit and not options.dry_run)
 
@@ -183,16 +183,16 @@ def _slurm(options: argparse.Namespace) -> int:
 def _fleet(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     loaded = _load(options.config)
-    from megatron_rl.launch.fleet import keep_server
+    from megatron_rl.launch.slurm.serve_node import keep_server
 
     return keep_server(loaded.run, options.registry, options.host)
 
 
 def _preflight(options: argparse.Namespace) -> int:
-    from megatron_rl.launch import preflight
+    from megatron_rl.launch.slurm import preflight
 
     if options.step == "fleet":
-        from megatron_rl.launch.roundtrip import ask_fleet
+        from megatron_rl.launch.slurm.round_trip import ask_fleet
 
         return ask_fleet(_load(options.config).run, options.folder)
     if options.folder is None:
@@ -208,18 +208,18 @@ def _replay(options: argparse.Namespace) -> int:
     from megatron_rl.launch.quiet import quiet_upstream
 
     quiet_upstream()
-    from megatron_rl.launch.replay import replay
+    from megatron_rl.launch.debug_nonfinite import replay
 
     return replay(options.file, options.same_layout)
 
 
 def _replay_rank(options: argparse.Namespace) -> int:
-    from megatron_rl.launch.failures import told
+    from megatron_rl.launch.failures import reporting_failure
     from megatron_rl.launch.quiet import quiet_upstream
 
     quiet_upstream()
-    with told():
-        from megatron_rl.train.evidence import replay_rank
+    with reporting_failure():
+        from megatron_rl.train.nonfinite_dump import replay_rank
 
         return replay_rank(options.file, options.folder)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.advantages import advantages, dr, gdpo, overlong_penalty, rloo, zero_variance, zscore
+from megatron_rl.algorithms.advantages import advantages, dr, gdpo, overlong_penalty, rloo, zero_variance, zscore
 
 REWARDS = st.sampled_from([0.0, 0.1, 0.5, 1.0, -1.0])
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel.head import head_logprobs_entropies
-from megatron_rl.parallel.tiles import Upstream, eager_passes
+from megatron_rl.ops.head import head_logprobs_entropies
+from megatron_rl.ops.tiles import Upstream, eager_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -40,7 +40,7 @@ def test_the_kernels_compile_for_a_gpu_that_need_not_be_here(logits: str) -> Non
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_rl.parallel import kernels
+    from megatron_rl.ops import kernels
 
     floats = dict.fromkeys(("sums", "scale", "normalizers", "entropies", "us", "vs"), "*fp32")
     types = {**floats, "logits": logits, "out": logits, "targets": "*i64", "num_rows": "i32", "columns": "i32"}
@@ -63,7 +63,7 @@ def tile(num_rows: int, columns: int, scale: float, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize(("num_rows", "columns"), [(3, 5000), (1, 7), (2, 2048), (0, 9)])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 300.0])
 def test_sums_are_the_eager_ones(num_rows: int, columns: int, scale: float) -> None:
-    from megatron_rl.parallel.kernels import kernel_passes
+    from megatron_rl.ops.kernels import kernel_passes
 
     logits_RC, factor = tile(num_rows, columns, scale), torch.tensor(0.7, device=DEVICE)
     logits_RC[:1] = -torch.inf  # a row of tokens that the model lacks
@@ -76,7 +76,7 @@ def test_sums_are_the_eager_ones(num_rows: int, columns: int, scale: float) -> N
 @pytest.mark.parametrize("which", ["u", "v", "both", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slopes_are_the_eager_ones(which: str, dtype: torch.dtype) -> None:
-    from megatron_rl.parallel.kernels import kernel_passes
+    from megatron_rl.ops.kernels import kernel_passes
 
     logits_RC = tile(4, 3000, 3.0, dtype)
     factor = torch.tensor(1.25, device=DEVICE)

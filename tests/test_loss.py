@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.algorithms.loss import Correction, ReferenceKL, k3, make_loss, mismatch, prepare, summary
+from megatron_rl.algorithms.objectives import CISPO, DPPO, ESPO, GMPO, GRPO, GSPO, SAPO, SSPO, Objective
 from megatron_rl.data.types import Batch, Micro
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
-from megatron_rl.loss import Correction, ReferenceKL, k3, loss_of, mismatch, prepare, summary
-from megatron_rl.objectives import CISPO, DPPO, ESPO, GMPO, GRPO, GSPO, SAPO, SSPO, Objective
 from tests.ranks import run_ranks
 
 VOCABULARY = Vocabulary(50, [b"a", b" b", b".", b",", b"\n", b" c"] * 8, frozenset([49]))
@@ -63,7 +63,7 @@ def batch_of(lengths: list[int], seed: int = 0, step: float = 0.1) -> tuple[Batc
 def evaluate(objective: Objective, micro: Micro, logprobs_R: Tensor, kl: ReferenceKL | None = None):
     """Return (loss, gradient, metrics) of one micro-batch."""
     leaf_R = logprobs_R.clone().requires_grad_()
-    loss = loss_of(objective, kl)(leaf_R, torch.ones_like(leaf_R), micro)
+    loss = make_loss(objective, kl)(leaf_R, torch.ones_like(leaf_R), micro)
     loss.value.backward()
     assert leaf_R.grad is not None
     return loss.value.item(), leaf_R.grad, loss.metrics
@@ -102,7 +102,7 @@ def test_entropies_get_no_gradient(name):
         new_T[batch.trained_R].requires_grad_(),
         torch.ones(len(batch.trained_R), requires_grad=True),
     )
-    loss_of(OBJECTIVES[name])(logprobs_R, entropies_R, batch.micro()).value.backward()
+    make_loss(OBJECTIVES[name])(logprobs_R, entropies_R, batch.micro()).value.backward()
     assert logprobs_R.grad is not None
     assert entropies_R.grad is None
 
@@ -152,7 +152,7 @@ def test_a_micro_batch_without_trained_tokens_still_has_a_gradient_path():
         micro = batch.add(prepare(batch, objective, vocabulary=VOCABULARY)).micro()
         parameter = torch.ones((), requires_grad=True)
         logprobs_R = parameter * torch.zeros(0)
-        loss = loss_of(objective)(logprobs_R, logprobs_R, micro)
+        loss = make_loss(objective)(logprobs_R, logprobs_R, micro)
         loss.value.backward()
         assert loss.value.item() == 0, name
         assert parameter.grad is not None, name
@@ -268,7 +268,7 @@ def test_summary_forms_means_over_tokens_and_segments_over_responses():
     batch = batch.add(prepare(batch, GRPO(), segment_ids_T=torch.tensor([0, 0, 1, 2, 0, 0, 0, 0])))
     shifts = torch.tensor([0.5, 0.5, 0.1, -0.1, 0.2, -0.2], dtype=torch.float64)
     micro = batch.micro()
-    loss = loss_of(GRPO())(shifts - 2.0, torch.arange(6.0), micro)
+    loss = make_loss(GRPO())(shifts - 2.0, torch.arange(6.0), micro)
     values = summary(loss.metrics)
     ratios = [math.exp(x) for x in (0.5, 0.5, 0.1, -0.1, 0.0, 0.0)]
     assert values["tokens"] == 6

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from megatron_rl.algorithms.loss import Correction, ReferenceKL, make_loss, prepare
 from megatron_rl.data.types import Micro
-from megatron_rl.loss import Correction, ReferenceKL, loss_of, prepare
-from megatron_rl.parallel.head import Backend, head_logprobs_entropies
+from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from tests.test_loss import OBJECTIVES, VOCABULARY, batch_of
 
 
@@ -20,7 +20,7 @@ def test_the_loss_and_its_gradient_look_at_no_value(name):
     batch, logprobs_T = batch_of([9, 4, 12, 7, 5])
     prepared = batch.add(prepare(batch, OBJECTIVES[name], Correction(kind="tis"), VOCABULARY))
     micro = prepared.micro()
-    loss = loss_of(OBJECTIVES[name], ReferenceKL(coefficient=0.1))
+    loss = make_loss(OBJECTIVES[name], ReferenceKL(coefficient=0.1))
     new_R = logprobs_T[batch.trained_R]
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         columns = {key: mode.from_tensor(column) for key, column in micro.columns.items()}

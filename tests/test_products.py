@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.parallel import products
-from megatron_rl.parallel.products import PANEL, WideProducts, brgemm_found, kernel_for
+from megatron_rl.ops import products
+from megatron_rl.ops.products import PANEL, WideProducts, brgemm_found, kernel_for
 from tests.ranks import run_ranks
 
 needs_brgemm = pytest.mark.skipif(not brgemm_found(), reason="this processor or torch has no bfloat16 brgemm")

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rl.data.types import Batch
-from megatron_rl.data.vocabulary import Granularity, Vocabulary
-from megatron_rl.objectives import SSPO
-from megatron_rl.segments import (
+from megatron_rl.algorithms.objectives import SSPO
+from megatron_rl.algorithms.segments import (
     TokenRun,
     entropy_groups,
     joint_ids,
@@ -24,6 +22,8 @@ from megatron_rl.segments import (
     segments_per_response,
     sentence_ids,
 )
+from megatron_rl.data.types import Batch
+from megatron_rl.data.vocabulary import Granularity, Vocabulary
 from tests.oracle.segments import sentences
 
 END = b"<end>"

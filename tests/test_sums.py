@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_rl.parallel.sums import sums64
+from megatron_rl.weights.checksum import sums64
 
 _MASK = (1 << 64) - 1
 

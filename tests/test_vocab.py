@@ -13,16 +13,16 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel import head, vocab
-from megatron_rl.parallel.head import (
+from megatron_rl.ops import head, vocab
+from megatron_rl.ops.head import (
     HeadLogprobs,
-    Shard,
+    VocabShard,
     backend_in_words,
     choose_backend,
     head_logprobs_entropies,
 )
-from megatron_rl.parallel.tiles import Passes, compiled_passes, compiler_found, eager_passes
-from megatron_rl.parallel.vocab import vocab_logprobs_entropies
+from megatron_rl.ops.tiles import Passes, compiled_passes, compiler_found, eager_passes
+from megatron_rl.ops.vocab import vocab_logprobs_entropies
 from tests.ranks import run_ranks
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -67,7 +67,7 @@ def test_value_and_gradient_equal_the_definition(size, rows, scale, temperature,
     targets = torch.randint(0, size, (rows,), generator=torch.Generator().manual_seed(seed))
     upstream = random(2, rows, seed=seed + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_rl.parallel.vocab.CHUNK_ELEMENTS", chunk)
+        patch.setattr("megatron_rl.ops.vocab.CHUNK_ELEMENTS", chunk)
         actual = vocab_logprobs_entropies(logits, targets, temperature=temperature)
         gradient = torch.autograd.grad((torch.stack(actual) * upstream).sum(), logits)
     expected = full(logits, targets, temperature)
@@ -247,7 +247,7 @@ def test_an_unused_entropy_costs_nothing_and_ranks_speak_once():
     hidden, weight = random(6, 5).requires_grad_(), random(30, 5, seed=1).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocab, "gather_over", gather)
-        shard = Shard(0, 30, 1.0, None, 8, Passes(eager.sums, slopes))
+        shard = VocabShard(0, 30, 1.0, None, 8, Passes(eager.sums, slopes))
         HeadLogprobs.apply(hidden, weight, torch.arange(6), shard)[0].sum().backward()
     assert seen == [None] * 4
     assert calls == [(4, 6)]
@@ -353,7 +353,7 @@ def test_tiles_are_compiled_beside_the_stand_ins_for_cuda():
         "import torch\n"
         "from megatron_rl.parallel import cpu\n"
         "cpu.activate()\n"
-        "from megatron_rl.parallel.tiles import compiled_passes\n"
+        "from megatron_rl.ops.tiles import compiled_passes\n"
         "from torch._dynamo.utils import counters\n"
         "compiled_passes('cpu').sums(torch.zeros(4, 8), torch.tensor(1.0))\n"
         "assert counters['frames'] == {'total': 1, 'ok': 1}, counters['frames']\n"

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_rl.train.journal import read_metrics
-from megatron_rl.train.names import METRICS
+from megatron_rl.observability.file_names import METRICS
+from megatron_rl.observability.recorder import read_metrics
 
 TIMES = ("seconds",)
 

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_rl.config.schema import Run
 from megatron_rl.config.tree import members
-from megatron_rl.train.journal import DOCUMENTED
+from megatron_rl.observability.recorder import DOCUMENTED
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MADE = "<!-- Made by tools/make_config_reference.py: change the code, then run it. -->"

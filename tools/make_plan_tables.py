@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.memory_plan import Measured, table  # noqa: E402
 from megatron_rl.config.load import load  # noqa: E402
 from megatron_rl.config.schema import Run  # noqa: E402
-from megatron_rl.launch.layout import LAST  # noqa: E402
-from megatron_rl.launch.sizing.flops import bubble  # noqa: E402
-from megatron_rl.launch.sizing.memory import GIB, worst  # noqa: E402
-from megatron_rl.launch.sizing.parameters import active_parameters, total_parameters  # noqa: E402
-from megatron_rl.launch.sizing.plan import Sizes, sizes_of  # noqa: E402
+from megatron_rl.launch.planning.flops import bubble  # noqa: E402
+from megatron_rl.launch.planning.layout import LAST  # noqa: E402
+from megatron_rl.launch.planning.memory import GIB, worst  # noqa: E402
+from megatron_rl.launch.planning.memory_plan import Sizes, sizes_of  # noqa: E402
+from megatron_rl.launch.planning.parameters import active_parameters, total_parameters  # noqa: E402
 
 PAGE = ROOT / "docs" / "plan.md"
 MEASURED = ROOT / "docs" / "plan-measured.json"

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import ConfigError, DataError, MegatronRLError
-from megatron_rl.policy.folders import copy_companions, open_source
-from megatron_rl.policy.hf_files import INDEX
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.sources import Source
+from megatron_rl.models.checkpoint_folders import copy_companions, open_source
+from megatron_rl.models.hf_files import INDEX
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.sources import Source
 
 BECOMES = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 ARCHITECTURES = {

@@ -6,8 +6,8 @@ from megatron_rl.launch.quiet import quiet_upstream
 
 quiet_upstream()
 
+from megatron_rl.inference_server import serve, server  # noqa: E402
 from megatron_rl.launch import local  # noqa: E402 (after the filters)
-from megatron_rl.rollout import serve, server  # noqa: E402
 from megatron_rl.train import rank  # noqa: E402
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.study.cells import Cell, Line
 from benchmarks.study.worker import RunFailed, train_once
-from megatron_rl.train.versions import found_versions
+from megatron_rl.observability.versions import found_versions
 
 RESULTS = Path(__file__).with_name("results")
 CURVES = (

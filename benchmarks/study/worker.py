@@ -21,8 +21,8 @@ from urllib.request import urlopen
 import psutil
 
 from benchmarks.study.cells import Cell
-from megatron_rl.launch.ranks import free_port
-from megatron_rl.train.names import METRICS, NONFINITE
+from megatron_rl.observability.file_names import METRICS, NONFINITE
+from megatron_rl.util.ports import free_port
 
 CONFIGS = Path(__file__).parent
 _HEALTH_SECONDS = 120.0
@@ -123,7 +123,7 @@ def _begin(log: Path) -> None:
 
 def _serve(model: str, port: int, continuous: bool, log: Path) -> None:
     _begin(log)
-    from megatron_rl.rollout.serve import add_arguments, serve
+    from megatron_rl.inference_server.serve import add_arguments, serve
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)

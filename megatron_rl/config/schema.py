@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_rl.algorithms.loss import Correction, ReferenceKL
+from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
 from megatron_rl.config.section import InputPath, Section
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Environment, Reward
-from megatron_rl.loss import Correction, ReferenceKL
-from megatron_rl.objectives import GRPO, AnyObjective
 
 
 class Model(Section):

@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_rl.convert.manifest import read_manifest
-from megatron_rl.policy.dist_source import DistSource
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.hf_files import fp8_block
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.dist_source import DistSource
+from megatron_rl.models.hf_files import fp8_block
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
 
 def describe(folder: Path, console: Console) -> None:

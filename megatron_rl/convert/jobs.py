@@ -5,7 +5,6 @@ Everything is written to a folder beside the target, which gets the target's nam
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_rl.convert.manifest import Record
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.util.atomic import commit_folder, flush_to_disk, replaced
 
 Report = Callable[[int], None]
 """Told of bytes as they are done."""
@@ -67,7 +67,7 @@ class Staging:
         text = json.dumps(plan, sort_keys=True)
         if not (self._records / _PLAN).is_file() or (self._records / _PLAN).read_text() != text:
             self._forget()
-            _write_whole(self._records / _PLAN, text.encode())
+            _write_durably(self._records / _PLAN, text)
 
     def _forget(self) -> None:
         """Remove what another plan has left."""
@@ -91,29 +91,21 @@ class Staging:
         data = self.folder / job.file
         with data.open("wb") as file:
             record = job.work(file, report)
-            file.flush()
-            os.fsync(file.fileno())
+        flush_to_disk(data)
         entry = _Entry(bytes=data.stat().st_size, record=record)
-        _write_whole(self._records / f"{job.file}.json", entry.model_dump_json().encode())
+        _write_durably(self._records / f"{job.file}.json", entry.model_dump_json())
         return record
 
     def publish(self) -> None:
         """Give the folder its final name."""
         shutil.rmtree(self._records)
-        for path in self.folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        self.folder.rename(self.target)
+        commit_folder(self.folder, self.target)
         self._lock.close()
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(".new")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+def _write_durably(path: Path, text: str) -> None:
+    with replaced(path, durable=True) as file:
+        file.write(text.encode())
 
 
 def run_jobs(staging: Staging, jobs: Sequence[Job], threads: int, console: Console) -> list[Record]:

@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.errors import DataError
-from megatron_rl.policy.folders import MANIFEST
-from megatron_rl.policy.names.rules import HFConfig
-from megatron_rl.policy.safetensor_files import DTYPES
-from megatron_rl.policy.torch_dist import Chunk
+from megatron_rl.models.checkpoint_folders import MANIFEST
+from megatron_rl.models.hf_mapping.rules import HFConfig
+from megatron_rl.models.safetensor_files import DTYPES
+from megatron_rl.models.torch_dist import Chunk
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

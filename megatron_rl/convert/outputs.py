@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_rl.config.schema import Run
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
+from megatron_rl.distributed.mesh import lone_world
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel.mesh import lone_world
+from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.groups import leave_mesh
-from megatron_rl.policy.torch_dist import is_torch_dist
+from megatron_rl.policy.process_groups import leave_mesh
 
 
 def prompt_tokens(folder: Path, prompt: str) -> Tensor:

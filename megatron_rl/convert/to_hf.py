@@ -16,14 +16,14 @@ from torch import Tensor
 from megatron_rl.convert.jobs import Job, Report, Staging, enough_room, run_jobs
 from megatron_rl.convert.manifest import Manifest, Record, Row, dtype_name, dtype_of, read_manifest, write_manifest
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.policy.dist_source import DistSource
-from megatron_rl.policy.folders import QUANTISATION, copy_companions, write_hf_config
-from megatron_rl.policy.fp8 import SCALE_SUFFIX, quantised, scales_shape
-from megatron_rl.policy.hf_files import INDEX
-from megatron_rl.policy.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, Mxfp4
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.names.rules import Family, HFConfig
-from megatron_rl.policy.torch_dist import METADATA, is_torch_dist
+from megatron_rl.models.checkpoint_folders import QUANTISATION, copy_companions, write_hf_config
+from megatron_rl.models.dist_source import DistSource
+from megatron_rl.models.fp8 import SCALE_SUFFIX, quantised, scales_shape
+from megatron_rl.models.hf_files import INDEX
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.hf_mapping.rules import Family, HFConfig
+from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, Mxfp4
+from megatron_rl.models.torch_dist import METADATA, is_torch_dist
 
 SHARD_BYTES = 4 << 30
 FP8_BLOCK = (128, 128)

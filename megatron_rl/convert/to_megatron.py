@@ -15,19 +15,19 @@ from torch import Tensor
 from megatron_rl.convert.jobs import Job, Report, Staging, enough_room, run_jobs
 from megatron_rl.convert.manifest import Manifest, Record, Row, Written, dtype_name, dtype_of, write_manifest
 from megatron_rl.errors import DataError
-from megatron_rl.policy.dist_source import CARRIED, place_of
-from megatron_rl.policy.folders import copy_companions
-from megatron_rl.policy.hf_files import HFSource, fp8_block
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.names.rules import Family, Name
-from megatron_rl.policy.torch_dist import Chunk, Saved, write_metadata, write_tensor
+from megatron_rl.models.checkpoint_folders import copy_companions
+from megatron_rl.models.dist_source import CARRIED, place_of
+from megatron_rl.models.hf_files import HFSource, fp8_block
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
+from megatron_rl.models.torch_dist import Chunk, Saved, write_metadata, write_tensor
 
 
 @dataclass
 class Part:
     """One layer, or what belongs to none: entries of the table, and tensors that go along."""
 
-    entries: list[tuple[Name, int, int]] = field(default_factory=list)
+    entries: list[tuple[ParamMapping, int, int]] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
 
     def hf_names(self) -> Iterator[str]:

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from megatron_rl.convert.jobs import progress_bar
 from megatron_rl.errors import DataError
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.fp8 import SCALE_SUFFIX
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.sources import Source
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.fp8 import SCALE_SUFFIX
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.sources import Source
 
 
 @dataclass

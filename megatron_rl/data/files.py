@@ -1,6 +1,5 @@
-"""A batch as a file; files that are on the disk for good."""
+"""Batches as safetensors files."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -28,12 +27,3 @@ def read_words(path: Path) -> dict[str, str]:
     """Return the words in the header."""
     with safe_open(path, framework="pt") as reader:
         return dict(reader.metadata() or {})
-
-
-def flush(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

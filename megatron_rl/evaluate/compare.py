@@ -13,7 +13,7 @@ from megatron_rl.evaluate.figures import Tally, subsets, tallies
 from megatron_rl.evaluate.records import differences, read_asked, read_samples
 from megatron_rl.evaluate.show import make_console, p_value
 from megatron_rl.evaluate.statistics import BOOTSTRAPS, Estimate, holm, paired_interval, sign_flip_p
-from megatron_rl.train.folder import replace_text
+from megatron_rl.util.atomic import replace_text
 
 SHOWN = 12
 

@@ -16,14 +16,14 @@ from megatron_rl.evaluate.records import RESULT, SAMPLES, ResultFolder, describe
 from megatron_rl.evaluate.servers import VERSION, serving
 from megatron_rl.evaluate.show import make_console, notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
-from megatron_rl.launch.plan import check_sampling
+from megatron_rl.launch.planning.plan import check_sampling
+from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
+from megatron_rl.rollout.fleet_setup import Chat
+from megatron_rl.rollout.routes import wanted_routes
+from megatron_rl.rollout.stream import judged
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_judging
-from megatron_rl.train.evaluation import heldout_prompts, question
-from megatron_rl.train.fleet import Chat
-from megatron_rl.train.folder import replace_text
-from megatron_rl.train.routes import wanted_routes
-from megatron_rl.train.stream import judged
+from megatron_rl.util.atomic import replace_text
 
 
 def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None = None) -> int:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.parallel.mesh import World
-from megatron_rl.policy.folders import holds_hf_files, open_source
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.distributed.mesh import World
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.models.checkpoint_folders import holds_hf_files, open_source
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.rollout.fleet_setup import Chat, open_fleet, weights_folder
 from megatron_rl.train.export import write_hf
-from megatron_rl.train.fleet import Chat, open_fleet, weights_folder
 
 VERSION = 0
 """Of the weights, at every server."""

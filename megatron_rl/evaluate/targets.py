@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.policy.piece_folder import step_of, valid_checkpoints
-from megatron_rl.train.folder import CONFIG
+from megatron_rl.models.piece_folder import step_of, valid_checkpoints
+from megatron_rl.observability.run_folder import CONFIG
 
 RESULTS = "eval"
 """Folder of results: in the run folder, or where the command runs."""

@@ -33,7 +33,7 @@ class Failure:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def reporting_failure() -> Iterator[None]:
     """Tell of an exception that leaves the block, then wait to be ended.
 
     A rank that left at once would break the connections of the others, and each would fail with an error of its own.
@@ -56,7 +56,7 @@ def _tell(error: Exception, descriptor: int) -> None:
 def read_failure(descriptor: int) -> Failure | None:
     """Return what a rank has told on its pipe, None if nothing; the descriptor does not block."""
     try:
-        told = os.read(descriptor, 1 << 20)
+        message = os.read(descriptor, 1 << 20)
     except BlockingIOError:
         return None
-    return Failure(**json.loads(told)) if told else None
+    return Failure(**json.loads(message)) if message else None

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.failures import told
-from megatron_rl.launch.plan import Plan, make_plan
+from megatron_rl.distributed.ledger import keep_ledger
+from megatron_rl.distributed.mesh import launched_rank
+from megatron_rl.launch.failures import reporting_failure
+from megatron_rl.launch.planning.plan import Plan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
-from megatron_rl.parallel.ledger import keep_ledger
-from megatron_rl.parallel.mesh import launched_rank
-from megatron_rl.train.folder import prepare_folder
+from megatron_rl.observability.run_folder import prepare_folder
 from megatron_rl.train.resume import check_resumable
 
 
@@ -32,7 +32,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
                 prepare_folder(loaded.run)
         quiet_upstream()
         keep_ledger()
-        with told():
+        with reporting_failure():
             from megatron_rl.train.rank import run_rank
 
             return run_rank(loaded)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,24 +10,15 @@ from types import FrameType
 
 from megatron_rl.errors import MegatronRLError, TrainingError
 from megatron_rl.launch.failures import REPORTS, Failure, read_failure
-from megatron_rl.rollout.process import guarded
-from megatron_rl.train.hang import HUNG
-
-STOPPED = 130
-"""Exit code of a run that was asked to stop and can be resumed."""
+from megatron_rl.util.child_process import ending_with_parent
+from megatron_rl.util.exit_codes import HUNG, STOPPED
+from megatron_rl.util.ports import free_port
 
 PREPARED = "MEGATRON_RL_PREPARED"
 """Set for ranks whose configuration and run folder have been checked by the process that starts them."""
 
 SETTLE_SECONDS = 0.3
 """Between the first sign of a failure and the verdict: a killed rank is seen a little after its neighbours' errors."""
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class LocalRanks:
@@ -79,7 +69,7 @@ class LocalRanks:
             PREPARED: "1",
             REPORTS: str(theirs),
         }
-        command = guarded([sys.executable, "-m", "megatron_rl", *self._words])
+        command = ending_with_parent([sys.executable, "-m", "megatron_rl", *self._words])
         try:
             return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(theirs,))
         finally:

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from megatron_rl.policy.paths import paths_for
+from megatron_rl.policy.backends import backends_for
 from megatron_rl.policy.rows import Bucket, PackedRow
 
 LARGEST_HEAD = 256
@@ -68,14 +68,14 @@ class PackedAttention(nn.Module):
         if self.context_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.context_group)
             value = gather_from_sequence_parallel_region(value, group=self.context_group)
-        kind = Kind(self.scale, self.window, self.softmax_offset)
+        kind = AttentionOptions(self.scale, self.window, self.softmax_offset)
         return in_buckets(query, key, value, packed_seq_params, kind).reshape(shape)
 
 
 def can_vary(query: Tensor) -> bool:
     """Return whether torch's variable-length kernel takes tensors like this one."""
     width = query.shape[-1]
-    return width <= LARGEST_HEAD and width % 8 == 0 and paths_for(query.dtype, query.device.type).varlen
+    return width <= LARGEST_HEAD and width % 8 == 0 and backends_for(query.dtype, query.device.type).varlen
 
 
 def varying(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None) -> Tensor:
@@ -105,7 +105,7 @@ def varying(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: fl
 
 
 @dataclass(frozen=True)
-class Kind:
+class AttentionOptions:
     """What attention does besides.
 
     Attributes:
@@ -119,7 +119,7 @@ class Kind:
     sinks_N: Tensor | None = None
 
 
-def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: Kind) -> Tensor:
+def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: AttentionOptions) -> Tensor:
     """Return what torch's scaled dot product gives on each bucket, [T, N, D]; zeros at padding positions."""
     outputs = [_attend(query, key, value, bucket, kind) for bucket in row.buckets]
     nothing_1ND = query.new_zeros(1, query.shape[1], value.shape[-1])
@@ -130,7 +130,7 @@ def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: 
     return torch.cat([*outputs, nothing_1ND])[row.output_index_T]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, kind: Kind) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, kind: AttentionOptions) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     mask = seen(bucket, kind.window)
     if grouped and not _takes_groups(query, mask):

@@ -21,22 +21,22 @@ from torch import Tensor
 from megatron_rl.config.schema import Run
 from megatron_rl.data.pack import Row, RowRules
 from megatron_rl.data.types import Columns, Loss, Metrics, Micro
+from megatron_rl.distributed.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
+from megatron_rl.distributed.mesh import World
+from megatron_rl.distributed.rng import rng_states, set_rng_states
 from megatron_rl.errors import TrainingError
-from megatron_rl.parallel.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
-from megatron_rl.parallel.mesh import World
-from megatron_rl.parallel.rng import rng_states, set_rng_states
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.piece_files import PieceReader, Place, check_model
 from megatron_rl.policy.balance import LoadBalancing
-from megatron_rl.policy.groups import build_mesh
+from megatron_rl.policy.hf_weights import Export, load_weights, mark_shards, shards_of, tied_copies
 from megatron_rl.policy.model import build_chunks, paths_of
-from megatron_rl.policy.names import family_of, read_hf_config
 from megatron_rl.policy.nonfinite import bad_row, explain
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, optimizer_parts
-from megatron_rl.policy.piece_files import PieceReader, Place, check_model
-from megatron_rl.policy.pieces import PER_RANK, load_pieces, pieces_of, rng_pieces
-from megatron_rl.policy.replay import Replay
+from megatron_rl.policy.process_groups import build_mesh
+from megatron_rl.policy.routing_replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
+from megatron_rl.policy.sharded_state import PER_RANK, load_pieces, pieces_of, rng_pieces
 from megatron_rl.policy.upstream import repair
-from megatron_rl.policy.weights import Export, load_weights, mark_shards, shards_of, tied_copies
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 """(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
@@ -133,7 +133,7 @@ class Policy:
             scored = self._score(rows)
         return {"ref_logprobs_T": scored["old_logprobs_T"]}
 
-    def accumulate(self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool = False) -> Metrics:
+    def accumulate(self, rows: Sequence[Row], make_loss: LossFunction, whole_gradients: bool = False) -> Metrics:
         """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks.
 
         ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read
@@ -143,30 +143,30 @@ class Policy:
             NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on whatever rank.
         """
         self.balancing.share_between(rows)
-        results = self.run_backward(rows, loss_of, whole_gradients)
-        self._stop_at_nonfinite(rows, [finite for _, (_, finite) in results], loss_of)
+        results = self.run_backward(rows, make_loss, whole_gradients)
+        self._stop_at_nonfinite(rows, [finite for _, (_, finite) in results], make_loss)
         return self._reduce(rows, [(row, loss.metrics) for row, (loss, _) in results])
 
     def run_backward(
-        self, rows: Sequence[Row], loss_of: LossFunction, whole_gradients: bool
+        self, rows: Sequence[Row], make_loss: LossFunction, whole_gradients: bool
     ) -> list[tuple[RankRow, tuple[Loss, Tensor]]]:
         """Set the gradients to those of these rows; return (loss, is it finite) of each row, as ``run_rows``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             chunk.force_all_reduce = whole_gradients  # for buckets that are reduced while the backward pass goes on
         self.optimizer.zero_grad()
-        step = partial(_differentiable, loss_of)
+        step = partial(_differentiable, make_loss)
         return self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
 
     def _stop_at_nonfinite(
-        self, rows: Sequence[Row], finite: Sequence[Tensor], loss_of: LossFunction | None = None
+        self, rows: Sequence[Row], finite: Sequence[Tensor], make_loss: LossFunction | None = None
     ) -> None:
         """Raise on all ranks if any has a row, or after a backward pass a gradient, with NaN or inf."""
         buffers = [*chain.from_iterable(chunk.buffers + chunk.expert_parallel_buffers for chunk in self.chunks)]
-        gradients = [buffer.grad_data for buffer in buffers] if loss_of else []
-        row, spoilt = bad_row(self.mesh, finite, gradients, len(rows))
-        if row is not None or spoilt:
-            raise explain(self, rows, row, loss_of)
+        gradients = [buffer.grad_data for buffer in buffers] if make_loss else []
+        row, nonfinite = bad_row(self.mesh, finite, gradients, len(rows))
+        if row is not None or nonfinite:
+            raise explain(self, rows, row, make_loss)
 
     def step(self) -> StepReport:
         """Clip, step the optimizer, advance the schedule.
@@ -313,10 +313,10 @@ def _keep_output(row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _differentiable(
-    loss_of: LossFunction, row: RankRow, output_2K: Tensor
+    make_loss: LossFunction, row: RankRow, output_2K: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Loss, Tensor]]:
     logprobs_K, entropies_K = output_2K
-    loss = loss_of(logprobs_K, entropies_K, row.micro)
+    loss = make_loss(logprobs_K, entropies_K, row.micro)
     finite = output_2K.isfinite().all() & loss.value.isfinite()
     return loss.value, NO_TOKENS, (Loss(loss.value.detach(), loss.metrics), finite)
 

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor, nn
 
 from megatron_rl.policy.attention import PackedAttention
+from megatron_rl.policy.backends import Backends
 from megatron_rl.policy.experts import GroupedExperts, can_group
-from megatron_rl.policy.paths import Paths
 
 
 class Norm:
@@ -62,7 +62,7 @@ class LatentAttention(MLASelfAttention):
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent)
 
 
-def block_spec(config: TransformerConfig, paths: Paths, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, paths: Backends, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the spec of this rank's decoder block: transformer-engine's, or the local one with the layers above."""
     spec = get_gpt_decoder_block_spec(config, paths.engine, normalization=config.normalization, vp_stage=vp_stage)
     if paths.engine:

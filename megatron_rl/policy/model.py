@@ -14,13 +14,13 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
+from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel.head import head_logprobs_entropies
-from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.models.hf_mapping.rules import Family
+from megatron_rl.ops.head import head_logprobs_entropies
+from megatron_rl.policy.backends import PLAIN_VARIABLE, Backends, backends_for, fusions
 from megatron_rl.policy.experts import skip_second_sort
 from megatron_rl.policy.layers import block_spec
-from megatron_rl.policy.names.rules import Family
-from megatron_rl.policy.paths import PLAIN_VARIABLE, Paths, fusions, paths_for
 from megatron_rl.policy.rows import PackedRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -97,9 +97,9 @@ class PolicyModel(GPTModel):
         return torch.stack([logprobs_K, entropies_K])
 
 
-def paths_of(run: Run, mesh: Mesh) -> Paths:
+def paths_of(run: Run, mesh: Mesh) -> Backends:
     """Return which implementations serve this run on this rank's device."""
-    return paths_for(DTYPES[run.model.dtype], mesh.world.device.type)
+    return backends_for(DTYPES[run.model.dtype], mesh.world.device.type)
 
 
 def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfig:
@@ -143,7 +143,7 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
     return _built(kind, {**fields, **run.model.megatron}, paths_of(run, mesh))
 
 
-def _built(kind: type[TransformerConfig], fields: dict[str, object], paths: Paths) -> TransformerConfig:
+def _built(kind: type[TransformerConfig], fields: dict[str, object], paths: Backends) -> TransformerConfig:
     """Return the configuration, also of biased experts that several ranks share, which megatron-core refuses.
 
     Raises:
@@ -209,7 +209,7 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
 
 
 def _build_chunk(
-    run: Run, family: Family, config: TransformerConfig, paths: Paths, vp_stage: int | None
+    run: Run, family: Family, config: TransformerConfig, paths: Backends, vp_stage: int | None
 ) -> PolicyModel:
     tensor = run.parallel.tensor
     model = PolicyModel(

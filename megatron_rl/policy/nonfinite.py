@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from megatron_rl.data.pack import Row, one_row
 from megatron_rl.data.types import Batch, Loss, Micro
+from megatron_rl.distributed.collectives import broadcast_json, gather_json, group_rank, group_size, max_over
+from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import TrainingError
-from megatron_rl.parallel.collectives import broadcast_json, gather_json, group_rank, group_size, max_over
-from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.rows import RankRow
-from megatron_rl.policy.weights import shards_of
 
 if TYPE_CHECKING:
     from megatron_rl.policy.engine import Policy
@@ -86,22 +86,22 @@ def bad_row(
     flags = torch.stack(list(finite)).tolist() if finite else []
     mine = [place for place, fine in enumerate(flags) if not fine]
     first = group_rank(mesh.data) + mine[0] * group_size(mesh.data) if mine else num_rows
-    spoilt = [~torch.isfinite(torch.stack(torch.aminmax(gradient))).all() for gradient in gradients]
-    any_spoilt = bool(torch.stack(spoilt).any()) if spoilt else False
+    nonfinite = [~torch.isfinite(torch.stack(torch.aminmax(gradient))).all() for gradient in gradients]
+    any_spoilt = bool(torch.stack(nonfinite).any()) if nonfinite else False
     own = torch.tensor([num_rows - first, int(any_spoilt)], device=mesh.world.device)
     before_end, gradient = max_over(torch.distributed.group.WORLD, own).tolist()
     return (num_rows - before_end if before_end else None), bool(gradient)
 
 
-def explain(policy: "Policy", rows: Sequence[Row], row: int | None, loss_of: LossFunction | None) -> NonFiniteError:
+def explain(policy: "Policy", rows: Sequence[Row], row: int | None, make_loss: LossFunction | None) -> NonFiniteError:
     """Return the error for a flag that is up: in this row's values, or without a row in the gradients."""
     if row is not None:
         batch = rows[row].batch.select(rows[row].sequences)
-        return NonFiniteError(_first(_forward(policy, batch, loss_of), _spoilt_weights(policy)), batch)
-    assert loss_of is not None, "gradients come from a loss"
+        return NonFiniteError(_first(_forward(policy, batch, make_loss), _spoilt_weights(policy)), batch)
+    assert make_loss is not None, "gradients come from a loss"
     for each in rows:
         batch = each.batch.select(each.sequences)
-        if len(batch) and (found := _backward(policy, batch, loss_of)):
+        if len(batch) and (found := _backward(policy, batch, make_loss)):
             return NonFiniteError(_first(found, _spoilt_weights(policy)), batch)
     return NonFiniteError(Finding("none", ""), rows[0].batch.select(rows[0].sequences))
 
@@ -124,11 +124,11 @@ def _spoilt_weights(policy: "Policy") -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _forward(policy: "Policy", batch: Batch, loss_of: LossFunction | None) -> list[Finding]:
+def _forward(policy: "Policy", batch: Batch, make_loss: LossFunction | None) -> list[Finding]:
     """Run one micro-batch alone, forward only; return what each rank saw first, and what came out of it."""
     found: list[Finding] = []
     with _watched(policy, found):
-        step = partial(_inspect, policy, batch, loss_of, found)
+        step = partial(_inspect, policy, batch, make_loss, found)
         policy.run_rows(one_row(batch, policy.row_rules), step, forward_only=True)
     return _gathered(policy, found)
 
@@ -179,7 +179,7 @@ NO_TOKENS = torch.zeros((), dtype=torch.int)
 def _inspect(
     policy: "Policy",
     batch: Batch,
-    loss_of: LossFunction | None,
+    make_loss: LossFunction | None,
     found: list[Finding],
     row: RankRow,
     output_2K: Tensor,
@@ -197,27 +197,27 @@ def _inspect(
 
     note("log-prob", "of the trained tokens", ~output_2K[0].isfinite(), 0)
     note("log-prob", "(their entropy) of the trained tokens", ~output_2K[1].isfinite(), 1)
-    if loss_of is not None:
-        value = loss_of(output_2K[0], output_2K[1], row.micro).value
+    if make_loss is not None:
+        value = make_loss(output_2K[0], output_2K[1], row.micro).value
         for number, (name, column) in enumerate(sorted(row.micro.columns.items())):
             note("loss column", name, ~column.isfinite(), 2 + number)
         note("loss", "of the micro-batch", ~value.isfinite(), 2 + len(row.micro.columns))
     return output_2K.sum(), NO_TOKENS, None
 
 
-def _backward(policy: "Policy", batch: Batch, loss_of: LossFunction) -> list[Finding]:
+def _backward(policy: "Policy", batch: Batch, make_loss: LossFunction) -> list[Finding]:
     """Run one micro-batch alone, forward and backward; return each rank's gradients that are not finite."""
-    if not (found := _spoilt_gradients(policy, batch, loss_of)):
+    if not (found := _spoilt_gradients(policy, batch, make_loss)):
         return []
     numbers = batch["sample_index_B"].tolist() if "sample_index_B" in batch else list(range(len(batch)))
     for response, number in enumerate(numbers):
-        if alone := _spoilt_gradients(policy, batch.select([response]), loss_of):
+        if alone := _spoilt_gradients(policy, batch.select([response]), make_loss):
             return [replace(one, sample=number) for one in alone]
     return found
 
 
-def _spoilt_gradients(policy: "Policy", batch: Batch, loss_of: LossFunction) -> list[Finding]:
-    policy.run_backward(one_row(batch, policy.row_rules), loss_of, whole_gradients=True)
+def _spoilt_gradients(policy: "Policy", batch: Batch, make_loss: LossFunction) -> list[Finding]:
+    policy.run_backward(one_row(batch, policy.row_rules), make_loss, whole_gradients=True)
     last = policy.family.num_layers
     found: list[Finding] = []
     shards = [shard for shard in shards_of(policy.chunks, policy.family, policy.mesh) if shard.is_trained]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_rl.data.pack import Row
 from megatron_rl.data.types import Micro, token_positions
-from megatron_rl.parallel.collectives import group_rank, group_size
-from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.distributed.collectives import group_rank, group_size
+from megatron_rl.distributed.mesh import Mesh
 
 
 @dataclass(frozen=True)

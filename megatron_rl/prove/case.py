@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Columns
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.names.rules import HFConfig
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.hf_mapping.rules import HFConfig
 
 CASE, RUNS, RESULT = "case.safetensors", "run.json", "result.safetensors"
 """Files of the folder that a layout's ranks read and write."""

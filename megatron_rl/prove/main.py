@@ -14,14 +14,14 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch, save_batch
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.layout import check_layout, layout_of
-from megatron_rl.launch.shape import shape_of
-from megatron_rl.objectives import AnyObjective
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.launch.planning.layout import check_layout, layout_of
+from megatron_rl.launch.planning.shape import shape_of
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, make_batch, make_model, moved_scores
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, Trial, all_of, reference

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rl.algorithms.loss import make_loss, prepare, summary
+from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
-from megatron_rl.loss import loss_of, prepare, summary
-from megatron_rl.objectives import AnyObjective
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.prove.case import CASE, RESULT, RUNS, moved_scores
 
@@ -48,7 +48,7 @@ def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dic
     objective: AnyObjective = run.objective
     prepared = batch.add(prepare(batch, objective, run.correction, vocabulary))
     rows = pack(prepared, policy.row_rules)
-    metrics = summary(policy.accumulate(rows, loss_of(objective), whole_gradients=True))
+    metrics = summary(policy.accumulate(rows, make_loss(objective), whole_gradients=True))
     results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}
     with policy.weights_kept():

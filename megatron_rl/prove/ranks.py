@@ -1,9 +1,7 @@
 """The ranks of a layout, forked from a process that has imported everything: a layout then takes seconds, not tens."""
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,9 +9,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_rl.errors import MegatronRLError, TrainingError
-from megatron_rl.launch.ranks import free_port
-
-_PR_SET_PDEATHSIG = 1
+from megatron_rl.util.child_process import end_with_parent
+from megatron_rl.util.ports import free_port
 
 
 def run_forked(folder: Path, count: int, layout: str) -> None:
@@ -51,8 +48,7 @@ def _wait(ranks: Sequence[BaseProcess], layout: str) -> None:
 
 
 def _rank(folder: Path, rank: int, count: int, port: int) -> None:
-    if sys.platform == "linux":  # the forking process ends with ours, and this one with the forking process
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()  # the fork server, which itself ends with the process that started it
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(count),

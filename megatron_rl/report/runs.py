@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.train.names import CONFIG, METRICS, MISMATCH, TOKENS
+from megatron_rl.observability.file_names import CONFIG, METRICS, MISMATCH, TOKENS
 
 Line = Mapping[str, Any]
 """One JSON object of a file."""

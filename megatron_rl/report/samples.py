@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from megatron_rl.observability.file_names import TOKENS
 from megatron_rl.report.plot import short
 from megatron_rl.report.runs import Line, RunFolder, json_lines
-from megatron_rl.train.names import TOKENS
 
 MOST_STEPS = 60
 """Steps of a run whose responses are shown."""

@@ -1,59 +1,45 @@
-"""Which experts the embedded server's model sends tokens to, as SGLang reports them.
+"""The engine's record of experts as columns of a batch.
 
-Legend: B rows, T positions, A layers of the model, E experts that a token takes.
+Legend: T tokens, L layers with experts, E experts that a token takes in each.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-Hook = Callable[[nn.Module, object, tuple[Tensor, ...]], None]
-
-
-class RouteRecorder:
-    """Listens to the routers of a model; of a model without experts it hears nothing."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config.get_text_config()
-        self.layers = config.num_hidden_layers
-        self.per_token = int(getattr(config, "num_experts_per_tok", 0) or 0)
-        self.size = self.layers * self.per_token
-        """Numbers that a token's record has."""
-        self._heard: dict[int, Tensor] | None = None
-        for number, layer in enumerate(model.base_model.layers) if self.per_token else ():
-            for module in layer.modules():
-                if "router" in type(module).__name__.lower():
-                    module.register_forward_hook(self._listener(number))
-
-    def _listener(self, number: int) -> Hook:
-        def listen(_router: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
-            if self._heard is not None:
-                # transformers' routers return (logits, scores, chosen experts)
-                self._heard[number] = output[-1].to(torch.int16)
-
-        return listen
-
-    @contextmanager
-    def listening(self) -> Iterator[dict[int, Tensor]]:
-        """Yield what each layer's router chooses meanwhile, [B * T, E] by layer."""
-        self._heard = {}
-        try:
-            yield self._heard
-        finally:
-            self._heard = None
-
-    def stacked(self, heard: dict[int, Tensor], rows: int) -> Tensor:
-        """Return [B, T, A, E], int16; zeros where a layer has no experts, as in SGLang."""
-        some = next(iter(heard.values()))
-        stacked = torch.zeros(len(some), self.layers, self.per_token, dtype=torch.int16, device=some.device)
-        for number, chosen in heard.items():
-            stacked[:, number] = chosen
-        return stacked.view(rows, -1, self.layers, self.per_token)
+from megatron_rl.config.schema import Run
+from megatron_rl.data.routes import RouteShape
+from megatron_rl.data.types import Columns, Response
+from megatron_rl.errors import RolloutError
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
 
-def listening(recorder: RouteRecorder | None) -> AbstractContextManager[dict[int, Tensor]]:
-    """Return the recorder's context, or without one a context in which nothing is heard."""
-    return nullcontext({}) if recorder is None else recorder.listening()
+def wanted_routes(run: Run) -> RouteShape | None:
+    """Return the shape of the record that the engine shall return; None: it need not."""
+    if run.rollout.routing_replay not in ("report", "r3"):
+        return None
+    return family_of(read_hf_config(Path(run.model.path))).routes
+
+
+def route_columns(responses: Sequence[Response], lengths: Sequence[int], shape: RouteShape) -> Columns:
+    """Return ``rollout_routes_T``, [T, L, E], and ``rollout_routed_T``, True where the engine said which experts.
+
+    Raises:
+        RolloutError: no response has a record at all.
+    """
+    if responses and all(response.routes is None for response in responses):
+        raise RolloutError(
+            "rollout.routing_replay needs the experts that the engine chose, and no server returned any; start SGLang"
+            " with --enable-return-routed-experts, or set rollout.routing_replay to r2 or none"
+        )
+    dtype = getattr(torch, shape.dtype)
+    routes_TLE = torch.zeros(sum(lengths), *shape.each, dtype=dtype)
+    routed_T = torch.zeros(sum(lengths), dtype=torch.bool)
+    start = 0
+    for response, length in zip(responses, lengths, strict=True):
+        if response.routes is not None:
+            routes_TLE[start : start + length - 1] = response.routes
+            routed_T[start : start + length - 1] = True
+        start += length
+    return {"rollout_routes_T": routes_TLE, "rollout_routed_T": routed_T}

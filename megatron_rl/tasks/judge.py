@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_rl.advantages import overlong_penalty
+from megatron_rl.algorithms.advantages import overlong_penalty
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, JsonlTask, ReasoningGymTask, Reward
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import ConfigError

@@ -6,7 +6,6 @@
 This process runs no verifier itself, so it always answers. It ends when its stdin does, and its workers with it.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -26,11 +25,11 @@ from megatron_rl.config.tasks import AnyTask, Reward
 from megatron_rl.tasks import wire
 from megatron_rl.tasks.base import Verdict, failed
 from megatron_rl.tasks.judge import Judge
+from megatron_rl.util.child_process import end_with_parent
 
 DATA_BYTES = 4 << 30
 """Of memory that a worker may fill; beyond that the verifier gets a MemoryError."""
 
-_PR_SET_PDEATHSIG = 1
 _CHUNK = 1 << 16
 
 
@@ -49,7 +48,7 @@ class Worker:
     heard: bytearray = field(default_factory=bytearray)
 
 
-class Nursery:
+class WorkerPool:
     """Keeps workers busy, and makes new ones for those that are lost."""
 
     def __init__(self, judge: Judge, workers: int, seconds: float) -> None:
@@ -162,7 +161,7 @@ def _work(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
 def _serve(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
     """Judge one job after the other until there are no more."""
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -192,7 +191,7 @@ def main() -> None:
             return
         heard += chunk
     judge, seconds = judge_of(json.loads(heard))
-    Nursery(judge, judge.reward.workers, seconds).run()
+    WorkerPool(judge, judge.reward.workers, seconds).run()
 
 
 def judge_of(asked: Mapping[str, Any]) -> tuple[Judge, float]:

@@ -23,14 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
+from megatron_rl.distributed.collectives import broadcast_json
+from megatron_rl.distributed.host_copies import HostCopies
+from megatron_rl.distributed.mesh import World
 from megatron_rl.errors import DataError, TrainingError
-from megatron_rl.parallel.collectives import broadcast_json
-from megatron_rl.parallel.host import HostCopies
-from megatron_rl.parallel.mesh import World
-from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.folders import copy_companions
-from megatron_rl.policy.piece_files import Place, index_pieces, index_text, write_pieces
-from megatron_rl.policy.piece_folder import (
+from megatron_rl.models.checkpoint_folders import copy_companions
+from megatron_rl.models.piece_files import Place, index_pieces, index_text, write_pieces
+from megatron_rl.models.piece_folder import (
     INDEX,
     META,
     SAMPLER,
@@ -42,10 +41,10 @@ from megatron_rl.policy.piece_folder import (
     step_of,
     valid_checkpoints,
 )
-from megatron_rl.train.commit import begin, clear_leftovers, commit, drop
+from megatron_rl.policy.engine import Policy
 from megatron_rl.train.export import export_hf
-from megatron_rl.train.folder import replace_text
 from megatron_rl.train.resume import checkpoint_folder, checkpoint_name, layout_record, newest_checkpoint
+from megatron_rl.util.atomic import begin_folder, clear_leftovers, commit_folder, remove_folder, replace_text
 
 JSON = Mapping[str, object]
 POLL_SECONDS = 0.05
@@ -132,7 +131,7 @@ class Checkpoints:
     def _begin(self, final: Path) -> Path:
         try:
             clear_leftovers(self.folder)
-            return begin(final)
+            return begin_folder(final)
         except OSError as error:
             raise self._cannot_write(final, error) from error
 
@@ -162,7 +161,7 @@ class Checkpoints:
         """Delete checkpoints beyond ``checkpoint.keep``, but for those that ``checkpoint.keep_every`` keeps."""
         for old in valid_checkpoints(self.folder)[: -self.settings.keep]:
             if not _divides(self.settings.keep_every, step_of(old)):
-                drop(old)
+                remove_folder(old)
 
 
 def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[Place, Tensor]]) -> None:
@@ -188,7 +187,7 @@ def _finish(beside: Path, final: Path, meta: Meta, sampler_state: str, model: Pa
     described = meta.model_copy(update={"bytes": sizes, "sha256": digests})
     described = described.model_copy(update={"digest": described.computed_digest()})
     (beside / META).write_text(described.model_dump_json(indent=2) + "\n")
-    commit(beside, final)
+    commit_folder(beside, final)
 
 
 def _divides(every: int, step: int) -> bool:

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
+from megatron_rl.models.checkpoint_folders import copy_companions
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.folders import copy_companions
-from megatron_rl.train.commit import begin, commit
+from megatron_rl.util.atomic import begin_folder, commit_folder
 
 SHARD_BYTES = 4 << 30
 
@@ -29,10 +29,10 @@ def export_hf(policy: Policy, run: Run, folder: Path) -> None:
 
 def write_hf(weights: Iterable[tuple[str, Tensor]], companions: Path, folder: Path) -> None:
     """Write tensors under Hugging Face names, with config and tokenizer of another folder; replaces ``folder``."""
-    beside = begin(folder)
+    beside = begin_folder(folder)
     _write_shards(weights, beside)
     copy_companions(companions, beside)
-    commit(beside, folder)
+    commit_folder(beside, folder)
 
 
 def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:

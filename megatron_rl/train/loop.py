@@ -9,15 +9,15 @@
 Every rank runs this file. Which rank does what is known below (``parallel``, ``policy``) and in ``Sampler``.
 """
 
+from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.config.schema import Run
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
-from megatron_rl.loss import loss_of, prepare
+from megatron_rl.observability.recorder import RunRecorder
+from megatron_rl.observability.step_metrics import StepMetrics
 from megatron_rl.policy.engine import Policy
 from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.journal import Journal
-from megatron_rl.train.metrics import StepMetrics
 from megatron_rl.train.sampler import Sampler
 
 
@@ -27,12 +27,12 @@ def train(
     sampler: Sampler,
     vocabulary: Vocabulary,
     checkpoints: Checkpoints,
-    journal: Journal,
+    journal: RunRecorder,
     start: int,
 ) -> int:
     """Train from rollout batch ``start`` on; return how many are done, fewer than ``train.steps`` if asked to stop."""
     objective, correction, kl = run.objective, run.correction, run.kl
-    loss = loss_of(objective, kl, keep_tokens=run.log.tokens > 0)
+    loss = make_loss(objective, kl, keep_tokens=run.log.tokens > 0)
 
     for step in range(start, run.train.steps):
         metrics = StepMetrics(step)

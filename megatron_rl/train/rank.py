@@ -11,24 +11,22 @@ from transformers import AutoTokenizer
 from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
-from megatron_rl.parallel.mesh import World, start_world
+from megatron_rl.distributed.mesh import World, start_world
+from megatron_rl.observability.hang_watchdog import Watchdog
+from megatron_rl.observability.mismatch_report import MismatchReport
+from megatron_rl.observability.profile import Traces
+from megatron_rl.observability.recorder import RunRecorder, farewell
+from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.policy.engine import Policy
+from megatron_rl.rollout.fleet_setup import Chat, open_fleet
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_judging
 from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.evidence import evidence
 from megatron_rl.train.export import export_hf
-from megatron_rl.train.fleet import Chat, open_fleet
-from megatron_rl.train.hang import Watchdog
-from megatron_rl.train.journal import Journal, farewell
 from megatron_rl.train.loop import train
-from megatron_rl.train.profile import Traces
+from megatron_rl.train.nonfinite_dump import nonfinite_dump
 from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
-from megatron_rl.train.sinks import open_sinks
-from megatron_rl.train.witness import Witness
-
-STOPPED = 130
-"""Exit code of a run that was asked to stop and can be resumed."""
+from megatron_rl.util.exit_codes import STOPPED
 
 
 def run_rank(loaded: Loaded[Run]) -> int:
@@ -53,7 +51,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
                 sampler.load_state(sampler_state)
             if run.train.resume:  # servers of others may have newer weights than the checkpoint
                 sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
-        with evidence(run, policy, sampler.name_of):
+        with nonfinite_dump(run, policy, sampler.name_of):
             done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
         finished = done == run.train.steps
         if finished:
@@ -66,25 +64,25 @@ def run_rank(loaded: Loaded[Run]) -> int:
     return 0 if finished or not world.is_main else STOPPED
 
 
-def _journal(run: Run, world: World, start: int) -> Journal:
+def _journal(run: Run, world: World, start: int) -> RunRecorder:
     folder = Path(run.log.path)
     traces = Traces(folder / "profile", run.log.profile_steps, world.rank)
     if not world.is_main:
-        return Journal(None, run.train.steps, start, traces=traces)
+        return RunRecorder(None, run.train.steps, start, traces=traces)
     shown = {key: value for key, value, _ in settings(run) if key != "rollout.environment"}  # which may hold secrets
-    return Journal(folder, run.train.steps, start, sinks=open_sinks(run.log, shown), traces=traces)
+    return RunRecorder(folder, run.train.steps, start, sinks=open_sinks(run.log, shown), traces=traces)
 
 
-def _sampler(run: Run, world: World, journal: Journal, tokenizer: Chat, stack: ExitStack) -> Sampler:
+def _sampler(run: Run, world: World, journal: RunRecorder, tokenizer: Chat, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
     judging = stack.enter_context(closing(open_judging(run)))  # both take seconds: they start side by side
     fleet = stack.enter_context(open_fleet(run, world, tokenizer))
     sources = (fleet, make_task(run.task, tokenizer), judging)
-    return MainSampler(run, world, sources, journal, Witness(run, tokenizer))
+    return MainSampler(run, world, sources, journal, MismatchReport(run, tokenizer))
 
 
-def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: Journal) -> None:
+def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: RunRecorder) -> None:
     if sampler.evaluates(run.train.steps):
         with journal.phase("evaluate"):
             result = sampler.evaluate(run.train.steps)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from megatron_rl.config.schema import Run
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.piece_files import check_model
-from megatron_rl.policy.piece_folder import open_pieces, read_meta, valid_checkpoints
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.piece_files import check_model
+from megatron_rl.models.piece_folder import open_pieces, read_meta, valid_checkpoints
 
 
 def checkpoint_folder(run: Run) -> Path:

@@ -12,22 +12,22 @@ from typing import Protocol, TypeVar, get_args
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Group, Metrics
-from megatron_rl.parallel.mesh import World
-from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.distributed.mesh import World
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.observability.mismatch_report import MismatchReport
+from megatron_rl.observability.recorder import RunRecorder
+from megatron_rl.observability.token_record import TokenRecord
+from megatron_rl.rollout.buffer import SURPLUS, TOO_OLD, StepBatch
+from megatron_rl.rollout.buffer_state import Json
+from megatron_rl.rollout.collect import collect, share
+from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
+from megatron_rl.rollout.fleet_setup import Weights, write_own, writes_shares
+from megatron_rl.rollout.gauges import readings
+from megatron_rl.rollout.group_ledger import entries
+from megatron_rl.rollout.routes import wanted_routes
+from megatron_rl.rollout.stream import Judged, Stream, wait_for_one
 from megatron_rl.tasks.base import Failure, Task, Verdict
 from megatron_rl.tasks.pool import Judging
-from megatron_rl.train.buffer import SURPLUS, TOO_OLD, Taken
-from megatron_rl.train.buffer_state import Json
-from megatron_rl.train.collect import collect, share
-from megatron_rl.train.evaluation import heldout_prompts, question
-from megatron_rl.train.fleet import Weights, write_own, writes_shares
-from megatron_rl.train.gauges import readings
-from megatron_rl.train.journal import Journal
-from megatron_rl.train.ledger import entries
-from megatron_rl.train.routes import wanted_routes
-from megatron_rl.train.stream import Judged, Stream, wait_for_one
-from megatron_rl.train.tokens import TokenRecord
-from megatron_rl.train.witness import Witness
 
 T = TypeVar("T")
 
@@ -93,7 +93,12 @@ class MainSampler:
     """Samples with the fleet, verifies, and shares the batch."""
 
     def __init__(
-        self, run: Run, world: World, sources: tuple[Fleet, Task, Judging], journal: Journal, witness: Witness
+        self,
+        run: Run,
+        world: World,
+        sources: tuple[Fleet, Task, Judging],
+        journal: RunRecorder,
+        witness: MismatchReport,
     ) -> None:
         self.run, self.world, self.journal, self.witness = run, world, journal, witness
         self.fleet, self.task, self.judging = sources
@@ -207,7 +212,7 @@ class MainSampler:
             self.stream.ahead(version)
 
 
-def counts(taken: Taken) -> dict[str, float | int]:
+def counts(taken: StepBatch) -> dict[str, float | int]:
     """Return what ``metrics.jsonl`` tells of the groups of a step that is not in its batch."""
     everything = [*taken.used, *(dropped.held for dropped in taken.dropped if dropped.why != TOO_OLD)]
     no_signal = sum(not held.signal for held in everything)

@@ -14,7 +14,7 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.weights.protocol import Carrier, NamedTensors, Push, PushReport, Server, sums_of
+from megatron_rl.weights.transport import NamedTensors, Server, UpdateReport, WeightTransport, WeightUpdate, sums_of
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
 Gather = Callable[[object], list[object]]
@@ -57,7 +57,7 @@ def write_share(
 
 
 @dataclass
-class DiskCarrier(Carrier):
+class DiskTransport(WeightTransport):
     """Writes ``folder/version-N`` and lets every server read it; keeps the newest ``keep`` versions."""
 
     bucket_bytes: int
@@ -70,29 +70,29 @@ class DiskCarrier(Carrier):
     newest: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Checksums of the newest version."""
 
-    async def begin(self, servers: Sequence[Server], version: int) -> Push:
+    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
         """Open a push; nothing is asked of a server before the files are complete."""
-        push = _DiskPush(list(servers), version, carrier=self)
+        push = _DiskUpdate(list(servers), version, carrier=self)
         shutil.rmtree(push.unfinished, ignore_errors=True)
         push.unfinished.mkdir(parents=True)
         return push
 
-    def join(self, push: Push) -> None:
-        """See ``Carrier``: take what the other ranks wrote."""
+    def join(self, push: WeightUpdate) -> None:
+        """See ``WeightTransport``: take what the other ranks wrote."""
         if self.gather is None:
             return
-        assert isinstance(push, _DiskPush)
+        assert isinstance(push, _DiskUpdate)
         for entry in self.gather(None)[1:]:
             push.add(Share(**cast(dict[str, Any], entry)))
 
     def open(self) -> None:
-        """See ``Carrier``: let the other ranks begin to write."""
+        """See ``WeightTransport``: let the other ranks begin to write."""
         if self.gather is not None:
             self.gather(None)
 
-    async def repeat(self, servers: Sequence[Server], version: int) -> PushReport | None:
-        """See ``Carrier``: the files are still there."""
-        push = _DiskPush(list(servers), version, carrier=self, sums=dict(self.newest), finished=True)
+    async def repeat(self, servers: Sequence[Server], version: int) -> UpdateReport | None:
+        """See ``WeightTransport``: the files are still there."""
+        push = _DiskUpdate(list(servers), version, carrier=self, sums=dict(self.newest), finished=True)
         return await push.finish()
 
     def final(self, version: int) -> Path:
@@ -101,8 +101,8 @@ class DiskCarrier(Carrier):
 
 
 @dataclass
-class _DiskPush(Push):
-    carrier: DiskCarrier = field(kw_only=True)
+class _DiskUpdate(WeightUpdate):
+    carrier: DiskTransport = field(kw_only=True)
     share: Share = field(default_factory=Share)
     finished: bool = False
     """The files are complete: they only have to be read."""

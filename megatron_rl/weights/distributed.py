@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.parallel.pair import Backend, Meeting, Pair, in_thread
-from megatron_rl.weights.protocol import Carrier, NamedTensors, Push, Server, TensorHeader
+from megatron_rl.weights.transport import NamedTensors, Server, TensorHeader, WeightTransport, WeightUpdate
+from megatron_rl.weights.weight_group import Backend, Meeting, Pair, in_thread
 
 _LONGEST_NAP_SECONDS = 0.02
 
 
 @dataclass
-class DistributedCarrier(Carrier):
+class DistributedTransport(WeightTransport):
     """Broadcasts buckets from this process's device."""
 
     bucket_bytes: int
@@ -34,17 +34,17 @@ class DistributedCarrier(Carrier):
     timeout_seconds: float = 120.0
     """For a server to join, and for a bucket to arrive."""
 
-    async def begin(self, servers: Sequence[Server], version: int) -> Push:
+    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
         """Open a push: on each server first the update, then the group."""
-        push = _DistributedPush(list(servers), version, carrier=self)
+        push = _DistributedUpdate(list(servers), version, carrier=self)
         await push.each(lambda server: server.begin_update())
         await push.each(push.connect)
         return push
 
 
 @dataclass
-class _DistributedPush(Push):
-    carrier: DistributedCarrier = field(kw_only=True)
+class _DistributedUpdate(WeightUpdate):
+    carrier: DistributedTransport = field(kw_only=True)
     pairs: dict[str, Pair] = field(default_factory=dict)
     group: str = field(default_factory=lambda: f"megatron-rl-{uuid.uuid4().hex}")
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.parallel.share import Handle, Place, Shared, TensorPiece, common_device
-from megatron_rl.parallel.sums import SUM64, sums64
-from megatron_rl.weights.protocol import Carrier, NamedTensors, Push, Server
+from megatron_rl.weights.checksum import SUM64, sums64
+from megatron_rl.weights.shared_memory import Handle, Place, Shared, TensorPiece, common_device
+from megatron_rl.weights.transport import NamedTensors, Server, WeightTransport, WeightUpdate
 
 _ALIGN_BYTES = 64
 
 
 @dataclass
-class IpcCarrier(Carrier):
+class IpcTransport(WeightTransport):
     """Copies buckets into a buffer that the servers have open."""
 
     bucket_bytes: int
@@ -34,9 +34,9 @@ class IpcCarrier(Carrier):
     """The buffer on a GPU: torch gives such memory back only when every reader has said that it let go, and one that
     was killed says nothing."""
 
-    async def begin(self, servers: Sequence[Server], version: int) -> Push:
+    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
         """Open a push to those of the servers that run on this machine."""
-        push = _IpcPush(list(servers), version, carrier=self)
+        push = _IpcUpdate(list(servers), version, carrier=self)
         await push.each(push.meet)
         await push.each(lambda server: server.begin_update())
         push.open_buffer()
@@ -55,9 +55,9 @@ class IpcCarrier(Carrier):
 
 
 @dataclass
-class _IpcPush(Push):
+class _IpcUpdate(WeightUpdate):
     algorithm: ClassVar[str] = SUM64
-    carrier: IpcCarrier = field(kw_only=True)
+    carrier: IpcTransport = field(kw_only=True)
     places: dict[str, Place] = field(default_factory=dict)
     handles: dict[str, Handle] = field(default_factory=dict)
     buffer: Shared | None = None

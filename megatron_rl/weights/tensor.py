@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.protocol import Carrier, NamedTensors, Push, Server
+from megatron_rl.weights.transport import NamedTensors, Server, WeightTransport, WeightUpdate
 
 STORAGE_BYTES = 1 << 20
 """Small tensors share storages of this size: each storage costs a third of a millisecond to write and to read."""
 
 
 @dataclass
-class TensorCarrier(Carrier):
+class TensorTransport(WeightTransport):
     """Sends base64 pickles of ``[(name, tensor)]``.
 
     A plain pickle on purpose: torch's ForkingPickler with shared file descriptors crashes an SGLang server.
@@ -26,14 +26,14 @@ class TensorCarrier(Carrier):
 
     bucket_bytes: int
 
-    async def begin(self, servers: Sequence[Server], version: int) -> Push:
+    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
         """Open a push; SGLang refuses tensors that come before."""
-        push = _TensorPush(list(servers), version)
+        push = _TensorUpdate(list(servers), version)
         await push.each(lambda server: server.begin_update())
         return push
 
 
-class _TensorPush(Push):
+class _TensorUpdate(WeightUpdate):
     async def _carry(self, bucket: NamedTensors) -> None:
         payload = await asyncio.to_thread(encode, bucket)
         await self.each(lambda server: server.update_from_tensor(payload))

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
-from megatron_rl.rollout.process import ServerProcess, embedded_server
-from megatron_rl.rollout.sglang import sglang_server
-from megatron_rl.rollout.vllm import VllmClient, vllm_server
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
+from megatron_rl.fleet.process import ServerProcess, embedded_server
+from megatron_rl.fleet.sglang import sglang_server
+from megatron_rl.fleet.vllm import VllmClient, vllm_server
 from tests.rollout import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,7 +96,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
         async def wait() -> None:
             member = Member(Client(process.url), process)
-            await wait_until_healthy(member, Patience(start_timeout_seconds=280))
+            await wait_until_healthy(member, Timeouts(start_timeout_seconds=280))
             await member.client.close()
 
         asyncio.run(wait())

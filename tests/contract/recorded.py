@@ -20,11 +20,11 @@ import torch
 from aiohttp import web
 from safetensors.torch import load_file
 
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
-from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest
-from megatron_rl.weights.protocol import PushReport
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
+from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest
+from megatron_rl.weights.tensor import TensorTransport
+from megatron_rl.weights.transport import UpdateReport
 from tests.rollout import tiny
 
 FILE = Path(__file__).with_name("recorded.json")
@@ -39,7 +39,7 @@ class Heard:
     samples: list[Sample]
     scores: list[Sample]
     after: list[Sample]
-    report: PushReport
+    report: UpdateReport
     version: str
     refusal: str
 
@@ -57,7 +57,7 @@ async def conversation(client: Client) -> Heard:
     except RequestRefused as error:
         refusal = str(error)
     await client.pause("retract")
-    report = await TensorCarrier(1 << 14).push([client], weights().items(), 1)
+    report = await TensorTransport(1 << 14).push([client], weights().items(), 1)
     await client.flush()
     await client.resume()
     after = await client.generate(requests, "1")
@@ -149,7 +149,7 @@ def main() -> None:
 
 async def _record(url: str) -> None:
     client = Client(url)
-    await wait_until_healthy(Member(client), Patience())
+    await wait_until_healthy(Member(client), Timeouts())
     await client.close()
     tape = Tape(url)
     await hold(tape.record)

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.protocol import RequestRefused, Sample, SampleRequest, WrongVersion
-from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.protocol import Carrier, PushReport
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest, WrongVersion
+from megatron_rl.weights.disk import DiskTransport
+from megatron_rl.weights.tensor import TensorTransport
+from megatron_rl.weights.transport import UpdateReport, WeightTransport
 from tests.contract.conftest import Contract
 from tests.rollout import tiny
 
@@ -52,8 +52,10 @@ def reset(server: Contract) -> None:
     call(server, lambda client: client.set_version("default"))
 
 
-def push(server: Contract, carrier: Carrier, tensors: dict[str, Tensor], version: int) -> tuple[PushReport, str]:
-    async def send(client: Client) -> tuple[PushReport, str]:
+def push(
+    server: Contract, carrier: WeightTransport, tensors: dict[str, Tensor], version: int
+) -> tuple[UpdateReport, str]:
+    async def send(client: Client) -> tuple[UpdateReport, str]:
         await client.pause("retract")
         report = await carrier.push([client], tensors.items(), version)
         await client.flush()
@@ -64,12 +66,14 @@ def push(server: Contract, carrier: Carrier, tensors: dict[str, Tensor], version
 
 
 @pytest.fixture(params=["tensor", "disk"])
-def carrier(request: pytest.FixtureRequest, server: Contract, tmp_path: Path) -> Iterator[Carrier]:
+def carrier(request: pytest.FixtureRequest, server: Contract, tmp_path: Path) -> Iterator[WeightTransport]:
     """A carrier; the server has the checkpoint's weights again after the test."""
     if (server.engine, request.param) == ("vllm", "tensor"):
         pytest.skip("vLLM reads weights from a folder only")
     yield (
-        TensorCarrier(BUCKET_BYTES) if request.param == "tensor" else DiskCarrier(BUCKET_BYTES, tmp_path, server.model)
+        TensorTransport(BUCKET_BYTES)
+        if request.param == "tensor"
+        else DiskTransport(BUCKET_BYTES, tmp_path, server.model)
     )
     reset(server)
 
@@ -101,7 +105,7 @@ def test_a_prompt_that_is_too_long_is_refused(server: Contract) -> None:
         generate(server, [SampleRequest("long", (1,) * 300, {"max_new_tokens": 3})])
 
 
-def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: Carrier) -> None:
+def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: WeightTransport) -> None:
     model = server.build()
     tensors = {name: tensor * 1.25 for name, tensor in load_file(server.model / "model.safetensors").items()}
     report, version = push(server, carrier, tensors, 3)
@@ -120,7 +124,9 @@ def test_both_carriers_leave_the_same_checksums(server: Contract, tmp_path: Path
         pytest.skip("vLLM reads weights from a folder only")
     tensors = {name: tensor * 0.75 for name, tensor in load_file(server.model / "model.safetensors").items()}
     found = []
-    for version, carrier in enumerate([TensorCarrier(BUCKET_BYTES), DiskCarrier(BUCKET_BYTES, tmp_path, server.model)]):
+    for version, carrier in enumerate(
+        [TensorTransport(BUCKET_BYTES), DiskTransport(BUCKET_BYTES, tmp_path, server.model)]
+    ):
         assert not push(server, carrier, tensors, version)[0].failed
         found.append(checksums(server))
     assert found[0] == found[1]

@@ -7,14 +7,14 @@ import time
 import torch
 from torch import Tensor
 
-from megatron_rl.rollout.client import Client
-from megatron_rl.weights.distributed import DistributedCarrier
+from megatron_rl.fleet.client import Client
+from megatron_rl.weights.distributed import DistributedTransport
 from tests.contract.conftest import Contract
 from tests.contract.test_weights import checksums, logprobs, original
 
 __all__ = ["original"]
 
-CARRIER = DistributedCarrier(1 << 12, "gloo", torch.device("cpu"), timeout_seconds=20)
+CARRIER = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), timeout_seconds=20)
 
 
 def test_buckets_that_are_broadcast_become_the_weights(server: Contract, original: dict[str, Tensor]) -> None:

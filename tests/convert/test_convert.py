@@ -22,12 +22,12 @@ from megatron_rl.convert.main import main
 from megatron_rl.convert.manifest import read_manifest
 from megatron_rl.convert.to_hf import Wanted
 from megatron_rl.convert.verify import compare
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.models.hf_mapping.engine import local_name
+from megatron_rl.policy.backends import PLAIN_VARIABLE
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.names.engine import local_name
-from megatron_rl.policy.paths import PLAIN_VARIABLE
-from megatron_rl.policy.weights import shards_of
+from megatron_rl.policy.hf_weights import shards_of
 from tests.policy import families
 from tests.policy.families import MODELS
 from tests.policy.tiny import run_of
@@ -146,7 +146,7 @@ def test_what_megatron_saves_is_read(tmp_path: Path, name: str, parallel: dict[s
 
 SLOWLY = """
 import sys, time
-from megatron_rl.policy import hf_files
+from megatron_rl.models import hf_files
 read = hf_files.HFSource.read
 hf_files.HFSource.read = lambda self, name: (time.sleep(0.01), read(self, name))[1]
 from megatron_rl.convert.main import main

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import Wanted
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.policy.hf_files import INDEX, HFSource, hf_tensors
-from megatron_rl.policy.names.rules import Family
-from megatron_rl.policy.safetensor_files import read_header
-from megatron_rl.policy.torch_dist import METADATA, read_metadata, read_region
+from megatron_rl.models.hf_files import INDEX, HFSource, hf_tensors
+from megatron_rl.models.hf_mapping.rules import Family
+from megatron_rl.models.safetensor_files import read_header
+from megatron_rl.models.torch_dist import METADATA, read_metadata, read_region
 from tests.policy import families
 
 CONSOLE = Console(quiet=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import Wanted
 from megatron_rl.errors import DataError
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.fp8 import dequantised, quantised
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.fp8 import dequantised, quantised
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from tests.policy import families
 
 CONSOLE = Console(quiet=True)

@@ -15,9 +15,9 @@ from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import Wanted
 from megatron_rl.convert.verify import compare
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.mxfp4 import Mxfp4
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.mxfp4 import Mxfp4
 from tests.policy import families
 
 CONSOLE = Console(quiet=True)

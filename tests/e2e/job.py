@@ -77,13 +77,13 @@ class Job:
 
     def server(self) -> psutil.Process:
         """Return the rollout server that the main rank started."""
-        (server,) = [p for p in self.look() if "megatron_rl.rollout.serve" in p.cmdline()]
+        (server,) = [p for p in self.look() if "megatron_rl.inference_server.serve" in p.cmdline()]
         return server
 
     def servers(self) -> list[psutil.Process]:
         """Return the rollout servers that run."""
         alive = [p for p in self.look() if p.status() != psutil.STATUS_ZOMBIE]
-        return [p for p in alive if "megatron_rl.rollout.serve" in p.cmdline()]
+        return [p for p in alive if "megatron_rl.inference_server.serve" in p.cmdline()]
 
     def left(self) -> list[psutil.Process]:
         """Return what still runs of everything ever seen."""

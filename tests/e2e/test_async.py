@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.rollout.process import ServerProcess, embedded_server
-from megatron_rl.train.ledger import TRAINED, audit
+from megatron_rl.fleet.process import ServerProcess, embedded_server
+from megatron_rl.rollout.group_ledger import TRAINED, audit
 from tests.e2e.job import ONE_RANK, ROOT, Job, same_result
 
 RESUME = "train.resume=true"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.cli import main
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from tests.e2e.job import ONE_RANK, ROOT, Job, metrics_of
 from tests.policy import families
 

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from megatron_rl.train.ledger import TRAINED, audit
+from megatron_rl.rollout.group_ledger import TRAINED, audit
 from tests.e2e.job import ONE_RANK, Job, metrics_of
 
 STEPS, EVERY = 200, 10

@@ -14,10 +14,10 @@ from megatron_rl.cli import main
 from megatron_rl.convert import to_megatron
 from megatron_rl.evaluate import servers
 from megatron_rl.evaluate.targets import find_targets
-from megatron_rl.policy.folders import holds_hf_files, open_source
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.torch_dist import is_torch_dist
-from megatron_rl.rollout.process import embedded_server
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.models.checkpoint_folders import holds_hf_files, open_source
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.torch_dist import is_torch_dist
 from tests.e2e.job import ONE_RANK, ROOT, Job
 
 SETTINGS = ("evaluate.prompts=24", "evaluate.samples=2")

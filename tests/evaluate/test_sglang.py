@@ -14,7 +14,7 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.convert import to_megatron
-from megatron_rl.rollout.sglang import sglang_server
+from megatron_rl.fleet.sglang import sglang_server
 from tests.e2e.job import ROOT
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]

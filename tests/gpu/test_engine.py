@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.parallel.graphs import Graphs
-from megatron_rl.parallel.sums import sums64
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.model import ServedModel
-from megatron_rl.rollout.process import embedded_server
-from megatron_rl.rollout.requests import Row
-from megatron_rl.rollout.slots import Kind
-from megatron_rl.rollout.static import StaticDecoder
-from megatron_rl.weights.ipc import IpcCarrier
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.inference_server.engine import Engine
+from megatron_rl.inference_server.model import ServedModel
+from megatron_rl.inference_server.requests import Row
+from megatron_rl.inference_server.slots import Kind
+from megatron_rl.inference_server.static import StaticDecoder
+from megatron_rl.ops.graphs import Graphs
+from megatron_rl.weights.checksum import sums64
+from megatron_rl.weights.ipc import IpcTransport
 from tests.gpu.test_gpu import DEVICE, REHEARSED, gpu_only
 from tests.rollout import tiny
 from tests.rollout.tiny import finished, prompts_of, work_of
@@ -106,13 +106,13 @@ def test_weights_reach_a_server_of_this_device(folder: Path, tmp_path: Path, buc
         asyncio.run(healthy([process]))
         for version in (1, 2):  # the second push uses memory that the first gave back
             weights = {n: (t * version).to(HERE) for n, t in load_file(folder / "model.safetensors").items()}
-            found = asyncio.run(pushed(process.url, IpcCarrier(bucket_bytes, HERE), weights, version))
+            found = asyncio.run(pushed(process.url, IpcTransport(bucket_bytes, HERE), weights, version))
             assert found == sums64(weights)
     finally:
         process.stop()
 
 
-async def pushed(url: str, carrier: IpcCarrier, weights: dict[str, torch.Tensor], version: int) -> dict[str, str]:
+async def pushed(url: str, carrier: IpcTransport, weights: dict[str, torch.Tensor], version: int) -> dict[str, str]:
     """Push; return the checksums that the server has then."""
     client = Client(url)
     report = await carrier.push([client], weights.items(), version)

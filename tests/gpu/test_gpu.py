@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.loss import ReferenceKL, make_loss, prepare
+from megatron_rl.algorithms.objectives import ESPO
 from megatron_rl.data.pack import pack
-from megatron_rl.loss import ReferenceKL, loss_of, prepare
-from megatron_rl.objectives import ESPO
-from megatron_rl.parallel.head import Backend, head_logprobs_entropies
-from megatron_rl.parallel.mesh import lone_world, make_deterministic
+from megatron_rl.distributed.mesh import lone_world, make_deterministic
+from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from megatron_rl.policy.attention import varying
+from megatron_rl.policy.backends import PLAIN_VARIABLE
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import grouped_product, strided
-from megatron_rl.policy.groups import leave_mesh
-from megatron_rl.policy.paths import PLAIN_VARIABLE
+from megatron_rl.policy.process_groups import leave_mesh
 from megatron_rl.policy.rows import PackedRow
 from tests.policy.plain_attention import causal
 from tests.policy.test_parity import weighted
@@ -148,7 +148,7 @@ def test_the_loss_waits_for_nothing() -> None:
     micro = batch.add(prepare(batch, ESPO(), None, VOCABULARY)).micro()
     columns = {name: column.to(DEVICE) for name, column in micro.columns.items()}
     new_R = logprobs_T[batch.trained_R].to(DEVICE).requires_grad_()
-    loss = loss_of(ESPO(), ReferenceKL(coefficient=0.1))
+    loss = make_loss(ESPO(), ReferenceKL(coefficient=0.1))
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss(new_R, new_R.detach(), type(micro)(columns, micro.num_segments)).value.backward()

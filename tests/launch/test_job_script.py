@@ -8,8 +8,8 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.slurm import COMMON, render
-from megatron_rl.train.hang import HUNG
+from megatron_rl.launch.slurm.render import COMMON, render
+from megatron_rl.observability.hang_watchdog import HUNG
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ROOT / "launch" / "plain.sbatch"
@@ -85,7 +85,7 @@ def steps_named(job: Job, name: str) -> list[str]:
 def test_the_plain_script_ends_with_the_text_of_every_job():
     text = PLAIN.read_text()
 
-    assert text.endswith(COMMON.read_text()), "copy megatron_rl/launch/job.sh to the end of launch/plain.sbatch"
+    assert text.endswith(COMMON.read_text()), "copy megatron_rl/launch/slurm/job.sh to the end of launch/plain.sbatch"
     assert text.count("From here on every job is the same") == 1
     subprocess.run(["bash", "-n", str(PLAIN)], check=True)
 

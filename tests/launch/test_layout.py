@@ -7,8 +7,8 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.layout import check_layout, layout_of
-from megatron_rl.launch.shape import Shape
+from megatron_rl.launch.planning.layout import check_layout, layout_of
+from megatron_rl.launch.planning.shape import Shape
 
 MOE = Shape(
     layers=12,

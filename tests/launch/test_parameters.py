@@ -8,14 +8,14 @@ import torch
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.layout import check_layout, layout_of
-from megatron_rl.launch.shape import shape_of
-from megatron_rl.launch.sizing.parameters import active_parameters, parameters_of, total_parameters
-from megatron_rl.launch.sizing.stages import stages_of
-from megatron_rl.parallel.mesh import start_world
-from megatron_rl.policy.groups import build_mesh
+from megatron_rl.distributed.mesh import start_world
+from megatron_rl.launch.planning.layout import check_layout, layout_of
+from megatron_rl.launch.planning.parameters import active_parameters, parameters_of, total_parameters
+from megatron_rl.launch.planning.shape import shape_of
+from megatron_rl.launch.planning.stages import stages_of
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.policy.model import build_chunks
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.policy.process_groups import build_mesh
 from megatron_rl.policy.upstream import repair
 from tests.launch.test_sizing import HF
 from tests.policy import families

@@ -9,8 +9,8 @@ from megatron_rl.cli import main, split_words
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.plan import make_plan
-from megatron_rl.launch.upstream import FIXED, OURS, megatron_fields
+from megatron_rl.launch.planning.plan import make_plan
+from megatron_rl.launch.planning.upstream import FIXED, OURS, megatron_fields
 from tests.policy import families
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.preflight import judge, report, verdicts_on
-from megatron_rl.parallel.links import measure_links
+from megatron_rl.distributed.links import measure_links
+from megatron_rl.launch.slurm.preflight import judge, report, verdicts_on
 from tests.ranks import run_ranks
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"

@@ -8,12 +8,12 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.plan import make_plan
-from megatron_rl.launch.sizing.memory import GIB, worst
-from megatron_rl.launch.sizing.parameters import active_parameters, total_parameters
-from megatron_rl.launch.sizing.plan import planned_ranks, sizes_of
-from megatron_rl.launch.slurm import render, servers_per_node
-from megatron_rl.policy.names import family_of, read_hf_config
+from megatron_rl.launch.planning.memory import GIB, worst
+from megatron_rl.launch.planning.memory_plan import planned_ranks, sizes_of
+from megatron_rl.launch.planning.parameters import active_parameters, total_parameters
+from megatron_rl.launch.planning.plan import make_plan
+from megatron_rl.launch.slurm.render import render, servers_per_node
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.toml"), key=lambda path: path.name)

@@ -7,17 +7,17 @@ import pytest
 from benchmarks.memory_plan import CATEGORIES, Case, compare
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.layout import Layout, check_layout, layout_of
-from megatron_rl.launch.shape import shape_of
-from megatron_rl.launch.sizing.activations import head_working, in_flight
-from megatron_rl.launch.sizing.flops import bubble, cache_per_token, step_of, traffic_of
-from megatron_rl.launch.sizing.memory import memory_of, work_of
-from megatron_rl.launch.sizing.plan import sizes_of
-from megatron_rl.launch.sizing.saved import layer_bytes
-from megatron_rl.launch.sizing.stages import stages_of
-from megatron_rl.launch.sizing.suggest import suggest
-from megatron_rl.launch.sizing.widths import Work, widths_of
-from megatron_rl.policy.names import family_of
+from megatron_rl.launch.planning.activations import head_working, in_flight
+from megatron_rl.launch.planning.flops import bubble, cache_per_token, step_of, traffic_of
+from megatron_rl.launch.planning.layout import Layout, check_layout, layout_of
+from megatron_rl.launch.planning.memory import memory_of, work_of
+from megatron_rl.launch.planning.memory_plan import sizes_of
+from megatron_rl.launch.planning.saved import layer_bytes
+from megatron_rl.launch.planning.shape import shape_of
+from megatron_rl.launch.planning.stages import stages_of
+from megatron_rl.launch.planning.suggest import suggest
+from megatron_rl.launch.planning.widths import Work, widths_of
+from megatron_rl.models.hf_mapping import family_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

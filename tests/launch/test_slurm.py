@@ -10,7 +10,7 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.slurm import _server_gpus, render
+from megatron_rl.launch.slurm.render import _server_gpus, render
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0")

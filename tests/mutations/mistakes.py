@@ -37,21 +37,21 @@ HEAD = "tests/test_vocab.py::test_head_equals_the_definition"
 MISTAKES = (
     Mistake(
         "mean-of-micro-batch-means",
-        "loss",
+        "algorithms.loss",
         'value = (micro["weights_T"] * values_R).sum()',
         "value = values_R.mean() if len(values_R) else values_R.sum()",
         (SPLIT,),
     ),
     Mistake(
         "segment-mean-of-one-rank",
-        "segments",
+        "algorithms.segments",
         "sum_over(micro.context_group, sums)[:,",
         "sums[:,",
         (CONTEXT,),
     ),
     Mistake(
         "window-with-gradient",
-        "loss",
+        "algorithms.loss",
         "        cost = objective.cost(logprobs_R, micro)\n",
         "        live = {n: c * entropies_R / entropies_R.detach() for n, c in micro.columns.items() if 'clip' in n}\n"
         "        micro = Micro({**micro.columns, **live}, micro.num_segments, micro.context_group)\n"
@@ -60,14 +60,14 @@ MISTAKES = (
     ),
     Mistake(
         "log-prob-and-entropy-without-temperature",
-        "parallel.vocab",
+        "ops.vocab",
         "return logits if temperature == 1.0 else logits / temperature",
         "return logits",
         (VOCABULARY,),
     ),
     Mistake(
         "entropy-without-temperature",
-        "parallel.head",
+        "ops.head",
         "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n",
         "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n"
         "        untempered = [_no_sums(hidden_RH, dtype)]\n"
@@ -79,14 +79,14 @@ MISTAKES = (
     ),
     Mistake(
         "vocabulary-padding-not-masked",
-        "parallel.head",
+        "ops.head",
         "rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)",
         "rows = num_rows",
         (HEAD,),
     ),
     Mistake(
         "gradient-of-other-vocabulary-shards-zero",
-        "parallel.vocab",
+        "ops.vocab",
         "    return gradient_NV.scatter_add_(",
         "    gradient_NV *= inside_N[:, None]\n    return gradient_NV.scatter_add_(",
         (SHARDS,),
@@ -100,21 +100,21 @@ MISTAKES = (
     ),
     Mistake(
         "sign-of-the-advantage",
-        "objectives.base",
+        "algorithms.objectives.base",
         "values_R = -advantages_R * torch.where",
         "values_R = advantages_R * torch.where",
         (DIRECTION, EQUATIONS),
     ),
     Mistake(
         "clip-bounds-exclusive",
-        "objectives.base",
+        "algorithms.objectives.base",
         "(rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))",
         "(rises_R & (ratio_R < upper_R)) | (falls_R & (ratio_R > lower_R))",
         (BOUNDS,),
     ),
     Mistake(
         "clipped-side-without-regard-to-the-advantage",
-        "objectives.base",
+        "algorithms.objectives.base",
         "(rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))",
         "(ratio_R <= upper_R) & (ratio_R >= lower_R)",
         (DIRECTION,),
@@ -160,7 +160,7 @@ MISTAKES = (
     ),
     Mistake(
         "metrics-counted-on-every-tensor-rank",
-        "parallel.mesh",
+        "distributed.mesh",
         "return self.is_last_stage and group_rank(self.tensor) == 0",
         "return self.is_last_stage",
         ("prove tensor=2 grpo",),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_rl.distributed import cpu
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel import cpu
 
 
 def test_every_replaced_symbol_still_exists() -> None:

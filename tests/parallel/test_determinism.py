@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_rl.parallel.mesh import DETERMINISTIC_ENVIRONMENT, start_world
+from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, start_world
 from tests.ranks import run_ranks
 
 

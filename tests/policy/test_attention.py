@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy import attention, paths
-from megatron_rl.policy.attention import Kind, in_buckets, varying
+from megatron_rl.policy import attention, backends
+from megatron_rl.policy.attention import AttentionOptions, in_buckets, varying
 from megatron_rl.policy.rows import Bucket, PackedRow
 from tests.policy.plain_attention import causal, plain_varlen
 
@@ -42,7 +42,7 @@ def row() -> PackedRow:
 
 def buckets(query: Tensor, key: Tensor, value: Tensor, packed: PackedRow, scale: float | None) -> Tensor:
     """Stand where ``varying`` stands."""
-    return in_buckets(query, key, value, packed, Kind(scale))
+    return in_buckets(query, key, value, packed, AttentionOptions(scale))
 
 
 @pytest.mark.parametrize("path", [buckets, varying], ids=["buckets", "varlen"])
@@ -74,7 +74,7 @@ def test_repeated_heads_give_what_shared_ones_give(monkeypatch) -> None:
     shapes = ((sum(LENGTHS) + FILLER, heads, 8) for heads in (4, 2, 2))
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     sinks_N = torch.randn(4, generator=generator)
-    kinds = (Kind(), Kind(sinks_N=sinks_N))
+    kinds = (AttentionOptions(), AttentionOptions(sinks_N=sinks_N))
     shared = [in_buckets(query, key, value, row(), kind) for kind in kinds]
     monkeypatch.setattr(attention, "_takes_groups", lambda *_: False)
     for kind, before in zip(kinds, shared, strict=True):
@@ -97,7 +97,7 @@ def test_sinks_and_windows_are_the_softmax_written_out(
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes
     )
     packed = row() if order == "plain" else masked(row())
-    kind = Kind(0.3, window, sinks_N if sinks else None)
+    kind = AttentionOptions(0.3, window, sinks_N if sinks else None)
     out_TND = in_buckets(query, key, value, packed, kind)
     queries, keys, values = (tensor.split([*LENGTHS, FILLER]) for tensor in (query, key, value))
     parts = zip(queries, keys, values, strict=True)
@@ -126,34 +126,34 @@ def test_a_row_without_tokens_has_a_gradient_for_its_sinks() -> None:
     tensor = torch.zeros(2, 4, 8, requires_grad=True)
     sinks_N = torch.zeros(4, requires_grad=True)
     empty = PackedRow(output_index_T=torch.zeros(2, dtype=torch.int64))
-    in_buckets(tensor, tensor, tensor, empty, Kind(sinks_N=sinks_N)).sum().backward()
+    in_buckets(tensor, tensor, tensor, empty, AttentionOptions(sinks_N=sinks_N)).sum().backward()
     assert sinks_N.grad is not None
     assert not sinks_N.grad.any()
 
 
 def test_what_serves_follows_from_device_type_and_packages(monkeypatch) -> None:
     installed = {"triton", "torch.nn.attention.varlen"}
-    monkeypatch.setattr(paths, "_found", installed.__contains__)
-    plain = paths.paths_for(torch.bfloat16, "cpu")
-    assert plain == paths.Paths(engine=False, varlen=False, grouped=True, fused=False, accumulates=False)
-    without = paths.paths_for(torch.bfloat16, "cuda")
-    assert without == paths.Paths(engine=False, varlen=True, grouped=True, fused=True, accumulates=False)
-    assert not paths.paths_for(torch.float32, "cuda").varlen
+    monkeypatch.setattr(backends, "_found", installed.__contains__)
+    plain = backends.backends_for(torch.bfloat16, "cpu")
+    assert plain == backends.Backends(engine=False, varlen=False, grouped=True, fused=False, accumulates=False)
+    without = backends.backends_for(torch.bfloat16, "cuda")
+    assert without == backends.Backends(engine=False, varlen=True, grouped=True, fused=True, accumulates=False)
+    assert not backends.backends_for(torch.float32, "cuda").varlen
     installed.add("transformer_engine")
-    assert paths.paths_for(torch.bfloat16, "cuda").engine
-    assert not paths.paths_for(torch.float32, "cuda").engine, "its attention takes packed rows in 16 bits only"
-    monkeypatch.setenv(paths.PLAIN_VARIABLE, "engine, attention,experts,fusion")
-    assert paths.paths_for(torch.bfloat16, "cuda") == paths.Paths(False, False, False, False, False)
+    assert backends.backends_for(torch.bfloat16, "cuda").engine
+    assert not backends.backends_for(torch.float32, "cuda").engine, "its attention takes packed rows in 16 bits only"
+    monkeypatch.setenv(backends.PLAIN_VARIABLE, "engine, attention,experts,fusion")
+    assert backends.backends_for(torch.bfloat16, "cuda") == backends.Backends(False, False, False, False, False)
 
 
 def test_an_unknown_part_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv(paths.PLAIN_VARIABLE, "atention")
+    monkeypatch.setenv(backends.PLAIN_VARIABLE, "atention")
     with pytest.raises(ConfigError, match="atention; write some of engine, attention"):
-        paths.paths_for(torch.float32, "cpu")
+        backends.backends_for(torch.float32, "cpu")
 
 
 def test_every_part_is_told_in_words() -> None:
     for engine in (False, True):
-        told = paths.paths_in_words(paths.Paths(engine, not engine, not engine, True, False), "cuda")
+        told = backends.describe_backends(backends.Backends(engine, not engine, not engine, True, False), "cuda")
         assert ("transformer-engine" in told["attention"]) == engine
         assert all(told.values())

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.models.hf_mapping.gpt_oss import quick_gelu
 from megatron_rl.policy import layers
+from megatron_rl.policy.backends import Backends
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import GroupedExperts, Matrices, grouped_linear, grouped_product, strided
 from megatron_rl.policy.model import _built
-from megatron_rl.policy.names.gpt_oss import quick_gelu
-from megatron_rl.policy.paths import Paths
 from tests.policy import families
 from tests.policy.test_parity import LAYOUTS, one_step, weighted
 from tests.policy.tiny import case, run_of
@@ -194,4 +194,4 @@ def test_what_cannot_train_biases_is_refused() -> None:
     settings: dict[str, object] = {"add_bias_linear": True, "expert_tensor_parallel_size": 2}
     for engine, words in ((True, r"expert_tensor is 2.*expert_tensor = 1"), (False, "leave experts out of")):
         with pytest.raises(ConfigError, match=words):
-            _built(TransformerConfig, settings, Paths(engine, False, False, False, False))
+            _built(TransformerConfig, settings, Backends(engine, False, False, False, False))

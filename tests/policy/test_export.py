@@ -6,10 +6,10 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.live_bytes import LiveBytes
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.weights import PARTS
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.policy.hf_weights import PARTS
+from megatron_rl.weights.tensor import TensorTransport
 from tests.policy import families
 from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
@@ -30,7 +30,7 @@ def peaks(folder: str, parallel: dict[str, object], own: bool, bucket_bytes: int
     """Return the most bytes that this rank held, and the bytes that it got."""
     run = run_of(Path(folder), parallel=parallel)
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    carrier, seen = TensorCarrier(bucket_bytes // PARTS), 0
+    carrier, seen = TensorTransport(bucket_bytes // PARTS), 0
     with LiveBytes() as bytes_:
         weights = policy.weights(bucket_bytes)
         for bucket in carrier.buckets(weights.own() if own else iter(weights)):

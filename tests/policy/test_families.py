@@ -15,8 +15,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
-from megatron_rl.parallel.collectives import gather_over, group_rank, group_size
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.collectives import gather_over, group_rank, group_size
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy import families
 from tests.policy.families import MIXTURES, MODELS

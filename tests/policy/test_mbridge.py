@@ -13,11 +13,11 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from megatron_rl.parallel.collectives import group_rank, group_size
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.collectives import group_rank, group_size
+from megatron_rl.distributed.mesh import start_world
+from megatron_rl.models.hf_mapping.engine import saved_name
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.names.engine import saved_name
-from megatron_rl.policy.weights import shards_of
+from megatron_rl.policy.hf_weights import shards_of
 from tests.policy import families
 from tests.policy.families import MIXTURES
 from tests.policy.tiny import run_of

@@ -13,9 +13,9 @@ from transformers import GptOssConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.names import blocks, family_of, read_hf_config
-from megatron_rl.policy.names.rules import QKV, GateUp, Layout, PairedGateUp, Split, VocabularyRows, Whole
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.hf_mapping import blocks, family_of, read_hf_config
+from megatron_rl.models.hf_mapping.rules import QKV, GateUp, Layout, PairedGateUp, Replicate, Shard, VocabularyRows
 
 SIZES = st.sampled_from([1, 2, 4])
 
@@ -37,10 +37,10 @@ def test_every_rule_is_undone_by_its_inverse(size: int, groups: int, heads: int,
     survives(GateUp(), [query[: 4 * size], query[: 4 * size] + 1], size) if len(query) >= 4 * size else None
     survives(PairedGateUp(), [torch.randn(5, 2 * hidden)], size)
     survives(PairedGateUp(), [torch.randn(2 * hidden)], size)
-    survives(Split(1, transposed=True), [torch.randn(hidden, 3)], size)
-    survives(Split(0), [torch.randn(hidden, 3)], size)
-    survives(Split(1), [torch.randn(3, hidden)], size)
-    survives(Whole(), [torch.randn(5)], size)
+    survives(Shard(1, transposed=True), [torch.randn(hidden, 3)], size)
+    survives(Shard(0), [torch.randn(hidden, 3)], size)
+    survives(Shard(1), [torch.randn(3, hidden)], size)
+    survives(Replicate(), [torch.randn(5)], size)
 
 
 @given(SIZES, st.integers(1, 30))

@@ -7,17 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.pack import pack
-from megatron_rl.loss import loss_of, prepare
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.nonfinite import NonFiniteError
-from megatron_rl.policy.weights import shards_of
 from megatron_rl.prove.case import RESPONSES, make_batch
-from megatron_rl.train.evidence import REPLAY_RUN, REPLAYED, ROW, evidence, on_saved_weights, replay_rank, saved_run
+from megatron_rl.train.nonfinite_dump import (
+    REPLAY_RUN,
+    REPLAYED,
+    ROW,
+    nonfinite_dump,
+    on_saved_weights,
+    replay_rank,
+    saved_run,
+)
 from tests.ranks import run_ranks
 
 MODEL = Path(__file__).parent.parent.parent / "configs" / "demo-model"
@@ -44,7 +52,7 @@ def mini_batch(policy):
 
 def accumulate(policy, run, batch):
     prepared = batch.add(prepare(batch, run.objective))
-    return policy.accumulate(pack(prepared, policy.row_rules), loss_of(run.objective))
+    return policy.accumulate(pack(prepared, policy.row_rules), make_loss(run.objective))
 
 
 def caught(work):
@@ -148,7 +156,7 @@ def fail_in(folder, words, plants_weight):
     else:
         batch = batch.add({"advantages_B": batch["advantages_B"].index_fill(0, torch.tensor([4]), torch.inf)})
     try:
-        with evidence(run, policy, "id-{}".format):
+        with nonfinite_dump(run, policy, "id-{}".format):
             accumulate(policy, run, batch)
     except Exception as error:
         return str(error)

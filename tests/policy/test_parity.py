@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch, Loss, Metrics, Micro
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.tiny import by_transformers, case, lonely_case, run_of, save_model
 from tests.ranks import RankError, run_ranks

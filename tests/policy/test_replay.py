@@ -9,7 +9,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch, Loss, Metrics, Micro
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import by_transformers, case, run_of

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy import families
 from tests.policy.tiny import run_of

@@ -10,8 +10,8 @@ from typing import Any
 
 from aiohttp import web
 
-from megatron_rl.rollout.background import LoopThread
-from megatron_rl.rollout.protocol import Path
+from megatron_rl.fleet.background import LoopThread
+from megatron_rl.fleet.protocol import Path
 
 Answer = dict[str, object]
 Trick = Callable[[list[dict[str, Any]]], object]

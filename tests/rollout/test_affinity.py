@@ -2,11 +2,11 @@
 
 import pytest
 
-from megatron_rl.rollout import affinity
-from megatron_rl.rollout.affinity import PREFIX_TOKENS, Affinity
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.members import Member
-from megatron_rl.rollout.protocol import SampleRequest
+from megatron_rl.fleet import affinity
+from megatron_rl.fleet.affinity import PREFIX_TOKENS, Affinity
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.members import Member
+from megatron_rl.fleet.protocol import SampleRequest
 
 
 def requests(*tokens: int, count: int = 4) -> list[SampleRequest]:

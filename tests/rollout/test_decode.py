@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.rollout.requests import Row
+from megatron_rl.inference_server.requests import Row
 from tests.rollout.tiny import finished, prompts_of, running, work_of
 
 LENGTHS = (3, 9, 5, 9, 1, 12)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.rollout.engine import Engine, EngineStopped, PauseMode
-from megatron_rl.rollout.requests import BadRequest
+from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
+from megatron_rl.inference_server.requests import BadRequest
 from tests.rollout.tiny import finished, prompts_of, running, work_of
 
 LONG = {"max_new_tokens": 200, "sampling_seed": 1}

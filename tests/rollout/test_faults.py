@@ -14,14 +14,14 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.types import Group, Prompt
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.process import embedded_server
-from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.weights.disk import DiskTransport
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.tiny import prompts_of
 
-PATIENCE = Patience(
+PATIENCE = Timeouts(
     request_timeout_seconds=60,
     control_timeout_seconds=20,
     start_timeout_seconds=90,
@@ -37,7 +37,7 @@ SAMPLING = Sampling(max_new_tokens=60)
 def fleet(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     logs = tmp_path_factory.mktemp("logs")
     servers = [embedded_server(str(moe_folder), logs / f"{i}.log", ["--weight-version", "0"]) for i in range(2)]
-    with Fleet(servers, TensorCarrier(1 << 16), PATIENCE, rows_per_request=8) as fleet:
+    with Fleet(servers, TensorTransport(1 << 16), PATIENCE, rows_per_request=8) as fleet:
         yield fleet
     assert all(not psutil.pid_exists(server.pid) for server in servers)
 
@@ -87,7 +87,7 @@ def test_new_weights_change_the_samples_by_either_carrier(fleet: Fleet, moe_fold
     assert not report.failed
     changed = sampled(fleet, 1)
     assert tokens(changed) != tokens(before)
-    carrier, fleet.sync.carrier = fleet.sync.carrier, DiskCarrier(1 << 16, tmp_path / "weights", moe_folder)
+    carrier, fleet.sync.carrier = fleet.sync.carrier, DiskTransport(1 << 16, tmp_path / "weights", moe_folder)
     fleet.update(old.items(), 2)
     fleet.sync.carrier = carrier
     assert tokens(sampled(fleet, 2)) == tokens(before)

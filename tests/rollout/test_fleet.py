@@ -14,9 +14,9 @@ import torch
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import RolloutError
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.fake import (
     FakeServer,
     Trick,
@@ -31,7 +31,7 @@ from tests.rollout.fake import (
     wrong_version,
 )
 
-PATIENCE = Patience(
+PATIENCE = Timeouts(
     request_timeout_seconds=5,
     control_timeout_seconds=1,
     start_timeout_seconds=1,
@@ -45,8 +45,8 @@ SAMPLING = Sampling(max_new_tokens=6)
 WEIGHTS = [("t", torch.ones(3))]
 
 
-def fleet_of(servers: Sequence[FakeServer], patience: Patience = PATIENCE) -> Fleet:
-    return Fleet([server.url for server in servers], TensorCarrier(1 << 20), patience, rows_per_request=8)
+def fleet_of(servers: Sequence[FakeServer], patience: Timeouts = PATIENCE) -> Fleet:
+    return Fleet([server.url for server in servers], TensorTransport(1 << 20), patience, rows_per_request=8)
 
 
 def sampled(fleet: Fleet, step: int = 0, version: int | None = 0) -> list[Group]:
@@ -242,7 +242,7 @@ def test_a_push_that_every_server_refuses_is_an_error() -> None:
 
 def test_a_server_that_is_not_there_is_an_error_at_the_start() -> None:
     with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9 has not become healthy within 1 s"):
-        Fleet(["http://127.0.0.1:9"], TensorCarrier(1 << 20), PATIENCE)
+        Fleet(["http://127.0.0.1:9"], TensorTransport(1 << 20), PATIENCE)
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout fleet"]
 
 

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import DataError
-from megatron_rl.rollout.model import ServedModel
-from megatron_rl.rollout.requests import BadRequest
-from megatron_rl.weights.protocol import checksum
+from megatron_rl.inference_server.model import ServedModel
+from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.weights.transport import checksum
 from tests.rollout import tiny
 
 EXPERT = "model.layers.1.mlp.experts.2.gate_proj.weight"

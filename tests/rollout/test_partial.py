@@ -12,15 +12,15 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.types import Group, Prompt
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.partial import joined
-from megatron_rl.rollout.process import embedded_server
-from megatron_rl.rollout.protocol import Sample
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.partial import joined
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.fleet.protocol import Sample
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.tiny import prompts_of
 
-PATIENCE = Patience(60, 20, 20, 90, 0.1, 0.5, 5)
+PATIENCE = Timeouts(60, 20, 20, 90, 0.1, 0.5, 5)
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(*range(3, 11)))]
 LONG = Sampling(max_new_tokens=200)
 
@@ -38,7 +38,7 @@ def fleet(
     logs = tmp_path_factory.mktemp("logs")
     servers = [embedded_server(str(moe_folder), logs / f"{i}.log", options) for i in range(2)]
     decode = words if request.param == "resubmit" else None
-    with Fleet(servers, TensorCarrier(1 << 16), PATIENCE, 4, decode=decode) as fleet:
+    with Fleet(servers, TensorTransport(1 << 16), PATIENCE, 4, decode=decode) as fleet:
         yield fleet
 
 

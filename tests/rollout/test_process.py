@@ -10,10 +10,11 @@ import psutil
 import pytest
 
 from megatron_rl.errors import DataError, RolloutError
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.process import ServerProcess, embedded_server, free_port
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.process import ServerProcess, embedded_server
+from megatron_rl.util.ports import free_port
+from megatron_rl.weights.tensor import TensorTransport
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 STUBBORN = [
@@ -57,7 +58,8 @@ def test_a_server_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from megatron_rl.rollout.process import ServerProcess, free_port
+from megatron_rl.fleet.process import ServerProcess
+from megatron_rl.util.ports import free_port
 server = ServerProcess({SLEEP!r}, "127.0.0.1", free_port(), Path({str(tmp_path / "log")!r}))
 server.start()
 print(server.pid, flush=True)
@@ -90,7 +92,7 @@ def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
     server = sleeper(tmp_path, [sys.executable, "-c", "import sys; sys.exit('fire')"])
     with pytest.raises(RolloutError, match=r"ended with status 1 while starting; its log .*\nfire"):
-        Fleet([server], TensorCarrier(1 << 20), Patience(start_timeout_seconds=60))
+        Fleet([server], TensorTransport(1 << 20), Timeouts(start_timeout_seconds=60))
     assert is_gone(server.pid)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.rollout.protocol import BadAnswer, SampleRequest, WrongVersion, parse_json, parse_samples
+from megatron_rl.fleet.protocol import BadAnswer, SampleRequest, WrongVersion, parse_json, parse_samples
 
 Answer = dict[str, dict[str, object]]
 REQUEST = SampleRequest("r1", (5, 6, 7), {"max_new_tokens": 4})
@@ -112,5 +112,5 @@ def test_no_json_is_a_bad_answer() -> None:
 
 
 def test_the_protocol_does_not_need_torch() -> None:
-    script = "import sys, megatron_rl.rollout.protocol; sys.exit('torch' in sys.modules)"
+    script = "import sys, megatron_rl.fleet.protocol; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.data.routes import RouteShape
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.router import router_process
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.router import router_process
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.fake import FakeServer, serving
 from tests.rollout.test_fleet import PROMPTS, SAMPLING, WEIGHTS, expected, sampled, until
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = shutil.which("sglang-router") or str(ROOT / ".venv-router" / "bin" / "sglang-router")
-PATIENCE = Patience(
+PATIENCE = Timeouts(
     request_timeout_seconds=4,
     control_timeout_seconds=3,
     start_timeout_seconds=30,
@@ -37,9 +37,9 @@ def servers() -> Iterator[tuple[FakeServer, ...]]:
 
 @pytest.fixture
 def fleet(servers: tuple[FakeServer, ...], tmp_path: Path) -> Iterator[Fleet]:
-    carrier = TensorCarrier(1 << 20)
+    carrier = TensorTransport(1 << 20)
     with Fleet([server.url for server in servers], carrier, PATIENCE, rows_per_request=8) as fleet:
-        fleet.put_behind(router_process(PROGRAM, tmp_path / "router.log"))
+        fleet.use_router(router_process(PROGRAM, tmp_path / "router.log"))
         yield fleet
     assert fleet.router is not None
     assert fleet.router.member.process is not None

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.rollout.requests import SamplingParams
-from megatron_rl.rollout.sampler import SamplingColumns, sample, truncate, uniforms
+from megatron_rl.inference_server.requests import SamplingParams
+from megatron_rl.inference_server.sampler import SamplingColumns, sample, truncate, uniforms
 
 ROWS = 40_000
 # 99.9 % quantile of chi-square with n degrees of freedom

@@ -13,10 +13,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from megatron_rl.rollout.background import LoopThread
-from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.requests import BadRequest, parse_work
-from megatron_rl.rollout.server import EmbeddedServer
+from megatron_rl.fleet.background import LoopThread
+from megatron_rl.inference_server.engine import Engine
+from megatron_rl.inference_server.requests import BadRequest, parse_work
+from megatron_rl.inference_server.server import EmbeddedServer
 from tests.rollout.tiny import running
 
 DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo-model"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.rollout.sglang import arguments, option_names, sglang_server, wrong_options
+from megatron_rl.fleet.sglang import arguments, option_names, sglang_server, wrong_options
 
 HELP = """usage: launch_server.py [-h] --model-path MODEL_PATH [--host HOST] [--tp-size N]
 options:

@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from megatron_rl.rollout.experts import NAME, every_expert, experts_by, takes_every_expert
-from megatron_rl.rollout.kvcache import RowCache
-from megatron_rl.rollout.routes import RouteRecorder
-from megatron_rl.rollout.slots import Kind, SlotStep
+from megatron_rl.inference_server.experts import NAME, every_expert, experts_by, takes_every_expert
+from megatron_rl.inference_server.kvcache import RowCache
+from megatron_rl.inference_server.routes import RouteRecorder
+from megatron_rl.inference_server.slots import Kind, SlotStep
 from tests.policy import families
 
 META = torch.device("meta")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.rollout.engine import PauseMode
-from megatron_rl.rollout.requests import Row, Work
-from megatron_rl.rollout.slots import Kind, size_class
-from megatron_rl.rollout.static import StaticBatch, StaticDecoder
+from megatron_rl.inference_server.engine import PauseMode
+from megatron_rl.inference_server.requests import Row, Work
+from megatron_rl.inference_server.slots import Kind, size_class
+from megatron_rl.inference_server.static import StaticBatch, StaticDecoder
 from tests.rollout.test_decode import LENGTHS, assert_logprobs_are_the_models
 from tests.rollout.test_engine import LONG, double, wait_for_tokens
 from tests.rollout.tiny import finished, prompts_of, running, work_of

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.types import Group, Prompt
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
-from megatron_rl.rollout.process import embedded_server
-from megatron_rl.rollout.turns import Turns
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.process import embedded_server
+from megatron_rl.fleet.turns import Turns
+from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.collect import collect
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.weights.tensor import TensorTransport
 from tests.contract.test_routes import SHAPE, chosen_by_transformers
 from tests.rollout.tiny import prompts_of
 
@@ -73,7 +73,7 @@ class Rude:
 def fleet(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("logs") / "0.log"
     server = embedded_server(str(moe_folder), log, ["--weight-version", "0"])
-    with Fleet([server], TensorCarrier(1 << 16), Patience(60, 20, 60, 90, 0.1, 0.5, 5), 4) as fleet:
+    with Fleet([server], TensorTransport(1 << 16), Timeouts(60, 20, 60, 90, 0.1, 0.5, 5), 4) as fleet:
         yield fleet
 
 

@@ -17,11 +17,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_rl.parallel.graphs import Graphs
-from megatron_rl.rollout.engine import Batching, Engine
-from megatron_rl.rollout.model import ServedModel
-from megatron_rl.rollout.requests import Row, Work, parse_work
-from megatron_rl.rollout.static import StaticDecoder
+from megatron_rl.inference_server.engine import Batching, Engine
+from megatron_rl.inference_server.model import ServedModel
+from megatron_rl.inference_server.requests import Row, Work, parse_work
+from megatron_rl.inference_server.static import StaticDecoder
+from megatron_rl.ops.graphs import Graphs
 
 CPU = torch.device("cpu")
 VOCABULARY = 48

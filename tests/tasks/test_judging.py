@@ -14,17 +14,17 @@ import psutil
 import pytest
 import torch
 
-from megatron_rl.advantages import overlong_penalty
+from megatron_rl.algorithms.advantages import overlong_penalty
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.config.tasks import Environment, JsonlTask, Reward
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
+from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.tasks.judge import Judge, is_quick
 from megatron_rl.tasks.pool import AtOnce, Pool, open_judging
-from megatron_rl.train.collect import collect
 from megatron_rl.train.sampler import failures, lost_words, reward_means
 
 PROMPT = Prompt("p", (1, 2), "q", "7")

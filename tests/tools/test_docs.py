@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_rl.algorithms.objectives import Objective
 from megatron_rl.cli import _parser
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch
-from megatron_rl.objectives import Objective
-from megatron_rl.policy.names.rules import Family
+from megatron_rl.models.hf_mapping.rules import Family
 from tests.oracle.objectives import Row, framed, weight
 from tests.policy.families import COMMON
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
+from megatron_rl.observability.recorder import RunRecorder
 from megatron_rl.tasks.chained_arithmetic import SYMBOLS
-from megatron_rl.train.journal import Journal
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO_MODEL = ROOT / "configs" / "demo-model"
@@ -36,7 +36,7 @@ def numbers() -> dict[str, Any]:
 
 def write_run(folder: Path, losses: list[float]) -> Path:
     folder.mkdir()
-    with Journal(folder, len(losses)) as journal:
+    with RunRecorder(folder, len(losses)) as journal:
         for step, loss in enumerate(losses):
             journal.write(step, {"loss": loss})
     return folder

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.parallel.mesh import World
+from megatron_rl.distributed.mesh import World
+from megatron_rl.models.hf_mapping.rules import Shard
+from megatron_rl.models.piece_files import PieceReader, Place
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.names.rules import Split
-from megatron_rl.policy.piece_files import PieceReader, Place
 from megatron_rl.train.checkpoints import Checkpoints
 
 SIZES = {"model/a": 300_000, "exp_avg/a": 300_000, "model/b": 7}
@@ -39,7 +39,7 @@ class Small:
         assert same_layout
         self.updates = updates
         for name, tensor in self.tensors.items():
-            tensor.copy_(reader.read(self.place(name), Split(0)))
+            tensor.copy_(reader.read(self.place(name), Shard(0)))
             assert bool((tensor == updates).all())
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.schema import Run
-from megatron_rl.train import fleet
+from megatron_rl.rollout import fleet_setup
 
 URLS = {"urls": ("http://127.0.0.1:1",)}
 
@@ -26,8 +26,8 @@ URLS = {"urls": ("http://127.0.0.1:1",)}
 def test_auto(
     monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any], on_gpus: bool, shares: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(fleet, "can_share", lambda: shares)
+    monkeypatch.setattr(fleet_setup, "can_share", lambda: shares)
     run = Run.model_validate({"model": {"path": "m"}, "rollout": rollout})
-    assert fleet.carrier_name(run, on_gpus=on_gpus) == expected
+    assert fleet_setup.carrier_name(run, on_gpus=on_gpus) == expected
     asked = Run.model_validate({"model": {"path": "m"}, "rollout": rollout, "weights": {"carrier": "disk"}})
-    assert fleet.carrier_name(asked, on_gpus=on_gpus) == "disk"
+    assert fleet_setup.carrier_name(asked, on_gpus=on_gpus) == "disk"

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import DataError, TrainingError
-from megatron_rl.policy.piece_files import PieceReader, index_pieces
-from megatron_rl.policy.piece_folder import INDEX, META, SAMPLER, valid_checkpoints
+from megatron_rl.models.piece_files import PieceReader, index_pieces
+from megatron_rl.models.piece_folder import INDEX, META, SAMPLER, valid_checkpoints
 from megatron_rl.train import checkpoints as module
 from megatron_rl.train.resume import checkpoint_name, newest_checkpoint
 from tests.train.small import small

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.data.pack import pack
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.piece_folder import open_pieces, read_meta
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.folders import open_source
-from megatron_rl.policy.names import family_of, read_hf_config
-from megatron_rl.policy.piece_folder import open_pieces, read_meta
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.resume import checkpoint_name
 from tests.policy import families

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
+from megatron_rl.algorithms.loss import Correction, prepare
+from megatron_rl.algorithms.objectives import GRPO
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
-from megatron_rl.loss import Correction, prepare
-from megatron_rl.objectives import GRPO
+from megatron_rl.observability.step_metrics import StepMetrics
+from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.collect import collect
-from megatron_rl.train.metrics import StepMetrics
 
 RUN = load(Run, [], ["model.path=x"]).run
 MIXED = Response("0.4/p/0", "p", 0, (5, 6, 7), (-1.0, -2.0, -3.0), "", "stop", ((2, 0, 1), (4, 1, 3)))

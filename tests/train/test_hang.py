@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.parallel.ledger import Entry, keep_ledger
-from megatron_rl.parallel.mesh import World
-from megatron_rl.train.hang import Watchdog, late, report
+from megatron_rl.distributed.ledger import Entry, keep_ledger
+from megatron_rl.distributed.mesh import World
+from megatron_rl.observability.hang_watchdog import Watchdog, late, report
 from tests.ranks import RankError, run_ranks
 
 

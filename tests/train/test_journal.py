@@ -10,10 +10,10 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
+from megatron_rl.observability.console import COLUMNS, Board, cells_of, duration
+from megatron_rl.observability.recorder import RunRecorder, farewell, read_metrics
+from megatron_rl.observability.run_folder import prepare_folder
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.console import COLUMNS, Board, cells_of, duration
-from megatron_rl.train.folder import prepare_folder
-from megatron_rl.train.journal import Journal, farewell, read_metrics
 
 ONE = {"weight_version": 0, "reward_mean": 0.25, "loss": -0.1, "tokens": 900}
 
@@ -27,7 +27,7 @@ def sample(index: int) -> Response:
 
 
 def test_a_step_is_one_line_of_documented_keys_with_its_phases(tmp_path):
-    with Journal(tmp_path, 3) as journal:
+    with RunRecorder(tmp_path, 3) as journal:
         with journal.phase("rollout"):
             pass
         with journal.phase("rollout"):
@@ -42,19 +42,19 @@ def test_a_step_is_one_line_of_documented_keys_with_its_phases(tmp_path):
 
 
 def test_a_metric_without_documentation_is_refused(tmp_path):
-    with Journal(tmp_path, 3) as journal, pytest.raises(AssertionError, match="surprise"):
+    with RunRecorder(tmp_path, 3) as journal, pytest.raises(AssertionError, match="surprise"):
         journal.write(0, {"surprise": 1.0})
 
 
 def test_floats_keep_every_bit(tmp_path):
-    with Journal(tmp_path, 1) as journal:
+    with RunRecorder(tmp_path, 1) as journal:
         journal.write(0, {"loss": 0.1 + 0.2})
     assert read_metrics(tmp_path)[0]["loss"] == 0.1 + 0.2
 
 
 def test_samples_are_written_with_reward_and_versions(tmp_path):
     groups = [Group(Prompt("p", (1,), "2+2=", "4"), (sample(0), sample(1)))]
-    with Journal(tmp_path, 1) as journal:
+    with RunRecorder(tmp_path, 1) as journal:
         journal.rollouts(5, groups, [[Verdict(1.0, True), Verdict(None, False, "not verified")]])
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines] == [1.0, None]
@@ -65,13 +65,13 @@ def test_samples_are_written_with_reward_and_versions(tmp_path):
 
 def test_a_resumed_run_repeats_no_line_and_drops_a_torn_one(tmp_path):
     groups = [Group(Prompt("p", (1,), "2+2=", "4"), (sample(0),))]
-    with Journal(tmp_path, 5) as journal:
+    with RunRecorder(tmp_path, 5) as journal:
         for step in range(4):
             journal.rollouts(step, groups, [[Verdict(1.0, True)]])
             journal.write(step, ONE)
     with (tmp_path / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 1, "lo')
-    with Journal(tmp_path, 5, step=2) as journal:
+    with RunRecorder(tmp_path, 5, step=2) as journal:
         journal.rollouts(2, groups, [[Verdict(0.0, False)]])
         journal.write(2, ONE)
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
@@ -81,7 +81,7 @@ def test_a_resumed_run_repeats_no_line_and_drops_a_torn_one(tmp_path):
 
 def test_other_ranks_time_and_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with Journal(None, 3) as journal:
+    with RunRecorder(None, 3) as journal:
         with journal.phase("train"):
             pass
         journal.rollouts(0, [], [])
@@ -92,7 +92,7 @@ def test_other_ranks_time_and_write_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_without_a_terminal_each_step_is_a_plain_line(tmp_path, capsys):
-    with Journal(tmp_path, 3) as journal:
+    with RunRecorder(tmp_path, 3) as journal:
         journal.say("hello [red]")
         journal.write(0, ONE)
         journal.write(1, ONE)
@@ -105,7 +105,7 @@ def test_without_a_terminal_each_step_is_a_plain_line(tmp_path, capsys):
 
 
 def test_on_a_terminal_there_is_a_live_table(tmp_path, capsys):
-    with Journal(tmp_path, 3, terminal=True) as journal:
+    with RunRecorder(tmp_path, 3, terminal=True) as journal:
         with journal.phase("rollout"):
             pass
         journal.write(0, ONE)
@@ -155,7 +155,7 @@ def test_time_left_follows_the_latest_steps(tmp_path, capsys):
 
 
 def test_the_time_before_the_first_phase_belongs_to_no_step(tmp_path):
-    with Journal(tmp_path, 1) as journal:
+    with RunRecorder(tmp_path, 1) as journal:
         time.sleep(0.2)
         with journal.phase("rollout"):
             pass
@@ -164,7 +164,7 @@ def test_the_time_before_the_first_phase_belongs_to_no_step(tmp_path):
 
 
 def test_a_run_ends_with_how_it_went_and_where_it_is(tmp_path):
-    with Journal(tmp_path, 3) as journal:
+    with RunRecorder(tmp_path, 3) as journal:
         for step, accuracy in enumerate([0.25, 0.5, 0.875]):
             journal.write(step, {"accuracy": accuracy})
     told = farewell(tmp_path, resumable=True)
@@ -175,5 +175,5 @@ def test_a_run_ends_with_how_it_went_and_where_it_is(tmp_path):
 
 
 def test_a_run_that_was_never_evaluated_ends_too(tmp_path):
-    Journal(tmp_path, 3).close()
+    RunRecorder(tmp_path, 3).close()
     assert farewell(tmp_path, resumable=False)[0] == f"run folder: {tmp_path}"

@@ -8,10 +8,10 @@ import torch
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.types import Batch, Group, Prompt, Response
+from megatron_rl.observability.mismatch_causes import Diagnosis, Routing, Settings, diagnose
+from megatron_rl.observability.mismatch_report import MismatchReport
+from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.collect import collect
-from megatron_rl.train.mismatch import Diagnosis, Routing, Settings, diagnose
-from megatron_rl.train.witness import Witness
 
 EXACT = Settings("float32", "float32", Sampling())
 
@@ -120,7 +120,7 @@ def test_the_engines_type_is_the_models_unless_its_options_say_otherwise():
 
 
 def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_path):
-    witness = Witness(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    witness = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     # two mini-batches, shuffled, as the loop has them; token 9 is the third output token of r1, "ab"
     parts = scored(groups, {9: 0.5, 3: 0.25}).split(2, seed=(0, 3))
     verdict = witness.compare(3, groups, Batch.join(parts))
@@ -137,7 +137,7 @@ def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_pa
 
 
 def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path):
-    witness = Witness(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    witness = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     told = [
         witness.compare(3, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
     ]
@@ -146,6 +146,6 @@ def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path)
 
 
 def test_a_gap_without_end_is_null_in_the_file(groups, tmp_path):
-    witness = Witness(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    witness = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     witness.compare(3, groups, scored(groups, {3: -torch.inf}))
     assert json.loads((tmp_path / "mismatch.json").read_text())["gap"]["abs_max"] is None

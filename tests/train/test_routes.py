@@ -9,8 +9,9 @@ import torch
 from megatron_rl.data.routes import RouteShape, encode_routes
 from megatron_rl.data.types import Batch, Response
 from megatron_rl.errors import RolloutError
-from megatron_rl.rollout.protocol import BadAnswer, SampleRequest, generate_body, parse_samples
-from megatron_rl.train.routes import missing_routes, route_columns, routing
+from megatron_rl.fleet.protocol import BadAnswer, SampleRequest, generate_body, parse_samples
+from megatron_rl.observability.routing_statistics import missing_routes, routing
+from megatron_rl.rollout.routes import route_columns
 from tests.rollout.test_protocol import answer
 
 SHAPE = RouteShape(layers=(0, 2), all_layers=3, experts=4, per_token=2)

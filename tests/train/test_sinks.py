@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Log, Run
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.observability.profile import Traces
+from megatron_rl.observability.recorder import RunRecorder
+from megatron_rl.observability.sinks import FaultTolerantSink, Prometheus, missing_packages, open_sinks
+from megatron_rl.rollout.gauges import readings
+from megatron_rl.rollout.stream import Stream
 from megatron_rl.tasks import make_task
-from megatron_rl.train.gauges import readings
-from megatron_rl.train.journal import Journal
-from megatron_rl.train.profile import Traces
-from megatron_rl.train.sinks import Careful, Prometheus, missing_packages, open_sinks
-from megatron_rl.train.stream import Stream
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.fake import FakeServer, serving
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +32,10 @@ DEMO = ROOT / "configs" / "demo.toml"
 METRICS = {"reward_mean": 0.5, "grad_norm": 2, "accuracy": None}
 
 
-def journal_with(tmp_path: Path, *names: str) -> Journal:
+def journal_with(tmp_path: Path, *names: str) -> RunRecorder:
     settings = Log.model_validate({"path": str(tmp_path / "run"), "sinks": names})
     (tmp_path / "run").mkdir(exist_ok=True)
-    return Journal(tmp_path / "run", 2, sinks=open_sinks(settings, {"train.steps": 2}), terminal=False)
+    return RunRecorder(tmp_path / "run", 2, sinks=open_sinks(settings, {"train.steps": 2}), terminal=False)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
@@ -105,7 +105,7 @@ def test_a_sink_that_fails_is_told_of_once_and_the_run_goes_on(caplog):
         def close(self):
             calls.append("closed")
 
-    sink = Careful("wandb", Broken())
+    sink = FaultTolerantSink("wandb", Broken())
     for step in range(3):
         sink.write(step, {})
     sink.close()
@@ -139,11 +139,11 @@ def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
     pytest.importorskip("prometheus_client")
     settings = ["rollout.max_lag=1", "train.prompts_per_step=3", "train.group_size=2", "train.steps=5"]
     run = load(Run, [DEMO], [*settings, "rollout.sampling.max_new_tokens=5"]).run
-    patience = Patience(start_timeout_seconds=5, probe_seconds=0.05, probe_timeout_seconds=0.2, probe_failures=2)
+    patience = Timeouts(start_timeout_seconds=5, probe_seconds=0.05, probe_timeout_seconds=0.2, probe_failures=2)
     endpoint = Prometheus(0, "127.0.0.1")
     with (
         serving(FakeServer(), FakeServer()) as (good, bad),
-        Fleet([good.url, bad.url], TensorCarrier(1 << 20), patience, 2) as fleet,
+        Fleet([good.url, bad.url], TensorTransport(1 << 20), patience, 2) as fleet,
     ):
         stream = Stream(run, fleet, make_task(run.task, AutoTokenizer.from_pretrained(run.model.path)))
         endpoint.watch(lambda: readings(stream, fleet))
@@ -175,7 +175,7 @@ def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
 
 async def _leave(fleet: Fleet, url: str) -> None:
     [member] = [member for member in fleet.members if member.url == url]
-    member.leave("it is to be seen", Patience(probe_seconds=60))
+    member.leave("it is to be seen", Timeouts(probe_seconds=60))
 
 
 def keep_run(tmp_path: Path, name: str, **environment: str) -> Path:
@@ -222,7 +222,7 @@ def test_trackio_itself_keeps_every_step(tmp_path):
 
 
 def test_a_sink_without_its_package_is_found_before_the_run(monkeypatch):
-    monkeypatch.setattr("megatron_rl.train.sinks.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_rl.observability.sinks.find_spec", lambda name: None)
 
     found = dict(missing_packages(Log(sinks=("wandb",), prometheus_port=0)))
 
@@ -231,7 +231,7 @@ def test_a_sink_without_its_package_is_found_before_the_run(monkeypatch):
 
 
 def test_only_the_phases_and_steps_asked_for_are_traced(tmp_path):
-    journal = Journal(None, 3, traces=Traces(tmp_path, [1], rank=4))
+    journal = RunRecorder(None, 3, traces=Traces(tmp_path, [1], rank=4))
     for step in range(3):
         for phase in ("rollout", "train"):
             with journal.phase(phase):

@@ -21,13 +21,13 @@ from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt, Response
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.members import Patience
+from megatron_rl.fleet.fleet import Fleet
+from megatron_rl.fleet.members import Timeouts
+from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, StepBatch
+from megatron_rl.rollout.group_ledger import entries
+from megatron_rl.rollout.stream import Judged, Pending, Stream
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.train.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, Taken
-from megatron_rl.train.ledger import entries
-from megatron_rl.train.stream import Judged, Pending, Stream
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.weights.tensor import TensorTransport
 from tests.rollout.fake import FakeServer, serving
 
 
@@ -125,7 +125,9 @@ def run_of(*overrides: str) -> Run:
     return load(Run, [], [*small, *overrides]).run
 
 
-def trained(run: Run, fleet_of: Callable[[int], FakeFleet], random: Random, resumes: Collection[int]) -> list[Taken]:
+def trained(
+    run: Run, fleet_of: Callable[[int], FakeFleet], random: Random, resumes: Collection[int]
+) -> list[StepBatch]:
     """Return what each step of a run takes, which stops and resumes before some of the steps."""
     fleet = fleet_of(0)
     stream = Stream(run, fleet, Coins())
@@ -146,7 +148,7 @@ def trained(run: Run, fleet_of: Callable[[int], FakeFleet], random: Random, resu
     return taken
 
 
-def fates(taken: Sequence[Taken]) -> list[dict[str, Any]]:
+def fates(taken: Sequence[StepBatch]) -> list[dict[str, Any]]:
     """Return the ledger of a run, in which no group without a signal is trained on."""
     return [
         dict(entry)
@@ -234,8 +236,8 @@ def test_refills_are_bounded_and_the_batch_is_then_what_there_is() -> None:
 @pytest.mark.parametrize("state_between", [False, True])
 def test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same(state_between: bool) -> None:
     run, task = run_of("rollout.max_lag=0", "rollout.sampling.max_new_tokens=5"), Coins()
-    patience = Patience(start_timeout_seconds=5, probe_seconds=0.05)
-    with serving(FakeServer()) as (server,), Fleet([server.url], TensorCarrier(1 << 20), patience, 4) as fleet:
+    patience = Timeouts(start_timeout_seconds=5, probe_seconds=0.05)
+    with serving(FakeServer()) as (server,), Fleet([server.url], TensorTransport(1 << 20), patience, 4) as fleet:
         stream = Stream(run, fleet, task)
         for step in range(3):
             server.version = str(step)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from megatron_rl.algorithms.loss import make_loss, prepare, summary
+from megatron_rl.algorithms.objectives import AnyObjective
+from megatron_rl.algorithms.objectives.base import Objective
 from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch, Group, Prompt, Response
 from megatron_rl.data.vocabulary import Vocabulary
-from megatron_rl.loss import loss_of, prepare, summary
-from megatron_rl.objectives import AnyObjective
-from megatron_rl.objectives.base import Objective
-from megatron_rl.parallel.mesh import start_world
+from megatron_rl.distributed.mesh import start_world
+from megatron_rl.observability.token_record import TokenRecord, chosen, token_texts
 from megatron_rl.policy.engine import Policy
 from megatron_rl.prove.case import make_batch, moved_scores
-from megatron_rl.train.tokens import TokenRecord, chosen, token_texts
 from tests.policy.tiny import VOCABULARY, run_of, save_model
 from tests.ranks import run_ranks
 
@@ -69,7 +69,7 @@ def trained(name: str) -> tuple[Batch, dict[str, float]]:
     prepared = batch.add(prepare(batch, objective, vocabulary=WORDS))
     micro = prepared.micro()
     new_R = (scores[0] + 0.3 * torch.randn(total, generator=generator))[prepared.trained_R]
-    loss = loss_of(objective, keep_tokens=True)(new_R, torch.ones_like(new_R), micro)
+    loss = make_loss(objective, keep_tokens=True)(new_R, torch.ones_like(new_R), micro)
     columns = {}
     for column, values_R in loss.metrics.tokens.items():
         columns[column] = torch.zeros(total, dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_ratios_of_clipped_segments_lie_outside_their_window_on_the_side_of_the_
 
 def test_long_responses_are_cut_and_their_segments_are_not(monkeypatch):
     batch, _ = trained("gspo")
-    monkeypatch.setattr("megatron_rl.train.tokens.TOKENS_PER_STEP", 12)
+    monkeypatch.setattr("megatron_rl.observability.token_record.TOKENS_PER_STEP", 12)
     record = TokenRecord(4, Letters())
     record.add(batch)
     samples = taken(record, 0, batch)["samples"]
@@ -217,7 +217,7 @@ def one_line(folder: str, parallel: dict[str, object], name: str) -> dict[str, o
     batch = batch.add(moved_scores(batch, policy.score(pack(batch, policy.row_rules))))
     objective = objective_of(name)
     prepared = batch.add(prepare(batch, objective, vocabulary=WORDS))
-    summed = policy.accumulate(pack(prepared, policy.row_rules), loss_of(objective, keep_tokens=True))
+    summed = policy.accumulate(pack(prepared, policy.row_rules), make_loss(objective, keep_tokens=True))
     record = TokenRecord(8, Letters())
     record.add(prepared.add(summed.tokens))
     return record.take(0, groups_of(batch)) if world.is_main else None

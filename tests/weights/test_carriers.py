@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.parallel.share import Handle, Place, TensorPiece
-from megatron_rl.rollout.payload import read_tensors
-from megatron_rl.weights.disk import DiskCarrier
-from megatron_rl.weights.protocol import CHECKSUM, SHORT_CHECKSUM, Carrier, TensorHeader, checksum, checksums
-from megatron_rl.weights.tensor import TensorCarrier
+from megatron_rl.inference_server.payload import read_tensors
+from megatron_rl.weights.disk import DiskTransport
+from megatron_rl.weights.shared_memory import Handle, Place, TensorPiece
+from megatron_rl.weights.tensor import TensorTransport
+from megatron_rl.weights.transport import CHECKSUM, SHORT_CHECKSUM, TensorHeader, WeightTransport, checksum, checksums
 
 TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
 
@@ -76,15 +76,15 @@ class Recorder:
 
 
 @pytest.fixture(params=["tensor", "disk"])
-def carrier(request: pytest.FixtureRequest, tmp_path: Path) -> Carrier:
+def carrier(request: pytest.FixtureRequest, tmp_path: Path) -> WeightTransport:
     if request.param == "tensor":
-        return TensorCarrier(bucket_bytes=1000)
+        return TensorTransport(bucket_bytes=1000)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    return DiskCarrier(1000, tmp_path / "weights", tmp_path / "model")
+    return DiskTransport(1000, tmp_path / "weights", tmp_path / "model")
 
 
-def test_a_push_brings_every_tensor_and_then_the_version(carrier: Carrier) -> None:
+def test_a_push_brings_every_tensor_and_then_the_version(carrier: WeightTransport) -> None:
     servers = [Recorder("a"), Recorder("b")]
     report = asyncio.run(carrier.push(servers, iter(TENSORS), 3))
     assert not report.failed
@@ -96,7 +96,7 @@ def test_a_push_brings_every_tensor_and_then_the_version(carrier: Carrier) -> No
 
 def test_tensors_go_between_begin_and_end_in_buckets_of_the_stated_size() -> None:
     server = Recorder("a")
-    asyncio.run(TensorCarrier(bucket_bytes=1000).push([server], TENSORS, 1))
+    asyncio.run(TensorTransport(bucket_bytes=1000).push([server], TENSORS, 1))
     assert server.calls == ["begin", *["bucket"] * 4, "end", "checksums", "version 1"]  # 2 x 400 bytes a bucket
 
 
@@ -113,21 +113,21 @@ def test_begin_is_awaited_on_all_before_any_tensor() -> None:
             order.append("fast has a bucket")
             await super().update_from_tensor(payload)
 
-    asyncio.run(TensorCarrier(1 << 20).push([Fast("fast"), Slow("slow")], TENSORS, 1))
+    asyncio.run(TensorTransport(1 << 20).push([Fast("fast"), Slow("slow")], TENSORS, 1))
     assert order == ["slow begins", "fast has a bucket"]
 
 
 @pytest.mark.parametrize("fails_at", ["begin", "bucket", "end", "checksums", "version 1"])
 def test_a_server_that_fails_is_reported_and_the_others_go_on(fails_at: str) -> None:
     good, bad = Recorder("good"), Recorder("bad", fails_at)
-    report = asyncio.run(TensorCarrier(1000).push([bad, good], TENSORS, 1))
+    report = asyncio.run(TensorTransport(1000).push([bad, good], TENSORS, 1))
     assert report.failed.keys() == {"bad"}
     assert f"bad fails at {fails_at}" in str(report.failed["bad"])
     assert good.calls[-1] == "version 1"
     assert bad.calls[-1] == fails_at
 
 
-def test_damaged_weights_are_found_and_never_get_the_version(carrier: Carrier) -> None:
+def test_damaged_weights_are_found_and_never_get_the_version(carrier: WeightTransport) -> None:
     good, bad = Recorder("good"), Recorder("bad", damages="t5")
     report = asyncio.run(carrier.push([good, bad], TENSORS, 1))
     assert "1 of 7 tensors differ from what was sent, first 't5'" in str(report.failed["bad"])
@@ -135,14 +135,14 @@ def test_damaged_weights_are_found_and_never_get_the_version(carrier: Carrier) -
     assert "version 1" in good.calls
 
 
-def test_foreign_checksums_are_compared_among_the_servers(carrier: Carrier) -> None:
+def test_foreign_checksums_are_compared_among_the_servers(carrier: WeightTransport) -> None:
     servers = [Recorder("a", algorithm=""), Recorder("b", algorithm=""), Recorder("c", algorithm="", damages="t1")]
     report = asyncio.run(carrier.push(servers, TENSORS, 1))
     assert report.failed.keys() == {"c"}
     assert "differ from those of a" in str(report.failed["c"])
 
 
-def test_short_checksums_are_compared_where_the_names_are_the_same(carrier: Carrier) -> None:
+def test_short_checksums_are_compared_where_the_names_are_the_same(carrier: WeightTransport) -> None:
     servers = [Recorder(url, algorithm=SHORT_CHECKSUM, damages=damages) for url, damages in (("a", ""), ("b", "t1"))]
     report = asyncio.run(carrier.push(servers, TENSORS, 1))
     assert report.failed.keys() == {"b"}
@@ -157,7 +157,7 @@ def test_rows_that_the_server_pads_with_are_allowed() -> None:
     assert len(set(checksums(torch.randn(5)))) == 1
 
 
-def test_a_server_that_took_nothing_is_found(carrier: Carrier) -> None:
+def test_a_server_that_took_nothing_is_found(carrier: WeightTransport) -> None:
     empty = Recorder("a", algorithm=SHORT_CHECKSUM)
     report = asyncio.run(carrier.push([empty], [("t0", torch.ones(3))], 1))
     assert "none of the 1 tensors that were sent" in str(report.failed["a"])
@@ -165,7 +165,7 @@ def test_a_server_that_took_nothing_is_found(carrier: Carrier) -> None:
 
 def test_disk_keeps_the_newest_versions_and_no_unfinished_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
-    carrier = DiskCarrier(1000, tmp_path / "weights", tmp_path, keep=2)
+    carrier = DiskTransport(1000, tmp_path / "weights", tmp_path, keep=2)
     for version in range(1, 5):
         asyncio.run(carrier.push([Recorder("a")], TENSORS, version))
     assert sorted(p.name for p in carrier.folder.iterdir()) == ["version-3", "version-4"]
@@ -178,5 +178,5 @@ def test_parts_of_larger_tensors_arrive_as_they_are() -> None:
     server = Recorder("a")
     whole = torch.randn(20, 20)
     parts = [("rows", whole[3:5]), ("columns", whole[:, 3:5]), ("turned", whole.T)]
-    assert not asyncio.run(TensorCarrier(1000).push([server], parts, 1)).failed
+    assert not asyncio.run(TensorTransport(1000).push([server], parts, 1)).failed
     assert all(torch.equal(server.tensors[name], tensor) for name, tensor in parts)

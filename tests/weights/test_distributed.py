@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.members import Member, Patience, wait_until_healthy
-from megatron_rl.rollout.process import ServerProcess, embedded_server
-from megatron_rl.weights.distributed import DistributedCarrier
-from megatron_rl.weights.protocol import PushReport
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
+from megatron_rl.fleet.process import ServerProcess, embedded_server
+from megatron_rl.weights.distributed import DistributedTransport
+from megatron_rl.weights.transport import UpdateReport
 from tests.rollout import tiny
 
 TIMEOUT_SECONDS = 4.0
-CARRIER = DistributedCarrier(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)
+CARRIER = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def servers(tmp_path: Path) -> Iterator[list[ServerProcess]]:
 async def healthy(servers: list[ServerProcess]) -> None:
     for process in servers:
         member = Member(Client(process.url), process)
-        await wait_until_healthy(member, Patience(start_timeout_seconds=120))
+        await wait_until_healthy(member, Timeouts(start_timeout_seconds=120))
         await member.client.close()
 
 
@@ -51,7 +51,7 @@ def weights(servers: list[ServerProcess]) -> list[tuple[str, Tensor]]:
     return [(name, tensor + 1) for name, tensor in sorted(load_file(folder / "model.safetensors").items())]
 
 
-async def push_while(servers: list[ServerProcess], number: int) -> tuple[PushReport, float]:
+async def push_while(servers: list[ServerProcess], number: int) -> tuple[UpdateReport, float]:
     """Push; after the first bucket the first server gets this signal."""
     clients = [Client(process.url, control_timeout_seconds=TIMEOUT_SECONDS) for process in servers]
     begun = time.monotonic()

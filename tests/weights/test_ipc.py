@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 import torch
 
-from megatron_rl.parallel.share import CannotShare, MemoryHandle, Place, Shared, can_share, open_shared
-from megatron_rl.rollout.client import Client
-from megatron_rl.rollout.process import ServerProcess, embedded_server
-from megatron_rl.weights.ipc import IpcCarrier
-from megatron_rl.weights.protocol import PushReport, checksum
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.process import ServerProcess, embedded_server
+from megatron_rl.weights.ipc import IpcTransport
+from megatron_rl.weights.shared_memory import CannotShare, MemoryHandle, Place, Shared, can_share, open_shared
+from megatron_rl.weights.transport import UpdateReport, checksum
 from tests.rollout import tiny
 from tests.weights.test_distributed import healthy, weights
 
@@ -65,7 +65,7 @@ def wait_until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-async def pushed(servers: list[ServerProcess], carrier: IpcCarrier, version: int) -> PushReport:
+async def pushed(servers: list[ServerProcess], carrier: IpcTransport, version: int) -> UpdateReport:
     clients = [Client(process.url) for process in servers]
     report = await carrier.push(clients, weights(servers), version)
     for client in clients:
@@ -82,23 +82,23 @@ def test_every_tensor_arrives_whatever_the_size_of_the_buffer(server: ServerProc
         await client.close()
         return algorithm, dict(found), version
 
-    report = asyncio.run(pushed([server], IpcCarrier(bucket_bytes, CPU), 7))
+    report = asyncio.run(pushed([server], IpcTransport(bucket_bytes, CPU), 7))
     assert not report.failed, report.failed
     assert asyncio.run(sums()) == ("sha256", {name: checksum(tensor) for name, tensor in weights([server])}, "7")
     assert shared_by(server.pid) == shared_by(os.getpid()) == []
 
 
 def test_the_sender_may_send_another_type_than_it_has(server: ServerProcess) -> None:
-    carrier = IpcCarrier(1 << 12, CPU)
+    carrier = IpcTransport(1 << 12, CPU)
     carrier.dtype = torch.bfloat16
     report = asyncio.run(pushed([server], carrier, 1))
     assert "if it serves another dtype than the trainer's" in str(report.failed[server.url])
 
 
 def test_a_server_that_is_killed_leaves_nothing_behind(server: ServerProcess) -> None:
-    async def run() -> PushReport:
+    async def run() -> UpdateReport:
         client = Client(server.url)
-        carrier = IpcCarrier(1 << 12, CPU)
+        carrier = IpcTransport(1 << 12, CPU)
         push = await carrier.begin([client], 2)
         for place, bucket in enumerate(carrier.buckets(weights([server]))):
             if place == 1:
@@ -116,7 +116,7 @@ def test_a_server_that_is_killed_leaves_nothing_behind(server: ServerProcess) ->
 
 SENDER = """
 import asyncio, sys, time, torch
-from megatron_rl.rollout.client import Client
+from megatron_rl.fleet.client import Client
 from megatron_rl.weights.ipc import IpcCarrier
 
 async def main():
@@ -145,7 +145,7 @@ def test_a_sender_that_is_killed_leaves_nothing_behind(server: ServerProcess) ->
         sender.kill()
         sender.wait()
     # What it sent was never used, and the next sender is served.
-    assert not asyncio.run(pushed([server], IpcCarrier(1 << 12, CPU), 3)).failed
+    assert not asyncio.run(pushed([server], IpcTransport(1 << 12, CPU), 3)).failed
 
 
 class Elsewhere(Client):
@@ -170,7 +170,7 @@ class Elsewhere(Client):
     ],
 )
 def test_a_server_elsewhere_is_refused_in_words(place: Place | None, why: str) -> None:
-    report = asyncio.run(IpcCarrier(1 << 12, CPU).push([Elsewhere("http://10.0.0.7:1", place)], [], 1))
+    report = asyncio.run(IpcTransport(1 << 12, CPU).push([Elsewhere("http://10.0.0.7:1", place)], [], 1))
     [error] = report.failed.values()
     assert why in str(error)
     assert "weights.carrier = ipc" in str(error)

@@ -1,0 +1,35 @@
+"""CISPO (MiniMax-M1, arXiv 2506.13585): L = -sum_t w_t sg[min(r_t, 1 + clip_high)] A_t l_t.
+
+The importance weight is capped, not the update: every token keeps a gradient.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_rl.algorithms.objectives.base import Aggregated, Aggregation, Cost, NonNegative, Tokens
+from megatron_rl.algorithms.segments import segment_ratio
+from megatron_rl.data.types import Micro
+from megatron_rl.data.vocabulary import Vocabulary
+
+
+class CISPO(Aggregated):
+    """Weigh each token's log-likelihood by its capped ratio."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_high: NonNegative = 4.0
+    """The weight is at most 1 + clip_high. The paper gives no number: a cap of 5 is what others use."""
+    aggregation: Aggregation = "token"
+    """``token``: 1/sum N; ``sequence``: mean over responses of token means; ``constant``: 1/(B normalizer)."""
+
+    def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
+        """Return the weights."""
+        self._refuse_segments(segment_ids_R)
+        return {"weights_T": self.weights(tokens)}
+
+    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+        """Return -sg[min(r, 1 + clip_high)] A l; capped tokens are reported as clipped although they train."""
+        ratio = segment_ratio(logprobs_R - micro["old_logprobs_T"], micro)
+        cap = 1 + self.clip_high
+        capped_R = ratio.value_R.clamp(max=cap)
+        return Cost(-capped_R * micro["advantages_T"] * logprobs_R, ratio.value_R > cap, ratio)

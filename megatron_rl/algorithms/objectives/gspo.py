@@ -1,0 +1,22 @@
+"""Group sequence policy optimization (arXiv 2507.18071): one clipped ratio for a whole response."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_rl.algorithms.objectives.base import FixedWindow, NonNegative, Tokens
+from megatron_rl.data.vocabulary import Vocabulary
+
+
+class GSPO(FixedWindow):
+    """Clip the geometric mean of a response's token ratios."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: NonNegative = 3e-4
+    """A response with a negative advantage stops training when its ratio falls below 1 - clip_low."""
+    clip_high: NonNegative = 4e-4
+    """A response with a positive advantage stops training when its ratio rises above 1 + clip_high."""
+
+    def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
+        """Return the response of each token."""
+        return tokens.responses_R

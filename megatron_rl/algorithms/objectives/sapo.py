@@ -1,0 +1,42 @@
+"""Soft adaptive policy optimization (arXiv 2511.20347): a smooth gate instead of a clip.
+
+L = -sum_t w_t f(r_t) A_t with f(r) = (4 / tau) sigmoid(tau (r - 1)), tau by the sign of the advantage. The gate weight
+r sech^2(tau (r - 1) / 2) is 1 at r = 1, so on-policy this is the plain policy gradient.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.objectives.base import Aggregated, Cost, Positive, Tokens
+from megatron_rl.algorithms.segments import segment_ratio
+from megatron_rl.data.types import Micro
+from megatron_rl.data.vocabulary import Vocabulary
+
+LARGEST_LOG_RATIO = 80.0
+"""exp stays finite in float32; the gate's gradient has vanished long before."""
+
+
+class SAPO(Aggregated):
+    """Weigh each token's ratio by a soft gate."""
+
+    name: Literal["sapo"] = "sapo"
+    tau_positive: Positive = 1.0
+    """Temperature of the gate where the advantage is positive."""
+    tau_negative: Positive = 1.05
+    """Temperature of the gate where the advantage is negative; larger than ``tau_positive`` is the more stable."""
+
+    def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
+        """Return the weights: the gate needs nothing else."""
+        self._refuse_segments(segment_ids_R)
+        return {"weights_T": self.weights(tokens)}
+
+    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+        """Return -f(r) A; no token is ever clipped."""
+        advantages_R = micro["advantages_T"]
+        ratio = segment_ratio(logprobs_R - micro["old_logprobs_T"], micro)
+        tau_R = torch.full_like(logprobs_R, self.tau_negative).masked_fill(advantages_R > 0, self.tau_positive)
+        ratio_R = ratio.token_log_R.clamp(max=LARGEST_LOG_RATIO).exp()
+        gate_R = torch.sigmoid(tau_R * (ratio_R - 1)) * 4 / tau_R
+        return Cost(-advantages_R * gate_R, torch.zeros_like(advantages_R, dtype=torch.bool), ratio)

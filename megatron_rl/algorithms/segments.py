@@ -1,0 +1,192 @@
+"""Which tokens share one importance ratio, and that ratio.
+
+Legend: R trained tokens (of a mini-batch, or those of a micro-batch on this rank), B responses.
+Ids of segments are only compared: they need not be dense, and tokens that share one need not be neighbours.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from megatron_rl.data.types import Micro
+from megatron_rl.data.vocabulary import Granularity, Vocabulary
+from megatron_rl.distributed.collectives import sum_over
+from megatron_rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The importance ratio of each token's segment: s_g = exp(mean of the log ratios in g).
+
+    Attributes:
+        token_log_R: each token's own log ratio, with gradient.
+        log_R: log s_g, without gradient.
+        shares_R: 1 / n_g, float64; its sum over all ranks is the number of segments.
+    """
+
+    token_log_R: Tensor
+    log_R: Tensor
+    shares_R: Tensor
+
+    @property
+    def value_R(self) -> Tensor:
+        """The value s_g, without gradient."""
+        return self.log_R.exp()
+
+    def live(self, kept_R: Tensor) -> Tensor:
+        """Return sg[s_g] * exp(x_t - sg[x_t]): value s_g, gradient s_g times that of x_t. Not kept: 1, no gradient."""
+        token_log_R = torch.where(kept_R, self.token_log_R, 0)
+        return torch.where(kept_R, self.log_R, 0).exp() * torch.exp(token_log_R - token_log_R.detach())
+
+
+def segment_ratio(token_log_R: Tensor, micro: Micro) -> Ratio:
+    """Return the geometric mean of the token ratios over each segment, across all ranks that hold a part of the row.
+
+    One all-reduce of (sum, count) per segment, in float64, before the exponential. Without ``segment_ids_T`` every
+    token is its own segment and nothing is sent.
+
+    Args:
+        token_log_R: log ratio of each trained token on this rank; float32 or float64.
+        micro: its ``segment_ids_T`` says which segment of the row each token belongs to.
+    """
+    detached_R = token_log_R.detach()
+    if "segment_ids_T" not in micro:
+        return Ratio(token_log_R, detached_R, torch.ones_like(detached_R, dtype=torch.float64))
+    sums = detached_R.new_zeros(2, micro.num_segments, dtype=torch.float64)
+    values = torch.stack((detached_R.double(), torch.ones_like(detached_R, dtype=torch.float64)))
+    sums.index_add_(1, micro["segment_ids_T"], values)
+    totals, counts = sum_over(micro.context_group, sums)[:, micro["segment_ids_T"]]
+    return Ratio(token_log_R, (totals / counts).to(detached_R.dtype), 1 / counts)
+
+
+def segment_means(values_R: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for every token, the mean of ``values_R`` over its segment (float64) and the segment's size (int64)."""
+    unique, dense_R = torch.unique(ids_R, return_inverse=True)
+    sums = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, dense_R, values_R.double())
+    counts = torch.bincount(dense_R, minlength=len(unique))
+    return (sums / counts)[dense_R], counts[dense_R]
+
+
+def segments_per_response(ids_R: Tensor, responses_R: Tensor) -> Tensor:
+    """Return, for every token, how many segments its response has (int64)."""
+    pairs = torch.unique(torch.stack((responses_R, ids_R)), dim=1)
+    return torch.bincount(pairs[0])[responses_R]
+
+
+def joint_ids(responses_R: Tensor, ids_R: Tensor) -> Tensor:
+    """Return ids that differ wherever the response or the id differs, dense, in the order of (response, id)."""
+    return torch.unique(torch.stack((responses_R, ids_R)), dim=1, return_inverse=True)[1]
+
+
+def entropy_groups(
+    entropies_R: Tensor, responses_R: Tensor, *, upper_shares: Sequence[Fraction] = (), thresholds: Sequence[float] = ()
+) -> Tensor:
+    """Return the entropy range that each token falls in: 0 is the lowest (arXiv 2512.00499, the groups tau_k).
+
+    Args:
+        entropies_R: nats.
+        responses_R: index of the response that each token belongs to.
+        upper_shares: for each border, the share of a response's tokens above it: the ``ceil(share * N)`` tokens of
+            highest
+            entropy; at a tie the earlier position counts as the higher. Fractions: 0.07 * 100 must not become 8 tokens.
+        thresholds: borders in nats; a token exactly on one is above it. Used instead of shares.
+    """
+    if thresholds:
+        borders = torch.tensor(sorted(thresholds), dtype=entropies_R.dtype)
+        return torch.bucketize(entropies_R, borders, right=True)
+    ranks_R, counts_R = _descending_ranks(entropies_R, responses_R)
+    groups_R = torch.zeros_like(responses_R)
+    for share in upper_shares:
+        sizes_R = (counts_R * share.numerator + share.denominator - 1) // share.denominator
+        groups_R += ranks_R < sizes_R
+    return groups_R
+
+
+def _descending_ranks(values_R: Tensor, responses_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's rank within its response (0 has the largest value; ties in order) and the response's size."""
+    by_value = torch.argsort(values_R, descending=True, stable=True)
+    order = by_value[torch.argsort(responses_R[by_value], stable=True)]
+    sizes_B = torch.bincount(responses_R)
+    starts_B = sizes_B.cumsum(0) - sizes_B
+    ranks_R = torch.empty_like(responses_R)
+    ranks_R[order] = torch.arange(len(order)) - starts_B[responses_R[order]]
+    return ranks_R, sizes_B[responses_R]
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """The trained tokens of a mini-batch as text sees them.
+
+    Attributes:
+        input_ids_R: token ids.
+        positions_R: positions in the batch's T.
+        responses_R: index of the response that each token belongs to.
+    """
+
+    input_ids_R: Tensor
+    positions_R: Tensor
+    responses_R: Tensor
+
+    @property
+    def joined_R(self) -> Tensor:
+        """Bool: the next trained token is the very next token of the same response."""
+        joined = torch.zeros(len(self.positions_R), dtype=torch.bool)
+        joined[:-1] = (self.positions_R.diff() == 1) & (self.responses_R.diff() == 0)
+        return joined
+
+
+def sentence_ids(run: TokenRun, vocabulary: Vocabulary, granularity: Granularity, min_tokens: int = 1) -> Tensor:
+    """Return the (sub)sentence that each trained token belongs to: int64, rising from 0 over the mini-batch.
+
+    A token closes its segment as ``Vocabulary.boundaries`` says; a ``.`` or ``,`` between digits does not; a gap of
+    untrained tokens does; the end-of-sequence token stays with what it ends. A segment shorter than ``min_tokens`` is
+    merged into the next one.
+    """
+    if not len(run.input_ids_R):
+        return torch.zeros(0, dtype=torch.int64)
+    table = vocabulary.boundaries(granularity)
+    ids_R, joined_R = run.input_ids_R, run.joined_R
+    before_R = torch.zeros_like(joined_R)
+    before_R[1:] = joined_R[:-1]
+    follower_R, leader_R = ids_R.roll(-1), ids_R.roll(1)
+    closes_R = table.closes_V[ids_R].clone()
+    for index in table.continues_V[ids_R].nonzero().squeeze(1).tolist():
+        closes_R[index] = vocabulary.closes(_tail(run, before_R, index), granularity)
+    digit_before_R = table.digit_before_V[ids_R] | (table.bare_V[ids_R] & before_R & table.ends_in_digit_V[leader_R])
+    closes_R &= ~(digit_before_R & joined_R & table.starts_with_digit_V[follower_R])
+    closes_R &= ~(joined_R & table.ends_sequence_V[follower_R])
+    if min_tokens > 1:
+        closes_R = _without_short(closes_R, ~joined_R, min_tokens)
+    ends_R = closes_R | ~joined_R
+    return ends_R.long().cumsum(0) - ends_R.long()
+
+
+def _tail(run: TokenRun, before_R: Tensor, index: int) -> list[int]:
+    """Return the token at ``index`` after up to three joined ones: enough to complete a split UTF-8 character."""
+    start = index
+    while start > 0 and index - start < 3 and bool(before_R[start]):
+        start -= 1
+    return run.input_ids_R[start : index + 1].tolist()
+
+
+def _without_short(closes_R: Tensor, gaps_R: Tensor, min_tokens: int) -> Tensor:
+    """Return ``closes_R`` without the closes that would leave fewer than ``min_tokens`` tokens in a segment."""
+    kept: list[bool] = []
+    length = 0
+    for closes, gap in zip(closes_R.tolist(), gaps_R.tolist(), strict=True):
+        length += 1
+        kept.append(closes and length >= min_tokens)
+        if gap or kept[-1]:
+            length = 0
+    return torch.tensor(kept)
+
+
+def log_size(vocabulary: Vocabulary | None) -> float:
+    """Return log V, the entropy of a uniform guess, in nats."""
+    if vocabulary is None or vocabulary.size < 2:
+        raise ConfigError(f"log V needs the size of the model's vocabulary, got {vocabulary}: give vocab_size")
+    return math.log(vocabulary.size)

@@ -1,0 +1,218 @@
+"""One server: asks, waits, checks the answer. Nothing here knows of other servers."""
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Literal
+
+import aiohttp
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_rl.fleet.protocol import (
+    BadAnswer,
+    Json,
+    Path,
+    RequestRefused,
+    Sample,
+    SampleRequest,
+    ServerSilent,
+    ServerUnreachable,
+    TensorHeader,
+    generate_body,
+    parse_json,
+    parse_samples,
+)
+from megatron_rl.weights.shared_memory import Handle, Place, TensorPiece
+
+_RETRY_SECONDS = 0.2
+
+
+class Client:
+    """An HTTP client of one rollout server; use it from one event loop."""
+
+    def __init__(
+        self,
+        url: str,
+        request_timeout_seconds: float = 600.0,
+        control_timeout_seconds: float = 120.0,
+        retries: int = 0,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.request_timeout_seconds = request_timeout_seconds
+        self.control_timeout_seconds = control_timeout_seconds
+        self.retries = retries
+        """Times that a control call without an answer is repeated; they can all be repeated without harm."""
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate(
+        self, requests: Sequence[SampleRequest], version: str | Collection[str] | None = None
+    ) -> list[Sample]:
+        """Sample or score these sequences in one request; every answer is checked, see ``parse_samples``."""
+        raw = await self._ask("POST", Path.GENERATE, generate_body(requests), self.request_timeout_seconds)
+        return parse_samples(parse_json(raw, self.url), requests, self.url, version)
+
+    async def healthy(self, timeout_seconds: float) -> bool:
+        """Whether the server answers its health check."""
+        try:
+            await self._ask("GET", Path.HEALTH, None, timeout_seconds)
+        except (ServerUnreachable, RequestRefused):
+            return False
+        return True
+
+    async def version(self) -> str:
+        """Return the version of the weights that the server has now."""
+        info = await self._json("GET", Path.MODEL_INFO)
+        if not isinstance(info.get("weight_version"), str):
+            raise BadAnswer(f"{self.url}{Path.MODEL_INFO}: weight_version is {info.get('weight_version')!r}")
+        return str(info["weight_version"])
+
+    async def server_info(self) -> Json:
+        """Return what the server says about itself."""
+        return await self._json("GET", Path.SERVER_INFO)
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"], timeout_seconds: float | None = None) -> None:
+        """Stop decoding until ``resume``."""
+        timeout = self.control_timeout_seconds if timeout_seconds is None else timeout_seconds
+        await self._ask("POST", Path.PAUSE, {"mode": mode}, timeout, self.retries)
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        await self._control(Path.CONTINUE, {})
+
+    async def flush(self) -> None:
+        """Make the server forget cached prefixes."""
+        await self._control(Path.FLUSH, {})
+
+    async def abort(self, rid: str | None) -> None:
+        """End one sequence by its id, or all."""
+        await self._control(Path.ABORT, {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def begin_update(self) -> None:
+        """Open a weight update."""
+        await self._control(Path.BEGIN_UPDATE, {})
+
+    async def update_from_tensor(self, payload: str) -> None:
+        """Send one bucket of a weight update."""
+        await self._control(
+            Path.UPDATE_FROM_TENSOR, {"serialized_named_tensors": [payload], "flush_cache": False}, retries=0
+        )
+
+    async def tensor_parallel(self) -> int:
+        """Return the ranks that share the server's model."""
+        return int(str((await self.server_info()).get("tp_size") or 1))
+
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
+        """Make the server's ranks 1 and up of a group whose rank 0 listens there."""
+        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
+        await self._control(Path.JOIN_GROUP, {**body, "group_name": name, "backend": backend}, retries=0)
+
+    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
+        """Make the server read one bucket that is broadcast in the group."""
+        body = {
+            "names": [tensor.name for tensor in tensors],
+            "dtypes": [tensor.dtype for tensor in tensors],
+            "shapes": [tensor.shape for tensor in tensors],
+            "group_name": group,
+            "flush_cache": False,
+        }
+        await self._control(Path.UPDATE_FROM_DISTRIBUTED, body, retries=0)
+
+    async def leave_group(self, name: str) -> None:
+        """Make the server forget a group."""
+        await self._control(Path.LEAVE_GROUP, {"group_name": name}, retries=0)
+
+    async def place(self) -> Place | None:
+        """Return where the server runs; None if it takes no weights through shared memory."""
+        place = (await self.server_info()).get("place")
+        return None if place is None else _read_place(place, self.url)
+
+    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
+        """Make the server copy pieces of tensors out of a shared buffer."""
+        body = {"handle": asdict(handle), "pieces": [asdict(piece) for piece in pieces]}
+        await self._control(Path.UPDATE_FROM_HANDLE, body, retries=0)
+
+    async def end_update(self) -> None:
+        """Close a weight update: from now on the new weights are used."""
+        await self._control(Path.END_UPDATE, {}, retries=0)
+
+    async def update_from_disk(self, folder: str) -> None:
+        """Make the server read its weights from a folder that it can see."""
+        await self._control(Path.UPDATE_FROM_DISK, {"model_path": folder})
+
+    async def set_version(self, version: str) -> None:
+        """Name the weights that the server has."""
+        await self._control(Path.UPDATE_VERSION, {"new_version": version, "abort_all_requests": False})
+
+    async def checksums(self, algorithm: str = "sha256") -> tuple[str, Mapping[str, str]]:
+        """Return the algorithm (empty if it is not known) and each tensor's checksum by the server's names.
+
+        The embedded server computes what it is asked for.
+        """
+        asked = {} if algorithm == "sha256" else {"algorithm": algorithm}  # which SGLang does not know
+        answer = await self._json("POST", Path.WEIGHTS_CHECKER, {"action": "checksum", **asked})
+        ranks = answer.get("ranks")
+        merged: dict[str, str] = {}
+        for rank, entry in enumerate(ranks if isinstance(ranks, list) else []):
+            sums = entry.get("checksums") if isinstance(entry, dict) else None
+            if not isinstance(sums, dict):
+                raise BadAnswer(f"{self.url}{Path.WEIGHTS_CHECKER}: rank {rank} has no checksums: {str(entry)[:80]}")
+            merged |= {(f"{rank}:{name}" if rank else name): str(value) for name, value in sums.items()}
+        if not merged or not isinstance(ranks, list):
+            raise BadAnswer(f"{self.url}{Path.WEIGHTS_CHECKER}: no checksums in {str(answer)[:80]}")
+        if "algorithm" not in answer and len(ranks) == 1 and (await self.server_info()).get("device") == "cpu":
+            # SGLang does not say, and has another on GPUs; of several ranks each has a shard.
+            return "sha256/8", merged
+        return str(answer.get("algorithm", "")), merged
+
+    async def _control(self, path: Path, body: Json, retries: int | None = None) -> None:
+        await self._ask("POST", path, body, self.control_timeout_seconds, self.retries if retries is None else retries)
+
+    async def _json(self, method: str, path: str, body: Json | None = None) -> Json:
+        answer = parse_json(await self._ask(method, path, body, self.control_timeout_seconds, self.retries), self.url)
+        if not isinstance(answer, dict):
+            raise BadAnswer(f"{self.url}{path} answered a {type(answer).__name__}, expected an object")
+        return answer
+
+    async def _ask(self, method: str, path: str, body: Json | None, timeout_seconds: float, retries: int = 0) -> bytes:
+        for attempt in range(retries + 1):
+            try:
+                return await self._ask_once(method, path, body, timeout_seconds)
+            except ServerUnreachable as error:
+                if attempt == retries or isinstance(error, ServerSilent):  # it had its time
+                    raise
+                await asyncio.sleep(_RETRY_SECONDS * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def _ask_once(self, method: str, path: str, body: Json | None, timeout_seconds: float) -> bytes:
+        if self._session is None:
+            # A kept connection that the server has just closed would look like a dead server. No limit on connections
+            # either: the fleet decides how much a server gets at once.
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                raw = await response.read()
+        except TimeoutError as error:
+            raise ServerSilent(f"{self.url}{path} did not answer within {timeout_seconds:g} s") from error
+        except aiohttp.ClientError as error:
+            raise ServerUnreachable(f"{self.url}{path} broke off: {error or type(error).__name__}") from error
+        if response.status >= 500:
+            raise ServerUnreachable(f"{self.url}{path} answered {response.status}: {raw[:300]!r}")
+        if response.status >= 400:
+            raise RequestRefused(
+                f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
+            )
+        return raw
+
+
+def _read_place(entry: object, url: str) -> Place:
+    try:
+        return TypeAdapter(Place).validate_python(entry)
+    except ValidationError as error:
+        raise BadAnswer(f"{url}{Path.SERVER_INFO}: place is {str(entry)[:80]}") from error

@@ -1,0 +1,186 @@
+"""The embedded server's model: a Hugging Face causal language model whose weights can be replaced by checkpoint name.
+
+Checkpoints name each expert's matrices one by one while the model in memory holds them fused. Which part of which
+parameter a checkpoint tensor is, is found by sending element numbers through transformers' own save conversion.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from megatron_rl.errors import DataError
+from megatron_rl.fleet.process import require_model
+from megatron_rl.inference_server.masks import has_windowed_layers
+from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.inference_server.routes import RouteRecorder
+from megatron_rl.models.checkpoint_folders import QUANTISATION, holds_hf_files, open_source
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.weights.checksum import sums64
+
+
+class ServedModel:
+    """The model, its weights by checkpoint name, and their version."""
+
+    def __init__(self, path: str, dtype: str, version: str, device: torch.device | None = None) -> None:
+        require_model(path)
+        self.path = path
+        self.model = _read(Path(path), getattr(torch, dtype)).eval().to(device or torch.device("cpu"))
+        self.model.requires_grad_(False)
+        self.version = version
+        self.tensors = checkpoint_views(self.model)
+        self.eos = _eos_ids(self.model)
+        has_tokenizer = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        self.tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        self.routes = RouteRecorder(self.model)
+        self.context_length = _context_length(self.model)
+        self._staged: dict[str, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def text(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """Return the text of tokens; empty if the model folder has no tokenizer."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens) if self.tokenizer else ""
+
+    def begin_update(self) -> None:
+        """Open an update; what an earlier one left unfinished is forgotten."""
+        self._staged = {}
+
+    def drop_update(self) -> None:
+        """Close an update and forget what it brought."""
+        self._staged = None
+
+    def require_update(self) -> None:
+        """Refuse what comes outside of an update."""
+        if self._staged is None:
+            raise BadRequest("a weight update must run between begin_weight_update and end_weight_update")
+
+    def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""
+        self.require_update()
+        staged, self._staged = self._staged or {}, None
+        for name, tensor in named_tensors:
+            if name not in self.tensors:
+                raise BadRequest(
+                    f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}"
+                )
+            if tensor.shape != self.tensors[name].shape:
+                expected = list(self.tensors[name].shape)
+                raise BadRequest(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {expected}")
+            staged[name] = tensor
+        self._staged = staged
+        return len(staged)
+
+    def end_update(self) -> str:
+        """Copy all staged tensors into the model; return a sentence that says how many there were."""
+        if self._staged is None:
+            raise BadRequest("end_weight_update without begin_weight_update, or after a tensor that was refused")
+        staged, self._staged = self._staged, None
+        for name, tensor in staged.items():
+            self.tensors[name].copy_(tensor)
+        return f"{len(staged)} of {len(self.tensors)} tensors updated"
+
+    def load(self, path: str) -> str:
+        """Replace the weights by those of a safetensors file or folder."""
+        source = Path(path)
+        files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+        if not files:
+            raise BadRequest(f"no safetensors at {path}; give a file, or a folder that holds some")
+        self.begin_update()
+        for file in files:
+            try:
+                tensors = load_file(file)
+            except SafetensorError as error:
+                raise BadRequest(f"{file.name} is not a safetensors file: {error}") from error
+            self.stage(tensors.items())
+        return self.end_update()
+
+    def checksums(self) -> dict[str, str]:
+        """Return the sha256 of each tensor's bytes, little-endian, row-major, in the type it is served in."""
+        return {name: checksum(tensor) for name, tensor in self.tensors.items()}
+
+    def sums64(self) -> dict[str, str]:
+        """Return another checksum of each tensor, which the device computes."""
+        return sums64({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+
+
+def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model with its weights, from a checkpoint of any kind."""
+    hf = read_hf_config(folder)
+    # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
+    if holds_hf_files(folder) and QUANTISATION not in hf:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    family = family_of(hf)
+    source = open_source(folder, family)
+    source.check(family)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    stacks = family.joined_parts(only=True)
+    with torch.no_grad():
+        for name, view in checkpoint_views(model).items():
+            parts = stacks.get(name, (name,))
+            for part, own in zip(parts, view if name in stacks else (view,), strict=True):
+                if part not in source.specs:
+                    raise DataError(f"{folder} has no tensor {part}, which transformers' {type(model).__name__} needs")
+                own.copy_(source.read(part))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return the sha256 of the tensor's bytes."""
+    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return every tensor of the checkpoint format by name, as a view: writing to it changes the model."""
+    views: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, parameter in model.state_dict().items():
+        if parameter.data_ptr() in seen:  # tied: the checkpoint has it once, under its first name
+            continue
+        seen.add(parameter.data_ptr())
+        numbers = torch.arange(parameter.numel()).view(parameter.shape)
+        for checkpoint_name, places in revert_weight_conversion(model, {name: numbers}).items():
+            views[checkpoint_name] = _view(parameter, places, checkpoint_name)
+    return views
+
+
+def _view(parameter: Tensor, places: Tensor, name: str) -> Tensor:
+    """Return the view of the parameter that holds the elements with these numbers."""
+    first = int(places.flatten()[0])
+    strides = [
+        int(places.select(dim, 1).flatten()[0]) - first if size > 1 else 1 for dim, size in enumerate(places.shape)
+    ]
+    if not torch.equal(torch.arange(parameter.numel()).as_strided(places.shape, strides, first), places):
+        raise DataError(f"{name} is not a regular part of the model's parameter: this architecture cannot be served")
+    return parameter.as_strided(places.shape, strides, parameter.storage_offset() + first)
+
+
+def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    given = [model.config.get_text_config().eos_token_id]
+    if model.generation_config is not None:
+        given.append(model.generation_config.eos_token_id)
+    ids = [i for entry in given for i in (entry if isinstance(entry, list) else [entry])]
+    return tuple(sorted({i for i in ids if i is not None}))
+
+
+def _context_length(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config().to_dict()
+    limits = [config["max_position_embeddings"]]
+    if config.get("use_sliding_window", True) and config.get("sliding_window") and not has_windowed_layers(model):
+        limits.append(config["sliding_window"])  # below its window a sliding layer is a full one
+    return min(limits)
+
+
+def _first(tensors: Mapping[str, Tensor]) -> str:
+    return next(iter(tensors))

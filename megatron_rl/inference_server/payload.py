@@ -1,0 +1,50 @@
+"""Reads the weights that come in an HTTP body: a pickle, of which nothing but tensors is admitted."""
+
+import base64
+import binascii
+import io
+import pickle
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from megatron_rl.inference_server.requests import BadRequest
+
+
+def _load_storage(raw: bytes) -> object:
+    """Stand in for ``torch.storage._load_from_bytes``, which would unpickle anything."""
+    return torch.load(io.BytesIO(raw), weights_only=True)
+
+
+_ADMITTED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+}
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Rebuilds tensors from a pickle and refuses every other name in it."""
+
+    def find_class(self, module_name: str, global_name: str) -> object:
+        """Return the admitted function of this name."""
+        if (module_name, global_name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a tensor")
+        return _ADMITTED[module_name, global_name]
+
+
+def read_tensors(payload: str) -> list[tuple[str, Tensor]]:
+    """Return the named tensors of a base64 pickle of ``[(name, tensor), ...]``."""
+    try:
+        named = TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
+    except binascii.Error as error:
+        raise BadRequest(f"serialized_named_tensors is not base64: {error}") from error
+    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadRequest(f"serialized_named_tensors is not a pickle of [(name, tensor)]: {error}") from error
+    if not isinstance(named, list) or not all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        for pair in named
+    ):
+        raise BadRequest("serialized_named_tensors is not a pickle of [(name, tensor)]: it holds something else")
+    return named

@@ -1,0 +1,115 @@
+"""``megatron-rl serve``: runs the embedded server in this process until it is told to stop."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.fleet.process import check_port, require_model
+
+if TYPE_CHECKING:  # torch is loaded by serve(), not by asking for help
+    from megatron_rl.inference_server.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb."""
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=30000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="type of weights and activations"
+    )
+    parser.add_argument(
+        "--batching",
+        choices=("request", "continuous"),
+        default="request",
+        help="request: one request at a time, repeatable bit for bit; continuous: requests share a batch",
+    )
+    parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together (default: %(default)s)")
+    parser.add_argument(
+        "--decoding",
+        choices=("auto", "growing", "slots"),
+        default="auto",
+        help="growing: a cache that grows; slots: fixed addresses, on a GPU as CUDA graphs (default: slots on a GPU)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="for requests that bring no sampling_seed")
+    parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Load the model, then answer until SIGTERM or SIGINT; return the exit code."""
+    require_model(args.model)
+    if args.port:
+        check_port(args.host, args.port)
+    # Slow to import: what can be refused is refused before.
+    import torch
+
+    from megatron_rl.inference_server.engine import Engine
+    from megatron_rl.inference_server.model import ServedModel
+    from megatron_rl.inference_server.static import StaticDecoder
+    from megatron_rl.ops.graphs import Graphs, serving_device
+    from megatron_rl.policy.backends import plain_parts
+
+    torch.set_num_threads(args.threads)
+    device, plain = serving_device(), plain_parts()
+    model = ServedModel(args.model, args.dtype, args.weight_version, device)
+    in_slots = args.decoding == "slots" or (args.decoding == "auto" and device.type == "cuda" and "slots" not in plain)
+    static = StaticDecoder(model.model, model.routes, Graphs(device, "graphs" not in plain)) if in_slots else None
+    engine = Engine(model, args.batching, args.max_rows, args.seed, static)
+    engine.start()
+    try:
+        asyncio.run(_serve(engine, args.host, args.port))
+        return 0 if engine.is_alive() else 1
+    finally:
+        engine.close()
+
+
+async def _serve(engine: "Engine", host: str, port: int) -> None:
+    from aiohttp import web
+
+    from megatron_rl.inference_server.server import EmbeddedServer
+
+    # A handler ends with its client: rows that nobody waits for are not decoded to their end.
+    app = EmbeddedServer(engine).application()
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # A server without an engine is of no use: it ends, so that whoever started it sees it.
+    engine.on_end = lambda: _wake(loop, stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await web.TCPSite(runner, host, port).start()
+        url = "http://{}:{}".format(*runner.addresses[0][:2])
+        log.info("serving %s on %s, batching by %s", engine.model.path, url, engine.batching)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(event.set)
+
+
+def main() -> int:
+    """Run the verb on its own, as a child process of a run."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    parser = argparse.ArgumentParser(prog="megatron-rl serve", description=__doc__)
+    add_arguments(parser)
+    try:
+        return serve(parser.parse_args())
+    except MegatronRLError as error:
+        log.error("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

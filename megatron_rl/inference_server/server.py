@@ -1,0 +1,331 @@
+"""The embedded server: SGLang's HTTP API over a decode loop on the Hugging Face model.
+
+It runs wherever PyTorch runs. One process, one model, one engine thread; handlers only translate.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import TypeVar, cast, get_args
+
+from aiohttp import web
+
+from megatron_rl.fleet.protocol import Path
+from megatron_rl.inference_server.answers import answer_of
+from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
+from megatron_rl.inference_server.payload import read_tensors
+from megatron_rl.inference_server.requests import BadRequest, Row, Work, parse_work
+from megatron_rl.inference_server.shared_buffers import SharedBuffer, filling_of
+from megatron_rl.inference_server.weight_groups import WeightGroups
+from megatron_rl.weights.checksum import SUM64
+from megatron_rl.weights.shared_memory import Place
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Json = dict[str, object]
+log = logging.getLogger(__name__)
+_STREAM_SECONDS = 0.02
+
+
+class EmbeddedServer:
+    """The handlers. Each says in its name which path it answers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.model = engine.model
+        self.groups = WeightGroups()
+        self.shared = SharedBuffer(self.model.device)
+        self._next_version: str | None = None
+
+    def application(self) -> web.Application:
+        """Return the aiohttp application with every path."""
+        app = web.Application(client_max_size=0, middlewares=[_errors])
+        get, post = app.router.add_get, app.router.add_post
+        get(Path.HEALTH, self.health)
+        get(Path.HEALTH_GENERATE, self.health_generate)
+        get(Path.SERVER_INFO, self.server_info)
+        get(Path.MODEL_INFO, self.model_info)
+        post(Path.GENERATE, self.generate)
+        for path, handler in {
+            Path.PAUSE: self.pause,
+            Path.CONTINUE: self.resume,
+            Path.ABORT: self.abort,
+            Path.FLUSH: self.flush,
+            Path.BEGIN_UPDATE: self.begin_update,
+            Path.UPDATE_FROM_TENSOR: self.update_from_tensor,
+            Path.JOIN_GROUP: self.join_group,
+            Path.UPDATE_FROM_DISTRIBUTED: self.update_from_distributed,
+            Path.LEAVE_GROUP: self.leave_group,
+            Path.UPDATE_FROM_HANDLE: self.update_from_handle,
+            Path.END_UPDATE: self.end_update,
+            Path.UPDATE_FROM_DISK: self.update_from_disk,
+            Path.UPDATE_VERSION: self.update_version,
+            Path.WEIGHTS_CHECKER: self.weights_checker,
+        }.items():
+            post(path, handler)
+        return app
+
+    async def _engine(self, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(self.engine.call(function))
+
+    async def health(self, _request: web.Request) -> web.Response:
+        """Answer 200 while the engine thread lives."""
+        return web.Response(status=200 if self.engine.is_alive() else 503)
+
+    async def health_generate(self, _request: web.Request) -> web.Response:
+        """Answer 200 when the engine thread has answered."""
+        await self._engine(lambda: None)
+        return web.Response()
+
+    async def server_info(self, _request: web.Request) -> web.Response:
+        """Say what runs here."""
+        return web.json_response(
+            {
+                "model_path": self.model.path,
+                "dtype": str(self.model.model.dtype).removeprefix("torch."),
+                "context_length": self.model.context_length,
+                "max_running_requests": self.engine.max_rows,
+                "batching": self.engine.batching,
+                "decoding": "slots" if self.engine.static else "growing",
+                "graphs": self.engine.static is not None and self.engine.static.graphs.capturing,
+                "device": str(self.model.device),
+                "weight_version": self.model.version,
+                "version": "embedded",
+                "place": asdict(Place.here()),
+            }
+        )
+
+    async def model_info(self, _request: web.Request) -> web.Response:
+        """Say which weights are served."""
+        return web.json_response(
+            {
+                "model_path": self.model.path,
+                "tokenizer_path": self.model.path,
+                "is_generation": True,
+                "weight_version": self.model.version,
+            }
+        )
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Sample, or score with ``max_new_tokens = 0`` and ``logprob_start_len = 0``."""
+        begin = time.perf_counter()
+        work = parse_work(await request.read())
+        for row in work.rows:
+            self._fit(row)
+        self.engine.submit(work)
+        if work.stream:
+            return await self._stream(request, work, begin)
+        await _settled(self.engine, work)
+        answers = [answer_of(row, self.model, time.perf_counter() - begin) for row in work.rows]
+        return web.json_response(answers[0] if work.single else answers)
+
+    def _fit(self, row: Row) -> None:
+        """Limit a row to the context, or refuse it."""
+        context, vocabulary = self.model.context_length, self.model.model.config.get_text_config().vocab_size
+        if len(row.prompt) >= context:
+            raise BadRequest(
+                f"the input ({len(row.prompt)} tokens) is longer than the model's context ({context} tokens)"
+            )
+        if not 0 <= min(row.prompt) <= max(row.prompt) < vocabulary:
+            raise BadRequest(f"input_ids has a token outside [0, {vocabulary}): {max(row.prompt, key=abs)}")
+        if row.params.stop_strings and self.model.tokenizer is None:
+            raise BadRequest("stop needs a tokenizer, and the model folder has none; send stop_token_ids")
+        row.limit = min(row.limit, context - len(row.prompt))
+
+    async def _stream(self, request: web.Request, work: Work, begin: float) -> web.StreamResponse:
+        """Send the answer so far whenever it has grown, as server-sent events."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        row, sent, finished = work.rows[0], 0, False
+        try:
+            while not finished:
+                await asyncio.wait([asyncio.wrap_future(work.done)], timeout=_STREAM_SECONDS)
+                finished = work.done.done()
+                await self._engine(lambda: self.engine.update_output(row))
+                if finished or len(row.output_ids) > sent:
+                    sent = len(row.output_ids)
+                    data = json.dumps(answer_of(row, self.model, time.perf_counter() - begin))
+                    await response.write(f"data: {data}\n\n".encode())
+            await response.write(b"data: [DONE]\n\n")
+        finally:
+            self.engine.call(lambda: self.engine.abort_rows(work.rows))
+        return response
+
+    async def pause(self, request: web.Request) -> web.Response:
+        """Stop decoding."""
+        body = await _body(request, {"mode"})
+        mode = body.get("mode", "abort")
+        if mode not in get_args(PauseMode):
+            raise BadRequest(f"mode is {mode!r}; write one of {', '.join(get_args(PauseMode))}")
+        await self._engine(lambda: self.engine.pause(cast(PauseMode, mode)))
+        return _done(f"paused: {mode}")
+
+    async def resume(self, request: web.Request) -> web.Response:
+        """Go on decoding."""
+        await _body(request, {"torch_empty_cache"})
+        await self._engine(self.engine.resume)
+        return _done("continued")
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """End one request, or all."""
+        body = await _body(request, {"rid", "abort_all", "abort_message"})
+        rid = None if body.get("abort_all") else _text(body, "rid")
+        await self._engine(lambda: self.engine.abort(rid, str(body.get("abort_message") or "Aborted")))
+        return web.Response()
+
+    async def flush(self, _request: web.Request) -> web.Response:
+        """Forget cached prefixes."""
+        await self._engine(self.engine.flush)
+        return web.Response(text="Cache flushed.\n")
+
+    async def begin_update(self, request: web.Request) -> web.Response:
+        """Open a weight update."""
+        await _body(request, {"selector"})
+        self._next_version = None
+        self.shared.close()
+        await self._engine(self.model.begin_update)
+        return _done("weight update begun")
+
+    async def update_from_tensor(self, request: web.Request) -> web.Response:
+        """Stage one bucket of tensors."""
+        body = await _body(
+            request, {"serialized_named_tensors", "load_format", "flush_cache", "abort_all_requests", "weight_version"}
+        )
+        payloads = body.get("serialized_named_tensors")
+        if not isinstance(payloads, list) or len(payloads) != 1 or not isinstance(payloads[0], str):
+            raise BadRequest("serialized_named_tensors must be a list of one string: this server has one rank")
+        try:
+            tensors = await asyncio.to_thread(read_tensors, payloads[0])
+        except BadRequest:
+            await self._engine(self.model.drop_update)
+            raise
+        if body.get("abort_all_requests"):
+            await self._engine(lambda: self.engine.abort(None))
+        staged = await self._engine(lambda: self.model.stage(tensors))
+        self._next_version = _version(body)
+        return _done(f"{staged} tensors staged")
+
+    async def join_group(self, request: web.Request) -> web.Response:
+        """Join the sender of weights in a group."""
+        known = {"master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"}
+        await self.groups.join(await _body(request, known))
+        return _done("joined")
+
+    async def update_from_distributed(self, request: web.Request) -> web.Response:
+        """Stage one bucket of tensors that is broadcast in a group."""
+        known = {"names", "dtypes", "shapes", "group_name", "flush_cache", "abort_all_requests", "weight_version"}
+        body = await _body(request, known)
+        await self._engine(self.model.require_update)
+        tensors = await self.groups.receive(body)
+        staged = await self._engine(lambda: self.model.stage(tensors))
+        self._next_version = _version(body)
+        return _done(f"{staged} tensors staged")
+
+    async def leave_group(self, request: web.Request) -> web.Response:
+        """Leave a group."""
+        self.groups.leave(_text(await _body(request, {"group_name"}), "group_name"))
+        return _done("left")
+
+    async def update_from_handle(self, request: web.Request) -> web.Response:
+        """Stage what lies in a buffer that the sender shares."""
+        filling = filling_of(await _body(request, {"handle", "pieces", "weight_version"}))
+        await self._engine(self.model.require_update)
+        self.shared.watch(filling.handle)
+        # By the thread that owns the model: no other one speaks to the device.
+        staged = await self._engine(lambda: self.model.stage(self.shared.read(filling.pieces)))
+        self._next_version = filling.weight_version
+        return _done(f"{staged} tensors staged")
+
+    async def end_update(self, request: web.Request) -> web.Response:
+        """Make the staged tensors the model's."""
+        await _body(request, set())
+        self.shared.close()
+        change, version = self.engine.change_weights, self._next_version
+        return _done(await self._engine(lambda: change(self.model.end_update, version)))
+
+    async def update_from_disk(self, request: web.Request) -> web.Response:
+        """Load a safetensors file or folder."""
+        body = await _body(
+            request, {"model_path", "load_format", "flush_cache", "abort_all_requests", "weight_version", "keep_pause"}
+        )
+        path, version = _text(body, "model_path"), _version(body)
+        if body.get("abort_all_requests"):
+            await self._engine(lambda: self.engine.abort(None))
+        change = self.engine.change_weights
+        message = await self._engine(lambda: change(lambda: self.model.load(path), version))
+        return _done(message, num_paused_requests=0)
+
+    async def update_version(self, request: web.Request) -> web.Response:
+        """Give the weights another version."""
+        body = await _body(request, {"new_version", "abort_all_requests"})
+        version = _text(body, "new_version")
+        if body.get("abort_all_requests", True):
+            await self._engine(lambda: self.engine.abort(None))
+        await self._engine(lambda: self.engine.change_weights(lambda: None, version))
+        return _done(f"weight version is {version}", new_version=version)
+
+    async def weights_checker(self, request: web.Request) -> web.Response:
+        """Return the checksum of every tensor."""
+        body = await _body(request, {"action", "algorithm"})
+        if body.get("action", "checksum") != "checksum":
+            raise BadRequest(f"action is {body['action']!r}; this server knows checksum")
+        algorithm = body.get("algorithm", "sha256")
+        if algorithm not in ("sha256", SUM64):
+            raise BadRequest(f"algorithm is {algorithm!r}; this server knows sha256 and {SUM64}")
+        checksums = await self._engine(self.model.sums64 if algorithm == SUM64 else self.model.checksums)
+        return _done(f"{len(checksums)} tensors", ranks=[{"checksums": checksums}], algorithm=algorithm)
+
+
+async def _settled(engine: Engine, work: Work) -> None:
+    """Wait for the work; if the client goes away meanwhile, end its rows."""
+    try:
+        await asyncio.wrap_future(work.done)
+    except asyncio.CancelledError:
+        engine.call(lambda: engine.abort_rows(work.rows))
+        raise
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except BadRequest as error:
+        body = (
+            {"error": {"message": str(error)}}
+            if request.path == Path.GENERATE
+            else {"success": False, "message": str(error)}
+        )
+        return web.json_response(body, status=400)
+    except EngineStopped as error:
+        return web.json_response({"error": {"message": str(error)}}, status=503)
+
+
+async def _body(request: web.Request, known: set[str]) -> Mapping[str, object]:
+    raw = await request.read()
+    try:
+        body = json.loads(raw or b"{}")
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body is a {type(body).__name__}; send a JSON object")
+    if unknown := body.keys() - known:
+        raise BadRequest(f"unknown field {sorted(unknown)[0]!r}; known here: {', '.join(sorted(known)) or 'none'}")
+    return body
+
+
+def _text(body: Mapping[str, object], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise BadRequest(f"{key} is {value!r}; send a string")
+    return value
+
+
+def _version(body: Mapping[str, object]) -> str | None:
+    return None if body.get("weight_version") is None else _text(body, "weight_version")
+
+
+def _done(message: str, **more: object) -> web.Response:
+    return web.json_response({"success": True, "message": message, **more})

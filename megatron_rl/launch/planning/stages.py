@@ -1,0 +1,45 @@
+"""Which layers each pipeline stage holds, as megatron-core deals them."""
+
+from dataclasses import dataclass
+
+from megatron_rl.launch.planning.layout import Layout
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline rank.
+
+    Attributes:
+        index: 0 is the first.
+        chunks: the layers of each model chunk, in the order of the schedule; one chunk without virtual stages.
+        is_first: it holds the embedding.
+        is_last: it holds the last norm and the output head.
+    """
+
+    index: int
+    chunks: tuple[tuple[int, ...], ...]
+    is_first: bool
+    is_last: bool
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers of the rank."""
+        return tuple(layer for chunk in self.chunks for layer in chunk)
+
+
+def stages_of(num_layers: int, layout: Layout) -> tuple[Stage, ...]:
+    """Return the pipeline ranks of a model with so many layers."""
+    last = layout.pipeline - 1
+    chunks = [_chunks(num_layers, layout, stage) for stage in range(layout.pipeline)]
+    return tuple(Stage(n, chunks[n], n == 0, n == last) for n in range(layout.pipeline))
+
+
+def _chunks(num_layers: int, layout: Layout, stage: int) -> tuple[tuple[int, ...], ...]:
+    if layout.is_uneven:
+        starts = [0]
+        for count in layout.stage_sizes(num_layers):
+            starts.append(starts[-1] + count)
+        return (tuple(range(starts[stage], starts[stage + 1])),)
+    size = num_layers // (layout.pipeline * layout.virtual_pipeline)
+    firsts = [(chunk * layout.pipeline + stage) * size for chunk in range(layout.virtual_pipeline)]
+    return tuple(tuple(range(first, first + size)) for first in firsts)

@@ -1,0 +1,282 @@
+"""``megatron-rl slurm``: renders one batch script, keeps it in the run folder, and submits it if asked.
+
+The script is the launcher: plain bash that a user can read, change and submit by hand. One srun task per rank; servers
+of the fleet beside them, found through the run folder. Source: Slurm's pages on sbatch, srun and heterogeneous jobs.
+"""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Template
+
+from megatron_rl.config.cluster import Slurm
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.schema import Run
+from megatron_rl.config.sources import raise_problems
+from megatron_rl.errors import ConfigError
+from megatron_rl.launch.planning.plan import make_plan
+from megatron_rl.observability.versions import package_version
+from megatron_rl.util.atomic import replace_text
+
+COMMON = Path(__file__).with_name("job.sh")
+"""The part that every job has in common, plain bash; the script of ``launch/plain.sbatch`` ends with the same text."""
+
+TOP = Template("""\
+#!/usr/bin/env bash
+# A job of megatron-rl $version, rendered by
+#   $command
+# Read it, change it, submit it with sbatch.
+
+$header
+
+cd $folder || exit 2
+run=$run
+config=($config)
+resume=$resume nodes_needed=$nodes ranks_per_node=$ranks_per_node cpus_per_rank=$cpus gpus_per_node=$gpus
+servers=$servers
+server_options=($server_options)
+preflight=$preflight restarts=$restarts
+# One step: srun, the container if there is one, megatron-rl. Its srun options stand in the array "options". It takes
+# the place of the shell that calls it, so that a signal to a step in the background reaches srun.
+step() { exec $step "$$@"; }
+
+$setup
+
+""")
+"""What differs between jobs; ``$$`` is a dollar of bash."""
+
+JOB = "job.sbatch"
+"""Name of the rendered script in the run folder."""
+
+HOPELESS = frozenset({"PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"})
+"""Why Slurm lets a job wait that it can never start."""
+
+LOOK_SECONDS = 4.0
+"""How long to look, after a submission, for a reason of this kind."""
+
+SET_BY_THE_JOB = ("train.resume=", "rollout.registry=")
+"""Words of the command line that the script gives anew at each start."""
+
+PARALLEL_SIZES = ("tensor_parallel_size", "tp_size", "pipeline_parallel_size", "pp_size")
+"""Options of SGLang and vLLM that say how many GPUs share a server."""
+
+COPIES = ("data_parallel_size", "dp_size")
+"""Copies of the model within a server, each on GPUs of its own unless they share attention alone."""
+
+OURS = (
+    *("job-name", "output", "error", "open-mode", "signal", "time", "nodes", "ntasks", "ntasks-per-node"),
+    *("cpus-per-task", "gpus-per-node", "gpus", "requeue", "no-requeue", "array"),
+)
+"""Options of sbatch that settings of ours decide, or that would break the script."""
+
+
+def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Path | None = None) -> int:
+    """Write the script to the run folder and print it, or submit it and print the job's number; return the exit code.
+
+    Args:
+        loaded: the configuration.
+        words: config files and settings as given to the verb; the job reads them again.
+        submit: whether to hand the script to sbatch.
+        folder: where the job runs and relative paths begin; None: here.
+    """
+    if submit and shutil.which("sbatch") is None:
+        raise ConfigError("sbatch is not on this machine's PATH; run this on a login node, or leave out --submit")
+    text = render(loaded, words, folder or Path.cwd(), starts_here=submit)
+    run = Path(loaded.run.log.path).absolute()
+    try:
+        (run / "slurm").mkdir(parents=True, exist_ok=True)
+        replace_text(run / JOB, text)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run folder {run} (log.path): {error.strerror}") from error
+    if not submit:
+        sys.stdout.write(text)
+        return 0
+    job = _submit(run / JOB)
+    sys.stdout.write(f"submitted job {job}: its log is {run}/slurm/job-{job}.log\n")
+    return 0
+
+
+def _submit(script: Path) -> str:
+    """Return the job's number; a ConfigError says why Slurm does not take it, or would never start it."""
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {script}: {done.stderr.strip()}")
+    job = done.stdout.strip().partition(";")[0]
+    # A heterogeneous job that no partition could ever hold is taken all the same, and waits for ever.
+    deadline = time.monotonic() + LOOK_SECONDS
+    while time.monotonic() < deadline:
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%t %r"], capture_output=True, text=True, check=False)
+        if hopeless := HOPELESS & set(asked.stdout.split()):
+            subprocess.run(["scancel", job], check=False)
+            raise ConfigError(
+                f"Slurm would never start {script}: {', '.join(hopeless)}; ask for less in [slurm] (nodes,"
+                " rollout_nodes, time_limit), or for another partition in slurm.options. The job was taken back"
+            )
+        if any(state != "PD" for state in asked.stdout.split()[::2]):
+            break
+        time.sleep(0.5)
+    return job
+
+
+def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_here: bool = True) -> str:
+    """Return the batch script of a run; a ConfigError lists everything that cannot work.
+
+    Without ``starts_here`` what the run reads need not be on this machine; what is not is told on stderr.
+    """
+    run, problems = loaded.run, list(_problems(loaded))
+    raise_problems(problems)
+    on_gloo = run.slurm.gpus_per_node == 0
+    plan = make_plan(loaded, run.slurm.nodes * run.slurm.ranks, on_gloo=on_gloo, starts_here=starts_here)
+    for absent in plan.absent:
+        sys.stderr.write(f"not on this machine: {absent}\n")
+    slurm, path = run.slurm, Path(run.log.path).absolute()
+    filled = {
+        "version": package_version("megatron-rl") or "?",
+        "command": shlex.join(["megatron-rl", "slurm", *words]),
+        "header": "\n".join(_header(run, path)),
+        "folder": shlex.quote(str(folder)),
+        "run": shlex.quote(str(path)),
+        "config": shlex.join(word for word in words if not word.startswith(SET_BY_THE_JOB)),
+        "resume": str(int(run.train.resume)),
+        "setup": "\n".join(slurm.setup) or ": # nothing was asked for (slurm.setup)",
+        "step": " ".join(_step(slurm, path, folder)),
+        "nodes": str(slurm.nodes),
+        "ranks_per_node": str(slurm.ranks),
+        "cpus": str(slurm.cpus_per_rank),
+        "gpus": str(slurm.gpus_per_node),
+        "servers": str(0 if run.rollout.urls else run.rollout.servers),
+        "server_options": " ".join(server_options(run)),
+        "preflight": str(int(slurm.preflight)),
+        "restarts": str(slurm.restarts),
+    }
+    return TOP.substitute(filled) + COMMON.read_text(encoding="utf-8")
+
+
+def _server_gpus(loaded: Loaded[Run], gpus: int) -> Iterator[str]:
+    """Yield a problem if a server is to be shared by another number of GPUs than it gets."""
+    rollout = loaded.run.rollout
+    if rollout.urls or not gpus or rollout.engine == "embedded":
+        return
+    options = rollout.sglang if rollout.engine == "sglang" else rollout.vllm
+    names = PARALLEL_SIZES if options.get("enable_dp_attention") else (*PARALLEL_SIZES, *COPIES)
+    sizes = {name: int(options[name]) for name in names if name in options}
+    if (wanted := math.prod(sizes.values())) != gpus:
+        said = ", ".join(f"rollout.{rollout.engine}.{name} = {size}" for name, size in sizes.items())
+        yield (
+            f"a server gets {gpus} GPUs (slurm.gpus_per_node = {loaded.run.slurm.gpus_per_node}, rollout.servers ="
+            f" {rollout.servers} on {loaded.run.slurm.rollout_nodes or loaded.run.slurm.nodes} nodes), but is shared by"
+            f" {wanted} ({said or 'no size is set'}); write rollout.{rollout.engine}.{PARALLEL_SIZES[0]} = {gpus}, or"
+            " another number of servers"
+        )
+
+
+def servers_per_node(run: Run) -> int:
+    """Return how many servers share a node."""
+    return -(-run.rollout.servers // (run.slurm.rollout_nodes or run.slurm.nodes))
+
+
+def _header(run: Run, path: Path) -> Iterator[str]:
+    slurm = run.slurm
+    options: dict[str, bool | int | str] = {
+        "job-name": re.sub(r"[^\w.-]", "_", path.name),
+        "output": f"{path}/slurm/job-%j.log",
+        "open-mode": "append",
+        "time": slurm.time_limit,
+        "signal": f"B:USR1@{slurm.stop_seconds}",
+        "requeue": True,
+        "nodes": slurm.nodes + slurm.spare_nodes,
+        "ntasks-per-node": slurm.ranks,
+        "cpus-per-task": slurm.cpus_per_rank,
+    }
+    if slurm.gpus_per_node:
+        options["gpus-per-node"] = slurm.gpus_per_node
+    yield "# The trainer" if slurm.rollout_nodes or run.rollout.urls else "# The trainer and the fleet"
+    yield from _directives({**options, **slurm.options})
+    if slurm.rollout_nodes:
+        yield "#SBATCH hetjob"
+        yield "# The fleet"
+        gpus = slurm.gpus_per_node
+        fleet: dict[str, bool | int | str] = {
+            "time": slurm.time_limit,
+            "nodes": slurm.rollout_nodes,
+            "ntasks-per-node": servers_per_node(run),
+            "cpus-per-task": _server_cpus(run),
+        }
+        if gpus:
+            fleet["gpus-per-node"] = gpus
+        yield from _directives({**fleet, **slurm.options, **slurm.rollout_options})
+
+
+def _directives(options: Mapping[str, bool | int | str]) -> Iterator[str]:
+    for name, value in options.items():
+        if value is not False:
+            yield f"#SBATCH --{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
+
+
+def server_options(run: Run) -> Iterator[str]:
+    """Yield the options of srun that spread the servers over their nodes."""
+    per_node = servers_per_node(run)
+    if not per_node or run.rollout.urls:
+        return
+    yield f"--nodes={-(-run.rollout.servers // per_node)}"
+    yield f"--ntasks-per-node={per_node}"
+    yield f"--cpus-per-task={_server_cpus(run)}"
+    if run.slurm.gpus_per_node:
+        yield f"--gpus-per-task={run.slurm.gpus_per_node // per_node}"
+
+
+def _server_cpus(run: Run) -> int:
+    return run.slurm.cpus_per_rank * max(run.slurm.gpus_per_node // servers_per_node(run), 1)
+
+
+def _step(slurm: Slurm, run: Path, folder: Path) -> Iterator[str]:
+    """Yield the words of a step before those of the program: srun, and what starts the container."""
+    mounts = [*(f"{path}:{path}" for path in dict.fromkeys((str(run), str(folder)))), *slurm.mounts]
+    yield 'srun --kill-on-bad-exit=1 --open-mode=append "${options[@]}"'
+    if slurm.container == "pyxis":
+        yield f"--container-image={shlex.quote(slurm.image)} --container-mounts={shlex.quote(','.join(mounts))}"
+    if slurm.container == "apptainer":
+        yield f"apptainer exec --nv --bind {shlex.quote(','.join(mounts))} {shlex.quote(slurm.image)}"
+    yield f"{shlex.quote(slurm.python)} -m megatron_rl"
+
+
+def _problems(loaded: Loaded[Run]) -> Iterator[str]:
+    run, slurm = loaded.run, loaded.run.slurm
+    for table in ("options", "rollout_options"):
+        for name in getattr(slurm, table):
+            if name.replace("_", "-") in OURS:
+                key = f"slurm.{table}.{name}"
+                yield f"{key} ({loaded.origin(key)}) is decided by other settings of [slurm]; leave it out"
+    if run.rollout.urls and slurm.rollout_nodes:
+        yield (
+            f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}), but rollout.urls"
+            " names servers that run already; leave one of them out"
+        )
+    if slurm.rollout_nodes > run.rollout.servers > 0:
+        yield (
+            f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}) is more than"
+            f" rollout.servers = {run.rollout.servers}: a server lies on one node, and the other nodes would idle;"
+            f" write slurm.rollout_nodes = {run.rollout.servers}, or more servers"
+        )
+    gpus, per_node = slurm.gpus_per_node, servers_per_node(run)
+    if slurm.rollout_nodes and gpus and per_node > gpus:
+        yield (
+            f"rollout.servers = {run.rollout.servers} ({loaded.origin('rollout.servers')}) on {slurm.rollout_nodes}"
+            f" node(s) of {gpus} GPUs leaves less than one GPU a server; write at most {gpus * slurm.rollout_nodes}"
+        )
+    yield from _server_gpus(loaded, gpus // per_node if per_node else 0)
+    if not slurm.rollout_nodes and not run.rollout.urls and gpus:
+        yield (
+            f"slurm.rollout_nodes = 0 ({loaded.origin('slurm.rollout_nodes')}) with slurm.gpus_per_node = {gpus}:"
+            " servers would take the trainer's GPUs; write slurm.rollout_nodes = 1 or more, or rollout.urls"
+        )
+    for words in (os.fspath(Path(run.log.path).absolute()), *slurm.mounts):
+        if re.search(r"[\n,]", words):
+            yield f"{words!r} holds a comma or a line break, which sbatch and mounts cannot; use another path"

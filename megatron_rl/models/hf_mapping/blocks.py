@@ -1,0 +1,254 @@
+"""What families share: the entries of each kind of layer, and the fields that every config.json names alike."""
+
+import math
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.hf_mapping.rules import (
+    QKV,
+    FusedParam,
+    GateUp,
+    HFConfig,
+    ParamMapping,
+    Replicate,
+    Shape,
+    Shard,
+    VocabularyRows,
+)
+
+LAYER, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF + "self_attn."
+
+Names = tuple[ParamMapping, ...]
+Layers = tuple[int, ...]
+
+
+def plain_fields(hf: HFConfig) -> dict[str, object]:
+    """Return the fields of TransformerConfig that all families here share.
+
+    Raises:
+        ConfigError: an activation other than silu, or a window that is shorter than the longest sequence.
+    """
+    if (activation := hf.get("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"hidden_act {activation!r} of config.json is not supported; only silu is")
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+    if window and window < hf["max_position_embeddings"]:
+        raise ConfigError(
+            f"sliding_window {window} of config.json is shorter than max_position_embeddings "
+            f"{hf['max_position_embeddings']}, and attention over a window is not supported; lower the latter to it"
+        )
+    return {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+    }
+
+
+def rope_of(hf: HFConfig) -> dict[str, object]:
+    """Return the rotary settings under the names of transformers 5, whichever version wrote them."""
+    rope = dict(
+        hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+    )
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    return rope
+
+
+def plain_rope(hf: HFConfig) -> float:
+    """Return the base of an unscaled rotary embedding.
+
+    Raises:
+        ConfigError: the embedding is scaled.
+    """
+    rope = rope_of(hf)
+    if rope["rope_type"] != "default":
+        raise ConfigError(f"rope_type {rope['rope_type']!r} of config.json is not supported for {hf['model_type']}")
+    return float(str(rope["rope_theta"]))
+
+
+def yarn_fields(hf: HFConfig) -> dict[str, object]:
+    """Return the fields of a YaRN rotary embedding (those of ``YarnConfig``); none for a plain one.
+
+    Raises:
+        ConfigError: another scaling, or a factor for the angles that megatron-core cannot be told.
+    """
+    rope = rope_of(hf)
+    if rope["rope_type"] != "yarn":
+        plain_rope(hf)
+        return {}
+    factor, own = float(str(rope["factor"])), rope.get("attention_factor")
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    if own is not None:
+        if factor <= 1:
+            raise ConfigError(f"attention_factor {own} of config.json needs a factor above 1, which is {factor}")
+        scales = (float(str(own)) - 1) / (0.1 * math.log(factor)), 0.0
+    elif not all(scales):
+        scales = 1.0, 0.0  # transformers takes both or neither
+    return {
+        "yarn_rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_beta_fast": rope.get("beta_fast") or 32,
+        "yarn_beta_slow": rope.get("beta_slow") or 1,
+        "yarn_mscale": scales[0],
+        "yarn_mscale_all_dim": scales[1],
+        "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
+    }
+
+
+def refuse(hf: HFConfig, **unsupported: object) -> None:
+    """Raise a ConfigError if config.json has one of these values."""
+    for key, value in unsupported.items():
+        if hf.get(key) == value:
+            raise ConfigError(f"{key} = {value!r} in config.json is not supported for {hf['model_type']}")
+
+
+def all_layers(hf: HFConfig) -> Layers:
+    """Return the numbers of all decoder layers."""
+    return tuple(range(hf["num_hidden_layers"]))
+
+
+def ends(hf: HFConfig) -> Names:
+    """Return embedding, last norm and, unless it is the embedding, the output head."""
+    rows, table = VocabularyRows(hf["vocab_size"]), (hf["vocab_size"], hf["hidden_size"])
+    tied = bool(hf.get("tie_word_embeddings", False))
+    return (
+        ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), rows, (table,)),
+        ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), Replicate(), ((hf["hidden_size"],),)),
+        *(() if tied else (ParamMapping("output_layer.weight", ("lm_head.weight",), rows, (table,)),)),
+    )
+
+
+def norms(hf: HFConfig) -> Names:
+    """Return the norms in front of attention and feed-forward network."""
+    shape = ((hf["hidden_size"],),)
+    return (
+        whole(LAYER + "input_layernorm.weight", HF + "input_layernorm.weight", shape, all_layers(hf)),
+        whole(LAYER + "pre_mlp_layernorm.weight", HF + "post_attention_layernorm.weight", shape, all_layers(hf)),
+    )
+
+
+def whole(megatron: str, hf_name: str, shapes: tuple[Shape, ...], layers: Layers) -> ParamMapping:
+    """Return an entry that every rank holds whole."""
+    return ParamMapping(megatron, (hf_name,), Replicate(), shapes, layers)
+
+
+def head_dim_of(hf: HFConfig) -> int:
+    """Return the width of an attention head."""
+    return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+
+
+def attention_fields(hf: HFConfig, *, bias: bool, norm: bool) -> dict[str, object]:
+    """Return the fields of grouped-query attention."""
+    return {
+        "num_query_groups": hf["num_key_value_heads"],
+        "kv_channels": head_dim_of(hf),
+        "add_qkv_bias": bias,
+        "qk_layernorm": norm,
+    }
+
+
+def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Names:
+    """Return grouped-query attention: ``bias`` on query, key and value, ``norm`` on query and key of each head."""
+    head_dim, layers = head_dim_of(hf), all_layers(hf)
+    heads, groups, hidden = hf["num_attention_heads"], hf["num_key_value_heads"], hf["hidden_size"]
+    qkv, rows = QKV(heads, groups, head_dim), (heads * head_dim, groups * head_dim, groups * head_dim)
+
+    def fused(kind: str, shapes: tuple[Shape, ...]) -> ParamMapping:
+        parts = tuple(f"{HF_ATTENTION}{part}_proj.{kind}" for part in "qkv")
+        return ParamMapping(f"{ATTENTION}linear_qkv.{kind}", parts, qkv, shapes, layers)
+
+    names = [fused("weight", tuple((count, hidden) for count in rows))]
+    if bias:
+        names.append(fused("bias", tuple((count,) for count in rows)))
+    if norm:
+        for part in "qk":
+            name = f"{part}_norm.weight"
+            names.append(whole(f"{ATTENTION}{part}_layernorm.weight", HF_ATTENTION + name, ((head_dim,),), layers))
+    output = ParamMapping(
+        ATTENTION + "linear_proj.weight", (HF_ATTENTION + "o_proj.weight",), Shard(1), ((hidden, rows[0]),), layers
+    )
+    return (*names, output)
+
+
+def mlp(hf: HFConfig, width: int, layers: Layers, megatron: str = "mlp.", hf_prefix: str = "mlp.") -> Names:
+    """Return a gated feed-forward network of this width."""
+    hidden, inside, outside = hf["hidden_size"], LAYER + megatron, HF + hf_prefix
+    gate_up = (outside + "gate_proj.weight", outside + "up_proj.weight")
+    return (
+        ParamMapping(inside + "linear_fc1.weight", gate_up, GateUp(), ((width, hidden), (width, hidden)), layers),
+        ParamMapping(
+            inside + "linear_fc2.weight", (outside + "down_proj.weight",), Shard(1), ((hidden, width),), layers
+        ),
+    )
+
+
+def expert_count(hf: HFConfig, key: str) -> int:
+    """Return the number of experts of a layer, under the family's own key or the one of transformers 5."""
+    return hf["num_local_experts"] if key not in hf and "num_local_experts" in hf else hf[key]
+
+
+def router(hf: HFConfig, experts: int, layers: Layers, hf_name: str = "mlp.gate.weight") -> Names:
+    """Return the router's matrix."""
+    return (whole(LAYER + "mlp.router.weight", HF + hf_name, ((experts, hf["hidden_size"]),), layers),)
+
+
+def router_bias(experts: int, layers: Layers) -> Names:
+    """Return the bias that moves the choice of experts, not their weights: no gradient reaches it."""
+    name = HF + "mlp.gate.e_score_correction_bias"
+    return (whole(LAYER + "mlp.router.expert_bias", name, ((experts,),), layers),)
+
+
+EXPERT_PARTS = (
+    "mlp.experts.{expert}.gate_proj.weight",
+    "mlp.experts.{expert}.up_proj.weight",
+    "mlp.experts.{expert}.down_proj.weight",
+)
+"""Gate, up and down matrix of an expert, as most families name them."""
+
+
+def experts(hf: HFConfig, count: int, width: int, layers: Layers, parts: tuple[str, ...] = EXPERT_PARTS) -> Names:
+    """Return the experts, each a gated feed-forward network of this width."""
+    hidden, inside = hf["hidden_size"], LAYER + "mlp.experts.local_experts.{expert}."
+    gate, up, down = (HF + part for part in parts)
+    wide = ((width, hidden), (width, hidden))
+    return (
+        ParamMapping(inside + "linear_fc1.weight", (gate, up), GateUp(), wide, layers, count),
+        ParamMapping(inside + "linear_fc2.weight", (down,), Shard(1), ((hidden, width),), layers, count),
+    )
+
+
+def joined_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, ...]:
+    """Return the fused form: one tensor for all gate and up matrices of a layer, one for all down matrices."""
+    gate, up, down = (HF + part for part in parts)
+    return (
+        FusedParam(HF + "mlp.experts.gate_up_proj", (gate, up)),
+        FusedParam(HF + "mlp.experts.down_proj", (down,)),
+    )
+
+
+def extra_layers(hf: HFConfig, key: str = "num_nextn_predict_layers") -> tuple[str, ...]:
+    """Return the patterns of multi-token-prediction layers, which stand after the decoder's and are not trained."""
+    first = hf["num_hidden_layers"]
+    return tuple(rf"model\.layers\.{first + number}\..*" for number in range(hf.get(key) or 0))
+
+
+def sparse_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int) -> dict[str, object]:
+    """Return the fields of a mixture of experts in these layers."""
+    sparse = set(layers)
+    return {
+        "num_moe_experts": count,
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_ffn_hidden_size": width,
+        "moe_layer_freq": [int(layer in sparse) for layer in all_layers(hf)],
+    }
+
+
+COMPUTED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+"""Tensors that old checkpoints have and that follow from the configuration."""

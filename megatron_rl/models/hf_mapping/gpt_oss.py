@@ -1,0 +1,111 @@
+"""gpt-oss: attention with sinks, biases and windows in turn, YaRN, experts with biases and a clamped gate.
+
+A checkpoint has the experts of a layer in one tensor only, each matrix transposed, gate and up columns in turn.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.hf_mapping import blocks
+from megatron_rl.models.hf_mapping.rules import (
+    Family,
+    FusedParam,
+    HFConfig,
+    PairedGateUp,
+    ParamMapping,
+    Replicate,
+    Shard,
+)
+
+ALPHA = 1.702
+"""Of the gate: x * sigmoid(ALPHA * x)."""
+
+
+def quick_gelu(gate: Tensor) -> Tensor:
+    """Return the gate's activation."""
+    return gate * torch.sigmoid(ALPHA * gate)
+
+
+def family(hf: HFConfig) -> Family:
+    """Return the family of a ``config.json`` whose ``model_type`` is ``gpt_oss``."""
+    blocks.refuse(hf, attention_bias=False)
+    if (alpha := hf.get("swiglu_alpha", ALPHA)) != ALPHA:
+        raise ConfigError(f"swiglu_alpha {alpha} of config.json is not supported; only {ALPHA} is")
+    layers, count, width = blocks.all_layers(hf), hf["num_local_experts"], hf["intermediate_size"]
+    attention = {"bias": True, "norm": False}
+    experts = stacked_experts(hf, count, width)
+    return Family(
+        fields={
+            **blocks.plain_fields({**hf, "sliding_window": None}),
+            **blocks.attention_fields(hf, **attention),
+            **blocks.sparse_fields(hf, layers, count=count, width=width),
+            **window_fields(hf),
+            **blocks.yarn_fields(hf),
+            "add_bias_linear": True,
+            "softmax_type": "learnable",
+            "activation_func": quick_gelu,
+            "activation_func_clamp_value": hf.get("swiglu_limit", 7.0),
+            "glu_linear_offset": 1.0,
+        },
+        names=(
+            *blocks.ends(hf),
+            *blocks.norms(hf),
+            *blocks.attention(hf, **attention),
+            _own("self_attention.linear_proj.bias", "self_attn.o_proj.bias", hf["hidden_size"], hf),
+            _own("self_attention.core_attention.softmax_offset", "self_attn.sinks", hf["num_attention_heads"], hf, 0),
+            *blocks.router(hf, count, layers, "mlp.router.weight"),
+            _own("mlp.router.bias", "mlp.router.bias", count, hf),
+            *experts,
+        ),
+        vocab_size=hf["vocab_size"],
+        max_position_embeddings=hf["max_position_embeddings"],
+        rotary_base=float(str(blocks.rope_of(hf)["rope_theta"])),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        joined=tuple(FusedParam(name.hf[0].replace("{expert}.", ""), name.hf, only=True) for name in experts),
+    )
+
+
+def window_fields(hf: HFConfig) -> dict[str, object]:
+    """Return the fields of the windows: how far a token looks back, and in which layers.
+
+    Raises:
+        ConfigError: a kind of layer that is not known.
+    """
+    window, kinds = hf.get("sliding_window"), hf.get("layer_types")
+    kinds = kinds or [("sliding_attention", "full_attention")[layer % 2] for layer in blocks.all_layers(hf)]
+    if unknown := sorted({str(kind) for kind in kinds} - {"sliding_attention", "full_attention"}):
+        raise ConfigError(f"layer_types of config.json names {unknown[0]!r}; known: sliding_attention, full_attention")
+    if len(kinds) != hf["num_hidden_layers"]:
+        raise ConfigError(f"layer_types of config.json has {len(kinds)} entries for {hf['num_hidden_layers']} layers")
+    if not window:
+        return {}
+    # transformers counts a token itself as one of its window, transformer-engine does not
+    return {
+        "window_size": (window - 1, 0),
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds],
+    }
+
+
+def stacked_experts(hf: HFConfig, count: int, width: int) -> tuple[ParamMapping, ...]:
+    """Return the experts, each part of one as it lies in the tensor of its layer."""
+    hidden, layers = hf["hidden_size"], blocks.all_layers(hf)
+
+    def part(
+        megatron: str, hf_name: str, layout: PairedGateUp | Shard | Replicate, shape: tuple[int, ...]
+    ) -> ParamMapping:
+        inside = blocks.LAYER + "mlp.experts.local_experts.{expert}." + megatron
+        return ParamMapping(inside, (blocks.HF + "mlp.experts.{expert}." + hf_name,), layout, (shape,), layers, count)
+
+    return (
+        part("linear_fc1.weight", "gate_up_proj", PairedGateUp(), (hidden, 2 * width)),
+        part("linear_fc1.bias", "gate_up_proj_bias", PairedGateUp(), (2 * width,)),
+        part("linear_fc2.weight", "down_proj", Shard(1, transposed=True), (width, hidden)),
+        part("linear_fc2.bias", "down_proj_bias", Replicate(), (hidden,)),
+    )
+
+
+def _own(megatron: str, hf_name: str, size: int, hf: HFConfig, dim: int | None = None) -> ParamMapping:
+    """Return an entry with one dimension, cut over tensor-parallel ranks or not."""
+    layout = Replicate() if dim is None else Shard(dim)
+    return ParamMapping(blocks.LAYER + megatron, (blocks.HF + hf_name,), layout, ((size,),), blocks.all_layers(hf))

@@ -1,0 +1,32 @@
+"""Mixtral: experts in every layer, none shared, the weights of the chosen ones add up to 1."""
+
+from megatron_rl.models.hf_mapping import blocks
+from megatron_rl.models.hf_mapping.rules import Family, FusedParam, HFConfig
+
+_PARTS = tuple(f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2"))
+_GATE = "block_sparse_moe.gate.weight"
+
+
+def family(hf: HFConfig) -> Family:
+    """Return the family of a ``config.json`` whose ``model_type`` is ``mixtral``."""
+    count, width, layers = hf["num_local_experts"], hf["intermediate_size"], blocks.all_layers(hf)
+    attention = {"bias": False, "norm": False}
+    return Family(
+        fields={
+            **blocks.plain_fields(hf),
+            **blocks.attention_fields(hf, **attention),
+            **blocks.sparse_fields(hf, layers, count=count, width=width),
+        },
+        names=(
+            *blocks.ends(hf),
+            *blocks.norms(hf),
+            *blocks.attention(hf, **attention),
+            *blocks.router(hf, count, layers, _GATE),
+            *blocks.experts(hf, count, width, layers, _PARTS),
+        ),
+        vocab_size=hf["vocab_size"],
+        max_position_embeddings=hf["max_position_embeddings"],
+        rotary_base=blocks.plain_rope(hf),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        joined=(*blocks.joined_experts(_PARTS), FusedParam(blocks.HF + "mlp.gate.weight", (blocks.HF + _GATE,))),
+    )

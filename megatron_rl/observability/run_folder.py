@@ -1,0 +1,61 @@
+"""The run folder: what is written into it before the first step, and what is kept when a run resumes."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_rl.config.load import to_json
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.observability.file_names import CONFIG, METRICS, VERSIONS
+from megatron_rl.observability.versions import found_versions
+from megatron_rl.util.atomic import replace_text, replaced
+
+
+def prepare_folder(run: Run) -> list[str]:
+    """Make the run folder with ``config.json`` and ``versions.json``; return what a resumed run changes, in words.
+
+    Raises:
+        ConfigError: the folder holds a run already and ``train.resume`` is off, or it cannot be written.
+    """
+    folder = Path(run.log.path)
+    config = folder / CONFIG
+    if _holds_a_run(folder) and not run.train.resume:
+        raise ConfigError(
+            f"{folder} holds a run already (log.path); write train.resume=true to continue it, or another log.path"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(config.read_text()) if config.exists() else None
+        replace_text(config, to_json(run))
+        replace_text(folder / VERSIONS, json.dumps(found_versions(), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the run folder {folder} (log.path): {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{config} is not JSON: {error}; delete it and resume again") from error
+    return [] if before is None or not run.train.resume else list(_changes(before, json.loads(to_json(run))))
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Return whether a step was finished here; a run that failed before may be started again in the same place."""
+    metrics = folder / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "checkpoints").glob("step_*"))
+
+
+def _changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new, f"{prefix}{name}.")
+        elif old != new and f"{prefix}{name}" != "train.resume":
+            yield f"{prefix}{name}: {json.dumps(old)} -> {json.dumps(new)}"
+
+
+def keep_steps_before(path: Path, step: int) -> None:
+    """Drop the JSON lines of this step and later ones, and a last line that was cut off."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines, replaced(path) as kept:
+        for line in lines:
+            if line.endswith(b"\n") and json.loads(line)["step"] < step:
+                kept.write(line)

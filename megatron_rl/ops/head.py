@@ -1,0 +1,288 @@
+"""The fused LM head: log-probabilities and entropies straight from hidden states, without ever holding the logits.
+
+Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C columns of one tile, A H + ``SHIFT_COLUMNS``.
+
+The logits exist one tile at a time, and are computed again in the backward pass; two floats per token are kept. Sums
+are formed in float32 or wider. Four products of 2 R H V operations are all the work that counts:
+
+* forward, logits from 16-bit inputs with a float32 result (ops/products.py);
+* backward, log p again, in the inputs' type. Rounded to bfloat16, a logit of 30 would be off by 0.06 and its
+  probability by 6 %. So the product forms log p = z - normaliser before it rounds: hidden carries the normaliser, as a
+  sum of two bfloat16, in two more columns, the weight ones. A probability is then off by 2^-9 |log p| of itself;
+* backward, the gradients to hidden (added up in float32 over the tiles) and to the weight (written once a tile).
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_rl.distributed.collectives import Group, group_rank
+from megatron_rl.errors import ConfigError
+from megatron_rl.ops.products import WideProducts, brgemm_found
+from megatron_rl.ops.tiles import Passes, Upstream, compiled_passes, compiler_found, eager_passes
+from megatron_rl.ops.vocab import Context, finish, merge_sums, pick, vocab_logprobs_entropies, wide
+
+Backend = Literal["auto", "plain", "tiles", "tiles+compile", "tiles+triton"]
+"""``plain`` holds all logits (the reference), ``tiles`` runs eagerly; ``tiles+compile`` lets torch fuse the
+element-wise passes, ``tiles+triton`` has kernels of our own. ``auto`` is ``tiles+compile`` where a compiler is found
+and there is more than one tile, else ``tiles``."""
+
+BACKENDS: dict[Backend, str] = {
+    "auto": "chosen by what is found",
+    "plain": "plain",
+    "tiles": "tiles, eager",
+    "tiles+compile": "tiles, compiled",
+    "tiles+triton": "tiles, Triton kernels",
+}
+
+BACKEND_VARIABLE = "MEGATRON_RL_HEAD"
+"""Environment variable that says what ``auto`` is."""
+
+TILE_COLUMNS = {"cpu": 8192, "cuda": 16384}
+"""Columns of a tile by kind of device: enough that products run at full speed, few enough to be small in memory."""
+
+SHIFT_COLUMNS = 8
+"""Columns added to hidden and weight to take off the normaliser: two are used, eight keep rows aligned to 16 bytes."""
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which part of the vocabulary a rank computes, and how.
+
+    Attributes:
+        first_id: token id of the first row of the rank's weight.
+        rows: rows that are tokens of the model; those after are padding.
+        temperature: divides the logits.
+        group: the ranks that share the vocabulary.
+        columns: most columns of a tile.
+        passes: the element-wise passes.
+        shifted: whether 16-bit logits are computed again in 16 bits, less the normaliser; else in float32.
+    """
+
+    first_id: int
+    rows: int
+    temperature: float
+    group: Group
+    columns: int
+    passes: Passes
+    shifted: bool = True
+
+    @property
+    def tiles(self) -> list[slice]:
+        """The rows of the weight, tile by tile: of one width but for a few rows, so that one kernel fits them all."""
+        num_tiles = -(-self.rows // self.columns)
+        width = min(self.columns, -(-self.rows // max(num_tiles, 1) // 8) * 8)
+        return [slice(i, min(i + width, self.rows)) for i in range(0, self.rows, max(width, 1))]
+
+
+def head_logprobs_entropies(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    targets_R: Tensor,
+    *,
+    temperature: float = 1.0,
+    group: Group = None,
+    vocab_size: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the targets and entropies (nats) of softmax(hidden weight^T / temperature), [R] each.
+
+    Differentiable in both results; float32, or float64 if the inputs are. As with a column-parallel linear layer, the
+    gradient of ``hidden_RH`` is the part that comes through this rank's shard (add up over the group), that of
+    ``weight_VH`` is complete.
+
+    Args:
+        hidden_RH: the last hidden states, equal on every rank of the group; R may be 0.
+        weight_VH: this rank's rows of the output layer; rank r of the group holds ids from r * V on.
+        targets_R: int64 token ids.
+        temperature: divides the logits.
+        group: the ranks that share the vocabulary; one all-gather of four floats a token.
+        vocab_size: ids from here on are padding, with probability 0; none: no padding.
+        backend: see ``Backend``.
+    """
+    if hidden_RH.dtype != weight_VH.dtype:
+        raise ValueError(f"hidden is {hidden_RH.dtype}, weight {weight_VH.dtype}: cast one of them")
+    num_rows, columns = len(weight_VH), TILE_COLUMNS[weight_VH.device.type]
+    first_id = group_rank(group) * num_rows
+    rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)
+    chosen = choose_backend(backend, weight_VH.device.type, -(-rows // columns))
+    passes = _passes(chosen, weight_VH.device.type)
+    shard = VocabShard(first_id, rows, temperature, group, columns, passes)
+    if chosen == "plain":
+        return _plain(hidden_RH, weight_VH, targets_R, shard)
+    return HeadLogprobs.apply(hidden_RH, weight_VH, targets_R, shard)
+
+
+def choose_backend(backend: Backend, device_type: str, num_tiles: int) -> Backend:
+    """Return what ``auto`` stands for on this kind of device; the others as they are."""
+    if backend == "auto" and (asked := os.environ.get(BACKEND_VARIABLE)):
+        named = [known for known in BACKENDS if known == asked]
+        if not named:
+            raise ConfigError(f"{BACKEND_VARIABLE}={asked} is not a backend: write one of {', '.join(BACKENDS)}")
+        backend = named[0]
+    if backend != "auto":
+        return backend
+    # One tile is over before the compiler has started.
+    return "tiles+compile" if num_tiles > 1 and compiler_found(device_type) else "tiles"
+
+
+def _passes(backend: Backend, device_type: str) -> Passes:
+    if backend == "tiles+triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError("the backend tiles+triton needs the package triton, which is not installed; write tiles")
+        from megatron_rl.ops.kernels import kernel_passes  # imports triton
+
+        return kernel_passes()
+    return compiled_passes(device_type) if backend == "tiles+compile" else eager_passes()
+
+
+def backend_in_words(device_type: str) -> str:
+    """Return which backend serves a vocabulary of more than one tile on this kind of device, for people."""
+    words = BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
+    if device_type != "cpu":
+        return words
+    return f"{words}; bfloat16 products {'by brgemm' if brgemm_found() else 'widened to float32 (twice the time)'}"
+
+
+class _HeadContext(Context, Protocol):
+    shard: VocabShard
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """The differentiable operation; saves its inputs and two floats a token."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _HeadContext, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies, [R] each."""
+        columns_R = targets_R - shard.first_id
+        dtype = wide(hidden_RH.dtype)
+        scale = torch.full((), 1 / shard.temperature, dtype=dtype, device=hidden_RH.device)
+        products = WideProducts(hidden_RH)
+        buffer = hidden_RH.new_empty(len(hidden_RH) * min(shard.columns, shard.rows), dtype=dtype)
+        # A rank may hold nothing but padding.
+        sums_PKR = [_no_sums(hidden_RH, dtype)]
+        target_logits_PR = [torch.full_like(sums_PKR[0][0], -torch.inf)]
+        for tile in shard.tiles:
+            tile_CH = weight_VH[tile]
+            logits_RC = products.into(_part(buffer, len(hidden_RH), len(tile_CH)), tile_CH)
+            target_logits_PR.append(pick(logits_RC, columns_R - tile.start) * scale)
+            sums_PKR.append(shard.passes.sums(logits_RC, scale))
+        sums_KR, target_logits_R = merge_sums(torch.stack(sums_PKR)), torch.stack(target_logits_PR).amax(0)
+        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)
+        ctx.save_for_backward(hidden_RH, weight_VH, columns_R, torch.stack((normalizers_R, entropies_R)))
+        ctx.shard = shard
+        ctx.set_materialize_grads(False)
+        return logprobs_R, entropies_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _HeadContext, u_R: Tensor | None, v_R: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients to hidden and weight, from those to log-probabilities (u) and entropies (v)."""
+        hidden_RH, weight_VH, columns_R, saved_2R = ctx.saved_tensors
+        shard = ctx.shard
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        scale = torch.full((), 1 / shard.temperature, dtype=saved_2R.dtype, device=hidden_RH.device)
+        again = _Recomputed(hidden_RH, saved_2R[0], shard)
+        u_R, v_R = (None if upstream_R is None else upstream_R * scale for upstream_R in (u_R, v_R))
+        upstream = Upstream(torch.stack((again.rest_R, saved_2R[1])), u_R, v_R)
+        hidden_gradient = torch.zeros_like(hidden_RH, dtype=saved_2R.dtype) if wants_hidden else None
+        weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
+        for tile in shard.tiles:
+            logits_RC, slopes_RC = again.logits(weight_VH[tile])
+            shard.passes.slopes(slopes_RC, logits_RC, columns_R - tile.start, upstream, scale)
+            if hidden_gradient is not None:
+                _add_product(hidden_gradient, slopes_RC, weight_VH[tile])
+            if weight_gradient is not None:
+                torch.mm(slopes_RC.T, hidden_RH, out=weight_gradient[tile])
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient.to(hidden_RH.dtype)
+        return hidden_gradient, weight_gradient, None, None
+
+
+class _Recomputed:
+    """The logits of the backward pass, tile after tile in the same memory.
+
+    Attributes:
+        rest_R: what is still to be taken from the scaled logits to get log p.
+    """
+
+    def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, shard: VocabShard) -> None:
+        width = min(shard.columns, shard.rows)
+        self._slopes = hidden_RH.new_empty(len(hidden_RH) * width)
+        narrow = hidden_RH.dtype != normalizers_R.dtype
+        self._shifted = (
+            _Shifted(hidden_RH, normalizers_R, shard.temperature, width) if narrow and shard.shifted else None
+        )
+        self.rest_R = normalizers_R if self._shifted is None else self._shifted.rest_R
+        self._products = WideProducts(hidden_RH)
+        in_place = self._shifted is not None or not narrow
+        self._logits = self._slopes if in_place else torch.empty_like(self._slopes, dtype=self._products.dtype)
+
+    def logits(self, tile_CH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unscaled logits of a tile, less a shift, and where its slopes go: the same memory if it can be."""
+        slopes_RC, logits_RC = (
+            _part(buffer, len(self.rest_R), len(tile_CH)) for buffer in (self._slopes, self._logits)
+        )
+        if self._shifted is not None:
+            return self._shifted.into(logits_RC, tile_CH), slopes_RC
+        return self._products.into(logits_RC, tile_CH), slopes_RC
+
+
+class _Shifted:
+    """Logits less the normaliser in 16 bits, formed by the product itself: -shift rides on hidden, 1 on the weight."""
+
+    def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, temperature: float, columns: int) -> None:
+        width_H, dtype = hidden_RH.shape[1], hidden_RH.dtype
+        raw_R = normalizers_R * temperature
+        shifts_2R = torch.stack((raw_R.to(dtype), (raw_R - raw_R.to(dtype)).to(dtype)))
+        self.rest_R = (raw_R - shifts_2R.to(raw_R.dtype).sum(0)) / temperature
+        self._left_RA = torch.nn.functional.pad(hidden_RH, (0, SHIFT_COLUMNS))
+        self._left_RA[:, width_H : width_H + 2] = -shifts_2R.T
+        self._tile_CA = hidden_RH.new_zeros(columns, width_H + SHIFT_COLUMNS)
+        self._tile_CA[:, width_H : width_H + 2] = 1
+
+    def into(self, out_RC: Tensor, tile_CH: Tensor) -> Tensor:
+        """Write the shifted logits of a tile."""
+        right_CA = self._tile_CA[: len(tile_CH)]
+        right_CA[:, : tile_CH.shape[1]] = tile_CH
+        return torch.mm(self._left_RA, right_CA.T, out=out_RC)
+
+
+def _part(buffer: Tensor, num_rows: int, columns: int) -> Tensor:
+    """Return a contiguous [R, C] in the front of a flat buffer."""
+    return buffer[: num_rows * columns].view(num_rows, columns)
+
+
+def _no_sums(hidden_RH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the (peak, total, tilt) of no column, [3, R]."""
+    sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=dtype)
+    sums_KR[0] = torch.finfo(dtype).min / 2
+    return sums_KR
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to ``total``; a CPU rounds each product of 16-bit inputs to 16 bits."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def _plain(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Return the same from all logits at once."""
+    dtype = wide(hidden_RH.dtype)
+    logits_RV = hidden_RH.to(dtype) @ weight_VH.to(dtype).T
+    padding_V = torch.arange(len(weight_VH), device=weight_VH.device) >= shard.rows
+    logits_RV = logits_RV.masked_fill(padding_V, -torch.inf)
+    return vocab_logprobs_entropies(logits_RV, targets_R, temperature=shard.temperature, group=shard.group)

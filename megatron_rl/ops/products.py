@@ -1,0 +1,156 @@
+"""Matrix products of 16-bit inputs with a float32 result, which rounds nothing that the inputs had not rounded.
+
+Legend: R rows of the left matrix, C columns of the result (rows of the right matrix), K the dimension summed over.
+
+A GPU has them (``out_dtype``). For a CPU torch has none, but its library exports the kernel that its own attention uses
+(``brgemm`` of oneDNN: bfloat16 pairs multiplied and added in float32). It is called directly where the processor has
+the instructions and a trial product comes out right; else inputs are widened, at more than twice the time.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_rl.ops.vocab import wide
+
+Kernel = Literal["own type", "wide result", "brgemm", "widened"]
+"""How a product is formed: in the type of its inputs, which is wide already; by ``out_dtype``; by oneDNN; or from
+widened inputs."""
+
+PANEL = 64
+"""Columns that the kernel takes at a time: the right matrix is laid out in panels of this width."""
+
+BLOCK_BYTES = 2 * 1024**2
+"""Rows of the left matrix are taken in blocks that stay in cache while the panels pass by."""
+
+DEPTH = 256
+"""Products added up in one go. Their sum is added to the others': shorter sums lose fewer bits."""
+
+BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+"""``at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add_C, const BFloat16*, const BFloat16*, float*, is_vnni)``:
+the name spells the types of its arguments, so that a library which has the name takes them."""
+
+BRGEMM_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
+"""Gives back what the kernel set up in a thread (tile registers)."""
+
+LIMITS_OF_ONEDNN = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Environment variables that forbid instructions: the kernel would end the process, so it is left alone."""
+
+
+def kernel_for(tensor: Tensor) -> Kernel:
+    """Return how products of tensors like this one are formed."""
+    if tensor.dtype == wide(tensor.dtype):
+        return "own type"
+    if tensor.is_cuda:
+        return "wide result"
+    paired = tensor.dtype == torch.bfloat16 and tensor.shape[-1] % 2 == 0
+    return "brgemm" if paired and brgemm_found() else "widened"
+
+
+class WideProducts:
+    """left @ right^T in float32 or wider, for one left matrix and many right ones.
+
+    Attributes:
+        dtype: of the results.
+    """
+
+    def __init__(self, left_RK: Tensor) -> None:
+        self.dtype = wide(left_RK.dtype)
+        self._kernel = kernel_for(left_RK)
+        self._left_RK = (left_RK.to(self.dtype) if self._kernel == "widened" else left_RK).contiguous()
+
+    def into(self, out_RC: Tensor, right_CK: Tensor) -> Tensor:
+        """Write the product with ``right_CK`` (of the left matrix's type) to a contiguous [R, C] and return it."""
+        if self._kernel == "brgemm":
+            return _brgemm_into(out_RC, self._left_RK, right_CK)
+        if self._kernel == "wide result":
+            return torch.mm(self._left_RK, right_CK.T, out_dtype=self.dtype, out=out_RC)
+        return torch.mm(self._left_RK, right_CK.T.to(self.dtype), out=out_RC)
+
+
+@cache
+def brgemm_found() -> bool:
+    """Return whether bfloat16 products with a float32 result can be had on this CPU."""
+    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if not usable or not known() or any(os.environ.get(name) for name in LIMITS_OF_ONEDNN):
+        return False
+    try:
+        _exported()
+    except (OSError, AttributeError):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    left_RK, right_CK = (torch.randn(rows, 34, generator=generator).bfloat16() for rows in (5, PANEL + 7))
+    found_RC = _brgemm_into(torch.empty(5, PANEL + 7), left_RK, right_CK)
+    # 34 products of values up to 4, added in float32.
+    return bool(torch.allclose(found_RC, left_RK.float() @ right_CK.float().T, rtol=0, atol=1e-4))
+
+
+@cache
+def _exported() -> tuple[Callable[..., None], Callable[[bool], None]]:
+    """Return the product and the release; raises AttributeError or OSError where the library has none."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    product, release = library[BRGEMM], library[BRGEMM_RELEASE]
+    product.argtypes = [ctypes.c_long] * 6 + [ctypes.c_bool] + [ctypes.c_void_p] * 3 + [ctypes.c_bool]
+    release.argtypes = [ctypes.c_bool]
+    product.restype = release.restype = None
+    return product, release
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return threads of this process: a forked one has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"brgemm-{process}")
+
+
+def _brgemm_into(out_RC: Tensor, left_RK: Tensor, right_CK: Tensor) -> Tensor:
+    panels = _panels(right_CK)
+    threads = min(torch.get_num_threads(), len(panels))
+    if threads <= 1:
+        _multiply(out_RC, left_RK, panels, 0, len(panels))
+        return out_RC
+    bounds = [len(panels) * i // threads for i in range(threads + 1)]
+    parts = [
+        _pool(os.getpid(), threads).submit(_multiply, out_RC, left_RK, panels, first, last)
+        for first, last in pairwise(bounds)
+    ]
+    for part in parts:
+        part.result()
+    return out_RC
+
+
+def _panels(right_CK: Tensor) -> Tensor:
+    """Return [C] in panels, padded: [panels, K / 2, ``PANEL``] of pairs, each pair two bfloat16 of one column."""
+    columns, width = right_CK.shape
+    padded = -(-columns // PANEL) * PANEL
+    if padded != columns:
+        right_CK = torch.nn.functional.pad(right_CK, (0, 0, 0, padded - columns))
+    pairs = right_CK.contiguous().view(torch.int32)
+    return pairs.view(padded // PANEL, PANEL, width // 2).transpose(1, 2).contiguous()
+
+
+def _multiply(out_RC: Tensor, left_RK: Tensor, panels: Tensor, first: int, last: int) -> None:
+    """Multiply by the panels from ``first`` to ``last``, block of rows by block of rows, in the calling thread."""
+    product, release = _exported()
+    (num_rows, width), columns = left_RK.shape, out_RC.shape[1]
+    block = max(BLOCK_BYTES // (2 * width), 1)
+    panel_bytes = panels[0].nbytes
+    for row in range(0, num_rows, block):
+        rows = min(block, num_rows - row)
+        left = left_RK.data_ptr() + 2 * row * width
+        for panel in range(first, last):
+            column = panel * PANEL
+            right, out = panels.data_ptr() + panel * panel_bytes, out_RC.data_ptr() + 4 * (row * columns + column)
+            count = min(PANEL, columns - column)
+            for k in range(0, width, DEPTH):
+                depth, adds = min(DEPTH, width - k), k > 0
+                product(rows, count, depth, width, PANEL, columns, adds, left + 2 * k, right + 2 * PANEL * k, out, True)
+    release(True)

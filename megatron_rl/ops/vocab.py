@@ -1,0 +1,186 @@
+"""Log-probabilities and entropies from logits whose vocabulary is spread over the ranks of a group.
+
+Legend: N tokens, V this rank's shard of the vocabulary (rank r holds the ids from r * V on), P ranks, K the three sums.
+
+A shard, or a tile of one, is summarised by three sums per token: peak = max z, total = sum e^(z - peak) and
+tilt = sum (z - peak) e^(z - peak). They merge exactly, in any number, and give with the target's logit z_y
+
+    log p(y) = z_y - peak - log total        H = log total - tilt / total
+
+Backward, with upstream u of the log-probability and v of the entropy: dz_j = u ([j = y] - p_j) - v p_j (log p_j + H).
+The normaliser peak + log total and H are the two floats per token that both gradients need.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_rl.distributed.collectives import Group, gather_over, group_rank
+
+LOWEST_LOG = -1e4
+"""Stands for log 0 where a probability is multiplied by its logarithm: e^-1e4 is exactly 0 in every floating type."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits that are exponentiated at once, so that temporaries stay small next to the logits."""
+
+
+def vocab_logprobs_entropies(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """Return log softmax(logits / temperature) at the targets, and the entropy of that distribution in nats.
+
+    Both are differentiable and have the shape of ``targets``, in float32 (float64 for float64 logits). Ids that the
+    model lacks, such as the rows that pad a vocabulary, have the logit -inf: they count as probability 0.
+
+    Args:
+        logits: [..., V], this rank's shard.
+        targets: [...], int64 ids of the whole vocabulary, equal on every rank of the group.
+        temperature: divides the logits.
+        group: the ranks that share the vocabulary; one all-gather of four floats a token.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {list(logits.shape)} do not fit targets {list(targets.shape)}: expected [..., V] and [...]"
+        )
+    shape = targets.shape
+    logprobs, entropies = _VocabLogprobs.apply(logits.flatten(0, -2), targets.flatten(), temperature, group)
+    return logprobs.view(shape), entropies.view(shape)
+
+
+class Context(Protocol):
+    """What autograd's context offers, which its own class does not declare."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors for the backward pass."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Choose zeros (True) or None for the gradient of an output that was not used."""
+
+
+class _VocabContext(Context, Protocol):
+    temperature: float
+
+
+class _VocabLogprobs(torch.autograd.Function):
+    """The differentiable operation on [N, V]; saves the logits and two floats a token."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _VocabContext, logits_NV: Tensor, targets_N: Tensor, temperature: float, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        columns_N = targets_N - group_rank(group) * logits_NV.shape[1]
+        parts = []
+        for rows in chunks_of_rows(logits_NV):
+            chunk = scaled(logits_NV[rows], temperature)
+            parts.append(torch.cat((softmax_sums(chunk), pick(chunk, columns_N[rows])[None])))
+        sums_KN = torch.cat(parts, 1) if parts else logits_NV.new_zeros(4, 0, dtype=wide(logits_NV.dtype))
+        logprobs_N, entropies_N, normalizers_N = finish(sums_KN[:3], sums_KN[3], group)
+        ctx.save_for_backward(logits_NV, columns_N, normalizers_N, entropies_N)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprobs_N, entropies_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override] - the base takes anything
+        ctx: _VocabContext, u_N: Tensor | None, v_N: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
+        logits_NV, columns_N, normalizers_N, entropies_N = ctx.saved_tensors
+        gradient_NV = torch.empty_like(logits_NV)
+        for rows in chunks_of_rows(logits_NV):
+            gradient_NV[rows] = softmax_gradient(
+                scaled(logits_NV[rows], ctx.temperature),
+                columns_N[rows],
+                torch.stack((normalizers_N[rows], entropies_N[rows])),
+                None if u_N is None else u_N[rows] / ctx.temperature,
+                None if v_N is None else v_N[rows] / ctx.temperature,
+            )
+        return gradient_NV, None, None, None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that sums are formed in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return the logits in at least float32, divided by the temperature."""
+    logits = logits.to(wide(logits.dtype))
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def softmax_sums(logits_NV: Tensor) -> Tensor:
+    """Return (peak, total, tilt) over the last dimension, [3, N]. A row of -inf alone gives a total of 0."""
+    peak_N = logits_NV.amax(1).clamp(min=torch.finfo(logits_NV.dtype).min / 2)
+    shifted_NV = (logits_NV - peak_N[:, None]).clamp_(min=LOWEST_LOG)
+    powers_NV = shifted_NV.exp()
+    total_N = powers_NV.sum(1)
+    return torch.stack((peak_N, total_N, shifted_NV.mul_(powers_NV).sum(1)))
+
+
+def merge_sums(sums_PKN: Tensor) -> Tensor:
+    """Return the (peak, total, tilt) of several disjoint parts of the vocabulary taken together, [3, N]."""
+    peaks_PN, totals_PN, tilts_PN = sums_PKN.unbind(1)
+    peak_N = peaks_PN.amax(0)
+    shifts_PN = peaks_PN - peak_N
+    factors_PN = shifts_PN.exp()
+    tilt_N = (factors_PN * (tilts_PN + shifts_PN.clamp(min=LOWEST_LOG) * totals_PN)).sum(0)
+    return torch.stack((peak_N, (factors_PN * totals_PN).sum(0), tilt_N))
+
+
+def pick(logits_NV: Tensor, columns_N: Tensor) -> Tensor:
+    """Return each token's logit at its column, -inf where the column lies outside."""
+    width = logits_NV.shape[1]
+    inside_N = (columns_N >= 0) & (columns_N < width)
+    picked_N = logits_NV.gather(1, columns_N.clamp(0, width - 1)[:, None])[:, 0]
+    return picked_N.masked_fill(~inside_N, -torch.inf)
+
+
+def finish(sums_KN: Tensor, target_logits_N: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities, entropies and normalisers from each rank's sums, merged in rank order."""
+    parts_PKN = gather_over(group, torch.cat((sums_KN, target_logits_N[None])))
+    peak_N, total_N, tilt_N = merge_sums(parts_PKN[:, :3])
+    log_total_N = total_N.log()
+    # Every rank but the owner of the target sent -inf.
+    logprobs_N = parts_PKN[:, 3].amax(0) - peak_N - log_total_N
+    return logprobs_N, log_total_N - tilt_N / total_N, peak_N + log_total_N
+
+
+def softmax_gradient(
+    logits_NV: Tensor, columns_N: Tensor, saved_2N: Tensor, u_N: Tensor | None, v_N: Tensor | None
+) -> Tensor:
+    """Return u ([j = y] - p_j) - v p_j (log p_j + H) for the columns of a shard or tile, [N, V].
+
+    Args:
+        logits_NV: scaled logits.
+        columns_N: the target's column; may lie outside.
+        saved_2N: normaliser and entropy of the whole vocabulary.
+        u_N: upstream gradient of the log-probability, if any.
+        v_N: upstream gradient of the entropy, if any.
+    """
+    normalizers_N, entropies_N = saved_2N
+    logs_NV = (logits_NV - normalizers_N[:, None]).clamp_(min=LOWEST_LOG)
+    gradient_NV = logs_NV.exp()
+    if v_N is None:
+        gradient_NV *= -(torch.zeros_like(entropies_N) if u_N is None else u_N)[:, None]
+    else:
+        slopes_NV = logs_NV.add_(entropies_N[:, None]).mul_(-v_N[:, None])
+        gradient_NV *= slopes_NV if u_N is None else slopes_NV.sub_(u_N[:, None])
+    if u_N is None:
+        return gradient_NV
+    width = logits_NV.shape[1]
+    inside_N = (columns_N >= 0) & (columns_N < width)
+    return gradient_NV.scatter_add_(
+        1, columns_N.clamp(0, width - 1)[:, None], torch.where(inside_N, u_N, 0).to(gradient_NV.dtype)[:, None]
+    )
+
+
+def chunks_of_rows(logits_NV: Tensor) -> list[slice]:
+    """Return slices of rows with at most ``CHUNK_ELEMENTS`` logits each, or of one row."""
+    rows = max(1, CHUNK_ELEMENTS // max(logits_NV.shape[1], 1))
+    return [slice(start, start + rows) for start in range(0, len(logits_NV), rows)]

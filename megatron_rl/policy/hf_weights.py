@@ -1,0 +1,333 @@
+"""Weights between Hugging Face files and this rank's shards, by the family's table of names."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_rl.distributed.collectives import Group, gather_over, group_rank, group_size
+from megatron_rl.distributed.mesh import Mesh
+from megatron_rl.errors import DataError
+from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.hf_mapping.engine import local_name
+from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
+
+
+@dataclass(frozen=True)
+class LocalParam:
+    """One parameter (or router's bias) of this rank: its table entry, its global indices, and its tensor."""
+
+    name: ParamMapping
+    layer: int
+    expert: int
+    parameter: Tensor
+    is_trained: bool = True
+    stack: str = ""
+    """The tensor of a checkpoint that holds this one and those of the layer's other experts; empty: it has its own."""
+
+    @property
+    def full_name(self) -> str:
+        """Its name in the whole model, the same under every layout."""
+        return self.name.full(self.layer, self.expert)
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors that it is a part of."""
+        return self.name.hf_names(self.layer, self.expert)
+
+    def group(self, mesh: Mesh) -> Group:
+        """The ranks that hold the other shards of the same tensor."""
+        return mesh.expert_tensor if self.name.is_expert else mesh.tensor
+
+    def whole_group(self, mesh: Mesh) -> Group:
+        """The ranks that hold shards of the same tensor of a checkpoint."""
+        return mesh.experts if self.stack else self.group(mesh)
+
+    def is_first_copy(self, mesh: Mesh) -> bool:
+        """True on the ranks that hold the first data-parallel copy of this tensor's shards."""
+        if self.name.is_expert:
+            return group_rank(mesh.expert_data) == 0
+        return group_rank(mesh.data) == 0 and group_rank(mesh.context) == 0
+
+    def copies(self, mesh: Mesh) -> tuple[int, int]:
+        """Which of the equal copies of this shard this rank holds, and how many there are."""
+        axes = [mesh.expert_data] if self.name.is_expert else [mesh.data, mesh.context]
+        axes += [self.group(mesh)] if self.name.layout.dim is None else []
+        copy, copies = 0, 1
+        for axis in axes:
+            copy, copies = copy * group_size(axis) + group_rank(axis), copies * group_size(axis)
+        return copy, copies
+
+    def owner_rank(self, mesh: Mesh) -> int:
+        """The global rank that gathers this tensor's shards and hands them on."""
+        group = self.whole_group(mesh)
+        return mesh.world.rank if group is None else dist.get_global_rank(group, 0)
+
+
+def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh) -> list[LocalParam]:
+    """Return every parameter of this rank, and every router's bias, with its table entry.
+
+    A tied head is left out: it is the embedding.
+
+    Raises:
+        DataError: a parameter has no entry in the table.
+    """
+    entries = {name.megatron: name for name in family.names}
+    first_expert = (
+        group_rank(mesh.expert) * (family.num_experts // group_size(mesh.expert)) if family.num_experts else 0
+    )
+    shards = []
+    for chunk in unwrap_model(list(chunks)):
+        trained = dict(chunk.named_parameters())
+        biases = {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
+        for own_name, parameter in (trained | biases).items():
+            if family.tied and own_name == "output_layer.weight":
+                continue
+            canonical = local_name(own_name)
+            layer = expert = 0
+            if match := re.search(r"layers\.(\d+)\.", canonical):
+                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+                canonical = canonical.replace(match[0], "layers.{layer}.", 1)
+            if match := re.search(r"local_experts\.(\d+)\.", canonical):
+                expert = first_expert + int(match[1])
+                canonical = canonical.replace(match[0], "local_experts.{expert}.", 1)
+            if canonical not in entries:
+                raise DataError(f"the model's parameter {own_name} has no entry in the table of names ({canonical})")
+            name = entries[canonical]
+            stack = family.stacks.get(name.hf[0], "").format(layer=layer)
+            shards.append(LocalParam(name, layer, expert, parameter, own_name in trained, stack))
+    return shards
+
+
+def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> list[LocalParam]:
+    """Return the output head of a last stage without the embedding it is tied to, as another copy of the embedding."""
+    if not family.tied:
+        return []
+    embedding = next(name for name in family.names if name.megatron.startswith("embedding."))
+    heads = [chunk for chunk in unwrap_model(list(chunks)) if chunk.post_process and not chunk.pre_process]
+    return [LocalParam(embedding, 0, 0, chunk.output_layer.weight) for chunk in heads]
+
+
+def mark_shards(shards: Sequence[LocalParam], mesh: Mesh) -> None:
+    """Tell megatron which parameters are cut over tensor-parallel ranks.
+
+    Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves
+    its shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
+
+    What each rank of an expert has whole (a bias) counts on the first of them, whichever of the dense weights' tensor
+    ranks that is; nor is its gradient a part of a sum over those, as megatron's own layer says.
+    """
+    for shard in shards:
+        dim = shard.name.layout.dim
+        counts = dim is not None
+        if shard.name.is_expert:
+            counts = counts or group_rank(mesh.expert_tensor) == 0
+            setattr(shard.parameter, "sequence_parallel", False)  # noqa: B010 (no attribute of Tensor)
+        marks = {"tensor_model_parallel": counts, "partition_dim": -1 if dim is None else dim}
+        for mark, value in {**marks, "partition_stride": 1}.items():
+            setattr(shard.parameter, mark, value)
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh, folder: Path) -> None:
+    """Fill this rank's parameters from a checkpoint folder of either kind; every tensor must be there and fit.
+
+    Raises:
+        DataError: a tensor is missing, extra or misshapen, or a file cannot be read.
+    """
+    source = open_source(folder, family)
+    source.check(family)
+    for shard in [*shards_of(chunks, family, mesh), *tied_copies(chunks, family)]:
+        parts = [source.read(name) for name in shard.hf_names]
+        group = shard.group(mesh)
+        piece = shard.name.layout.shard(parts, group_rank(group), group_size(group))
+        if not shard.is_trained:
+            # megatron keeps a router's bias in float32, but its bfloat16 wrapper has just cast it
+            shard.parameter.data = shard.parameter.data.to(torch.promote_types(piece.dtype, torch.float32))
+        shard.parameter.copy_(piece)
+
+
+PARTS = 5
+"""Of a bucket: this rank's shards in a row, those of all ranks, a tensor that they make, its parts while it is put
+together, and tensors that whoever asked has not done with yet."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """The model under Hugging Face names, tensor by tensor.
+
+    ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
+    be larger, it is never cut. Where the experts of a layer are one tensor, that one comes on top, in host memory.
+    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``own`` are collective: every
+    rank must exhaust the same one of them.
+    """
+
+    shards: Sequence[LocalParam]
+    mesh: Mesh
+    bucket_bytes: int
+    pick: Callable[[Tensor], Tensor] = Tensor.detach
+
+    def own(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that this rank speaks for, on the CPU: those of all ranks together are the model, once."""
+        for owner in range(self.mesh.world.size):
+            for merged in self._merged(owner):
+                yield from merged
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor on the CPU of the main rank, nothing on the others; owners send theirs there."""
+        mesh = self.mesh
+        for owner in range(mesh.world.size):
+            for merged in self._merged(owner):
+                if owner == 0:
+                    yield from merged
+                    continue
+                for message in _messages(merged, self.bucket_bytes // PARTS):
+                    _send(message, mesh, self.bucket_bytes // PARTS)
+                    message.clear()
+            if mesh.world.rank == owner != 0:
+                _send({}, mesh, 0)
+            elif mesh.world.rank == 0 != owner:
+                yield from _receive(owner, mesh, self.bucket_bytes // PARTS)
+
+    @torch.no_grad()
+    def _merged(self, owner: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Yield the owner's tensors, bucket by bucket, to the owner itself; the ranks that share them take part."""
+        mine = [
+            shard for shard in self.shards if shard.is_first_copy(self.mesh) and shard.owner_rank(self.mesh) == owner
+        ]
+        # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
+        stacked = sorted((s for s in mine if s.stack), key=attrgetter("stack"))  # one after the other
+        dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == own] for own in (False, True))
+        for part in (dense, experts, stacked):
+            group = part[0].whole_group(self.mesh) if part else None
+            share, stacks = self.bucket_bytes // PARTS // group_size(group), Stacks(self.mesh)
+            for bucket in _buckets(part, share):
+                gathered = _gather(bucket, group, self.pick)
+                if self.mesh.world.rank == owner:
+                    yield stacks.merge(bucket, gathered) if part is stacked else _merge(bucket, gathered)
+                del gathered  # before the next one comes
+
+
+def _buckets(shards: Sequence[LocalParam], bucket_bytes: int) -> Iterator[list[LocalParam]]:
+    """Cut a list of shards into runs of one dtype that fit in a bucket."""
+    bucket: list[LocalParam] = []
+    used = 0
+    for shard in shards:
+        size = shard.parameter.numel() * shard.parameter.element_size()
+        if bucket and (used + size > bucket_bytes or shard.parameter.dtype != bucket[0].parameter.dtype):
+            yield bucket
+            bucket, used = list[LocalParam](), 0
+        bucket.append(shard)
+        used += size
+    if bucket:
+        yield bucket
+
+
+def _gather(bucket: Sequence[LocalParam], group: Group, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the shards of all ranks of the bucket's group, [ranks, elements], by one collective."""
+    if group_size(group) > 1:
+        return gather_over(group, torch.cat([pick(shard.parameter).flatten() for shard in bucket]))
+    return torch.cat([pick(shard.parameter).flatten() for shard in bucket])[None]
+
+
+def _pieces(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[LocalParam, list[Tensor]]]:
+    """Yield each shard of a bucket with those that the ranks have in its place, in rank order."""
+    offset = 0
+    for shard in bucket:
+        count = shard.parameter.numel()
+        yield shard, [rank_flat[offset : offset + count].view(shard.parameter.shape) for rank_flat in gathered]
+        offset += count
+
+
+def _merge(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a bucket's shards make: copies, so that the bucket can go."""
+    for shard, pieces in _pieces(bucket, gathered):
+        for name, part in zip(shard.hf_names, shard.name.layout.merge(pieces), strict=True):
+            whole = part.contiguous().cpu()
+            shares = whole.untyped_storage().data_ptr() == gathered.untyped_storage().data_ptr()
+            yield name, whole.clone() if shares else whole
+
+
+@dataclass
+class Stacks:
+    """Puts the experts of a layer together, in host memory: a stack is there from its first bucket to its last."""
+
+    mesh: Mesh
+    _open: dict[str, Tensor] = field(default_factory=dict)
+    _missing: dict[str, int] = field(default_factory=dict)
+
+    def merge(self, bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the stacks that a bucket completes; ``gathered`` comes from the ranks of ``Mesh.experts``, in order."""
+        sharing, ranks = group_size(self.mesh.expert_tensor), group_size(self.mesh.expert)
+        for shard, pieces in _pieces(bucket, gathered):
+            name, experts = shard.stack, shard.name.experts
+            for rank in range(ranks):
+                (one,) = shard.name.layout.merge(pieces[rank * sharing : (rank + 1) * sharing])
+                if name not in self._open:
+                    self._open[name] = torch.empty(experts, *one.shape, dtype=one.dtype)
+                    self._missing[name] = experts
+                self._open[name][rank * (experts // ranks) + shard.expert] = one
+            self._missing[name] -= ranks
+            if not self._missing[name]:
+                yield name, self._open.pop(name)
+
+
+def _messages(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Yield tensors in groups of at most so many bytes; a larger one is alone."""
+    message: dict[str, Tensor] = {}
+    used = 0
+    for name, tensor in tensors:
+        if message and used + tensor.nbytes > most_bytes:
+            yield message
+            message = {}
+            used = 0
+        message[name] = tensor
+        used += tensor.nbytes
+        del tensor
+    if message:
+        yield message
+
+
+def _send(tensors: Mapping[str, Tensor], mesh: Mesh, part_bytes: int) -> None:
+    """Send tensors to the main rank, in parts of so many bytes."""
+    device = mesh.world.device
+    header = json.dumps([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
+    text = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8).to(device)
+    dist.send(torch.tensor([len(text)], device=device), dst=0)
+    dist.send(text, dst=0)
+    flats = [t.flatten().view(torch.uint8) for t in tensors.values()]
+    flat = flats[0] if len(flats) == 1 else torch.cat(flats) if flats else text[:0]
+    for part in flat.split(part_bytes) if flats else ():
+        dist.send(part.to(device), dst=0)
+
+
+def _receive(owner: int, mesh: Mesh, part_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    device = mesh.world.device
+    while True:
+        size = torch.zeros(1, dtype=torch.int64, device=device)
+        dist.recv(size, src=owner)
+        text = torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.recv(text, src=owner)
+        entries = json.loads(text.cpu().numpy().tobytes())
+        if not entries:
+            return
+        sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, shape, dtype in entries]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        for part in flat.split(part_bytes):
+            buffer = torch.empty_like(part, device=device)
+            dist.recv(buffer, src=owner)
+            part.copy_(buffer)
+        del buffer, part
+        for (name, shape, dtype), own in zip(entries, flat.split(sizes), strict=True):
+            alone = own if len(entries) == 1 else own.clone()
+            yield name, alone.view(getattr(torch, dtype)).view(shape)
+        del flat, own, alone  # before the next one comes

@@ -1,0 +1,201 @@
+"""Routing replay: the experts that a token took in one pass are taken again in another.
+
+    none     every pass routes for itself
+    report   likewise, and what the engine says it chose is compared with what the trainer chooses
+    r2       what ``score`` chose is taken again in ``accumulate``: both see the same experts, whatever rounding does
+    r3       what the engine chose is taken in both: rollout and trainer see the same experts
+
+Only the choice is replayed. The gates are computed from the router's own scores of the chosen experts, so the router
+keeps its gradient. A token without a record (the last of a sequence, which the engine never read; padding) is routed
+by the live router.
+
+The record is a column of the batch, one entry a token, so it is cut and dealt like every other column: no layout,
+packing or order of micro-batches can mix tokens up. A layer finds the entries of its row in the description of the
+packed row that it is called with, the first time and when activations are recomputed, whatever the schedule.
+
+Legend: T tokens, L layers with experts, E experts that a token takes in each.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_rl.config.schema import RoutingReplay
+from megatron_rl.data.types import Batch, Columns
+from megatron_rl.distributed.collectives import group_rank, group_size, sum_over
+from megatron_rl.distributed.mesh import Mesh
+from megatron_rl.errors import TrainingError
+from megatron_rl.models.hf_mapping.rules import Family
+from megatron_rl.policy.rows import PackedRow, RankRow, Routes
+
+TopK = Callable[..., tuple[Tensor, Tensor]]
+
+
+class LayerReplay(RouterReplay):
+    """Stands between a router's scores and its choice, in megatron-core's own place for that."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+        """Of its layer among the layers with experts, over the whole model."""
+        self.routes: Routes | None = None
+        """Of the row that the layer works on now."""
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: TopK | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores and numbers of the experts to take, each [T, E]; scores is [T, experts]."""
+        assert default_compute_topk is not None, "megatron-core always gives its own top-k"
+        values_TE, live_TE = default_compute_topk(scores, topk, num_groups, group_topk)
+        routes = self.routes
+        if routes is None:
+            return values_TE, live_TE
+        if routes.chosen is not None:
+            routes.chosen[self.place] = live_TE.to(torch.int16)
+        if not routes.replays:
+            return values_TE, live_TE
+        given_TE = routes.given_TLE[:, self.place].to(live_TE)
+        taken_TE = torch.where(routes.known_T[:, None].to(scores.device), given_TE, live_TE)
+        return scores.gather(1, taken_TE), taken_TE
+
+
+class Replay:
+    """Arms rows with what their tokens shall take, and gathers what was chosen."""
+
+    def __init__(
+        self, mode: RoutingReplay, chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh
+    ) -> None:
+        self.mode: RoutingReplay = mode if family.num_experts else "none"
+        self._mesh = mesh
+        self._shape = family.routes
+        self._kept: list[Routes] | None = None
+        self._is_off = False
+        config = chunks[0].config
+        self._shares_tokens = bool(config.sequence_parallel) and group_size(mesh.tensor) > 1
+        if self.mode != "none":
+            self._attach(chunks)
+
+    def _attach(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        places = {layer: place for place, layer in enumerate(self._shape.layers)}
+        for chunk in unwrap_model(list(chunks)):
+            for layer in chunk.decoder.layers:
+                router = getattr(layer.mlp, "router", None)
+                if isinstance(router, TopKRouter):
+                    router.router_replay = LayerReplay(places[layer.layer_number - 1])
+                    layer.register_forward_pre_hook(partial(_hand_over, router.router_replay), with_kwargs=True)
+        # Megatron's list of all routers would keep models alive, and we address routers by layer.
+        RouterReplay.clear_global_router_replay_instances()
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Routes]]:
+        """Yield the list that takes the routes of every row that is armed meanwhile."""
+        self._kept = []
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let every router decide: other weights (a reference policy's) have routes of their own."""
+        self._is_off = True
+        try:
+            yield
+        finally:
+            self._is_off = False
+
+    def arm(self, row: RankRow, batch: Batch) -> RankRow:
+        """Give the row what is known of its tokens' routes; return it."""
+        if self.mode == "none" or self._is_off:
+            return row
+        name = "routes_T" if self.mode == "r2" else "rollout_routes_T"
+        local_T = row.token_ids_T
+        if self._shares_tokens:
+            local_T = local_T.chunk(group_size(self._mesh.tensor))[group_rank(self._mesh.tensor)]
+        given_TLE, known_T = self._empty(len(local_T)), torch.zeros(len(local_T), dtype=torch.bool)
+        if name in batch:
+            if batch[name].shape[1:] != given_TLE.shape[1:]:
+                found, expected = list(batch[name].shape[1:]), list(given_TLE.shape[1:])
+                raise TrainingError(f"{name} is {found} for each token, the model needs {expected}")
+            given_TLE, known_T = batch[name][local_T.clamp(min=0)], local_T >= 0
+            if self.mode != "r2":
+                known_T &= batch["rollout_routed_T"][local_T.clamp(min=0)]
+        replays = self.mode in ("r2", "r3")
+        if replays:
+            # Padding takes the first experts: if it moved, the experts' matrix products would round differently.
+            given_TLE[local_T < 0] = torch.arange(self._shape.per_token, dtype=given_TLE.dtype)
+            known_T |= local_T < 0
+        routes = Routes(local_T, given_TLE, known_T, replays, None if self._kept is None else {})
+        row.packed.routes = routes
+        if self._kept is not None:
+            self._kept.append(routes)
+        return row
+
+    def columns(self, kept: Sequence[Routes], batch: Batch) -> Columns:
+        """Return what a scoring pass found: ``routes_T`` under r2, else in how many layers the engine chose otherwise.
+
+        ``routes_T``: uint8 or int16 [T, L, E]. ``routing_differs_T``: int32, layers. Collective.
+
+        Raises:
+            TrainingError: some token was not routed exactly once in every layer.
+        """
+        if self.mode == "r2":
+            routes_TLE = self._empty(int(batch.lengths_B.sum()))
+            for place in range(len(self._shape.layers)):
+                routes_TLE[:, place] = self._gathered(kept, place, len(routes_TLE))
+            return {"routes_T": routes_TLE}
+        if self.mode == "none" or "rollout_routes_T" not in batch:
+            return {}
+        return {"routing_differs_T": self._differences(kept, int(batch.lengths_B.sum()))}
+
+    def _empty(self, tokens: int) -> Tensor:
+        return torch.zeros(tokens, *self._shape.each, dtype=getattr(torch, self._shape.dtype))
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank speaks for its tokens: without sequence parallelism all tensor ranks see the same."""
+        return self._shares_tokens or group_rank(self._mesh.tensor) == 0
+
+    def _gathered(self, kept: Sequence[Routes], place: int, total: int) -> Tensor:
+        """Return [T, E], int32 on the CPU: one layer's choice from whichever ranks made it."""
+        own = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
+        for routes in kept:
+            if routes.chosen and place in routes.chosen and self._reports:
+                real_T = (routes.token_ids_T >= 0).to(own.device)
+                chosen_TE = routes.chosen[place][real_T].to(own.dtype)
+                counted = torch.cat([chosen_TE, torch.ones_like(chosen_TE[:, :1])], dim=1)
+                own.index_add_(0, routes.token_ids_T.to(own.device)[real_T], counted)
+        summed = sum_over(torch.distributed.group.WORLD, own).cpu()
+        if bool((summed[:, -1] != 1).any()):
+            wrong, layer = int((summed[:, -1] != 1).sum()), self._shape.layers[place]
+            raise TrainingError(f"{wrong} of {total} tokens were not routed exactly once in layer {layer}")
+        return summed[:, :-1]
+
+    def _differences(self, kept: Sequence[Routes], total: int) -> Tensor:
+        own_T = torch.zeros(total, dtype=torch.int32, device=self._mesh.world.device)
+        for routes in kept if self._reports else ():
+            known_T = (routes.known_T & (routes.token_ids_T >= 0)).to(own_T.device)
+            ids_T = routes.token_ids_T.to(own_T.device)[known_T]
+            for place, chosen_TE in (routes.chosen or {}).items():
+                given_TE = routes.given_TLE[:, place].to(chosen_TE)
+                other_T = (given_TE.sort(1).values != chosen_TE.sort(1).values).any(1)
+                own_T.index_add_(0, ids_T, other_T[known_T].to(own_T.dtype))
+        return sum_over(torch.distributed.group.WORLD, own_T).cpu()
+
+
+def _hand_over(replay: LayerReplay, _layer: nn.Module, _args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """Tell a layer's router which row it works on: a forward hook, so that recomputation tells it again."""
+    packed = kwargs.get("packed_seq_params")
+    replay.routes = packed.routes if isinstance(packed, PackedRow) else None

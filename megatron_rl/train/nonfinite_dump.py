@@ -1,0 +1,104 @@
+"""What a step that met NaN or inf leaves behind, and one rank of running it again.
+
+RUN/nonfinite/row.safetensors    the micro-batch with all its columns; in its header the run, its ranks, the finding
+              *.safetensors ...  the weights that it was run on, a Hugging Face checkpoint
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rl.algorithms.loss import make_loss
+from megatron_rl.config.load import to_json
+from megatron_rl.config.schema import Run
+from megatron_rl.data.files import load_batch, read_words, save_batch
+from megatron_rl.data.pack import one_row
+from megatron_rl.data.types import Batch
+from megatron_rl.distributed.mesh import start_world
+from megatron_rl.errors import TrainingError
+from megatron_rl.observability.file_names import NONFINITE
+from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.nonfinite import NonFiniteError
+from megatron_rl.train.export import export_hf
+from megatron_rl.util.atomic import replace_text
+
+ROW, WEIGHTS = "row.safetensors", "weights"
+REPLAY_RUN, REPLAYED = "run.json", "replayed.json"
+"""Files of the folder that a replay's ranks read and write."""
+
+
+@contextmanager
+def nonfinite_dump(run: Run, policy: Policy, name_of: Callable[[int], str | None]) -> Iterator[None]:
+    """Save the micro-batch of a ``NonFiniteError`` and its weights; raise again with the sample's id and the file.
+
+    Raises:
+        TrainingError: the same error in the words of the main rank; a short one on the others.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        folder = Path(run.log.path) / NONFINITE
+        folder.mkdir(parents=True, exist_ok=True)
+        export_hf(policy, run, folder / WEIGHTS)
+        if not policy.mesh.world.is_main:
+            dist.barrier()
+            raise TrainingError("stopped by NaN or inf; the main rank says where") from error
+        save_row(error, run, policy.mesh.world.size, folder / ROW)
+        dist.barrier()
+        sample = error.finding.sample
+        name = "" if sample is None else f"\n  sample {sample} is {name_of(sample)}"
+        file = folder / ROW
+        raise TrainingError(f"{error}{name}\n  run it again alone: megatron-rl replay {file}") from error
+
+
+def save_row(error: NonFiniteError, run: Run, ranks: int, file: Path) -> None:
+    """Write the micro-batch with what is known about it."""
+    words = {"run": to_json(run), "ranks": str(ranks), "finding": json.dumps(asdict(error.finding))}
+    save_batch(error.batch, file, {**words, "message": str(error)})
+
+
+def replay_rank(file: Path, folder: Path) -> int:
+    """Score the micro-batch of a file, form its loss, run backward; the main rank writes what came up to ``folder``."""
+    run = Run.model_validate_json((folder / REPLAY_RUN).read_text(encoding="utf-8"))
+    world = start_world(run.train.step_timeout_seconds, run.train.deterministic)
+    policy = Policy(run, world, total_updates=1)
+    stages = [{"stage": stage, "found": found} for stage, found in _stages(policy, run, load_batch(file))]
+    if world.is_main:
+        replace_text(folder / REPLAYED, json.dumps(stages))
+    dist.destroy_process_group()
+    return 0
+
+
+def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str | None]]:
+    """Yield each stage with what it found, up to the first that found something."""
+    rows = one_row(batch, policy.row_rules)
+    try:
+        policy.score(rows)
+    except NonFiniteError as error:
+        yield "score", error.finding.words()
+        return
+    yield "score", None
+    if "weights_T" not in batch:
+        return
+    try:
+        policy.accumulate(rows, make_loss(run.objective, run.kl))
+    except NonFiniteError as error:
+        yield "loss and backward", error.finding.words()
+        return
+    yield "loss and backward", None
+
+
+def saved_run(file: Path) -> tuple[Run, int, str]:
+    """Return the run that a file is from, its number of ranks, and the error's message."""
+    words = read_words(file)
+    return Run.model_validate_json(words["run"]), int(words["ranks"]), words["message"]
+
+
+def on_saved_weights(run: Run, file: Path) -> Run:
+    """Return the run with the weights beside the file."""
+    path = str(file.resolve().parent / WEIGHTS)
+    return run.model_copy(update={"model": run.model.model_copy(update={"path": path})})
