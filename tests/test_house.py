@@ -1,8 +1,13 @@
-"""How the house is kept: sizes, arrows, surface. A number here may shrink; to let it grow is a decision."""
+"""The rules of the house, one test per rule; a failure lists every offender.
+
+A limit may shrink; raising one is a decision that a review discusses.
+"""
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,93 +18,151 @@ from megatron_rl.config.tree import all_fields
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_rl"
-FILES = sorted(PACKAGE.rglob("*.py"))
 
-MOST_FILE_LINES = 400
-MOST_FUNCTION_LINES = 60
-MOST_LOOP_LINES = 120
-MOST_CONFIG_FIELDS = 161
-MOST_ARGUMENTS = 6
-VERBS = ["check", "eval", "fleet", "preflight", "prove", "replay", "report", "serve", "slurm", "train"]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_LOOP_LINES = 120
+MAX_CONFIG_FIELDS = 161
+VERBS = ["check", "eval", "fleet", "preflight", "prove", "replay", "replay-rank", "report", "serve", "slurm", "train"]
 
+DEVICE_STAND_INS = "distributed/cpu.py"
+"""Replaces ``torch.cuda`` on machines without a GPU, so it alone may name the device."""
 
-def every_file():
-    return pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-
-
-def functions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
-
-
-@every_file()
-def test_files_are_short(file):
-    assert len(file.read_text().splitlines()) <= MOST_FILE_LINES
+# Offenders of the rules that came with the second house: what is left of them. These only shrink.
+DUPLICATE_CLASSES_LEFT = """
+Batch Bucket Chunk Codec Comparison Environment Fleet Group Layout Piece Place Record Report Row Sample Share Source
+TensorHeader WeightTransport WeightUpdate Weights Work
+"""
+RIDDLES_LEFT = 97
+BRITISH_LEFT = 27
 
 
-@every_file()
-def test_functions_are_short(file):
-    lines = {f.name: (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions(file)}
-    long = {name: count for name, count in lines.items() if count > MOST_FUNCTION_LINES}
-    assert long == {}
+@dataclass(frozen=True)
+class Module:
+    """A parsed file of the package."""
+
+    name: str
+    text: str
+    tree: ast.Module
+
+    def nodes(self, *kinds: type[ast.AST]) -> Iterator[ast.AST]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, kinds))
 
 
-@every_file()
-def test_positional_arguments_are_few(file):
-    # ``forward``: torch's and megatron's signature. A Triton kernel takes its arguments by position only.
-    ours = [
-        f for f in functions(file) if f.name != "forward" and "triton.jit" not in map(ast.unparse, f.decorator_list)
+def parse(file: Path) -> Module:
+    text = file.read_text()
+    return Module(str(file.relative_to(PACKAGE)), text, ast.parse(text))
+
+
+MODULES = [parse(file) for file in sorted(PACKAGE.rglob("*.py"))]
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Yield ``file:line`` and the text of every docstring, those under fields and constants included."""
+    for module in MODULES:
+        for node in module.nodes(ast.Expr):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                yield f"{module.name}:{node.lineno}", node.value.value.strip()
+
+
+def test_files_are_short():
+    lengths = {module.name: len(module.text.splitlines()) for module in MODULES}
+    assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+def test_functions_are_short():
+    offenders = {
+        f"{module.name}:{node.lineno} {node.name}": length
+        for module in MODULES
+        for node in module.nodes(ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_FUNCTION_LINES
+    }
+    assert offenders == {}
+
+
+def test_no_device_is_named():
+    pattern = re.compile(r'\.cuda\(|device="cuda"')
+    assert [m.name for m in MODULES if pattern.search(m.text) and m.name != DEVICE_STAND_INS] == []
+
+
+def test_no_exception_is_swallowed():
+    offenders = [
+        f"{module.name}:{node.lineno}"
+        for module in MODULES
+        for node in module.nodes(ast.ExceptHandler)
+        if isinstance(node, ast.ExceptHandler)
+        and not isinstance(node.body[-1], ast.Raise)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
     ]
-    many = {f.name for f in ours if len(f.args.args) + len(f.args.posonlyargs) > MOST_ARGUMENTS + 1}
-    assert many == set()
+    assert offenders == []
 
 
-@every_file()
-def test_no_device_is_named_and_nothing_is_swallowed(file):
-    text = file.read_text()
-    # the stand-ins for torch.cuda are the one place that must say it
-    if file != PACKAGE / "distributed" / "cpu.py":
-        assert ".cuda(" not in text
-        assert 'device="cuda"' not in text
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise):
-            caught = ast.unparse(node.type) if node.type else "everything"
-            assert caught not in ("everything", "Exception", "BaseException"), f"line {node.lineno}"
+def test_sources_are_ascii():
+    assert [module.name for module in MODULES if not module.text.isascii()] == []
 
 
-@every_file()
-def test_ascii_and_no_unowned_todo(file):
-    text = file.read_text()
-    assert text.isascii()
-    assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d+)", text)
+def test_todos_name_an_issue():
+    pattern = re.compile(r"\b(TODO|FIXME|XXX)\b(?!.*#\d+)")
+    assert [module.name for module in MODULES if pattern.search(module.text)] == []
+
+
+def test_class_names_are_unique():
+    files = defaultdict(list)
+    for module in MODULES:
+        for node in module.nodes(ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and node.name not in DUPLICATE_CLASSES_LEFT.split():
+                files[node.name].append(module.name)
+    assert {name: places for name, places in files.items() if len(places) > 1} == {}
+
+
+def test_docstrings_can_be_understood_alone():
+    offenders = [
+        f"{place}: {text.splitlines()[0]}"
+        for place, text in docstrings()
+        if text.startswith(("Of ", "See ", "Between ", "By "))
+        or not re.search(r"[a-z]{2}", re.sub(r"``.*?``", "", text))
+    ]
+    assert len(offenders) <= RIDDLES_LEFT, offenders
+
+
+def test_spelling_is_american():
+    pattern = re.compile(
+        r"(initiali|optimi|normali|seriali|organi|recogni|materiali)s(e|ed|er|es|ing|ation)\b|colour", re.I
+    )
+    offenders = [
+        f"{module.name}:{number}: {found[0]}"
+        for module in MODULES
+        for number, line in enumerate(module.text.splitlines(), 1)
+        if (found := pattern.search(line))
+    ]
+    assert len(offenders) <= BRITISH_LEFT, offenders
 
 
 @pytest.mark.parametrize("name", ["train/loop.py", "algorithms/loss.py"])
 def test_the_loop_and_the_loss_name_no_objective(name):
-    file = PACKAGE / name
-    if not file.exists():
-        pytest.skip(f"{name} is not written yet")
-    code = file.read_text().lower()
-    for objective in (
-        path.stem
-        for path in (PACKAGE / "algorithms" / "objectives").glob("*.py")
-        if path.stem not in ("__init__", "base")
-    ):
-        assert not re.search(rf"\b{objective}\b", code), objective
-    if name == "train/loop.py":
-        assert len(code.splitlines()) <= MOST_LOOP_LINES
+    code = (PACKAGE / name).read_text().lower()
+    files = (PACKAGE / "algorithms" / "objectives").glob("*.py")
+    objectives = [file.stem for file in files if file.stem not in ("__init__", "base")]
+    assert [objective for objective in objectives if re.search(rf"\b{objective}\b", code)] == []
+
+
+def test_the_loop_is_one_screen():
+    assert len((PACKAGE / "train" / "loop.py").read_text().splitlines()) <= MAX_LOOP_LINES
 
 
 def test_the_configuration_does_not_grow_by_accident():
-    assert len({key for key, _, _ in all_fields(Run)}) <= MOST_CONFIG_FIELDS
+    assert len({key for key, _, _ in all_fields(Run)}) <= MAX_CONFIG_FIELDS
 
 
 def test_the_command_line_has_only_verbs_that_exist():
     text = (PACKAGE / "cli.py").read_text()
-    assert sorted(re.findall(r'add_parser\("(\w+)"', text)) == VERBS
+    assert sorted(re.findall(r'add_parser\(\s*"([\w-]+)"', text)) == VERBS
 
 
 def test_everything_exported_at_the_top_exists():
-    for name in getattr(megatron_rl, "__all__", []):
-        assert hasattr(megatron_rl, name)
+    assert [name for name in megatron_rl.__all__ if not hasattr(megatron_rl, name)] == []
