@@ -28,7 +28,7 @@ from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.rollout.stream import Stream
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.fake import FakeServer, serving
+from tests.fleet.fake import FakeServer, serving
 
 TOKEN_SECONDS = 0.0005
 MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 250, 0.9, 4000

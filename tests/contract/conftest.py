@@ -19,7 +19,7 @@ from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
 from megatron_rl.fleet.process import ServerProcess, embedded_server
 from megatron_rl.fleet.sglang import sglang_server
 from megatron_rl.fleet.vllm import VllmClient, vllm_server
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 SGLANG = load(Run, [ROOT / "configs" / "demo.toml", ROOT / "configs" / "engine" / "sglang-cpu.toml"]).run.rollout

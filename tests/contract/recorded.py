@@ -25,7 +25,7 @@ from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
 from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import UpdateReport
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 FILE = Path(__file__).with_name("recorded.json")
 KEPT = ("version", "device", "weight_version", "dtype", "max_total_num_tokens")

@@ -17,7 +17,7 @@ from megatron_rl.weights.disk import DiskTransport
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import UpdateReport, WeightTransport
 from tests.contract.conftest import Contract
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 T = TypeVar("T")
 BUCKET_BYTES = 1 << 13

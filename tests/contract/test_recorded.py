@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.contract.recorded import FILE, Tape, hold
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from megatron_rl.ops.graphs import Graphs
 from megatron_rl.weights.checksum import sums64
 from megatron_rl.weights.ipc import IpcTransport
 from tests.gpu.test_gpu import DEVICE, REHEARSED, gpu_only
-from tests.rollout import tiny
-from tests.rollout.tiny import finished, prompts_of, work_of
+from tests.inference_server import tiny
+from tests.inference_server.tiny import finished, prompts_of, work_of
 from tests.weights.test_distributed import healthy
 
 pytestmark = [

@@ -10,7 +10,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.servers import registered, write_address
 from megatron_rl.launch.slurm.round_trip import Answer, ask_fleet, compared
-from tests.rollout.fake import FakeServer, garbage, serving
+from tests.fleet.fake import FakeServer, garbage, serving
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 

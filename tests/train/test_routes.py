@@ -12,7 +12,7 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.protocol import BadAnswer, SampleRequest, generate_body, parse_samples
 from megatron_rl.observability.routing_statistics import missing_routes, routing
 from megatron_rl.rollout.routes import route_columns
-from tests.rollout.test_protocol import answer
+from tests.fleet.test_protocol import answer
 
 SHAPE = RouteShape(layers=(0, 2), all_layers=3, experts=4, per_token=2)
 REQUEST = SampleRequest("r1", (5, 6, 7), {"max_new_tokens": 4}, SHAPE)

@@ -25,7 +25,7 @@ from megatron_rl.rollout.gauges import readings
 from megatron_rl.rollout.stream import Stream
 from megatron_rl.tasks import make_task
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.fake import FakeServer, serving
+from tests.fleet.fake import FakeServer, serving
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.toml"

@@ -28,7 +28,7 @@ from megatron_rl.rollout.group_ledger import entries
 from megatron_rl.rollout.stream import Judged, Pending, Stream
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.fake import FakeServer, serving
+from tests.fleet.fake import FakeServer, serving
 
 
 @dataclass

@@ -17,7 +17,7 @@ from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
 from megatron_rl.fleet.process import ServerProcess, embedded_server
 from megatron_rl.weights.distributed import DistributedTransport
 from megatron_rl.weights.transport import UpdateReport
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 TIMEOUT_SECONDS = 4.0
 CARRIER = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)

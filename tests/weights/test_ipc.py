@@ -20,7 +20,7 @@ from megatron_rl.fleet.process import ServerProcess, embedded_server
 from megatron_rl.weights.ipc import IpcTransport
 from megatron_rl.weights.shared_memory import CannotShare, MemoryHandle, Place, Shared, can_share, open_shared
 from megatron_rl.weights.transport import UpdateReport, checksum
-from tests.rollout import tiny
+from tests.inference_server import tiny
 from tests.weights.test_distributed import healthy, weights
 
 CPU = torch.device("cpu")

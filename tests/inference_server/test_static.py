@@ -11,9 +11,9 @@ from megatron_rl.inference_server.engine import PauseMode
 from megatron_rl.inference_server.requests import Row, Work
 from megatron_rl.inference_server.slots import Kind, size_class
 from megatron_rl.inference_server.static import StaticBatch, StaticDecoder
-from tests.rollout.test_decode import LENGTHS, assert_logprobs_are_the_models
-from tests.rollout.test_engine import LONG, double, wait_for_tokens
-from tests.rollout.tiny import finished, prompts_of, running, work_of
+from tests.inference_server.test_decode import LENGTHS, assert_logprobs_are_the_models
+from tests.inference_server.test_engine import LONG, double, wait_for_tokens
+from tests.inference_server.tiny import finished, prompts_of, running, work_of
 
 BURSTS = (1, 5)
 

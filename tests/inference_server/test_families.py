@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.convert import to_megatron
+from tests.inference_server.tiny import finished, running, work_of
 from tests.policy import families
-from tests.rollout.tiny import finished, running, work_of
 
 PROMPTS = [[3, 1, 4], [15, 9, 2, 6, 5, 3, 5, 8, 9], [7]]
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}

@@ -10,7 +10,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.inference_server.model import ServedModel
 from megatron_rl.inference_server.requests import BadRequest
 from megatron_rl.weights.transport import checksum
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 EXPERT = "model.layers.1.mlp.experts.2.gate_proj.weight"
 

@@ -19,7 +19,7 @@ from megatron_rl.fleet.members import Timeouts
 from megatron_rl.fleet.process import embedded_server
 from megatron_rl.weights.disk import DiskTransport
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.tiny import prompts_of
+from tests.inference_server.tiny import prompts_of
 
 PATIENCE = Timeouts(
     request_timeout_seconds=60,

@@ -8,7 +8,7 @@ import torch
 
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.inference_server.requests import BadRequest
-from tests.rollout.tiny import finished, prompts_of, running, work_of
+from tests.inference_server.tiny import finished, prompts_of, running, work_of
 
 LONG = {"max_new_tokens": 200, "sampling_seed": 1}
 

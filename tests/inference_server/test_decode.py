@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.inference_server.requests import Row
-from tests.rollout.tiny import finished, prompts_of, running, work_of
+from tests.inference_server.tiny import finished, prompts_of, running, work_of
 
 LENGTHS = (3, 9, 5, 9, 1, 12)
 

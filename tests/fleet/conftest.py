@@ -3,17 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rollout import tiny
+from tests.inference_server import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", params=tiny.FAMILIES)
-def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")

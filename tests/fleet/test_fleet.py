@@ -17,7 +17,7 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.fake import (
+from tests.fleet.fake import (
     FakeServer,
     Trick,
     aborted,

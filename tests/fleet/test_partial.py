@@ -18,7 +18,7 @@ from megatron_rl.fleet.partial import joined
 from megatron_rl.fleet.process import embedded_server
 from megatron_rl.fleet.protocol import Sample
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.tiny import prompts_of
+from tests.inference_server.tiny import prompts_of
 
 PATIENCE = Timeouts(60, 20, 20, 90, 0.1, 0.5, 5)
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(*range(3, 11)))]

@@ -17,7 +17,7 @@ from megatron_rl.fleet.background import LoopThread
 from megatron_rl.inference_server.engine import Engine
 from megatron_rl.inference_server.requests import BadRequest, parse_work
 from megatron_rl.inference_server.server import EmbeddedServer
-from tests.rollout.tiny import running
+from tests.inference_server.tiny import running
 
 DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 

@@ -21,7 +21,7 @@ from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.weights.tensor import TensorTransport
 from tests.contract.test_routes import SHAPE, chosen_by_transformers
-from tests.rollout.tiny import prompts_of
+from tests.inference_server.tiny import prompts_of
 
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(3, 7, 5, 4))]
 SAMPLING = Sampling(max_new_tokens=40, stop_token_ids=tuple(range(8)), temperature=0.7)

@@ -12,8 +12,8 @@ from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.fleet.router import router_process
 from megatron_rl.weights.tensor import TensorTransport
-from tests.rollout.fake import FakeServer, serving
-from tests.rollout.test_fleet import PROMPTS, SAMPLING, WEIGHTS, expected, sampled, until
+from tests.fleet.fake import FakeServer, serving
+from tests.fleet.test_fleet import PROMPTS, SAMPLING, WEIGHTS, expected, sampled, until
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = shutil.which("sglang-router") or str(ROOT / ".venv-router" / "bin" / "sglang-router")
