@@ -90,7 +90,7 @@ smollm2() {
     local work=(train.steps=60 train.prompts_per_step=16 evaluate.every=20 evaluate.prompts=256)
     $tiny && work=(train.steps=1 train.prompts_per_step=2 evaluate.every=0)
     for objective in ${OBJECTIVES:-grpo gspo sapo sspo espo}; do
-        run "smollm2-$objective" "$python" -m megatron_rl train benchmarks/study/real.toml "objective.name=$objective" \
+        run "smollm2-$objective" "$python" -m megatron_rl train studies/objectives/smollm2.toml "objective.name=$objective" \
             "model.path=${SMOLLM2:?write SMOLLM2=FOLDER before the command}" train.group_size=8 train.updates_per_step=4 \
             optimizer.lr=1e-5 "${work[@]}" "log.path=$(realpath "$out")/smollm2-$objective"
     done
