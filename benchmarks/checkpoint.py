@@ -67,7 +67,6 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     import torch
 
     from megatron_rl.config.schema import Run
-    from megatron_rl.data.pack import pack
     from megatron_rl.data.types import Loss, Metrics, Micro
     from megatron_rl.distributed.mesh import start_world
     from megatron_rl.policy.engine import Policy
@@ -83,12 +82,12 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     run = Run.model_validate({"train": {"tokens_per_microbatch": 128}, **sections})
     world = start_world(600, deterministic=True)
     policy = Policy(run, world, total_updates=10**6)
-    rows = pack(make_batch(VOCABULARY, seed=3), policy.row_rules)
+    batch = make_batch(VOCABULARY, seed=3)
     checkpoints = Checkpoints(run, world, policy)
 
     def update() -> None:
-        policy.accumulate(rows, make_loss)
-        policy.step()
+        policy.forward_backward(batch, make_loss)
+        policy.optim_step()
 
     found: dict[str, list[float]] = {name: [] for name in ("update", "stall", "complete", "update while writing")}
     if newest_checkpoint(run) is not None:

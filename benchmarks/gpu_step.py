@@ -102,7 +102,6 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
     os.environ["MEGATRON_RL_DEVICE"] = arguments.device
     from megatron_rl.algorithms.loss import make_loss, prepare
     from megatron_rl.algorithms.objectives import GRPO
-    from megatron_rl.data.pack import pack
     from megatron_rl.data.types import Batch
     from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, lone_world, make_deterministic
     from megatron_rl.policy import engine
@@ -134,19 +133,18 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
             "advantages_B": torch.randn(len(lengths_B)).double(),
         },
     )
-    rows = pack(batch, policy.row_rules)
     objective = GRPO()
-    scored = batch.add(policy.score(rows))
-    prepared = pack(scored.add(prepare(scored, objective)), policy.row_rules)
+    scored = batch.add(policy.compute_logprobs(batch).as_old())
+    prepared = scored.add(prepare(scored, objective))
 
     def step() -> None:
-        policy.accumulate(prepared, make_loss(objective))
+        policy.forward_backward(prepared, make_loss(objective))
         if not arguments.no_step:
-            policy.step()
+            policy.optim_step()
 
     results: dict[str, object] = {"parameters": sum(p.numel() for c in policy.chunks for p in c.parameters())}
     limit = json.loads(arguments.limit.read_text())["bf16 TFLOP/s"] if arguments.limit else None
-    work = {"score": (lambda: policy.score(rows), 1), "step": (step, 3)}
+    work = {"score": (lambda: policy.compute_logprobs(batch), 1), "step": (step, 3)}
     for name, (operation, passes) in work.items():
         seconds = timed(operation, arguments.repeats, world.device)
         tera = passes * size.flops(total, arguments.length) / seconds / 1e12

@@ -163,7 +163,6 @@ def full_batch(run: Run, lengths: Sequence[int], rows: int) -> Batch:
 
 def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
     """Return what this rank holds and needs for a step over so many rows of sequences of these lengths."""
-    from megatron_rl.data.pack import pack
     from megatron_rl.data.types import Loss, Metrics, Micro
     from megatron_rl.distributed.mesh import start_world
     from megatron_rl.policy.engine import Policy
@@ -173,12 +172,12 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
         return Loss(value, Metrics({"loss": value.detach()}, {}))
 
     policy = Policy(run, start_world(120, deterministic=True), total_updates=1)
-    batch = pack(full_batch(run, lengths, rows), policy.row_rules)
+    batch = full_batch(run, lengths, rows)
     parameters = [parameter for module in policy.chunks for parameter in module.parameters()]
     buffers = [*chain.from_iterable(module.buffers + module.expert_parallel_buffers for module in policy.chunks)]
     gradients = [buffer.grad_data for buffer in buffers]
     measured = Measured(held_bytes(parameters), held_bytes(gradients))
-    policy.score(batch)  # what is made once, on first use, is no activation
+    policy.compute_logprobs(batch)  # what is made once, on first use, is no activation
     meter = Meter()
     config = policy.chunks[0].config
     reduce_gradients = config.finalize_model_grads_func
@@ -190,8 +189,8 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
 
     config.finalize_model_grads_func = reduce_apart
     with meter.running():
-        policy.accumulate(batch, make_loss)
-    policy.step()
+        policy.forward_backward(batch, make_loss)
+    policy.optim_step()
     measured.optimizer = held_bytes(_optimizer_tensors(policy))
     return measured
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config.schema import Run
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import lone_world
 from megatron_rl.errors import ConfigError
@@ -54,6 +53,6 @@ def _by_megatron(folder: Path, tokens_T: Tensor) -> Tensor:
     policy = Policy(Run.model_validate(settings), lone_world(), total_updates=1)
     mask_T = torch.arange(length) > 0
     batch = Batch(torch.tensor([length]), {"input_ids_T": tokens_T, "loss_mask_T": mask_T})
-    scored = policy.score(pack(batch, policy.row_rules))["old_logprobs_T"][1:]
+    scored = policy.compute_logprobs(batch).logprobs_T[1:]
     leave_mesh()
     return scored

@@ -1,7 +1,9 @@
-"""The policy: scores a batch, accumulates gradients of any loss, steps, and hands out its weights.
+"""The policy: computes log-probs and gradients of any loss, updates its weights, and exports them.
 
-Every method is collective: all trainer ranks call it in the same order with the same batch. Pipeline schedules, the
-exchange of sequences and experts, and the split of rows over data-parallel ranks stay behind it.
+Every method is collective: all trainer ranks call it in the same order with the same batch. Packing, pipeline
+schedules, the exchange of sequences and experts, and the split of rows over data-parallel ranks are internal to it.
+
+Legend: T all tokens of a mini-batch.
 """
 
 import math
@@ -19,8 +21,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
-from megatron_rl.data.pack import Row, RowRules
-from megatron_rl.data.types import Columns, Loss, Metrics, Micro
+from megatron_rl.data.pack import Row, RowRules, one_row, pack
+from megatron_rl.data.types import Batch, Columns, Loss, Metrics, Micro
 from megatron_rl.distributed.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.distributed.mesh import World
 from megatron_rl.distributed.rng import rng_states, set_rng_states
@@ -52,6 +54,29 @@ class StepReport:
 
     grad_norm: float
     lr: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What a forward pass computes for each token of a mini-batch, on the CPU; 0 on tokens that are not trained.
+
+    Attributes:
+        logprobs_T: log-probability of the token, nats, float32 (float64 if the model is).
+        entropies_T: entropy of the distribution that the token was drawn from, nats, same type.
+        routing: the columns of ``Replay.columns``; empty without routing replay.
+    """
+
+    logprobs_T: Tensor
+    entropies_T: Tensor
+    routing: Columns
+
+    def as_old(self) -> Columns:
+        """Return the columns of the policy before the update: ``old_logprobs_T``, ``old_entropies_T``, routing."""
+        return {"old_logprobs_T": self.logprobs_T, "old_entropies_T": self.entropies_T, **self.routing}
+
+    def as_reference(self) -> Columns:
+        """Return the column of the reference policy: ``ref_logprobs_T``."""
+        return {"ref_logprobs_T": self.logprobs_T}
 
 
 class Policy:
@@ -93,21 +118,29 @@ class Policy:
             one_each=not self._packing,
         )
 
-    def score(self, rows: Sequence[Row]) -> Columns:
-        """Return ``old_logprobs_T`` and ``old_entropies_T`` of the mini-batch: nats, 0 where untrained, on the CPU.
+    def compute_logprobs(self, batch: Batch, *, in_one_row: bool = False) -> TokenLogprobs:
+        """Return log-probs and entropies of the mini-batch's tokens under the current weights; forward only.
 
-        The forward pass is the one of ``accumulate``: same rows, same kernels, so the first ratios are exactly 1.
-        With routing replay also what ``Replay.columns`` says.
+        The forward pass is the one of ``forward_backward``: same rows, same kernels, so the first ratios are exactly 1.
+
+        Args:
+            batch: the mini-batch.
+            in_one_row: put the whole batch into one row whatever its length, a copy for each data-parallel rank.
         """
+        rows = self._rows(batch, in_one_row)
         with self.replay.recording() as routes:
-            scored = self._score(rows)
-        return {**scored, **self.replay.columns(routes, rows[0].batch)}
+            logprobs_T, entropies_T = self._forward_only(rows)
+        return TokenLogprobs(logprobs_T, entropies_T, self.replay.columns(routes, batch))
+
+    def _rows(self, batch: Batch, in_one_row: bool) -> list[Row]:
+        return one_row(batch, self.row_rules) if in_one_row else pack(batch, self.row_rules)
 
     @torch.no_grad()
-    def _score(self, rows: Sequence[Row]) -> Columns:
+    def _forward_only(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         results = self.run_rows(rows, _keep_output, forward_only=True)
         self._stop_at_nonfinite(rows, [output_2K.isfinite().all() for _, output_2K in results])
-        return self._whole(("old_logprobs_T", "old_entropies_T"), rows, results)
+        columns = self._whole(("logprobs", "entropies"), rows, results)
+        return columns["logprobs"], columns["entropies"]
 
     def _whole(self, names: Sequence[str], rows: Sequence[Row], parts: Sequence[tuple[RankRow, Tensor]]) -> Columns:
         """Return columns over all tokens of the mini-batch, on the CPU, from [names, K] of each row of the ranks."""
@@ -120,8 +153,9 @@ class Policy:
         whole_NT = sum_over(torch.distributed.group.WORLD, whole_NT).cpu()
         return dict(zip(names, whole_NT, strict=True))
 
-    def score_reference(self, rows: Sequence[Row]) -> Columns:
-        """Return ``ref_logprobs_T``: what ``score`` gives with the weights that the run began with.
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Compute with the weights that the run started with inside a ``with`` block; routers are not replayed.
 
         Raises:
             TrainingError: no reference was kept.
@@ -130,21 +164,27 @@ class Policy:
             raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
         with self.weights_kept(), self.replay.off():
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], self._reference)
-            scored = self._score(rows)
-        return {"ref_logprobs_T": scored["old_logprobs_T"]}
+            yield
 
-    def accumulate(self, rows: Sequence[Row], make_loss: LossFunction, whole_gradients: bool = False) -> Metrics:
-        """Add the gradient of the loss over all rows; return the metrics, summed over all tokens of all ranks.
+    def forward_backward(
+        self, batch: Batch, loss_fn: LossFunction, whole_gradients: bool = False, *, in_one_row: bool = False
+    ) -> Metrics:
+        """Compute the gradient of the loss over the mini-batch; return metrics summed over all tokens and ranks.
 
-        ``whole_gradients`` leaves every rank with all of its parameters' gradients, so that ``gradients`` can read
-        them, where the distributed optimizer would keep only its share.
+        Args:
+            batch: the mini-batch, with the columns that the loss reads.
+            loss_fn: the loss of a micro-batch.
+            whole_gradients: leave every rank with the gradients of all its parameters, so that ``gradients`` can read
+                them, where the distributed optimizer would keep only this rank's shard.
+            in_one_row: as in ``compute_logprobs``.
 
         Raises:
-            NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on whatever rank.
+            NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on any rank.
         """
+        rows = self._rows(batch, in_one_row)
         self.balancing.share_between(rows)
-        results = self.run_backward(rows, make_loss, whole_gradients)
-        self._stop_at_nonfinite(rows, [finite for _, (_, finite) in results], make_loss)
+        results = self.run_backward(rows, loss_fn, whole_gradients)
+        self._stop_at_nonfinite(rows, [finite for _, (_, finite) in results], loss_fn)
         return self._reduce(rows, [(row, loss.metrics) for row, (loss, _) in results])
 
     def run_backward(
@@ -168,8 +208,8 @@ class Policy:
         if row is not None or nonfinite:
             raise explain(self, rows, row, make_loss)
 
-    def step(self) -> StepReport:
-        """Clip, step the optimizer, advance the schedule.
+    def optim_step(self) -> StepReport:
+        """Clip the gradients, step the optimizer, advance the learning-rate schedule.
 
         Raises:
             TrainingError: the gradients are finite but their norm is not.
@@ -226,7 +266,7 @@ class Policy:
         return Export(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
 
     def gradients(self) -> Export:
-        """Return the gradient of the last ``accumulate(..., whole_gradients=True)``, named as by ``weights``."""
+        """Return the gradient of the last ``forward_backward(..., whole_gradients=True)``, named as by ``weights``."""
         weights = self.weights(1 << 28)
         trained = [shard for shard in weights.shards if shard.is_trained]
         return replace(weights, shards=trained, pick=attrgetter("main_grad"))

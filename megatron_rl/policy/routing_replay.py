@@ -2,7 +2,7 @@
 
     none     every pass routes for itself
     report   likewise, and what the engine says it chose is compared with what the trainer chooses
-    r2       what ``score`` chose is taken again in ``accumulate``: both see the same experts, whatever rounding does
+    r2       ``forward_backward`` takes the experts that ``compute_logprobs`` chose, whatever rounding does
     r3       what the engine chose is taken in both: rollout and trainer see the same experts
 
 Only the choice is replayed. The gates are computed from the router's own scores of the chosen experts, so the router
@@ -151,6 +151,8 @@ class Replay:
         Raises:
             TrainingError: some token was not routed exactly once in every layer.
         """
+        if self._is_off:
+            return {}
         if self.mode == "r2":
             routes_TLE = self._empty(int(batch.lengths_B.sum()))
             for place in range(len(self._shape.layers)):

@@ -12,7 +12,6 @@ from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
@@ -27,10 +26,10 @@ def main(folder: Path) -> int:
     world = start_world(runs[0].train.step_timeout_seconds, deterministic=True)
     policy = Policy(runs[0], world, total_updates=len(runs))
     batch = load_batch(folder / CASE)
-    scored = policy.score(pack(batch, policy.row_rules))
-    tensors: dict[str, Tensor] = {"logprobs_T": scored["old_logprobs_T"], "entropies_T": scored["old_entropies_T"]}
+    scored = policy.compute_logprobs(batch)
+    tensors: dict[str, Tensor] = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T}
     if "old_logprobs_T" not in batch:  # the reference: all layouts use its scores, moved by the noise of the case
-        batch = batch.add(moved_scores(batch, scored))
+        batch = batch.add(moved_scores(batch, scored.as_old()))
     # Random tokens have no text: every seventh ends a sentence, so that segments of all lengths come up.
     size = policy.family.vocab_size
     vocabulary = Vocabulary(size, tuple(b"." if token % 7 == 0 else b"a" for token in range(size)))
@@ -47,10 +46,9 @@ def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dic
     """Return loss, metrics, gradient norm and every parameter's gradient of one objective; weights stay as they are."""
     objective: AnyObjective = run.objective
     prepared = batch.add(prepare(batch, objective, run.correction, vocabulary))
-    rows = pack(prepared, policy.row_rules)
-    metrics = summary(policy.accumulate(rows, make_loss(objective), whole_gradients=True))
+    metrics = summary(policy.forward_backward(prepared, make_loss(objective), whole_gradients=True))
     results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}
     with policy.weights_kept():
-        results["metric.grad_norm"] = torch.tensor(policy.step().grad_norm, dtype=torch.float64)
+        results["metric.grad_norm"] = torch.tensor(policy.optim_step().grad_norm, dtype=torch.float64)
     return results

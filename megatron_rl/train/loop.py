@@ -11,7 +11,6 @@ Every rank runs this file. Which rank does what is known below (``parallel``, ``
 
 from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.config.schema import Run
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.observability.recorder import RunRecorder
@@ -51,17 +50,18 @@ def train(
         minibatches: list[Batch] = batch.split(run.train.updates_per_step, seed=(run.train.seed, step))
 
         with journal.phase("score"):
-            minibatches = [m.add(policy.score(pack(m, policy.row_rules))) for m in minibatches]
+            minibatches = [m.add(policy.compute_logprobs(m).as_old()) for m in minibatches]
             if kl.coefficient:
-                minibatches = [m.add(policy.score_reference(pack(m, policy.row_rules))) for m in minibatches]
+                with policy.reference_weights():
+                    minibatches = [m.add(policy.compute_logprobs(m).as_reference()) for m in minibatches]
         metrics.scored(minibatches)
         sampler.compare(step, minibatches)
 
         with journal.phase("train"):
             for minibatch in minibatches:
                 prepared = minibatch.add(prepare(minibatch, objective, correction, vocabulary))
-                summed = policy.accumulate(pack(prepared, policy.row_rules), loss)
-                metrics.updated(summed, policy.step())
+                summed = policy.forward_backward(prepared, loss)
+                metrics.updated(summed, policy.optim_step())
                 sampler.record(step, prepared, summed)
 
         with journal.phase("weights"):

@@ -16,7 +16,6 @@ from megatron_rl.algorithms.loss import make_loss
 from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch, read_words, save_batch
-from megatron_rl.data.pack import one_row
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import TrainingError
@@ -75,9 +74,8 @@ def replay_rank(file: Path, folder: Path) -> int:
 
 def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str | None]]:
     """Yield each stage with what it found, up to the first that found something."""
-    rows = one_row(batch, policy.row_rules)
     try:
-        policy.score(rows)
+        policy.compute_logprobs(batch, in_one_row=True)
     except NonFiniteError as error:
         yield "score", error.finding.words()
         return
@@ -85,7 +83,7 @@ def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str |
     if "weights_T" not in batch:
         return
     try:
-        policy.accumulate(rows, make_loss(run.objective, run.kl))
+        policy.forward_backward(batch, make_loss(run.objective, run.kl), in_one_row=True)
     except NonFiniteError as error:
         yield "loss and backward", error.finding.words()
         return

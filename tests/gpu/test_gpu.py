@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_rl.algorithms.loss import ReferenceKL, make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO
-from megatron_rl.data.pack import pack
 from megatron_rl.distributed.mesh import lone_world, make_deterministic
 from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from megatron_rl.policy.attention import varying
@@ -54,14 +53,14 @@ def step(folder: Path, dtype: str, *, deterministic: bool = False) -> dict[str, 
     world = lone_world()
     make_deterministic(deterministic, world.device)
     policy = Policy(run_of(folder, model={"dtype": dtype}), world, total_updates=1)
-    rows = pack(case(), policy.row_rules)
-    scored = policy.score(rows)
-    policy.accumulate(rows, weighted, whole_gradients=True)
+    batch = case()
+    scored = policy.compute_logprobs(batch)
+    policy.forward_backward(batch, weighted, whole_gradients=True)
     gradients = {name: tensor.clone().float() for name, tensor in policy.gradients()}
-    policy.step()
+    policy.optim_step()
     weights = {f"after.{name}": tensor.clone().float() for name, tensor in policy.weights(1 << 20)}
     leave_mesh()
-    return {"logprobs_T": scored["old_logprobs_T"], **gradients, **weights}
+    return {"logprobs_T": scored.logprobs_T, **gradients, **weights}
 
 
 def distance(found: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, float]:

@@ -10,7 +10,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import ConfigError
@@ -60,8 +59,7 @@ def views(folder: str) -> dict[str, bool]:
     """Return which kinds of the experts' memory can be read and written without a copy, after a backward pass."""
     run = run_of(Path(folder), parallel={"distributed_optimizer": True})
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    rows = pack(case(), policy.row_rules)
-    policy.accumulate(rows, weighted)
+    policy.forward_backward(case(), weighted)
     modules = [m for m in policy.chunks[0].modules() if isinstance(m, GroupedExperts)]
     assert not [m for m in policy.chunks[0].modules() if isinstance(m, SequentialMLP)]
     matrices = [side.weights for module in modules for side in module.matrices]
@@ -176,9 +174,9 @@ def test_experts_with_biases_and_a_clamped_gate_are_what_they_are_written_out() 
 def grad_norms(folder: str, parallel: dict[str, object]) -> tuple[float, dict[str, Tensor]]:
     """Return the norm of the gradient of one step, and the gradients that the main rank has."""
     policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
-    policy.accumulate(pack(case(), policy.row_rules), weighted, whole_gradients=True)
+    policy.forward_backward(case(), weighted, whole_gradients=True)
     gradients = {name: tensor.double().clone() for name, tensor in policy.gradients()}
-    return policy.step().grad_norm, gradients
+    return policy.optim_step().grad_norm, gradients
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "expert": 2}], ids=["one", "shared", "apart"])

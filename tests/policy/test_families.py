@@ -87,15 +87,15 @@ def one_step(folder: str, parallel: dict[str, object], batch: Batch) -> dict[str
     last = policy.chunks[-1].module
     if last.post_process:
         last.decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.detach()))
-    scored = policy.score(rows)
+    scored = policy.compute_logprobs(batch)
     results = {f"weight.{name}": tensor.clone() for name, tensor in policy.weights(1 << 16)}
     if last.post_process:
         results[HIDDEN] = _in_order(hidden, rows, policy)
     hidden.clear()
-    policy.accumulate(rows, weighted, whole_gradients=True)
+    policy.forward_backward(batch, weighted, whole_gradients=True)
     results |= {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
     if world.is_main:
-        results["logprobs_T"] = scored["old_logprobs_T"]
+        results["logprobs_T"] = scored.logprobs_T
     dist.barrier()
     return results
 

@@ -11,7 +11,6 @@ from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.data.pack import pack
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.hf_weights import shards_of
@@ -52,7 +51,7 @@ def mini_batch(policy):
 
 def accumulate(policy, run, batch):
     prepared = batch.add(prepare(batch, run.objective))
-    return policy.accumulate(pack(prepared, policy.row_rules), make_loss(run.objective))
+    return policy.forward_backward(prepared, make_loss(run.objective))
 
 
 def caught(work):
@@ -81,7 +80,7 @@ def every_plant(words):
     found = {"clean before": caught(lambda: accumulate(policy, run, batch))}
 
     undo = spoil_weight(policy, "decoder.layers.{layer}.self_attention.linear_proj.weight", 1)
-    found["weight, score"] = caught(lambda: policy.score(pack(batch, policy.row_rules)))
+    found["weight, score"] = caught(lambda: policy.compute_logprobs(batch))
     found["weight, loss"] = caught(lambda: accumulate(policy, run, batch))
     undo()
     undo = spoil_weight(policy, "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight", 2, 5)

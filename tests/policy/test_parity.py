@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch, Loss, Metrics, Micro
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
@@ -44,13 +43,12 @@ def one_step(
     run = run_of(Path(folder), parallel=parallel, model=model)
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
-    rows = pack(batch, policy.row_rules)
-    scored = policy.score(rows)
+    scored = policy.compute_logprobs(batch)
     exported = {f"weight.{name}": tensor.clone() for name, tensor in policy.weights(1 << 16)}
-    metrics = policy.accumulate(rows, weighted, whole_gradients=True)
+    metrics = policy.forward_backward(batch, weighted, whole_gradients=True)
     gradients = {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
-    report = policy.step()
-    results = {"logprobs_T": scored["old_logprobs_T"], "entropies_T": scored["old_entropies_T"]}
+    report = policy.optim_step()
+    results = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T}
     results |= metrics.tokens
     results |= {"loss": metrics.sums["loss"], "grad_norm": torch.tensor(report.grad_norm), **gradients, **exported}
     return results if world.is_main else None

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch, Loss, Metrics, Micro
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
@@ -46,8 +45,8 @@ def one_step(folder: str, mode: str, parallel: dict[str, object], recompute: str
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
     batch = given()
-    scored = policy.score(pack(batch, policy.row_rules))
-    policy.accumulate(pack(batch.add(scored), policy.row_rules), weighted, whole_gradients=True)
+    scored = policy.compute_logprobs(batch).as_old()
+    policy.forward_backward(batch.add(scored), weighted, whole_gradients=True)
     gradients = {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
     return {**scored, **gradients} if world.is_main else None
 
@@ -133,13 +132,13 @@ def noisy_ratios(folder: str, mode: str, parallel: dict[str, object], recompute:
 
     setattr(torch, "topk", noisy)  # noqa: B010 (of this rank's process alone)
     batch = case()
-    batch = batch.add(policy.score(pack(batch, policy.row_rules)))
+    batch = batch.add(policy.compute_logprobs(batch).as_old())
 
     def distance(logprobs_R: Tensor, _entropies_R: Tensor, micro: Micro) -> Loss:
         apart = (logprobs_R - micro["old_logprobs_T"].to(logprobs_R)).abs()
         return Loss(logprobs_R.sum(), Metrics({}, {"apart": apart.detach().amax() if len(apart) else apart.sum()}))
 
-    metrics = policy.accumulate(pack(batch, policy.row_rules), distance)
+    metrics = policy.forward_backward(batch, distance)
     return float(metrics.maxima["apart"]), float(batch["routes_T"].double().mean()) if "routes_T" in batch else 0.0
 
 
@@ -159,7 +158,7 @@ def misshapen(folder: str) -> None:
     run = run_of(Path(folder), rollout={"routing_replay": "r3"})
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
     batch = given()
-    policy.score(pack(batch.add({"rollout_routes_T": batch["rollout_routes_T"][:, :2]}), policy.row_rules))
+    policy.compute_logprobs(batch.add({"rollout_routes_T": batch["rollout_routes_T"][:, :2]}))
 
 
 def test_a_record_of_another_shape_is_refused(model: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.data.pack import pack
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.models.checkpoint_folders import open_source
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
@@ -134,14 +133,14 @@ def work(model: str, folder: str, layout: Layout, saves: tuple[int, ...], resume
     checkpoints = Checkpoints(run, world, policy)
     if resume:
         assert checkpoints.load() == (policy.updates, {"next_prompt": 7})
-    rows = pack(case(), policy.row_rules)
+    batch = case()
     norms: list[float] = []
     scores: list[Tensor] = []
     for save in saves:
         while policy.updates < save:
-            policy.accumulate(rows, weighted)
-            norms.append(policy.step().grad_norm)
-        scores.append(policy.score(rows)["old_logprobs_T"])
+            policy.forward_backward(batch, weighted)
+            norms.append(policy.optim_step().grad_norm)
+        scores.append(policy.compute_logprobs(batch).logprobs_T)
         checkpoints.save(save if policy.updates == save else AGAIN, {"next_prompt": 7})
     checkpoints.finish()
     dist.barrier()

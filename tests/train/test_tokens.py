@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.algorithms.objectives.base import Objective
-from megatron_rl.data.pack import pack
 from megatron_rl.data.types import Batch, Group, Prompt, Response
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
@@ -214,10 +213,10 @@ def one_line(folder: str, parallel: dict[str, object], name: str) -> dict[str, o
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
     batch = rewarded(make_batch(VOCABULARY, seed=3))
-    batch = batch.add(moved_scores(batch, policy.score(pack(batch, policy.row_rules))))
+    batch = batch.add(moved_scores(batch, policy.compute_logprobs(batch).as_old()))
     objective = objective_of(name)
     prepared = batch.add(prepare(batch, objective, vocabulary=WORDS))
-    summed = policy.accumulate(pack(prepared, policy.row_rules), make_loss(objective, keep_tokens=True))
+    summed = policy.forward_backward(prepared, make_loss(objective, keep_tokens=True))
     record = TokenRecord(8, Letters())
     record.add(prepared.add(summed.tokens))
     return record.take(0, groups_of(batch)) if world.is_main else None
