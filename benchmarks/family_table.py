@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from megatron_rl.convert import to_hf, to_megatron
-from megatron_rl.convert.to_hf import Wanted
+from megatron_rl.convert.to_hf import OutputFormat
 from tests.policy import families
 from tests.policy.families import MIXTURES, MODELS
 from tests.policy.test_families import HIDDEN, LAYOUTS, by_transformers, one_step
@@ -65,7 +65,7 @@ def comes_back(name: str, place: Path, dtype: torch.dtype, fused: bool) -> bool:
     with tempfile.TemporaryDirectory(dir=place) as folder:
         source = families.save(name, Path(folder) / "hf", dtype, fused=fused)
         to_megatron.convert(source, Path(folder) / "m", 1, QUIET)
-        to_hf.convert(Path(folder) / "m", Path(folder) / "again", Wanted(), 1, QUIET)
+        to_hf.convert(Path(folder) / "m", Path(folder) / "again", OutputFormat(), 1, QUIET)
         files = (source / "model.safetensors", Path(folder) / "again" / "model.safetensors")
         return files[0].read_bytes() == files[1].read_bytes()
 

@@ -17,36 +17,36 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_rl.convert.manifest import Record
+from megatron_rl.convert.manifest import FileRecord
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.util.atomic import commit_folder, flush_to_disk, replaced
 
-Report = Callable[[int], None]
+ProgressFn = Callable[[int], None]
 """Told of bytes as they are done."""
 
 _JOBS, _PLAN = ".jobs", "plan.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class FileJob:
     """A piece of work that writes one file.
 
     Attributes:
         file: its name, in the target.
-        num_bytes: what ``Report`` will have been told at the end.
+        num_bytes: what ``ProgressFn`` will have been told at the end.
         work: writes to the open file, and returns the record.
     """
 
     file: str
     num_bytes: int
-    work: Callable[[BinaryIO, Report], Record]
+    work: Callable[[BinaryIO, ProgressFn], FileRecord]
 
 
-class _Entry(BaseModel):
+class _FinishedJob(BaseModel):
     """A job's record, and the size of its file."""
 
     bytes: int
-    record: Record
+    record: FileRecord
 
 
 class Staging:
@@ -78,21 +78,21 @@ class Staging:
             if path.name != "lock":
                 path.unlink()
 
-    def record(self, job: Job) -> Record | None:
+    def record(self, job: FileJob) -> FileRecord | None:
         """Return what a finished job has left; None if it is to be done."""
         path, data = self._records / f"{job.file}.json", self.folder / job.file
         if not path.is_file() or not data.is_file():
             return None
-        entry = _Entry.model_validate_json(path.read_bytes())
+        entry = _FinishedJob.model_validate_json(path.read_bytes())
         return entry.record if entry.bytes == data.stat().st_size else None
 
-    def do(self, job: Job, report: Report) -> Record:
+    def do(self, job: FileJob, report: ProgressFn) -> FileRecord:
         """Do a job, and leave its record once its file is on disk."""
         data = self.folder / job.file
         with data.open("wb") as file:
             record = job.work(file, report)
         flush_to_disk(data)
-        entry = _Entry(bytes=data.stat().st_size, record=record)
+        entry = _FinishedJob(bytes=data.stat().st_size, record=record)
         _write_durably(self._records / f"{job.file}.json", entry.model_dump_json())
         return record
 
@@ -108,7 +108,7 @@ def _write_durably(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def run_jobs(staging: Staging, jobs: Sequence[Job], threads: int, console: Console) -> list[Record]:
+def run_jobs(staging: Staging, jobs: Sequence[FileJob], threads: int, console: Console) -> list[FileRecord]:
     """Do all jobs that are not done, several at once, under a progress bar; return all records in order.
 
     Raises:
@@ -131,7 +131,7 @@ def run_jobs(staging: Staging, jobs: Sequence[Job], threads: int, console: Conso
 
 
 @contextmanager
-def progress_bar(console: Console, total: int) -> Iterator[Report]:
+def progress_bar(console: Console, total: int) -> Iterator[ProgressFn]:
     """Show bytes done, speed and time left while the block runs; off a terminal, nothing."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:

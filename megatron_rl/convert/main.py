@@ -63,8 +63,8 @@ def _to_megatron(args: argparse.Namespace, console: Console) -> int:
 
 def _to_hf(args: argparse.Namespace, console: Console) -> int:
     begun = time.perf_counter()
-    wanted = to_hf.Wanted(fp8=args.fp8, apart=args.apart)
-    manifest, unchanged = to_hf.convert(args.source, args.target, wanted, max(args.threads, 1), console)
+    output_format = to_hf.OutputFormat(fp8=args.fp8, apart=args.apart)
+    manifest, unchanged = to_hf.convert(args.source, args.target, output_format, max(args.threads, 1), console)
     seconds = time.perf_counter() - begun
     console.print(f"{args.target}: {len(manifest.tensors)} tensors in {seconds:.1f} s", markup=False)
     if unchanged:

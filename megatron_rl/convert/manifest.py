@@ -17,7 +17,7 @@ from megatron_rl.models.torch_dist import Chunk
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Row(BaseModel):
+class ManifestEntry(BaseModel):
     """A tensor of the Hugging Face side."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,10 +40,10 @@ class Manifest(BaseModel):
     conversion: str
     model_type: str
     fp8_block: tuple[int, int] | None = None
-    tensors: tuple[Row, ...]
+    tensors: tuple[ManifestEntry, ...]
 
 
-class Written(BaseModel):
+class TensorChunks(BaseModel):
     """A tensor of the distributed checkpoint, or the parts of it that a job has written."""
 
     shape: tuple[int, ...]
@@ -51,11 +51,11 @@ class Written(BaseModel):
     chunks: tuple[Chunk, ...]
 
 
-class Record(BaseModel):
+class FileRecord(BaseModel):
     """What a job has done."""
 
-    rows: tuple[Row, ...]
-    tensors: dict[str, Written] = {}
+    rows: tuple[ManifestEntry, ...]
+    tensors: dict[str, TensorChunks] = {}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -71,7 +71,7 @@ def dtype_of(name: str) -> torch.dtype:
 def write_manifest(
     folder: Path,
     hf: HFConfig,
-    rows: Sequence[Row],
+    rows: Sequence[ManifestEntry],
     conversion: str,
     fp8_block: tuple[int, int] | None = None,
 ) -> Manifest:

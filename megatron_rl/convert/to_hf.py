@@ -13,8 +13,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megatron_rl.convert.jobs import Job, Report, Staging, enough_room, run_jobs
-from megatron_rl.convert.manifest import Manifest, Record, Row, dtype_name, dtype_of, read_manifest, write_manifest
+from megatron_rl.convert.jobs import FileJob, ProgressFn, Staging, enough_room, run_jobs
+from megatron_rl.convert.manifest import (
+    FileRecord,
+    Manifest,
+    ManifestEntry,
+    dtype_name,
+    dtype_of,
+    read_manifest,
+    write_manifest,
+)
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.models.checkpoint_folders import QUANTISATION, copy_companions, write_hf_config
 from megatron_rl.models.dist_source import DistSource
@@ -30,7 +38,7 @@ FP8_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True)
-class Out:
+class OutputTensor:
     """A tensor to write.
 
     Attributes:
@@ -60,14 +68,16 @@ class Out:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputFormat:
     """What the files shall be like: FP8 or not, experts always apart or as they once came."""
 
     fp8: bool = False
     apart: bool = False
 
 
-def convert(source_folder: Path, target: Path, wanted: Wanted, threads: int, console: Console) -> tuple[Manifest, int]:
+def convert(
+    source_folder: Path, target: Path, output_format: OutputFormat, threads: int, console: Console
+) -> tuple[Manifest, int]:
     """Write ``target``, a Hugging Face folder, from a distributed checkpoint.
 
     Returns:
@@ -81,7 +91,7 @@ def convert(source_folder: Path, target: Path, wanted: Wanted, threads: int, con
         raise DataError(f"{source_folder} holds no distributed checkpoint: there is no {METADATA}")
     hf = read_hf_config(source_folder)
     family = family_of(hf)
-    if family.stacks and (wanted.fp8 or wanted.apart):
+    if family.stacks and (output_format.fp8 or output_format.apart):
         raise ConfigError(
             f"model_type {hf['model_type']!r} has the experts of a layer in one tensor only: they cannot be written "
             "apart, nor in FP8, which is for single matrices; leave out --apart and --fp8"
@@ -89,15 +99,20 @@ def convert(source_folder: Path, target: Path, wanted: Wanted, threads: int, con
     source = DistSource(source_folder, family)
     source.check(family)
     came = read_manifest(source_folder)
-    outs = _planned(source, family, came, wanted)
-    files: dict[str, list[Out]] = {}
+    outs = _planned(source, family, came, output_format)
+    files: dict[str, list[OutputTensor]] = {}
     for out in outs:
         files.setdefault(out.file, []).append(out)
     jobs = [
-        Job(file, sum(out.num_bytes for out in own), partial(_write_file, source, own)) for file, own in files.items()
+        FileJob(file, sum(out.num_bytes for out in own), partial(_write_file, source, own))
+        for file, own in files.items()
     ]
     stamp = (source_folder / METADATA).stat()
-    plan = {"to": "hf", "wanted": [wanted.fp8, wanted.apart], "source": [stamp.st_size, stamp.st_mtime_ns]}
+    plan = {
+        "to": "hf",
+        "wanted": [output_format.fp8, output_format.apart],
+        "source": [stamp.st_size, stamp.st_mtime_ns],
+    }
     staging = Staging(target, plan)
     enough_room(target.parent, sum(out.num_bytes for out in outs))
     records = run_jobs(staging, jobs, threads, console)
@@ -118,24 +133,26 @@ def _quantization(block: tuple[int, int] | None) -> HFConfig:
     return {QUANTISATION: settings}
 
 
-def _planned(source: DistSource, family: Family, came: Manifest | None, wanted: Wanted) -> list[Out]:
+def _planned(
+    source: DistSource, family: Family, came: Manifest | None, output_format: OutputFormat
+) -> list[OutputTensor]:
     """Return all tensors to write: those that the weights came as, or one for each name of the table."""
     if came is not None and came.conversion == "hf-to-megatron":
         block = came.fp8_block or FP8_BLOCK
         joined = family.joined_parts()
-        outs = [out for row in came.tensors for out in _as_it_came(row, source, joined, wanted, block)]
+        outs = [out for row in came.tensors for out in _as_it_came(row, source, joined, output_format, block)]
         given = {part for out in outs for part in out.parts}
         if lost := [name for name in source.specs if name not in given and not name.endswith(SCALE_SUFFIX)]:
             raise DataError(f"the manifest in {source.folder} does not account for {lost[0]}; remove it to do without")
         return outs
-    matrices = _matrices(family) if wanted.fp8 else frozenset()
+    matrices = _matrices(family) if output_format.fp8 else frozenset()
     quantised_or_not = [
         part for out in _plain(source, family) for part in _in_fp8(out, FP8_BLOCK if out.name in matrices else None)
     ]
     return _in_files(quantised_or_not)
 
 
-def _plain(source: DistSource, family: Family) -> Iterator[Out]:
+def _plain(source: DistSource, family: Family) -> Iterator[OutputTensor]:
     """Yield the tensors of the table; in place of the first of those that only come stacked, the stack."""
     stacks = family.joined_parts(only=True)
     firsts = {parts[0]: (stack, parts) for stack, parts in stacks.items()}
@@ -143,14 +160,18 @@ def _plain(source: DistSource, family: Family) -> Iterator[Out]:
     for name, spec in source.specs.items():
         if name in firsts:
             stack, parts = firsts[name]
-            yield Out(stack, "", spec.dtype, (len(parts), *spec.shape), parts)
+            yield OutputTensor(stack, "", spec.dtype, (len(parts), *spec.shape), parts)
         elif name not in others and not name.endswith(SCALE_SUFFIX):
-            yield Out(name, "", spec.dtype, spec.shape, (name,))
+            yield OutputTensor(name, "", spec.dtype, spec.shape, (name,))
 
 
 def _as_it_came(
-    row: Row, source: DistSource, joined: Mapping[str, tuple[str, ...]], wanted: Wanted, block: tuple[int, int]
-) -> Iterator[Out]:
+    row: ManifestEntry,
+    source: DistSource,
+    joined: Mapping[str, tuple[str, ...]],
+    output_format: OutputFormat,
+    block: tuple[int, int],
+) -> Iterator[OutputTensor]:
     if row.name.removesuffix(SCALE_SUFFIX) in source.specs and row.name.endswith(SCALE_SUFFIX):
         return  # it comes with its matrix, or not at all
     if row.name.endswith(SCALES_SUFFIX) and row.name.removesuffix(SCALES_SUFFIX) in joined:
@@ -161,17 +182,17 @@ def _as_it_came(
     if unknown := [part for part in parts if part not in source.specs]:
         raise DataError(f"the manifest in {source.folder} names {unknown[0]}, which the checkpoint does not have")
     specs = [source.specs[part] for part in parts]
-    if wanted.apart:
+    if output_format.apart:
         for part, spec in zip(parts, specs, strict=True):
-            yield Out(part, row.file, spec.dtype, spec.shape, (part,))
+            yield OutputTensor(part, row.file, spec.dtype, spec.shape, (part,))
         return
-    out = Out(row.name, row.file, specs[0].dtype, row.shape, parts)
+    out = OutputTensor(row.name, row.file, specs[0].dtype, row.shape, parts)
     if sum(spec.num_bytes for spec in specs) != out.num_bytes:
         raise DataError(f"the manifest in {source.folder} says {row.name} is {list(row.shape)}; its parts differ")
-    yield from _in_fp8(out, block if wanted.fp8 and dtype_of(row.dtype) is torch.float8_e4m3fn else None)
+    yield from _in_fp8(out, block if output_format.fp8 and dtype_of(row.dtype) is torch.float8_e4m3fn else None)
 
 
-def _in_fp8(out: Out, block: tuple[int, int] | None) -> Iterator[Out]:
+def _in_fp8(out: OutputTensor, block: tuple[int, int] | None) -> Iterator[OutputTensor]:
     if block is None:
         yield out
         return
@@ -191,7 +212,7 @@ def _matrices(family: Family) -> frozenset[str]:
     )
 
 
-def _in_files(outs: Sequence[Out]) -> list[Out]:
+def _in_files(outs: Sequence[OutputTensor]) -> list[OutputTensor]:
     """Return the tensors spread over files of at most ``SHARD_BYTES``."""
     numbers: list[int] = []
     used, number = 0, 1
@@ -206,7 +227,7 @@ def _in_files(outs: Sequence[Out]) -> list[Out]:
     return [replace(out, file=f"model-{own:05}-of-{number:05}.safetensors") for out, own in pairs]
 
 
-def _write_file(source: DistSource, outs: Sequence[Out], output: BinaryIO, report: Report) -> Record:
+def _write_file(source: DistSource, outs: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn) -> FileRecord:
     """Write one safetensors file; return the rows of the manifest."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -221,7 +242,7 @@ def _write_file(source: DistSource, outs: Sequence[Out], output: BinaryIO, repor
     text += b" " * (-len(text) % 8)
     output.write(len(text).to_bytes(8, "little") + text)
     reader = source.for_thread()
-    rows: list[Row] = []
+    rows: list[ManifestEntry] = []
     for out in outs:
         digest = hashlib.sha256()
         for piece in out.pieces(reader):
@@ -229,7 +250,7 @@ def _write_file(source: DistSource, outs: Sequence[Out], output: BinaryIO, repor
             digest.update(content)
             output.write(content)
             report(len(content))
-        row = Row(
+        row = ManifestEntry(
             name=out.name,
             file=out.file,
             dtype=dtype_name(out.dtype),
@@ -238,10 +259,10 @@ def _write_file(source: DistSource, outs: Sequence[Out], output: BinaryIO, repor
             to=out.parts,
         )
         rows.append(row)
-    return Record(rows=tuple(rows))
+    return FileRecord(rows=tuple(rows))
 
 
-def _write_json_files(folder: Path, outs: Sequence[Out], hf: HFConfig) -> None:
+def _write_json_files(folder: Path, outs: Sequence[OutputTensor], hf: HFConfig) -> None:
     """Write the index, where there are several files, and config.json, where it has changed."""
     if len({out.file for out in outs}) > 1 or outs[0].file != "model.safetensors":
         weight_map = {out.name: out.file for out in sorted(outs, key=lambda out: out.name)}

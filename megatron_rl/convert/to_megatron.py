@@ -12,8 +12,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megatron_rl.convert.jobs import Job, Report, Staging, enough_room, run_jobs
-from megatron_rl.convert.manifest import Manifest, Record, Row, Written, dtype_name, dtype_of, write_manifest
+from megatron_rl.convert.jobs import FileJob, ProgressFn, Staging, enough_room, run_jobs
+from megatron_rl.convert.manifest import (
+    FileRecord,
+    Manifest,
+    ManifestEntry,
+    TensorChunks,
+    dtype_name,
+    dtype_of,
+    write_manifest,
+)
 from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import copy_companions
 from megatron_rl.models.dist_source import CARRIED, place_of
@@ -24,7 +32,7 @@ from megatron_rl.models.torch_dist import Chunk, Saved, write_metadata, write_te
 
 
 @dataclass
-class Part:
+class FileContents:
     """One layer, or what belongs to none: entries of the table, and tensors that go along."""
 
     entries: list[tuple[ParamMapping, int, int]] = field(default_factory=list)
@@ -56,7 +64,7 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     for number, part in enumerate(parts):
         size = sum(source.pieces[name].num_bytes for name in part.hf_names())
         file = f"__{number}_0.distcp"
-        jobs.append(Job(file, size, partial(_convert_part, source, family, part, file)))
+        jobs.append(FileJob(file, size, partial(_convert_part, source, family, part, file)))
     staging = Staging(target, {"to": "megatron", "files": stamps})
     enough_room(target.parent, sum(spec.num_bytes for spec in source.specs.values()))
     records = run_jobs(staging, jobs, threads, console)
@@ -69,21 +77,21 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     return manifest
 
 
-def _place_in_files(source: HFSource, row: Row) -> tuple[str, int]:
+def _place_in_files(source: HFSource, row: ManifestEntry) -> tuple[str, int]:
     """Return the file and the byte where a row's tensor begins."""
     extent = source.files[row.name]
     return extent.path.name, extent.offset
 
 
-def _parts(source: HFSource, family: Family) -> list[Part]:
+def _parts(source: HFSource, family: Family) -> list[FileContents]:
     """Return the work: what belongs to no layer first, then each layer, then what only goes along."""
-    ends, layers = Part(), defaultdict[int, Part](Part)
+    ends, layers = FileContents(), defaultdict[int, FileContents](FileContents)
     for name in family.names:
         for layer, expert in name.places():
             part = layers[layer] if "{layer}" in name.megatron else ends
             part.entries.append((name, layer, expert))
     along = [name for name in source.specs if source.goes_along(name, family)]
-    return [ends, *(layers[layer] for layer in sorted(layers)), *([Part(carried=along)] if along else [])]
+    return [ends, *(layers[layer] for layer in sorted(layers)), *([FileContents(carried=along)] if along else [])]
 
 
 def _check_dtypes(source: HFSource, family: Family) -> None:
@@ -99,7 +107,9 @@ def _check_dtypes(source: HFSource, family: Family) -> None:
                     raise DataError(f"{first[1]} is {first[0]} and {hf_name} {dtype}; they become one tensor, {key}")
 
 
-def _convert_part(source: HFSource, family: Family, part: Part, file: str, output: BinaryIO, report: Report) -> Record:
+def _convert_part(
+    source: HFSource, family: Family, part: FileContents, file: str, output: BinaryIO, report: ProgressFn
+) -> FileRecord:
     """Write one file; return where each tensor is in it, and the rows of the manifest."""
     sums: dict[str, hashlib._Hash] = {}
     where = defaultdict[str, list[str]](list)
@@ -124,7 +134,7 @@ def _convert_part(source: HFSource, family: Family, part: Part, file: str, outpu
         _add(tensors, CARRIED + hf_name, tuple(tensor.shape), tensor.dtype, chunk)
         where[source.pieces[hf_name].of].append(CARRIED + hf_name)
     rows = [
-        Row(
+        ManifestEntry(
             name=name,
             file=source.files[name].path.name,
             dtype=dtype_name(source.files[name].dtype),
@@ -135,10 +145,10 @@ def _convert_part(source: HFSource, family: Family, part: Part, file: str, outpu
         for name, digest in sums.items()
     ]
     written = {
-        key: Written(shape=saved.shape, dtype=dtype_name(saved.dtype), chunks=saved.chunks)
+        key: TensorChunks(shape=saved.shape, dtype=dtype_name(saved.dtype), chunks=saved.chunks)
         for key, saved in tensors.items()
     }
-    return Record(rows=tuple(rows), tensors=written)
+    return FileRecord(rows=tuple(rows), tensors=written)
 
 
 def _add(tensors: dict[str, Saved], key: str, shape: tuple[int, ...], dtype: torch.dtype, chunk: Chunk) -> None:
@@ -146,7 +156,7 @@ def _add(tensors: dict[str, Saved], key: str, shape: tuple[int, ...], dtype: tor
     tensors[key] = Saved(shape, dtype, (*chunks, chunk))
 
 
-def _joined(records: list[Record]) -> dict[str, Saved]:
+def _joined(records: list[FileRecord]) -> dict[str, Saved]:
     """Return where every tensor of the checkpoint is, from the records of all files."""
     tensors: dict[str, Saved] = {}
     for record in records:

@@ -18,7 +18,7 @@ from megatron_rl.models.sources import Source
 
 
 @dataclass
-class Comparison:
+class CheckpointComparison:
     """What two checkpoints have in common.
 
     Attributes:
@@ -37,7 +37,7 @@ class Comparison:
         return not self.differing and not self.only
 
 
-def compare(first: Path, second: Path, threads: int, console: Console) -> Comparison:
+def compare(first: Path, second: Path, threads: int, console: Console) -> CheckpointComparison:
     """Compare all tensors under their Hugging Face names, FP8 by its values; a few are in memory at a time.
 
     Raises:
@@ -45,7 +45,7 @@ def compare(first: Path, second: Path, threads: int, console: Console) -> Compar
     """
     sources = [_opened(folder) for folder in (first, second)]
     specs = [_compared(source) for source in sources]
-    found = Comparison()
+    found = CheckpointComparison()
     for own, other, folder in ((*specs, first), (specs[1], specs[0], second)):
         found.only |= {name: str(folder) for name in own if name not in other}
     names = [name for name in specs[0] if name in specs[1]]

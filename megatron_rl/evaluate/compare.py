@@ -9,17 +9,17 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_rl.errors import DataError
-from megatron_rl.evaluate.figures import Tally, subsets, tallies
-from megatron_rl.evaluate.records import differences, read_asked, read_samples
-from megatron_rl.evaluate.show import make_console, p_value
+from megatron_rl.evaluate.metrics import PromptCounts, count_by_prompt, subsets
+from megatron_rl.evaluate.result_folder import differences, read_description, read_samples
 from megatron_rl.evaluate.statistics import BOOTSTRAPS, Estimate, holm, paired_interval, sign_flip_p
+from megatron_rl.evaluate.tables import make_console, p_value
 from megatron_rl.util.atomic import replace_text
 
 SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResultComparison:
     """pass@1 of B against A on some prompts.
 
     Attributes:
@@ -57,7 +57,7 @@ def compare(a: Path, b: Path, output: Path | None = None) -> int:
     found = found[:1] + [replace(row, p_holm=p) for row, p in zip(found[1:], adjusted, strict=True)]
     test = "McNemar's exact test" if first[0].samples == second[0].samples == 1 else "exact sign-flip permutation test"
     method = f"pass@1; difference B - A with 95 % paired bootstrap over prompts ({BOOTSTRAPS:,} draws); p: {test}"
-    changes = differences(read_asked(a), read_asked(b))
+    changes = differences(read_description(a), read_description(b))
     console = make_console()
     console.print(f"A: {a}\nB: {b}", markup=False)
     for change in changes[:SHOWN]:
@@ -72,8 +72,8 @@ def compare(a: Path, b: Path, output: Path | None = None) -> int:
     return 0
 
 
-def _read(folder: Path) -> list[Tally]:
-    asked, counted = read_asked(folder), tallies(read_samples(folder))
+def _read(folder: Path) -> list[PromptCounts]:
+    asked, counted = read_description(folder), count_by_prompt(read_samples(folder))
     whole = [tally for tally in counted if tally.samples == asked["samples"]]
     if len(whole) != asked["prompts"]:
         said = f"{len(whole)} of {asked['prompts']} prompts are answered"
@@ -81,8 +81,8 @@ def _read(folder: Path) -> list[Tally]:
     return counted
 
 
-def _require_same_prompts(a: Path, b: Path, first: Sequence[Tally], second: Sequence[Tally]) -> None:
-    if read_asked(a)["prompts_sha256"] == read_asked(b)["prompts_sha256"]:
+def _require_same_prompts(a: Path, b: Path, first: Sequence[PromptCounts], second: Sequence[PromptCounts]) -> None:
+    if read_description(a)["prompts_sha256"] == read_description(b)["prompts_sha256"]:
         return
     ones, others = _prompts(a), _prompts(b)
     shared = sum(others.get(name) == content for name, content in ones.items())
@@ -96,10 +96,12 @@ def _prompts(folder: Path) -> Mapping[str, tuple[str, str]]:
     return {sample.prompt_id: (sample.prompt, sample.answer) for sample in read_samples(folder)}
 
 
-def _compared(task: str | None, difficulty: str | None, a: Sequence[Tally], b: Sequence[Tally]) -> Comparison:
+def _compared(
+    task: str | None, difficulty: str | None, a: Sequence[PromptCounts], b: Sequence[PromptCounts]
+) -> ResultComparison:
     scale = lcm(a[0].samples, b[0].samples)
     units = [y.correct * (scale // y.samples) - x.correct * (scale // x.samples) for x, y in zip(a, b, strict=True)]
-    return Comparison(
+    return ResultComparison(
         task=task,
         difficulty=difficulty,
         prompts=len(a),
@@ -112,7 +114,7 @@ def _compared(task: str | None, difficulty: str | None, a: Sequence[Tally], b: S
     )
 
 
-def _table(found: Sequence[Comparison]) -> Table:
+def _table(found: Sequence[ResultComparison]) -> Table:
     by = [name for name in ("task", "difficulty") if any(vars(row)[name] for row in found)]
     heads = [*by, "prompts", "A", "B", "B - A", "better", "worse", "p", *(["p, Holm"] if by else [])]
     shown = Table(*heads)

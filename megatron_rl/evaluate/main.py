@@ -11,18 +11,18 @@ from rich.progress import Progress
 from transformers import AutoTokenizer
 
 from megatron_rl.data.types import Prompt
-from megatron_rl.evaluate.figures import METHOD, all_figures
-from megatron_rl.evaluate.records import RESULT, SAMPLES, ResultFolder, described
+from megatron_rl.evaluate.metrics import METHOD, all_metrics
+from megatron_rl.evaluate.result_folder import RESULT, SAMPLES, ResultFolder, describe_evaluation
 from megatron_rl.evaluate.servers import VERSION, serving
-from megatron_rl.evaluate.show import make_console, notes, table
+from megatron_rl.evaluate.tables import make_console, notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
 from megatron_rl.launch.planning.plan import check_sampling
 from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
 from megatron_rl.rollout.fleet_setup import Chat
 from megatron_rl.rollout.routes import wanted_routes
-from megatron_rl.rollout.stream import judged
+from megatron_rl.rollout.stream import verify_groups
 from megatron_rl.tasks import make_task
-from megatron_rl.tasks.pool import open_judging
+from megatron_rl.tasks.pool import open_verifier
 from megatron_rl.util.atomic import replace_text
 
 
@@ -47,7 +47,7 @@ def evaluate_one(target: Target, console: Console) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     task = make_task(run.task, tokenizer)
     prompts = heldout_prompts(run, task)
-    asked = described(run, target.step, prompts)
+    asked = describe_evaluation(run, target.step, prompts)
     folder = ResultFolder(target.output, asked, prompts)
     missing = folder.missing()
     if missing:
@@ -62,7 +62,7 @@ def evaluate_one(target: Target, console: Console) -> None:
             console.print(f"{len(prompts) - left} of {len(prompts)} prompts are in {target.output}", markup=False)
             console.print("to go on: the same command again")
             raise
-    found = all_figures(folder.finish())
+    found = all_metrics(folder.finish())
     result = {"asked": asked, "method": METHOD, "figures": [row.record() for row in found]}
     replace_text(target.output / RESULT, json.dumps(result, indent=2) + "\n")
     console.print(table(found))
@@ -78,13 +78,13 @@ def _answer(
     run, missing = target.run, folder.missing()
     with (
         serving(run, tokenizer, target.output) as fleet,
-        closing(open_judging(run)) as judging,
+        closing(open_verifier(run)) as verifier,
         Progress(console=console, transient=True) as progress,
     ):
         bar = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
         versions = range(VERSION, VERSION + 1)
         asked = fleet.submit(*question(run, prompts, target.step), versions, wanted=missing, routes=wanted_routes(run))
-        places = {judged(pending, judging): first for first, pending in asked}
+        places = {verify_groups(pending, verifier): first for first, pending in asked}
         try:
             for future in as_completed(places):
                 for place, (group, verdicts) in enumerate(future.result(), start=places[future]):

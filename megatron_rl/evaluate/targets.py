@@ -22,7 +22,7 @@ RESULTS = "eval"
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightsLocation:
     """Weights on disk.
 
     Attributes:
@@ -74,7 +74,7 @@ def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | N
         loaded = load(Run, files, settings)
         path = Path(loaded.run.model.path)
         return [Target(loaded, 0, output or Path(RESULTS) / path.name)]
-    places = [find_place(folder) for folder in folders]
+    places = [find_weights(folder) for folder in folders]
     targets = [
         Target(_load(place, files, settings), place.step, _output(place, output, alone=len(places) == 1))
         for place in places
@@ -87,7 +87,7 @@ def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | N
     return targets
 
 
-def find_place(folder: Path) -> Place:
+def find_weights(folder: Path) -> WeightsLocation:
     """Return the weights that a folder names.
 
     Raises:
@@ -96,10 +96,10 @@ def find_place(folder: Path) -> Place:
     if is_run(folder):
         return _newest(folder)
     if folder.name == "export" and is_run(folder.parent):
-        return Place(folder, _steps(folder.parent), folder.parent)
+        return WeightsLocation(folder, _steps(folder.parent), folder.parent)
     if re.fullmatch(r"step_\d+", folder.name) and is_run(folder.parent.parent):
-        return Place(folder, step_of(folder), folder.parent.parent)
-    return Place(folder)
+        return WeightsLocation(folder, step_of(folder), folder.parent.parent)
+    return WeightsLocation(folder)
 
 
 def is_run(folder: Path) -> bool:
@@ -112,24 +112,24 @@ def is_run(folder: Path) -> bool:
     return isinstance(found, dict) and {"model", "task", "train"} <= set(found)
 
 
-def _newest(run: Path) -> Place:
+def _newest(run: Path) -> WeightsLocation:
     """Return the newest weights of a run: as Hugging Face files, which every engine can read, where there are some."""
     checkpoints = valid_checkpoints(run / "checkpoints")
     exports = {step_of(path): path for path in (run / "exports").glob("step_*") if path.name[5:].isdigit()}
     final = run / "export"
     newest = max([step_of(path) for path in checkpoints[-1:]] + list(exports), default=None)
     if final.is_dir() and newest in (None, _steps(run)):
-        return Place(final, _steps(run), run)
+        return WeightsLocation(final, _steps(run), run)
     if newest is None:
         raise DataError(f"{run} holds no weights yet: no checkpoint, no export; give another folder")
-    return Place(exports.get(newest, run / "checkpoints" / f"step_{newest:08}"), newest, run)
+    return WeightsLocation(exports.get(newest, run / "checkpoints" / f"step_{newest:08}"), newest, run)
 
 
 def _steps(run: Path) -> int:
     return int(json.loads((run / CONFIG).read_text(encoding="utf-8"))["train"]["steps"])
 
 
-def _load(place: Place, files: Sequence[str], settings: Sequence[str]) -> Loaded[Run]:
+def _load(place: WeightsLocation, files: Sequence[str], settings: Sequence[str]) -> Loaded[Run]:
     """Return the settings: the run's own, config files over them, words over those."""
     base = place.run / CONFIG if place.run else None
     own = [f"model.path={json.dumps(str(place.weights.absolute()))}"]
@@ -142,7 +142,7 @@ def _load(place: Place, files: Sequence[str], settings: Sequence[str]) -> Loaded
     return Loaded(run, loaded.origins)
 
 
-def _output(place: Place, output: Path | None, *, alone: bool) -> Path:
+def _output(place: WeightsLocation, output: Path | None, *, alone: bool) -> Path:
     name = f"step_{place.step:08}" if place.run else place.weights.absolute().name
     if output is not None:
         return output if alone else output / name

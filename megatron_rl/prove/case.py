@@ -24,7 +24,7 @@ RESPONSES, LONGEST = 24, 40
 
 
 @dataclass(frozen=True)
-class Shrink:
+class SizeOverrides:
     """A smaller model of the same family, with random weights; None keeps the size."""
 
     layers: int | None = None
@@ -32,7 +32,7 @@ class Shrink:
     experts: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Shrink":
+    def parse(cls, text: str) -> "SizeOverrides":
         """Read ``layers=2,hidden=64,experts=8``.
 
         Raises:
@@ -68,12 +68,12 @@ class Shrink:
         return small
 
 
-def make_model(run: Run, shrink: Shrink | None, folder: Path) -> str:
+def make_model(run: Run, shrink: SizeOverrides | None, folder: Path) -> str:
     """Return the folder of the model to prove with: the run's own, or a shrunk one with random weights."""
     hf = read_hf_config(Path(run.model.path))
     if shrink is None and list(Path(run.model.path).glob("*.safetensors")):
         return run.model.path
-    small = (shrink or Shrink()).config(hf)
+    small = (shrink or SizeOverrides()).config(hf)
     generator, family = torch.Generator().manual_seed(1), family_of(small)
     tensors = {}
     for name, shape in family.hf_tensors().items():

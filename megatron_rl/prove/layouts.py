@@ -60,7 +60,7 @@ DEFAULT: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
-class Trial:
+class LayoutRun:
     """One layout as written, and the run with it."""
 
     text: str
@@ -68,7 +68,7 @@ class Trial:
     ranks: int
 
 
-def trial(run: Run, text: str) -> Trial:
+def trial(run: Run, text: str) -> LayoutRun:
     """Return the run under a layout; sizes that the layout does not name are 1.
 
     Raises:
@@ -93,7 +93,7 @@ def trial(run: Run, text: str) -> Trial:
     if tree["model"]["dtype"] == "float64":  # what megatron-core's optimizers refuse in float64
         tree["parallel"]["distributed_optimizer"] = False
         tree["optimizer"]["clip_grad"] = 0.0
-    return Trial(text, Run.model_validate(tree), ranks)
+    return LayoutRun(text, Run.model_validate(tree), ranks)
 
 
 def _value(text: str, word: str, value: str, kind: type) -> object:
@@ -106,11 +106,11 @@ def _value(text: str, word: str, value: str, kind: type) -> object:
     raise ConfigError(f"--layout {text!r}: {word!r} needs {'true or false' if kind is bool else 'a number'}")
 
 
-def reference(run: Run) -> Trial:
+def reference(run: Run) -> LayoutRun:
     """Return the one-rank float64 run, one sequence a row, nothing recomputed."""
     return trial(run, "packing=false,dtype=float64,recompute=none")
 
 
-def all_of(run: Run, texts: Sequence[str]) -> list[Trial]:
+def layout_runs(run: Run, texts: Sequence[str]) -> list[LayoutRun]:
     """Return the trials of these layouts."""
     return [trial(run, text) for text in texts]

@@ -22,9 +22,9 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.layout import check_layout, layout_of
 from megatron_rl.launch.planning.shape import shape_of
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.prove.case import CASE, RESULT, RUNS, Shrink, make_batch, make_model, moved_scores
+from megatron_rl.prove.case import CASE, RESULT, RUNS, SizeOverrides, make_batch, make_model, moved_scores
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
-from megatron_rl.prove.layouts import DEFAULT, Trial, all_of, reference
+from megatron_rl.prove.layouts import DEFAULT, LayoutRun, layout_runs, reference
 from megatron_rl.prove.ranks import run_forked
 
 ALL_OBJECTIVES = tuple(str(kind.model_fields["name"].default) for kind in get_args(AnyObjective))
@@ -52,7 +52,7 @@ def prove(
     console = console if console.is_terminal else Console(highlight=False, width=150)
     with tempfile.TemporaryDirectory(prefix="megatron-rl-prove-") as place:
         folder = Path(place)
-        model = make_model(loaded.run, None if shrink is None else Shrink.parse(shrink), folder / "model")
+        model = make_model(loaded.run, None if shrink is None else SizeOverrides.parse(shrink), folder / "model")
         run = with_model(loaded.run, model)
         family = family_of(read_hf_config(Path(model)))
         trials, skipped = _possible(loaded, run, layouts, most_ranks)
@@ -90,7 +90,7 @@ def prove(
 HEADS = ("log-prob", "entropy", "loss", "gradient", "worst gradient", "norm", "ratio")
 
 
-def _cells(trial: Trial, name: str, found: Differences) -> list[str]:
+def _cells(trial: LayoutRun, name: str, found: Differences) -> list[str]:
     numbers = [found.logprobs, found.entropies, found.loss, found.gradient]
     tail = [found.norm, found.ratio]
     shorter = found.worst.replace("model.layers.", "").removesuffix(".weight")
@@ -113,12 +113,12 @@ def with_model(run: Run, path: str) -> Run:
 
 def _possible(
     loaded: Loaded[Run], run: Run, layouts: Sequence[str], most_ranks: int
-) -> tuple[list[Trial], dict[str, str]]:
+) -> tuple[list[LayoutRun], dict[str, str]]:
     """Return the layouts that the model divides, and why not for the others; a user's own must all be possible."""
     shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
-    possible: list[Trial] = []
+    possible: list[LayoutRun] = []
     skipped: dict[str, str] = {}
-    for trial in all_of(run, layouts or DEFAULT):
+    for trial in layout_runs(run, layouts or DEFAULT):
         layout = layout_of(trial.run.parallel, trial.ranks, trial.run.model.megatron)
         changed = Loaded(trial.run, dict.fromkeys(loaded.origins, f"--layout {trial.text}"))
         problems = check_layout(changed, layout, shape, on_gloo=not torch.cuda.is_available())
@@ -144,7 +144,7 @@ def _objectives(run: Run, names: Sequence[str]) -> list[Run]:
     return [run.model_copy(update={"objective": adapter.validate_python({"name": name})}) for name in chosen]
 
 
-def _run(trial: Trial, runs_of: Sequence[Run], case: Path, folder: Path) -> dict[str, Tensor]:
+def _run(trial: LayoutRun, runs_of: Sequence[Run], case: Path, folder: Path) -> dict[str, Tensor]:
     """Run all ranks of a layout and return what the main rank wrote."""
     folder.mkdir()
     (folder / CASE).symlink_to(case)

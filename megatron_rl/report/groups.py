@@ -19,7 +19,7 @@ LONGEST_LABEL = 48
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of one configuration.
 
     Attributes:
@@ -61,7 +61,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
+def group_runs(runs: Sequence[RunFolder]) -> list[RunGroup]:
     """Return the runs in groups of equal settings but for the seed, in the order in which they are named."""
     members: dict[str, list[RunFolder]] = {}
     for run in runs:
@@ -69,7 +69,7 @@ def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
         key = json.dumps(_compared(run), sort_keys=True) if run.settings else f"?{run.name}"
         members.setdefault(key, []).append(run)
     groups = list(members.values())
-    return [Group(label, group) for label, group in zip(_labels(groups), groups, strict=True)]
+    return [RunGroup(label, group) for label, group in zip(_labels(groups), groups, strict=True)]
 
 
 def _compared(run: RunFolder) -> dict[str, object]:

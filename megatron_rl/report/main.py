@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_rl.errors import DataError
 from megatron_rl.report.groups import group_runs
-from megatron_rl.report.page import Report
+from megatron_rl.report.page import RunReport
 from megatron_rl.report.png import check_png, write_plot
 from megatron_rl.report.runs import read_runs
 from megatron_rl.report.samples import PAGE_BYTES, read_samples
@@ -23,7 +23,7 @@ def report(folders: Sequence[Path], output: Path | None, png: Path | None) -> in
         check_png()
     groups = group_runs(read_runs(folders))
     share = PAGE_BYTES // len(folders)
-    made = Report(groups, [[read_samples(run, most_bytes=share) for run in group.runs] for group in groups])
+    made = RunReport(groups, [[read_samples(run, most_bytes=share) for run in group.runs] for group in groups])
     try:
         if png is not None:
             _write_plots(made, png)
@@ -36,7 +36,7 @@ def report(folders: Sequence[Path], output: Path | None, png: Path | None) -> in
     return 0
 
 
-def _write_plots(made: Report, folder: Path) -> None:
+def _write_plots(made: RunReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     for plots in made.plots().values():

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from megatron_rl.report.groups import Group, differences, words
+from megatron_rl.report.groups import RunGroup, differences, words
 from megatron_rl.report.panels import CURVES, FEWEST_SEGMENTS, MISMATCH, TIMES, clip_plots, metric_plots, phase_plot
 from megatron_rl.report.plot import short
 from megatron_rl.report.runs import Line, RunFolder
-from megatron_rl.report.samples import Samples
+from megatron_rl.report.samples import RecordedSamples
 
 WORST_SHOWN = 8
 """Tokens of ``mismatch.json`` that are listed for each run."""
@@ -21,14 +21,14 @@ LONGEST_CELL = 160
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """What is reported on: groups of runs, and what was recorded of their tokens, group by group, run by run."""
 
-    groups: Sequence[Group]
-    samples: Sequence[Sequence[Samples]]
+    groups: Sequence[RunGroup]
+    samples: Sequence[Sequence[RecordedSamples]]
 
     @property
-    def runs(self) -> list[tuple[Group, RunFolder, Samples]]:
+    def runs(self) -> list[tuple[RunGroup, RunFolder, RecordedSamples]]:
         """Every run with its group and its samples."""
         pairs = zip(self.groups, self.samples, strict=True)
         return [(group, run, own) for group, all_own in pairs for run, own in zip(group.runs, all_own, strict=True)]
@@ -132,7 +132,7 @@ MISMATCH_WORDS = "What the rollout engine said about a sampled token, against th
 TIMES_WORDS = "The phases leave out the first step of each run, in which servers start, if there are others."
 
 
-def _run_row(group: Group, run: RunFolder) -> list[str]:
+def _run_row(group: RunGroup, run: RunFolder) -> list[str]:
     trained = run.trained
     seconds = sum(float(line.get("seconds", {}).get("total", 0.0)) for line in run.lines)
     ends = []

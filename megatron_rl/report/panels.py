@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rl.report.groups import Group
+from megatron_rl.report.groups import RunGroup
 from megatron_rl.report.plot import Series, bars, curves, stacked
 from megatron_rl.report.runs import Line
-from megatron_rl.report.samples import Bins, Clips
+from megatron_rl.report.samples import ClipBins, ClipCounts
 
 OVERLAPPING = ("total", "fleet")
 """Times that are not of a phase of their own."""
@@ -55,7 +55,7 @@ MISMATCH = (
 TIMES = (Panel("seconds/total", "Time of a step", "seconds", log=True),)
 
 
-def metric_plots(groups: Sequence[Group], panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:
+def metric_plots(groups: Sequence[RunGroup], panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:
     """Yield (file name, SVG) of each panel whose metric any run has, and that is not 0 all the time."""
     for panel in panels:
         series = [curve for group in groups if (curve := group.curve(panel.key))]
@@ -69,7 +69,7 @@ def metric_plots(groups: Sequence[Group], panels: Sequence[Panel]) -> Iterator[t
             yield panel.key.replace("/", "_"), curves(series, title=panel.title, y=panel.unit, log=panel.log)
 
 
-def phase_plot(groups: Sequence[Group]) -> str | None:
+def phase_plot(groups: Sequence[RunGroup]) -> str | None:
     """Return the mean seconds of each phase a step, the first step left out where there are others; None: not known."""
     times: list[dict[str, float]] = []
     for group in groups:
@@ -90,7 +90,7 @@ def _warm(steps: Sequence[Line]) -> Sequence[Line]:
     return steps[1:] or steps
 
 
-def clip_plots(groups: Sequence[Group], clips: Sequence[Sequence[Clips]]) -> Iterator[tuple[str, str]]:
+def clip_plots(groups: Sequence[RunGroup], clips: Sequence[Sequence[ClipCounts]]) -> Iterator[tuple[str, str]]:
     """Yield (file name, SVG): the share of clipped segments by their length and by their entropy.
 
     ``clips`` has those of each run of each group.
@@ -109,11 +109,11 @@ def clip_plots(groups: Sequence[Group], clips: Sequence[Sequence[Clips]]) -> Ite
         yield f"clipped_{kind}", bars(shown, series, title=title, y="share of segments", x=unit)
 
 
-def _known(bins: Sequence[Bins], place: int) -> bool:
+def _known(bins: Sequence[ClipBins], place: int) -> bool:
     return sum(own.segments[place] for own in bins) >= FEWEST_SEGMENTS
 
 
-def _shares(label: str, bins: Sequence[Bins], used: Sequence[int]) -> Series:
+def _shares(label: str, bins: Sequence[ClipBins], used: Sequence[int]) -> Series:
     """Return the clipped share of all seeds together, and that of the lowest and the highest seed, in these bins."""
     there = [number for number, place in enumerate(used) if _known(bins, place)]
     places = [used[number] for number in there]

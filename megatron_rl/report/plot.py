@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a6428a", "#b8860b", "#3a9bd0", "#5b5b5b", "#8b4513")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#a6428a", "#b8860b", "#3a9bd0", "#5b5b5b", "#8b4513")
 """Told apart also by people who see few colours; dark enough on white."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 INK, GRID = "#222222", "#dddddd"
@@ -111,7 +111,7 @@ def bars(
     for number, s in enumerate(series):
         for place, value in enumerate(s.y):
             left = frame.left + s.x[place] * step + 0.1 * step + number * thick
-            drawn.append(_box(left, up(value), thick * 0.94, up(0) - up(value), colour(number)))
+            drawn.append(_box(left, up(value), thick * 0.94, up(0) - up(value), color(number)))
             if s.low is not None and s.high is not None:
                 middle = left + thick * 0.47
                 drawn.append(_line([(middle, up(s.low[place])), (middle, up(s.high[place]))], INK))
@@ -135,7 +135,7 @@ def stacked(
         begun, top = 0.0, frame.top + row * step + 0.15 * step
         for number, (_, lengths) in enumerate(parts):
             drawn.append(
-                _box(across(begun), top, across(begun + lengths[row]) - across(begun), 0.7 * step, colour(number))
+                _box(across(begun), top, across(begun + lengths[row]) - across(begun), 0.7 * step, color(number))
             )
             begun += lengths[row]
         drawn.append(_text(frame.left - 6, top + 0.35 * step + 4, name, anchor="end"))
@@ -198,7 +198,7 @@ class Frame:
         for row, entries in enumerate(self._legend):
             for left, number in entries:
                 y = 34 + 15 * row
-                parts.append(_line([(left, y - 3), (left + 16, y - 3)], colour(number), 3, _dash(number)))
+                parts.append(_line([(left, y - 3), (left + 16, y - 3)], color(number), 3, _dash(number)))
                 parts.append(_text(left + 20, y, self.labels[number], size=10))
         parts += drawn
         parts.append(_line([(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)], "#888888"))
@@ -211,13 +211,13 @@ class Frame:
         return "".join([*parts, "</svg>"])
 
 
-def colour(number: int) -> str:
+def color(number: int) -> str:
     """Return the colour of a series."""
-    return COLOURS[number % len(COLOURS)]
+    return COLORS[number % len(COLORS)]
 
 
 def _dash(number: int) -> str:
-    return DASHES[number // len(COLOURS) % len(DASHES)]
+    return DASHES[number // len(COLORS) % len(DASHES)]
 
 
 def _curve(series: Series, across: Axis, up: Axis, number: int) -> str:
@@ -226,11 +226,11 @@ def _curve(series: Series, across: Axis, up: Axis, number: int) -> str:
         ends = list(zip(series.x, series.low, series.high, strict=True))
         edge = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
         points = [(across(x), up(max(y, up.low))) for x, y in edge]
-        parts.append(f'<polygon points="{_points(points)}" fill="{colour(number)}" fill-opacity="0.2"/>')
+        parts.append(f'<polygon points="{_points(points)}" fill="{color(number)}" fill-opacity="0.2"/>')
     points = [(across(x), up(y)) for x, y in zip(series.x, series.y, strict=True) if _drawable(y, up.log)]
-    parts.append(_line(points, colour(number), 1.8, _dash(number)))
+    parts.append(_line(points, color(number), 1.8, _dash(number)))
     if len(points) <= 30:
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour(number)}"/>' for x, y in points]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{color(number)}"/>' for x, y in points]
     return "".join(parts)
 
 

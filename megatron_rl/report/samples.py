@@ -21,7 +21,7 @@ SAMPLE_KEYS = {*TOKEN_KEYS, "id", "prompt", "reward", "advantage", "tokens", "al
 
 
 @dataclass(frozen=True)
-class Bins:
+class ClipBins:
     """Segments and clipped ones in bins, over all steps of a run.
 
     Attributes:
@@ -40,7 +40,7 @@ class Bins:
 
 
 @dataclass
-class Clips:
+class ClipCounts:
     """The sums over a run's lines of ``tokens.jsonl``."""
 
     _edges: dict[str, Sequence[float]] = field(default_factory=dict)
@@ -60,13 +60,13 @@ class Clips:
                 before = own.get(name, [0.0] * len(counts[name]))
                 own[name] = [a + b for a, b in zip(before, counts[name], strict=True)]
 
-    def bins(self, kind: str) -> Bins | None:
+    def bins(self, kind: str) -> ClipBins | None:
         """Return ``by_length`` or ``by_entropy``; None: no line has it."""
         if kind not in self._sums:
             return None
         edges, own = self._edges[kind], self._sums[kind]
         names = _length_names(edges) if kind == "by_length" else _entropy_names(edges)
-        return Bins(names, own["segments"], own["clipped"])
+        return ClipBins(names, own["segments"], own["clipped"])
 
 
 def _length_names(edges: Sequence[float]) -> list[str]:
@@ -82,7 +82,7 @@ def _entropy_names(edges: Sequence[float]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Samples:
+class RecordedSamples:
     """What is shown of a run's ``tokens.jsonl``.
 
     Attributes:
@@ -91,19 +91,19 @@ class Samples:
         recorded: how many steps the file has.
     """
 
-    clips: Clips
+    clips: ClipCounts
     lines: Sequence[Line]
     recorded: int
 
 
-def read_samples(run: RunFolder, most_steps: int = MOST_STEPS, most_bytes: int = PAGE_BYTES) -> Samples:
+def read_samples(run: RunFolder, most_steps: int = MOST_STEPS, most_bytes: int = PAGE_BYTES) -> RecordedSamples:
     """Return the clips of all steps and the responses of evenly many, the first and the last among them.
 
     Only the responses that are shown are kept in memory. A line that is no record of a step is left out.
     """
-    clips, path = Clips(), run.path / TOKENS
+    clips, path = ClipCounts(), run.path / TOKENS
     if not path.is_file():
-        return Samples(clips, (), 0)
+        return RecordedSamples(clips, (), 0)
     recorded = 0
     for line in json_lines(path, []):
         clips.add(line)
@@ -112,7 +112,7 @@ def read_samples(run: RunFolder, most_steps: int = MOST_STEPS, most_bytes: int =
     last = max(recorded - 1, 1)
     wanted = {round(number * last / (shown - 1)) for number in range(shown)} if recorded > shown else range(recorded)
     lines = [line for number, line in enumerate(json_lines(path, [])) if number in wanted and _is_whole(line)]
-    return Samples(clips, lines, recorded)
+    return RecordedSamples(clips, lines, recorded)
 
 
 def _is_whole(line: Line) -> bool:

@@ -18,7 +18,7 @@ from megatron_rl.rollout.buffer import Buffer, BufferConfig, FinishedGroup, Samp
 from megatron_rl.rollout.buffer_state import Json, restore, snapshot
 from megatron_rl.rollout.routes import wanted_routes
 from megatron_rl.tasks.base import Task
-from megatron_rl.tasks.pool import AtOnce, Judging, Verdicts, settle
+from megatron_rl.tasks.pool import InlineVerifier, Verdicts, Verifier, settle
 
 Pending = Future[list[Group]]
 Judged = Future[list[tuple[Group, Verdicts]]]
@@ -61,7 +61,7 @@ def wait_for_one(pending: Collection[Judged]) -> None:
     wait(pending, return_when=FIRST_COMPLETED)
 
 
-def judged(pending: Pending, judging: Judging) -> Judged:
+def verify_groups(pending: Pending, verifier: Verifier) -> Judged:
     """Return the groups with their verdicts, once both are there."""
     done: Judged = Future()
 
@@ -71,7 +71,7 @@ def judged(pending: Pending, judging: Judging) -> Judged:
             done.set_exception(error)
             return
         groups = pending.result()
-        verdicts = judging.submit(groups)
+        verdicts = verifier.submit(groups)
         verdicts.add_done_callback(lambda v: settle(done, lambda: list(zip(groups, v.result(), strict=True))))
 
     pending.add_done_callback(sampled)
@@ -82,10 +82,10 @@ class Stream:
     """The groups of a run from a step on."""
 
     def __init__(
-        self, run: Run, fleet: Fleet, task: Task, state: Json | None = None, judging: Judging | None = None
+        self, run: Run, fleet: Fleet, task: Task, state: Json | None = None, verifier: Verifier | None = None
     ) -> None:
         self.run, self.fleet = run, fleet
-        self.judging = judging or AtOnce(task.verify)
+        self.verifier = verifier or InlineVerifier(task.verify)
         self.prompts = task.prompts("train", run.train.seed)
         self.buffer = Buffer(buffer_config(run))
         if state is not None:
@@ -123,7 +123,7 @@ class Stream:
             prompts, train.group_size, rollout.sampling, seed, versions, wanted=order.wanted, routes=self._routes
         )
         for first, pending in asked:
-            self._pending[judged(pending, self.judging)] = (order, first)
+            self._pending[verify_groups(pending, self.verifier)] = (order, first)
 
     def _absorb(self) -> None:
         for pending in [pending for pending in self._pending if pending.done()]:

@@ -8,8 +8,8 @@ from megatron_rl.tasks.base import Task, Tokenizer, Verdict
 from megatron_rl.tasks.chained_arithmetic import ChainedArithmetic
 from megatron_rl.tasks.environments import find_environment
 from megatron_rl.tasks.jsonl import Jsonl, check_files
-from megatron_rl.tasks.judge import check_verifiers
 from megatron_rl.tasks.reasoning_gym import ReasoningGym, check_gym
+from megatron_rl.tasks.reward import check_verifiers
 
 __all__ = ["Task", "Tokenizer", "Verdict", "check_task", "make_task"]
 

@@ -32,7 +32,7 @@ class Verdict:
     """What the response was taken to answer, for majority votes; None if it gave no answer, or nobody can say."""
 
 
-def failed(failure: Failure, reason: str) -> Verdict:
+def unverified(failure: Failure, reason: str) -> Verdict:
     """Return the verdict of a verifier that gave none."""
     return Verdict(None, False, reason, failure)
 

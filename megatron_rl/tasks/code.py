@@ -23,20 +23,20 @@ from pathlib import Path
 from megatron_rl.config.tasks import Reward
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import DataError
-from megatron_rl.tasks import inside
+from megatron_rl.tasks import sandbox
 from megatron_rl.tasks.base import Verdict
 
 MEMORY_BYTES = 1 << 29
 """Of address space; a Python interpreter takes about 30 MB of it."""
 
-MARGIN = 0.8
+TIME_SHARE = 0.8
 """Share of ``reward.seconds`` that a program gets for all its tests; one that needs more is wrong, not unverified."""
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """How a program ended."""
 
     printed: str
@@ -44,13 +44,13 @@ class Outcome:
     """Empty if it ended by itself without an error."""
 
 
-def program_of(text: str) -> str:
+def extract_program(text: str) -> str:
     """Return the last fenced block of a response, or all of it."""
     found = _FENCE.findall(text)
     return found[-1] if found else text
 
 
-def run_locked(program: str, stdin: str, seconds: float, tests: str = "", nonce: str = "") -> Outcome:
+def run_sandboxed(program: str, stdin: str, seconds: float, tests: str = "", nonce: str = "") -> ProgramResult:
     """Return what a program printed, run without network, files to write, other processes, or more than its time.
 
     Raises:
@@ -61,7 +61,7 @@ def run_locked(program: str, stdin: str, seconds: float, tests: str = "", nonce:
         for file, text in (("program.py", program), ("tests.py", tests), ("stdin", stdin)):
             (folder / file).write_text(text, encoding="utf-8", errors="replace")
         limits = [str(math.ceil(seconds)), str(MEMORY_BYTES)]
-        command = [sys.executable, "-I", "-S", inside.__file__, "program.py", "tests.py", nonce, *limits]
+        command = [sys.executable, "-I", "-S", sandbox.__file__, "program.py", "tests.py", nonce, *limits]
         with (folder / "stdin").open("rb") as source, (folder / "stdout").open("wb") as sink:
             child = subprocess.Popen(
                 command, stdin=source, stdout=sink, stderr=subprocess.DEVNULL, cwd=folder, env={}, close_fds=True
@@ -74,24 +74,24 @@ def run_locked(program: str, stdin: str, seconds: float, tests: str = "", nonce:
             finally:
                 child.kill()
                 child.wait()
-        if child.returncode == inside.NO_LOCK:
+        if child.returncode == sandbox.NO_LOCK:
             raise DataError("no seccomp filter on this machine: code is not run without one (the verifier code)")
-        return Outcome((folder / "stdout").read_text(encoding="utf-8", errors="replace"), failure)
+        return ProgramResult((folder / "stdout").read_text(encoding="utf-8", errors="replace"), failure)
 
 
 class CodeVerifier:
     """Scores 1 if all tests of the answer pass, else 0."""
 
     def __init__(self, reward: Reward) -> None:
-        self.seconds = reward.seconds * MARGIN
+        self.seconds = reward.seconds * TIME_SHARE
 
     def __call__(self, prompt: Prompt, response: Response) -> Verdict:
         """Return the verdict; DataError if the answer holds no tests."""
-        program, deadline = program_of(response.answer_text), time.monotonic() + self.seconds
-        for stdin, wanted, asserts in tests_of(prompt.answer):
+        program, deadline = extract_program(response.answer_text), time.monotonic() + self.seconds
+        for stdin, wanted, asserts in parse_tests(prompt.answer):
             nonce = secrets.token_hex(16) if asserts else ""
             left = max(deadline - time.monotonic(), 0.01)
-            outcome = run_locked(program, stdin, left, asserts, nonce)
+            outcome = run_sandboxed(program, stdin, left, asserts, nonce)
             if outcome.failure:
                 return Verdict(0.0, False, outcome.failure)
             if asserts and not outcome.printed.endswith(nonce):
@@ -101,7 +101,7 @@ class CodeVerifier:
         return Verdict(1.0, True)
 
 
-def tests_of(answer: str) -> Iterator[tuple[str, str, str]]:
+def parse_tests(answer: str) -> Iterator[tuple[str, str, str]]:
     """Yield stdin, what is to be printed, and asserts, of each test."""
     try:
         tests = json.loads(answer)
@@ -134,7 +134,7 @@ print("locked")
 def check_sandbox() -> Iterator[str]:
     """Yield what keeps this machine from running code in the sandbox, by trying to get out of it."""
     try:
-        outcome = run_locked(_TRIES, "", 10.0)
+        outcome = run_sandboxed(_TRIES, "", 10.0)
     except DataError as error:
         yield str(error)
         return

@@ -11,7 +11,7 @@ from megatron_rl.data.types import Prompt
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.verifiers import load_object
 
-MOST_SYMBOLS = 200
+MAX_EXPRESSION_CHARS = 200
 """Of an expression."""
 
 _CALL = re.compile(r"<calc>(.*?)</calc>\s*$", re.DOTALL)
@@ -39,7 +39,7 @@ class Calculator:
 
 def calculate(expression: str) -> str:
     """Return the value of a sum of numbers, brackets and + - * / // %, or ``error``."""
-    if len(expression) > MOST_SYMBOLS:
+    if len(expression) > MAX_EXPRESSION_CHARS:
         return "error"
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body)

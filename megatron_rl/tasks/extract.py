@@ -47,7 +47,7 @@ def whole(text: str) -> str | None:
     return text.strip() or None
 
 
-EXTRACT: Mapping[str, Callable[[str], str | None]] = {
+EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
     "tag": tag,
     "boxed": boxed,
     "number": number,

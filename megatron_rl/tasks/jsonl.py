@@ -16,9 +16,9 @@ from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
-from megatron_rl.tasks.judge import ended, find_check
 from megatron_rl.tasks.render import render
-from megatron_rl.tasks.rows import Place, read_rows
+from megatron_rl.tasks.reward import find_verifier, require_stop
+from megatron_rl.tasks.rows import RowLocation, read_rows
 from megatron_rl.tasks.verifiers import VERIFIERS
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ LABELS = ("task", "difficulty")
 
 
 @dataclass(frozen=True)
-class Record:
+class PromptRow:
     """One row of a file."""
 
-    place: Place
+    place: RowLocation
     prompt: str | Turns
     answer: str
     labels: Mapping[str, str]
@@ -46,7 +46,7 @@ class Record:
         return self.prompt if isinstance(self.prompt, str) else "\n".join(turn["content"] for turn in self.prompt)
 
 
-def read_records(options: JsonlTask, path: Path) -> Iterator[Record]:
+def read_prompt_rows(options: JsonlTask, path: Path) -> Iterator[PromptRow]:
     """Yield the rows of a file; a DataError names file and line of the first one that cannot be used."""
     for place, row in read_rows(options.name, path):
         prompt, answer = (
@@ -63,10 +63,10 @@ def read_records(options: JsonlTask, path: Path) -> Iterator[Record]:
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise DataError(f"{options.answer_field} is {_show(answer)} ({place}); write a string or a number")
         labels = {name: str(row[name]) for name in LABELS if isinstance(row.get(name), str | int | float)}
-        yield Record(place, cast(str | Turns, prompt), str(answer), labels)
+        yield PromptRow(place, cast(str | Turns, prompt), str(answer), labels)
 
 
-def _field(row: Mapping[str, object], name: str, option: str, place: Place) -> object:
+def _field(row: Mapping[str, object], name: str, option: str, place: RowLocation) -> object:
     """Return a field of a row; ``a.b`` is b within a, unless there is a field of that whole name."""
     here: object = row
     for part in (name,) if name in row else name.split("."):
@@ -94,7 +94,7 @@ def check_files(options: JsonlTask) -> Iterator[str]:
     """Yield what is wrong with the files of a task, the first bad line of each, without a tokenizer."""
     for path in (options.path, options.heldout_path):
         try:
-            if path is not None and not any([*read_records(options, Path(path))]):
+            if path is not None and not any([*read_prompt_rows(options, Path(path))]):
                 yield f"no line in {path}; write one JSON object a line, or one row each"
         except MegatronRLError as error:
             yield str(error)
@@ -106,14 +106,14 @@ class Jsonl:
     def __init__(self, options: JsonlTask, tokenizer: Tokenizer) -> None:
         self.options = options
         self.tokenizer = tokenizer
-        self.check = ended(find_check(options.verifier, Reward()))
+        self.check = require_stop(find_verifier(options.verifier, Reward()))
         self.too_long = 0
         """Prompts left out because they have more tokens than ``max_prompt_tokens``."""
         path = Path(options.path)
-        records = list(read_records(options, path))
+        records = list(read_prompt_rows(options, path))
         if options.heldout_path is not None:
             train, heldout_file = records, Path(options.heldout_path)
-            heldout = list(read_records(options, heldout_file))
+            heldout = list(read_prompt_rows(options, heldout_file))
         else:
             heldout_file = path
             train = [r for r in records if _share(r.text) >= options.heldout_fraction]
@@ -146,7 +146,7 @@ class Jsonl:
         """Judge the text of a response, here and without a time limit; one that did not end is wrong."""
         return self.check(prompt, response)
 
-    def _tokenise(self, records: list[Record]) -> list[Prompt]:
+    def _tokenise(self, records: list[PromptRow]) -> list[Prompt]:
         prompts = []
         for record in records:
             self._check_answer(record)
@@ -158,7 +158,7 @@ class Jsonl:
             prompts.append(Prompt(name, ids, text, record.answer, record.labels))
         return prompts
 
-    def _check_answer(self, record: Record) -> None:
+    def _check_answer(self, record: PromptRow) -> None:
         """Let a verifier of ours say now, not in the middle of a run, that it cannot work with an answer."""
         if self.options.verifier in ("number", "regex"):
             try:

@@ -16,14 +16,14 @@ from typing import Protocol, TypeVar
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.tasks import wire
-from megatron_rl.tasks.base import Verdict, failed
-from megatron_rl.tasks.judge import Judge, is_quick
+from megatron_rl.tasks.base import Verdict, unverified
+from megatron_rl.tasks.reward import RewardFunction, runs_inline
 
 T = TypeVar("T")
 Verdicts = tuple[Verdict, ...]
 
 
-class Judging(Protocol):
+class Verifier(Protocol):
     """Gives verdicts."""
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
@@ -35,30 +35,30 @@ class Judging(Protocol):
         ...
 
 
-def open_judging(run: Run) -> Judging:
+def open_verifier(run: Run) -> Verifier:
     """Return who judges the responses of a run; close it."""
-    if is_quick(run.task, run.reward):
-        return AtOnce(Judge(run.task, run.reward, run.rollout.sampling.max_new_tokens).verify)
-    return Pool(run)
+    if runs_inline(run.task, run.reward):
+        return InlineVerifier(RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens).verify)
+    return VerifierPool(run)
 
 
-class AtOnce:
+class InlineVerifier:
     """Judges in the thread that asks."""
 
     def __init__(self, verify: Callable[[Prompt, Response], Verdict]) -> None:
         self.verify = verify
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
-        """See ``Judging``."""
+        """See ``Verifier``."""
         done: Future[list[Verdicts]] = Future()
         settle(done, lambda: [tuple(self.verify(group.prompt, r) for r in group.responses) for group in groups])
         return done
 
     def close(self) -> None:
-        """See ``Judging``."""
+        """See ``Verifier``."""
 
 
-class Pool:
+class VerifierPool:
     """Processes that judge; see ``worker``. If they end they are started again with the next question."""
 
     def __init__(self, run: Run) -> None:
@@ -75,7 +75,7 @@ class Pool:
         self._start()
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
-        """See ``Judging``."""
+        """See ``Verifier``."""
         asked = [[self._ask(group.prompt, response) for response in group.responses] for group in groups]
         return gather(asked)
 
@@ -120,10 +120,10 @@ class Pool:
             self._process = None
             process.wait()
         for future in lost.values():
-            future.set_result(failed("raised", "the verifying processes ended; they are started again"))
+            future.set_result(unverified("raised", "the verifying processes ended; they are started again"))
 
     def close(self) -> None:
-        """See ``Judging``."""
+        """See ``Verifier``."""
         with self._writing:
             process, thread = self._process, self._thread
             if process is not None and process.stdin is not None:

@@ -21,18 +21,18 @@ from megatron_rl.data.prompts import Generated
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict
-from megatron_rl.tasks.extract import EXTRACT
+from megatron_rl.tasks.extract import EXTRACTORS
 from megatron_rl.tasks.render import render
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 64
+BLOCK_SIZE = 64
 """Questions of one dataset of reasoning-gym, which has one seed. Some prepare all of theirs when they are made."""
 
-ATTEMPTS = 1000
+MAX_ATTEMPTS = 1000
 """Questions that are tried for one position, until one belongs to the split and is short enough."""
 
-HASHED = frozenset(
+HASH_SEED_DEPENDENT = frozenset(
     {
         *("acre", "isomorphic_strings", "knight_swap", "list_functions"),
         *("polynomial_multiplication", "ransom_note", "word_ladder"),
@@ -64,12 +64,12 @@ def check_gym(options: ReasoningGymTask) -> Iterator[str]:
         return
     for label in options.mixture:
         try:
-            Gym(options).block(label, 0)[0]
+            MixtureDatasets(options).block(label, 0)[0]
         except ConfigError as error:
             yield str(error)
 
 
-class Gym:
+class MixtureDatasets:
     """The datasets of a mixture, made when they are needed."""
 
     def __init__(self, options: ReasoningGymTask) -> None:
@@ -94,7 +94,7 @@ class Gym:
             close = get_close_matches(name, DATASETS, 1)
             hint = f"did you mean {close[0]}?" if close else "megatron-rl takes the names of reasoning_gym.factory"
             raise ConfigError(f"no such task of reasoning-gym: {name!r} (task.mixture.{label}); {hint}")
-        options = {**_level(name, label, share), **share.options, "seed": seed, "size": BLOCK}
+        options = {**_level(name, label, share), **share.options, "seed": seed, "size": BLOCK_SIZE}
         known = DATASETS[name][1].__dataclass_fields__
         for option in options:
             if option not in known or option in share.options.keys() & {"seed", "size"}:
@@ -138,11 +138,11 @@ class ReasoningGym:
         """Questions replaced so far because they have more tokens than ``max_prompt_tokens``."""
         if problems := list(check_gym(options)):
             raise ConfigError("; ".join(problems))
-        self.judge = GymJudge(options)
+        self.judge = ReasoningGymVerifier(options)
         self.gym = self.judge.gym
         self.labels = tuple(options.mixture)
         self._bounds = tuple(accumulate(options.mixture[label].weight for label in self.labels))
-        unstable = sorted(HASHED & {self.gym.dataset_name(label) for label in self.labels})
+        unstable = sorted(HASH_SEED_DEPENDENT & {self.gym.dataset_name(label) for label in self.labels})
         if unstable and not os.environ.get("PYTHONHASHSEED", "").isdigit():
             raise ConfigError(
                 f"the questions of {', '.join(unstable)} (task.mixture) change with Python's hash seed, so that no run"
@@ -154,15 +154,15 @@ class ReasoningGym:
         return Generated(lambda position: self._prompt(split, seed, position))
 
     def verify(self, prompt: Prompt, response: Response) -> Verdict:
-        """See ``GymJudge``."""
+        """See ``ReasoningGymVerifier``."""
         return self.judge.verify(prompt, response)
 
     def _prompt(self, split: Split, seed: int, position: int) -> Prompt:
         draw = fold_seed((seed, position, len(self.labels))) / 2**63 * self._bounds[-1]
         label = self.labels[min(bisect(self._bounds, draw), len(self.labels) - 1)]
-        block, offset = divmod(position, BLOCK)
+        block, offset = divmod(position, BLOCK_SIZE)
         too_long = 0
-        for attempt in range(ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             # Below 2**31: numpy's generators take no larger seed, and a task adds the offset to it.
             block_seed = fold_seed((seed, _number(label), split == "heldout", block, attempt)) % 2**31
             source = f"{label}:{block_seed}:{offset}"
@@ -177,7 +177,7 @@ class ReasoningGym:
                 return Prompt(name, ids, text, str(entry["answer"]), {**metadata, "source": source})
             too_long += 1
         raise DataError(
-            f"task.mixture.{label}: {ATTEMPTS} questions gave none for the {split} split ({too_long} had more than"
+            f"task.mixture.{label}: {MAX_ATTEMPTS} questions gave none for the {split} split ({too_long} had more than"
             f" {self.options.max_prompt_tokens} tokens); raise task.max_prompt_tokens, or move task.heldout_fraction"
             f" = {self.options.heldout_fraction:g} towards a half: a task with few different questions needs that"
         )
@@ -194,12 +194,12 @@ class ReasoningGym:
         return label if share.dataset else "default"
 
 
-class GymJudge:
+class ReasoningGymVerifier:
     """Scores answers; needs no tokenizer."""
 
     def __init__(self, options: ReasoningGymTask) -> None:
-        self.gym = Gym(options)
-        self.extract = EXTRACT[options.extract]
+        self.gym = MixtureDatasets(options)
+        self.extract = EXTRACTORS[options.extract]
         self._rule = options.extract
 
     def verify(self, prompt: Prompt, response: Response) -> Verdict:

@@ -21,23 +21,23 @@ from http.client import HTTPException
 
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.base import Verdict, failed
+from megatron_rl.tasks.base import Verdict, unverified
 
 FIRST_PAUSE_SECONDS = 0.1
 """Before the second attempt; each pause is twice the one before."""
 
-RETRIED = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+RETRIED_STATUS_CODES = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 """Answers that may be others later, with all from 500 on."""
 
-MOST_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 1 << 20
 """Of an answer, for each response."""
 
 Job = tuple[Prompt, Response]
-Part = Mapping[str, int]
+RequestItems = Mapping[str, int]
 """Jobs of one request: the place of each by its id."""
 
 
-class NotNow(Exception):
+class RetryableError(Exception):
     """There was no answer, or one that may be another later.
 
     Attributes:
@@ -62,7 +62,7 @@ class RemoteVerifier:
         while True:
             try:
                 return self._verdict(self._post(body, deadline))
-            except NotNow as error:
+            except RetryableError as error:
                 if time.monotonic() + pause > deadline:
                     raise TimeoutError(self._silence(self.seconds, error)) from error
             time.sleep(pause)
@@ -74,7 +74,7 @@ class RemoteVerifier:
         A request that the server refuses, answers wrongly or breaks at (500) is halved, down to the response that it
         is about.
         """
-        deadline, pause, last = time.monotonic() + seconds, FIRST_PAUSE_SECONDS, NotNow("nothing was asked")
+        deadline, pause, last = time.monotonic() + seconds, FIRST_PAUSE_SECONDS, RetryableError("nothing was asked")
         found: dict[int, Verdict] = {}
         parts = deque(_parts(jobs))
         while parts and time.monotonic() < deadline:
@@ -86,16 +86,16 @@ class RemoteVerifier:
                 if len(part) > 1:
                     parts += _halves(part)
                 else:
-                    found |= {place: failed("raised", str(error)) for place in part.values()}
-            except NotNow as error:
+                    found |= {place: unverified("raised", str(error)) for place in part.values()}
+            except RetryableError as error:
                 last, divides = error, error.broke and len(part) > 1
                 parts += _halves(part) if divides else [part]
                 time.sleep(min(FIRST_PAUSE_SECONDS if divides else pause, max(deadline - time.monotonic(), 0.0)))
                 pause *= 1 if divides else 2
-        late = failed("timed_out", self._silence(seconds, last))
+        late = unverified("timed_out", self._silence(seconds, last))
         return [found.get(place, late) for place in range(len(jobs))]
 
-    def _silence(self, seconds: float, last: NotNow) -> str:
+    def _silence(self, seconds: float, last: RetryableError) -> str:
         return f"{self.url} gave no answer in {seconds:g} s; last: {last}"
 
     def _post(self, body: bytes, deadline: float, items: int = 1) -> bytes:
@@ -103,14 +103,14 @@ class RemoteVerifier:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=max(deadline - time.monotonic(), 0.01)) as answer:
-                return answer.read(MOST_BYTES * items)
+                return answer.read(MAX_ANSWER_BYTES * items)
         except urllib.error.HTTPError as error:
             why = f"{error.code} {error.reason}"
-            if error.code not in RETRIED and error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
+            if error.code not in RETRIED_STATUS_CODES and error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise DataError(f"{self.url} refuses: {why}") from error
-            raise NotNow(why, broke=error.code == HTTPStatus.INTERNAL_SERVER_ERROR) from error
+            raise RetryableError(why, broke=error.code == HTTPStatus.INTERNAL_SERVER_ERROR) from error
         except (HTTPException, OSError) as error:  # URLError is an OSError
-            raise NotNow(str(error) or type(error).__name__) from error
+            raise RetryableError(str(error) or type(error).__name__) from error
 
     def _verdict(self, raw: bytes) -> Verdict:
         answer = self._object(raw)
@@ -118,7 +118,7 @@ class RemoteVerifier:
             raise DataError(f"{self.url} answers {raw[:80]!r}; it must answer an object with score")
         return _worth(answer)
 
-    def _verdicts(self, raw: bytes, part: Part) -> dict[int, Verdict]:
+    def _verdicts(self, raw: bytes, part: RequestItems) -> dict[int, Verdict]:
         """Return the verdicts by place; a response that the answer is silent about, or speaks twice of, has none."""
         items = self._object(raw).get("items")
         if not isinstance(items, list):
@@ -133,7 +133,7 @@ class RemoteVerifier:
         if len(said) == 1 and "score" in said[0]:
             return _worth(said[0])
         why = f"{len(said)} items" if len(said) != 1 else "no score"
-        return failed("invalid", f"{self.url} answers with {why} for this response; it must be one item with score")
+        return unverified("invalid", f"{self.url} answers with {why} for this response; it must be one item with score")
 
     def _object(self, raw: bytes) -> Mapping[str, object]:
         try:
@@ -160,11 +160,11 @@ def _worth(answer: Mapping[str, object]) -> Verdict:
     if score is None:
         return Verdict(None, False, reason or "the server could not tell", "declined")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        return failed("invalid", f"the server gave {score!r}")
+        return unverified("invalid", f"the server gave {score!r}")
     return Verdict(float(score), bool(answer.get("correct", score >= 1)), reason)
 
 
-def _parts(jobs: Sequence[Job]) -> Iterator[Part]:
+def _parts(jobs: Sequence[Job]) -> Iterator[RequestItems]:
     """Yield the jobs as one request, or as more where an id is there twice."""
     left = list(enumerate(jobs))
     while left:
@@ -179,6 +179,6 @@ def _parts(jobs: Sequence[Job]) -> Iterator[Part]:
         left = again
 
 
-def _halves(part: Part) -> list[Part]:
+def _halves(part: RequestItems) -> list[RequestItems]:
     names, middle = list(part), len(part) // 2
     return [{name: part[name] for name in half} for half in (names[:middle], names[middle:])]

@@ -9,11 +9,11 @@ from typing import Literal
 
 from megatron_rl.errors import ConfigError, DataError
 
-Kind = Literal["jsonl", "parquet", "datasets"]
+FileFormat = Literal["jsonl", "parquet", "datasets"]
 
 
 @dataclass(frozen=True)
-class Place:
+class RowLocation:
     """Where a row stands."""
 
     file: Path
@@ -26,7 +26,7 @@ class Place:
         return f"{self.file}:{self.number}"
 
 
-def read_rows(kind: Kind, path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def read_rows(kind: FileFormat, path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     """Yield the rows of a file or folder; a DataError names the place of the first one that cannot be read."""
     if kind == "jsonl":
         return _jsonl(path)
@@ -37,17 +37,17 @@ def read_rows(kind: Kind, path: Path) -> Iterator[tuple[Place, Mapping[str, obje
     return _parquet(path) if kind == "parquet" else _saved(path)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def _jsonl(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     if not path.is_file():
         raise DataError(f"no such file: {path} (task.path or task.heldout_path); write the path of a JSONL file")
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             if raw.strip():
-                place = Place(path, number, path.name)
+                place = RowLocation(path, number, path.name)
                 yield place, _object(raw, place)
 
 
-def _object(raw: bytes, place: Place) -> Mapping[str, object]:
+def _object(raw: bytes, place: RowLocation) -> Mapping[str, object]:
     try:
         row = json.loads(raw)
     except ValueError as error:
@@ -62,7 +62,7 @@ def _cut(raw: bytes) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _parquet(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def _parquet(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -79,7 +79,7 @@ def _parquet(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
             for batch in parquet.ParquetFile(file).iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield Place(file, number, _within(file, path)), row
+                    yield RowLocation(file, number, _within(file, path)), row
         except pyarrow.ArrowException as error:
             raise DataError(f"not a Parquet file: {file} (task.path or task.heldout_path): {error}") from error
 
@@ -88,7 +88,7 @@ def _within(file: Path, path: Path) -> str:
     return str(file.relative_to(path)) if file.is_relative_to(path) and file != path else file.name
 
 
-def _saved(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def _saved(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote."""
     import pyarrow
 
@@ -109,6 +109,6 @@ def _saved(path: Path) -> Iterator[tuple[Place, Mapping[str, object]]]:
                 for batch in batches:
                     for row in batch.to_pylist():
                         number += 1
-                        yield Place(file, number, file.name), row
+                        yield RowLocation(file, number, file.name), row
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"cannot read {file} (task.path or task.heldout_path): {error}") from error

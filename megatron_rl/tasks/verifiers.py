@@ -12,7 +12,7 @@ from typing import Any
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks.extract import NUMBER
 
-Verifier = Callable[[str, str, str], float | None]
+ScoreFn = Callable[[str, str, str], float | None]
 """(prompt, response, answer) -> reward, None if it cannot tell. A reward of 1 or more counts as correct."""
 
 
@@ -63,7 +63,7 @@ def math(prompt: str, response: str, answer: str) -> float:
     return float(math_verify.verify(wanted, found, timeout_seconds=None))
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": exact, "number": number, "regex": regex, "math": math}
+VERIFIERS: dict[str, ScoreFn] = {"exact": exact, "number": number, "regex": regex, "math": math}
 
 PACKAGES = {"math": "math_verify"}
 """The module that a verifier needs."""
@@ -74,7 +74,7 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def find_verifier(name: str) -> Verifier:
+def find_score_fn(name: str) -> ScoreFn:
     """Return a verifier by name, or load the function that ``path/to/file.py:function`` names."""
     if name in VERIFIERS:
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:

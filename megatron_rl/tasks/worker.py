@@ -23,8 +23,8 @@ from pydantic import Field, TypeAdapter
 
 from megatron_rl.config.tasks import AnyTask, Reward
 from megatron_rl.tasks import wire
-from megatron_rl.tasks.base import Verdict, failed
-from megatron_rl.tasks.judge import Judge
+from megatron_rl.tasks.base import Verdict, unverified
+from megatron_rl.tasks.reward import RewardFunction
 from megatron_rl.util.child_process import end_with_parent
 
 DATA_BYTES = 4 << 30
@@ -51,7 +51,7 @@ class Worker:
 class WorkerPool:
     """Keeps workers busy, and makes new ones for those that are lost."""
 
-    def __init__(self, judge: Judge, workers: int, seconds: float) -> None:
+    def __init__(self, judge: RewardFunction, workers: int, seconds: float) -> None:
         self.judge, self.seconds = judge, seconds
         self.queue: deque[tuple[int, bytes]] = deque()
         self.unasked: deque[tuple[int, bytes]] = deque()
@@ -78,7 +78,7 @@ class WorkerPool:
                     self._hear(at)
                 elif worker.work and time.monotonic() >= worker.deadline:
                     why = f"took longer than {self.seconds:g} s (reward.seconds)"
-                    self._answer(worker, failed("timed_out", why))
+                    self._answer(worker, unverified("timed_out", why))
                     self._replace(at)
 
     def _assign(self) -> None:
@@ -115,7 +115,9 @@ class WorkerPool:
             if said["last"]:
                 self._replace(at)
         elif not chunk:
-            self._answer(worker, failed("raised", "its process died (out of memory, or a crash of the interpreter)"))
+            self._answer(
+                worker, unverified("raised", "its process died (out of memory, or a crash of the interpreter)")
+            )
             self._replace(at)
 
     def _answer(self, worker: Worker, verdict: Verdict) -> None:
@@ -146,7 +148,7 @@ class WorkerPool:
         raise AssertionError(f"worker {os.getpid()} came back")
 
 
-def _work(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
+def _work(judge: RewardFunction, nursery: int, jobs: int, verdicts: int) -> None:
     """Be a worker; whatever a verifier raises ends here, with this process, and not in the code of the nursery."""
     try:
         _serve(judge, nursery, jobs, verdicts)
@@ -154,11 +156,11 @@ def _work(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
         error = sys.exc_info()[1]
         if error is not None:
             failure = "timed_out" if isinstance(error, TimeoutError) else "raised"
-            _write(verdicts, wire.verdict(failed(failure, f"{type(error).__name__}: {error}"[:500]), last=True))
+            _write(verdicts, wire.verdict(unverified(failure, f"{type(error).__name__}: {error}"[:500]), last=True))
         os._exit(0 if error is None else 1)
 
 
-def _serve(judge: Judge, nursery: int, jobs: int, verdicts: int) -> None:
+def _serve(judge: RewardFunction, nursery: int, jobs: int, verdicts: int) -> None:
     """Judge one job after the other until there are no more."""
     os.setpgid(0, 0)
     end_with_parent()
@@ -190,15 +192,15 @@ def main() -> None:
         if not chunk:
             return
         heard += chunk
-    judge, seconds = judge_of(json.loads(heard))
+    judge, seconds = load_reward_function(json.loads(heard))
     WorkerPool(judge, judge.reward.workers, seconds).run()
 
 
-def judge_of(asked: Mapping[str, Any]) -> tuple[Judge, float]:
+def load_reward_function(asked: Mapping[str, Any]) -> tuple[RewardFunction, float]:
     """Return the judge of a configuration, and its time limit."""
     task = TypeAdapter(Annotated[AnyTask, Field(discriminator="name")]).validate_python(asked["task"])
     reward = Reward.model_validate(asked["reward"])
-    return Judge(task, reward, asked["max_new_tokens"]), reward.seconds
+    return RewardFunction(task, reward, asked["max_new_tokens"]), reward.seconds
 
 
 if __name__ == "__main__":

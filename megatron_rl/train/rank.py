@@ -20,7 +20,7 @@ from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.policy.engine import Policy
 from megatron_rl.rollout.fleet_setup import Chat, open_fleet
 from megatron_rl.tasks import make_task
-from megatron_rl.tasks.pool import open_judging
+from megatron_rl.tasks.pool import open_verifier
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.loop import train
@@ -76,9 +76,9 @@ def _journal(run: Run, world: World, start: int) -> RunRecorder:
 def _sampler(run: Run, world: World, journal: RunRecorder, tokenizer: Chat, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
-    judging = stack.enter_context(closing(open_judging(run)))  # both take seconds: they start side by side
+    verifier = stack.enter_context(closing(open_verifier(run)))  # both take seconds: they start side by side
     fleet = stack.enter_context(open_fleet(run, world, tokenizer))
-    sources = (fleet, make_task(run.task, tokenizer), judging)
+    sources = (fleet, make_task(run.task, tokenizer), verifier)
     return MainSampler(run, world, sources, journal, MismatchReport(run, tokenizer))
 
 

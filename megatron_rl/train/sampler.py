@@ -27,7 +27,7 @@ from megatron_rl.rollout.group_ledger import entries
 from megatron_rl.rollout.routes import wanted_routes
 from megatron_rl.rollout.stream import Judged, Stream, wait_for_one
 from megatron_rl.tasks.base import Failure, Task, Verdict
-from megatron_rl.tasks.pool import Judging
+from megatron_rl.tasks.pool import Verifier
 
 T = TypeVar("T")
 
@@ -96,16 +96,16 @@ class MainSampler:
         self,
         run: Run,
         world: World,
-        sources: tuple[Fleet, Task, Judging],
+        sources: tuple[Fleet, Task, Verifier],
         journal: RunRecorder,
         witness: MismatchReport,
     ) -> None:
         self.run, self.world, self.journal, self.witness = run, world, journal, witness
-        self.fleet, self.task, self.judging = sources
+        self.fleet, self.task, self.verifier = sources
         self.tokens = TokenRecord(run.log.tokens, witness.codec)
         self.groups: Sequence[Group] = ()
         self.counts: Mapping[str, float | int] = {}
-        self.stream = Stream(run, self.fleet, self.task, judging=self.judging)
+        self.stream = Stream(run, self.fleet, self.task, verifier=self.verifier)
         self._busy_seconds = 0.0
         self._heldout = heldout_prompts(run, self.task) if run.evaluate.every else ()
         self._stop = False
@@ -171,7 +171,7 @@ class MainSampler:
         groups = self._unless_stopped(lambda: self._interruptible(ask))
         if groups is None:
             return None
-        judged = self._unless_stopped(lambda: self._interruptible(self.judging.submit(groups).result))
+        judged = self._unless_stopped(lambda: self._interruptible(self.verifier.submit(groups).result))
         if judged is None:
             return None
         correct = [verdict.correct for verdicts in judged for verdict in verdicts]
@@ -201,7 +201,7 @@ class MainSampler:
 
     def load_state(self, state: Json) -> None:
         """See ``Sampler``."""
-        self.stream = Stream(self.run, self.fleet, self.task, state, self.judging)
+        self.stream = Stream(self.run, self.fleet, self.task, state, self.verifier)
 
     def load(self, weights: Weights, version: int) -> None:
         """See ``Sampler``."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.main import main
 from megatron_rl.convert.manifest import read_manifest
-from megatron_rl.convert.to_hf import Wanted
+from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.convert.verify import compare
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import ConfigError, DataError
@@ -41,8 +41,8 @@ def there(source: Path, target: Path):
     return to_megatron.convert(source, target, 2, CONSOLE)
 
 
-def back(source: Path, target: Path, **wanted: bool):
-    return to_hf.convert(source, target, Wanted(**wanted), 2, CONSOLE)
+def back(source: Path, target: Path, **output_format: bool):
+    return to_hf.convert(source, target, OutputFormat(**output_format), 2, CONSOLE)
 
 
 @pytest.fixture(scope="module")

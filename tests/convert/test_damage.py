@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.convert import to_hf, to_megatron
-from megatron_rl.convert.to_hf import Wanted
+from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.models.hf_files import INDEX, HFSource, hf_tensors
 from megatron_rl.models.hf_mapping.rules import Family
@@ -164,10 +164,10 @@ def test_pickles_in_data_files_are_not_run(converted: Path, tmp_path: Path, caps
         path.write_bytes(harm + path.read_bytes()[len(harm) :])
 
     if what == "common.pt":  # never opened
-        to_hf.convert(tmp_path / "megatron", tmp_path / "again", Wanted(), 1, CONSOLE)
+        to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(), 1, CONSOLE)
     else:
         with pytest.raises(MegatronRLError, match="cannot be read"):
-            to_hf.convert(tmp_path / "megatron", tmp_path / "again", Wanted(), 1, CONSOLE)
+            to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(), 1, CONSOLE)
 
     assert "ran code" not in capsys.readouterr().out
 
@@ -199,7 +199,7 @@ def test_cut_data_files_are_refused(converted: Path, tmp_path: Path, where: floa
     path.write_bytes(content[: int(where * len(content))])
 
     with pytest.raises(MegatronRLError, match=r"__2_0\.distcp at bytes \d+ to \d+; the file has \d+"):
-        to_hf.convert(tmp_path / "megatron", tmp_path / "again", Wanted(), 1, CONSOLE)
+        to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(), 1, CONSOLE)
 
     assert not (tmp_path / "again").exists()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.convert import to_hf, to_megatron
-from megatron_rl.convert.to_hf import Wanted
+from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import open_source
 from megatron_rl.models.fp8 import dequantised, quantised
@@ -94,8 +94,8 @@ def test_an_fp8_checkpoint_becomes_bfloat16_and_is_written_back_byte_for_byte(tm
     came = load_file(source / "model.safetensors")
 
     to_megatron.convert(source, tmp_path / "megatron", 1, CONSOLE)
-    to_hf.convert(tmp_path / "megatron", tmp_path / "plain", Wanted(), 1, CONSOLE)
-    to_hf.convert(tmp_path / "megatron", tmp_path / "again", Wanted(fp8=True), 1, CONSOLE)
+    to_hf.convert(tmp_path / "megatron", tmp_path / "plain", OutputFormat(), 1, CONSOLE)
+    to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(fp8=True), 1, CONSOLE)
 
     plain, again = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -114,7 +114,7 @@ def test_a_bfloat16_checkpoint_can_be_written_in_fp8(tmp_path: Path) -> None:
     to_megatron.convert(source, tmp_path / "megatron", 1, CONSOLE)
     (tmp_path / "megatron" / "manifest.json").unlink()
 
-    to_hf.convert(tmp_path / "megatron", tmp_path / "fp8", Wanted(fp8=True), 1, CONSOLE)
+    to_hf.convert(tmp_path / "megatron", tmp_path / "fp8", OutputFormat(fp8=True), 1, CONSOLE)
 
     found = open_source(tmp_path / "fp8", family_of(read_hf_config(tmp_path / "fp8")))
     name, plain = "model.layers.0.mlp.down_proj.weight", load_file(source / "model.safetensors")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_rl.convert import to_hf, to_megatron
-from megatron_rl.convert.to_hf import Wanted
+from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.convert.verify import compare
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.models.checkpoint_folders import open_source
@@ -85,7 +85,7 @@ def test_a_published_checkpoint_is_read_and_comes_back_in_bfloat16(tmp_path: Pat
     quantised, plain = published(tmp_path)
 
     manifest = to_megatron.convert(quantised, tmp_path / "megatron", 2, CONSOLE)
-    to_hf.convert(tmp_path / "megatron", tmp_path / "again", Wanted(), 2, CONSOLE)
+    to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(), 2, CONSOLE)
 
     assert {row.name for row in manifest.tensors} == load_file(quantised / "model.safetensors").keys()
     for folder in (tmp_path / "megatron", tmp_path / "again"):
@@ -101,13 +101,13 @@ def test_without_a_manifest_the_experts_of_a_layer_are_one_tensor_still(tmp_path
     to_megatron.convert(plain, tmp_path / "megatron", 2, CONSOLE)
     (tmp_path / "megatron" / "manifest.json").unlink()
 
-    to_hf.convert(tmp_path / "megatron", tmp_path / "again", Wanted(), 2, CONSOLE)
+    to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(), 2, CONSOLE)
 
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "again"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(ConfigError, match=r"one tensor only.*--apart"):
-        to_hf.convert(tmp_path / "megatron", tmp_path / "apart", Wanted(apart=True), 1, CONSOLE)
+        to_hf.convert(tmp_path / "megatron", tmp_path / "apart", OutputFormat(apart=True), 1, CONSOLE)
 
 
 @pytest.mark.parametrize("damage", ["no scales", "misshapen"])

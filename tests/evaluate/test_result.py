@@ -13,10 +13,10 @@ from megatron_rl.cli import main
 from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Group, Prompt, Response, fold_seed
 from megatron_rl.evaluate import main as evaluation
-from megatron_rl.evaluate.figures import subsets, tallies
-from megatron_rl.evaluate.records import ResultFolder, read_samples
+from megatron_rl.evaluate.metrics import count_by_prompt, subsets
+from megatron_rl.evaluate.result_folder import ResultFolder, read_samples
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.tasks.pool import AtOnce
+from megatron_rl.tasks.pool import InlineVerifier
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs" / "demo.toml")
@@ -85,7 +85,7 @@ def fleet(monkeypatch):
 
     monkeypatch.setattr(evaluation, "serving", serving)
     monkeypatch.setattr(evaluation, "make_task", lambda options, tokenizer: Exam())
-    monkeypatch.setattr(evaluation, "open_judging", lambda run: AtOnce(lambda *asked: Exam.verify(*asked)))
+    monkeypatch.setattr(evaluation, "open_verifier", lambda run: InlineVerifier(lambda *asked: Exam.verify(*asked)))
     return answers
 
 
@@ -255,5 +255,5 @@ def test_what_cannot_work_is_one_message(words, told, capsys, tmp_path, monkeypa
 
 def test_difficulties_are_in_the_order_of_their_numbers(fleet, tmp_path):
     evaluate(tmp_path / "a")
-    counted = tallies(read_samples(tmp_path / "a"))
+    counted = count_by_prompt(read_samples(tmp_path / "a"))
     assert [level for task, level, _ in subsets(counted) if task == "sums" and level] == ["9", "10"]

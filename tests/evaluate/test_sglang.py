@@ -36,11 +36,11 @@ def _installed() -> None:
 def evaluated(output: Path, *words: str) -> list[str]:
     """Return the responses."""
     assert main(["eval", *words, *CONFIGS, *GREEDY, f"--output={output}"]) == 0
-    figures = json.loads((output / "result.json").read_text())["figures"][0]
-    assert (figures["prompts"], figures["samples"], figures["unverified"]) == (48, 48, 0)
-    assert "pass@2" not in figures
+    compute_metrics = json.loads((output / "result.json").read_text())["figures"][0]
+    assert (compute_metrics["prompts"], compute_metrics["samples"], compute_metrics["unverified"]) == (48, 48, 0)
+    assert "pass@2" not in compute_metrics
     lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-    assert figures["pass@1"]["mean"] == pytest.approx(sum(line["correct"] for line in lines) / 48)
+    assert compute_metrics["pass@1"]["mean"] == pytest.approx(sum(line["correct"] for line in lines) / 48)
     responses = [line["response"] for line in lines]
     steps = [step for response in responses for step in re.findall(r"(\d)([+*-])(\d)=(\d);", response)]
     assert len(steps) > 48

@@ -139,10 +139,10 @@ def test_stepping_changes_what_a_browser_shows_and_nothing_is_fetched(page):
         await shown.run(choose.format("run", 1))
         await shown.run("document.querySelector('#responses [data-sample=\"0\"]').click()")
         assert "sspo-2-0" in await shown.text("#facts")
-        colour = "getComputedStyle(document.querySelectorAll('.token')[3]).backgroundColor"
-        before = await shown.run(colour)
+        color = "getComputedStyle(document.querySelectorAll('.token')[3]).backgroundColor"
+        before = await shown.run(color)
         await shown.run(choose.format("colour", "gap"))
-        assert await shown.run(colour) != before
+        assert await shown.run(color) != before
         bubbling = "new MouseEvent('mouseover', {bubbles: true})"
         await shown.run(f"document.querySelectorAll('.token')[1].dispatchEvent({bubbling})")
         assert "log-prob: rollout" in await shown.text("#detail")

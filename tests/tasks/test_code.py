@@ -10,7 +10,7 @@ import pytest
 from megatron_rl.config.tasks import Reward
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import DataError
-from megatron_rl.tasks.code import CodeVerifier, check_sandbox, program_of, run_locked
+from megatron_rl.tasks.code import CodeVerifier, check_sandbox, extract_program, run_sandboxed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's seccomp")
 
@@ -77,7 +77,7 @@ def test_a_program_without_end_is_wrong_and_not_unverified():
     ],
 )
 def test_what_a_program_must_not_do_fails(program):
-    assert run_locked(program, "", 3.0).failure
+    assert run_sandboxed(program, "", 3.0).failure
 
 
 def test_there_is_no_network_and_no_environment(monkeypatch):
@@ -85,15 +85,15 @@ def test_there_is_no_network_and_no_environment(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         port = server.getsockname()[1]
-        assert run_locked(f"import socket; socket.create_connection(('127.0.0.1', {port}))", "", 3.0).failure
+        assert run_sandboxed(f"import socket; socket.create_connection(('127.0.0.1', {port}))", "", 3.0).failure
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert "SECRET" not in run_locked("import os; print(dict(os.environ))", "", 3.0).printed
+    assert "SECRET" not in run_sandboxed("import os; print(dict(os.environ))", "", 3.0).printed
 
 
 def test_nothing_is_left_behind():
     before = len(psutil.Process().children())
-    run_locked("import time; time.sleep(100)", "", 0.5)
+    run_sandboxed("import time; time.sleep(100)", "", 0.5)
     assert len(psutil.Process().children()) == before
 
 
@@ -105,5 +105,5 @@ def test_an_answer_without_tests_is_an_error(answer):
 
 
 def test_the_last_fenced_block_is_the_program():
-    assert program_of("```py\na\n```\ntext\n```\nb\n```") == "b\n"
-    assert program_of("print(1)") == "print(1)"
+    assert extract_program("```py\na\n```\ntext\n```\nb\n```") == "b\n"
+    assert extract_program("print(1)") == "print(1)"

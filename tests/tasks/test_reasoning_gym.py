@@ -16,7 +16,7 @@ from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Response
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks import make_task
-from megatron_rl.tasks.reasoning_gym import HASHED, ReasoningGym, check_gym
+from megatron_rl.tasks.reasoning_gym import HASH_SEED_DEPENDENT, ReasoningGym, check_gym
 from tests.tasks.test_jsonl import Bytes
 
 SUMS = {"chain_sum": Share(options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})}
@@ -168,9 +168,9 @@ def test_every_task_is_the_same_in_every_process_or_known_not_to_be():
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    stable = [name for name in names if name not in HASHED]
+    stable = [name for name in names if name not in HASH_SEED_DEPENDENT]
     assert hashes(stable, "1") == hashes(stable, "2")
-    assert hashes(sorted(HASHED), "0") == hashes(sorted(HASHED), "0")
+    assert hashes(sorted(HASH_SEED_DEPENDENT), "0") == hashes(sorted(HASH_SEED_DEPENDENT), "0")
 
 
 def test_the_mixture_is_read_from_a_file_and_wrong_keys_are_named(tmp_path):

@@ -16,8 +16,8 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks.judge import Judge
-from megatron_rl.tasks.pool import Pool
+from megatron_rl.tasks.pool import VerifierPool
+from megatron_rl.tasks.reward import RewardFunction
 
 Items = list[dict[str, Any]]
 Answer = Callable[[Items], tuple[int, object]]
@@ -87,13 +87,13 @@ def group(texts: Sequence[str], name: str = "p", finish: str = "stop") -> Group:
 
 def pooled(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
     """Return scores and failures from verifying processes."""
-    with closing(Pool(run)) as pool:
+    with closing(VerifierPool(run)) as pool:
         return [[(v.score, v.failure) for v in verdicts] for verdicts in pool.submit(groups).result(60)]
 
 
 def judged(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
     """Return them from one request, without processes."""
-    judge = Judge(run.task, run.reward, run.rollout.sampling.max_new_tokens)
+    judge = RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens)
     jobs = [(group.prompt, response) for group in groups for response in group.responses]
     verdicts = (judge.verify(*job, known) for job, known in zip(jobs, judge.ask(jobs), strict=True))
     return [[(v.score, v.failure) for v in islice(verdicts, len(group.responses))] for group in groups]
@@ -109,7 +109,7 @@ def test_every_response_gets_its_own_verdict_from_few_bounded_requests(tmp_path,
         return scores(items)
 
     told.answer = answer
-    with closing(Pool(run_of(tmp_path, url, "reward.seconds=60"))) as pool:
+    with closing(VerifierPool(run_of(tmp_path, url, "reward.seconds=60"))) as pool:
         asked = pool.submit(groups)
         waiting.set()
         found = [[(v.score, v.failure) for v in verdicts] for verdicts in asked.result(60)]
@@ -207,7 +207,7 @@ def test_a_server_that_hangs_costs_what_was_asked_and_no_more(tmp_path, server):
 
     told.answer = answer
     run = run_of(tmp_path, url, "reward.seconds=1", "reward.workers=1")
-    with closing(Pool(run)) as pool:
+    with closing(VerifierPool(run)) as pool:
         late = pool.submit([group("9")])
         later = pool.submit([group("123", "q")])
         assert [v.failure for v in late.result(60)[0]] == ["timed_out"]

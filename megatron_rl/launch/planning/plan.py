@@ -21,7 +21,7 @@ from megatron_rl.models.hf_mapping.rules import HFConfig
 from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.observability.sinks import missing_packages
 from megatron_rl.tasks import check_task
-from megatron_rl.tasks.judge import runs_code
+from megatron_rl.tasks.reward import runs_code
 
 BOUNDED = ("sapo", "cispo", "dppo")
 """Objectives in which no ratio, however large, has a large gradient."""

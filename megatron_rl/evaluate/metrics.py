@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
-from megatron_rl.evaluate.records import Sample
+from megatron_rl.evaluate.result_folder import EvaluatedSample
 from megatron_rl.evaluate.statistics import CONFIDENCE, Estimate, interval, majority_at_k, pass_at_k
 
 METHOD = (
@@ -16,7 +16,7 @@ METHOD = (
 
 
 @dataclass(frozen=True)
-class Tally:
+class PromptCounts:
     """The samples of a prompt, counted."""
 
     prompt_id: str
@@ -41,7 +41,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Figures:
+class EvaluationMetrics:
     """What is told of a set of prompts."""
 
     task: str | None
@@ -64,18 +64,18 @@ class Figures:
         }
 
 
-def tallies(samples: Iterable[Sample]) -> list[Tally]:
+def count_by_prompt(samples: Iterable[EvaluatedSample]) -> list[PromptCounts]:
     """Return the samples counted by prompt, in order."""
-    grouped: dict[str, list[Sample]] = {}
+    grouped: dict[str, list[EvaluatedSample]] = {}
     for sample in samples:
         grouped.setdefault(sample.prompt_id, []).append(sample)
     return [_tally(group) for group in grouped.values()]
 
 
-def _tally(samples: Sequence[Sample]) -> Tally:
+def _tally(samples: Sequence[EvaluatedSample]) -> PromptCounts:
     wrong = Counter(s.read for s in samples if not s.correct and s.read is not None)
     correct = sum(s.correct for s in samples)
-    return Tally(
+    return PromptCounts(
         prompt_id=samples[0].prompt_id,
         task=samples[0].task,
         difficulty=samples[0].difficulty,
@@ -90,9 +90,9 @@ def _tally(samples: Sequence[Sample]) -> Tally:
     )
 
 
-def subsets(counted: Sequence[Tally]) -> list[tuple[str | None, str | None, list[Tally]]]:
+def subsets(counted: Sequence[PromptCounts]) -> list[tuple[str | None, str | None, list[PromptCounts]]]:
     """Return all prompts, then those of each task, then those of each difficulty: what there is more than one of."""
-    found: list[tuple[str | None, str | None, list[Tally]]] = [(None, None, list(counted))]
+    found: list[tuple[str | None, str | None, list[PromptCounts]]] = [(None, None, list(counted))]
     tasks = sorted({tally.task for tally in counted})
     for task in tasks:
         own = [tally for tally in counted if tally.task == task]
@@ -115,7 +115,9 @@ def sizes(samples: int) -> list[int]:
     return sorted({1 << power for power in range(samples.bit_length())} | {samples})
 
 
-def figures(counted: Sequence[Tally], task: str | None = None, difficulty: str | None = None) -> Figures:
+def compute_metrics(
+    counted: Sequence[PromptCounts], task: str | None = None, difficulty: str | None = None
+) -> EvaluationMetrics:
     """Return the figures of some prompts, which all have as many samples."""
     n = counted[0].samples
     pass_at = {k: interval([pass_at_k(n, tally.correct, k) for tally in counted]) for k in sizes(n)}
@@ -124,7 +126,7 @@ def figures(counted: Sequence[Tally], task: str | None = None, difficulty: str |
         k: interval([majority_at_k(tally.correct, tally.wrong_votes, tally.blank, k) for tally in counted])
         for k in (sizes(n)[1:] if voted else ())
     }
-    return Figures(
+    return EvaluationMetrics(
         task=task,
         difficulty=difficulty,
         prompts=len(counted),
@@ -137,6 +139,8 @@ def figures(counted: Sequence[Tally], task: str | None = None, difficulty: str |
     )
 
 
-def all_figures(samples: Iterable[Sample]) -> list[Figures]:
+def all_metrics(samples: Iterable[EvaluatedSample]) -> list[EvaluationMetrics]:
     """Return the figures of all prompts, of each task and of each difficulty."""
-    return [figures(counted, task, difficulty) for task, difficulty, counted in subsets(tallies(samples))]
+    return [
+        compute_metrics(counted, task, difficulty) for task, difficulty, counted in subsets(count_by_prompt(samples))
+    ]

@@ -23,8 +23,8 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.tasks.judge import Judge, is_quick
-from megatron_rl.tasks.pool import AtOnce, Pool, open_judging
+from megatron_rl.tasks.pool import InlineVerifier, VerifierPool, open_verifier
+from megatron_rl.tasks.reward import RewardFunction, runs_inline
 from megatron_rl.train.sampler import failures, lost_words, reward_means
 
 PROMPT = Prompt("p", (1, 2), "q", "7")
@@ -77,7 +77,7 @@ def tempers(tmp_path):
 def test_what_a_verifier_does_to_itself_is_counted_and_harms_no_other_response(tempers):
     texts = ["7", "raise", "sleep", "8", "exit", "die", "spin", "nan", "7", "inf", "text", "none", "hog", "child", "7"]
     before = {child.pid for child in psutil.Process().children()}
-    with closing(Pool(tempers)) as pool:
+    with closing(VerifierPool(tempers)) as pool:
         verdicts = pool.submit([group(*texts), group("7")]).result(60)
         mine = [child for child in psutil.Process().children() if child.pid not in before]
         family = [*mine, *(grandchild for child in mine for grandchild in child.children(recursive=True))]
@@ -120,14 +120,14 @@ def test_what_a_verifier_does_to_itself_is_counted_and_harms_no_other_response(t
 def test_verdicts_do_not_depend_on_how_many_processes_give_them(tmp_path, tempers):
     texts = ["7", "8", "nan", "none"] * 400 + ["raise"] * 3  # more than the pipes hold
     with (
-        closing(Pool(tempers)) as two,
-        closing(Pool(run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge"))) as one,
+        closing(VerifierPool(tempers)) as two,
+        closing(VerifierPool(run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge"))) as one,
     ):
         assert two.submit([group(*texts)]).result(60) == one.submit([group(*texts)]).result(60)
 
 
 def test_verifying_processes_that_are_killed_cost_open_responses_and_come_back(tempers):
-    with closing(Pool(tempers)) as pool:
+    with closing(VerifierPool(tempers)) as pool:
         assert pool.submit([group("7")]).result(60)[0][0].score == 1.0
         assert pool._process is not None
         asked = pool.submit([group("sleep")])
@@ -139,19 +139,19 @@ def test_verifying_processes_that_are_killed_cost_open_responses_and_come_back(t
 
 
 def test_a_run_judges_at_once_only_where_nothing_can_hang(tmp_path):
-    assert isinstance(open_judging(run_of(tmp_path)), AtOnce)
+    assert isinstance(open_verifier(run_of(tmp_path)), InlineVerifier)
     for words in ("task.verifier=number", "reward.overlong_tokens=2", 'reward.verifiers={ a = "exact" }'):
         run = run_of(tmp_path, words)
-        assert is_quick(run.task, run.reward)
+        assert runs_inline(run.task, run.reward)
     others = ("task.verifier=regex", "task.verifier=math", "reward.format=think", 'reward.verifiers={ a = "number" }')
     for words in others:
         run = run_of(tmp_path, words)
-        assert not is_quick(run.task, run.reward)
+        assert not runs_inline(run.task, run.reward)
 
 
-def judge(tmp_path: Path, *words: str) -> Judge:
+def judge(tmp_path: Path, *words: str) -> RewardFunction:
     run = run_of(tmp_path, *words)
-    return Judge(run.task, run.reward, run.rollout.sampling.max_new_tokens)
+    return RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def server():
 def test_a_remote_verifier_is_tried_again_and_what_it_breaks_is_counted(tmp_path, server):
     run = run_of(tmp_path, f"task.verifier={server}", "reward.seconds=2", "reward.workers=3")
     texts = ["fine", "stumble", "refuse", "no json", "null", "nan", "list", "hang"]
-    with closing(Pool(run)) as pool:
+    with closing(VerifierPool(run)) as pool:
         verdicts = pool.submit([group(*texts)]).result(60)[0]
     found = {text: (v.score, v.correct, v.failure) for text, v in zip(texts, verdicts, strict=True)}
     assert found == {
@@ -284,7 +284,7 @@ def test_a_remote_verifier_is_tried_again_and_what_it_breaks_is_counted(tmp_path
 
 def test_a_remote_verifier_that_is_not_there_times_out(tmp_path):
     run = run_of(tmp_path, "task.verifier=http://127.0.0.1:9/", "reward.seconds=1")
-    with closing(Pool(run)) as pool:
+    with closing(VerifierPool(run)) as pool:
         verdict = pool.submit([group("x")]).result(60)[0][0]
     assert verdict.failure == "timed_out"
     assert "gave no answer" in verdict.reason

@@ -17,13 +17,13 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.tasks import chained_arithmetic
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.tasks.code import CodeVerifier, check_sandbox
-from megatron_rl.tasks.reasoning_gym import GymJudge
+from megatron_rl.tasks.reasoning_gym import ReasoningGymVerifier
 from megatron_rl.tasks.remote import Job, RemoteVerifier
-from megatron_rl.tasks.verifiers import Verifier, find_verifier, is_url, read_answer
+from megatron_rl.tasks.verifiers import ScoreFn, find_score_fn, is_url, read_answer
 
-Check = Callable[[Prompt, Response], Verdict]
+VerifyFn = Callable[[Prompt, Response], Verdict]
 
-QUICK = ("exact", "number")
+INLINE_VERIFIERS = ("exact", "number")
 """Verifiers that can neither hang nor, on answers that were checked, raise: they need no process of their own."""
 
 ASKING_SHARE = 0.9
@@ -33,13 +33,13 @@ FORMATS: Mapping[str, str] = {"think": r"\s*<think>.*?</think>\s*<answer>.*?</an
 """Names for regular expressions of ``reward.format``."""
 
 
-class Judge:
+class RewardFunction:
     """What a response earns."""
 
     def __init__(self, task: AnyTask, reward: Reward, max_new_tokens: int) -> None:
         self.reward, self.max_new_tokens = reward, max_new_tokens
         self.task = _task_check(task, reward)
-        self.others = {name: find_check(verifier, reward) for name, verifier in reward.verifiers.items()}
+        self.others = {name: find_verifier(verifier, reward) for name, verifier in reward.verifiers.items()}
         named = dict(reward.verifiers) | ({"task": task.verifier} if isinstance(task, JsonlTask) else {})
         urls = {name: url for name, url in named.items() if is_url(url) and reward.http_batch > 1}
         self.servers = {name: RemoteVerifier(url, reward.seconds) for name, url in urls.items()}
@@ -65,7 +65,7 @@ class Judge:
         rewards = {"task": verdict.score}
         failed = verdict if verdict.score is None else None
         for name, check in self.others.items():
-            other = known.get(name) or ended(check)(prompt, response)
+            other = known.get(name) or require_stop(check)(prompt, response)
             rewards[name] = other.score
             failed = other if failed is None and other.score is None else failed
         if failed is not None:
@@ -87,9 +87,9 @@ class Judge:
         return shape
 
 
-def is_quick(task: AnyTask, reward: Reward) -> bool:
+def runs_inline(task: AnyTask, reward: Reward) -> bool:
     """Return whether nothing in a configuration can hang or raise, so that it may be judged where it is needed."""
-    own = isinstance(task, ChainedArithmeticTask) or (isinstance(task, JsonlTask) and task.verifier in QUICK)
+    own = isinstance(task, ChainedArithmeticTask) or (isinstance(task, JsonlTask) and task.verifier in INLINE_VERIFIERS)
     # The answers are checked for the task's own verifier only: another one's may have no number.
     return own and not reward.format and all(name == "exact" for name in reward.verifiers.values())
 
@@ -100,28 +100,28 @@ def runs_code(task: AnyTask, reward: Reward) -> bool:
     return "code" in (*own, *reward.verifiers.values())
 
 
-def _task_check(task: AnyTask, reward: Reward) -> Check:
+def _task_check(task: AnyTask, reward: Reward) -> VerifyFn:
     if isinstance(task, ChainedArithmeticTask):
         return chained_arithmetic.verify
     if isinstance(task, ReasoningGymTask):
-        return GymJudge(task).verify
-    return ended(find_check(task.verifier, reward))
+        return ReasoningGymVerifier(task).verify
+    return require_stop(find_verifier(task.verifier, reward))
 
 
-def find_check(name: str, reward: Reward) -> Check:
+def find_verifier(name: str, reward: Reward) -> VerifyFn:
     """Return the verifier that a name, a file with a function, or a URL stands for."""
     if is_url(name):
         return RemoteVerifier(name, reward.seconds)
     if name == "code":
         return CodeVerifier(reward)
-    return plain(find_verifier(name), name)
+    return from_score(find_score_fn(name), name)
 
 
 def check_verifiers(names: Mapping[str, str], reward: Reward) -> Iterator[str]:
     """Yield what is wrong with verifiers, given by the setting that names each."""
     for key, name in names.items():
         try:
-            find_check(name, reward)
+            find_verifier(name, reward)
         except ConfigError as error:
             yield str(error).replace("task.verifier", key)
     if "code" in names.values():
@@ -135,7 +135,7 @@ def check_verifiers(names: Mapping[str, str], reward: Reward) -> Iterator[str]:
             yield from check_sandbox()
 
 
-def ended(check: Check) -> Check:
+def require_stop(check: VerifyFn) -> VerifyFn:
     """Return the check for responses that ended by themselves; others are wrong."""
 
     def verify(prompt: Prompt, response: Response) -> Verdict:
@@ -146,7 +146,7 @@ def ended(check: Check) -> Check:
     return verify
 
 
-def plain(verifier: Verifier, name: str) -> Check:
+def from_score(verifier: ScoreFn, name: str) -> VerifyFn:
     """Return the check that a function of three texts makes."""
 
     def verify(prompt: Prompt, response: Response) -> Verdict:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.evaluate.figures import METHOD, Figures
+from megatron_rl.evaluate.metrics import METHOD, EvaluationMetrics
 from megatron_rl.evaluate.statistics import LEAST_P, Estimate
 
 
@@ -15,7 +15,7 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=160)
 
 
-def table(found: Sequence[Figures]) -> Table:
+def table(found: Sequence[EvaluationMetrics]) -> Table:
     """Return the figures: pass@1, and of more samples those of all of them."""
     most = max(found[0].pass_at)
     heads = [
@@ -44,7 +44,7 @@ def cell(estimate: Estimate | None) -> str:
     return "-" if estimate is None else f"{estimate.mean:.3f}  {estimate.low:.3f} to {estimate.high:.3f}"
 
 
-def notes(found: Sequence[Figures]) -> list[str]:
+def notes(found: Sequence[EvaluationMetrics]) -> list[str]:
     """Return what a reader of the table must know."""
     lines = [METHOD]
     if max(found[0].pass_at) > 1 and not found[0].majority_at:

@@ -26,7 +26,7 @@ Json = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvaluatedSample:
     """What the figures need of a sample."""
 
     prompt_id: str
@@ -43,7 +43,7 @@ class Sample:
     tokens: int
 
 
-def described(run: Run, step: int, prompts: Sequence[Prompt]) -> Json:
+def describe_evaluation(run: Run, step: int, prompts: Sequence[Prompt]) -> Json:
     """Return what decides the result of an evaluation, as JSON."""
     sampling = run.rollout.sampling.model_dump(mode="json") | {"temperature": run.evaluate.temperature}
     return {
@@ -88,7 +88,7 @@ class ResultFolder:
         if len(self.prompts) < len(prompts):
             twice = next(prompt.id for number, prompt in enumerate(prompts) if self.prompts[prompt.id] != number)
             raise DataError(f"two held-out prompts have the id {twice!r}; a task must give each prompt its own")
-        begun = read_asked(folder) if (folder / EVALUATION).is_file() else None
+        begun = read_description(folder) if (folder / EVALUATION).is_file() else None
         if begun is not None and begun != json.loads(json.dumps(asked)):
             changes = "; ".join(differences(begun, asked))
             raise ConfigError(f"{folder} holds another evaluation ({changes}); write another --output, or delete it")
@@ -115,7 +115,7 @@ class ResultFolder:
             file.write("".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
         self.done.add(prompt.id)
 
-    def finish(self) -> list[Sample]:
+    def finish(self) -> list[EvaluatedSample]:
         """Put the samples in the order of the prompts; return them."""
         rows = sorted(_rows(self.folder / SAMPLES), key=lambda row: (self.prompts[str(row["prompt_id"])], row["index"]))
         self._write(rows)
@@ -151,7 +151,7 @@ def _rows(file: Path) -> list[dict[str, object]]:
         raise DataError(f"{file} has a line that is not JSON: {error}; delete the folder and evaluate again") from error
 
 
-def read_asked(folder: Path) -> Json:
+def read_description(folder: Path) -> Json:
     """Return what an evaluation asked.
 
     Raises:
@@ -166,10 +166,10 @@ def read_asked(folder: Path) -> Json:
         raise DataError(f"{file} is not JSON: {error}; delete the folder and evaluate again") from error
 
 
-def read_samples(folder: Path) -> list[Sample]:
+def read_samples(folder: Path) -> list[EvaluatedSample]:
     """Return the samples of a result."""
     return [
-        Sample(
+        EvaluatedSample(
             prompt_id=str(row["prompt_id"]),
             index=int(str(row["index"])),
             prompt=str(row["prompt"]),

@@ -1,4 +1,4 @@
-"""``python -I -S inside.py PROGRAM TESTS NONCE CPU_SECONDS MEMORY_BYTES``: locks this process up, then runs a program.
+"""``python -I -S sandbox.py PROGRAM TESTS NONCE CPU_SECONDS MEMORY_BYTES``: locks this process up, then runs a program.
 
 Standard library only, and nothing of this package: it runs with an empty environment. After the lock there is no new
 process or thread, no socket, no file that can be written or made, no signal to others: system calls are allowed by a
@@ -16,7 +16,7 @@ import sys
 NO_LOCK = 97
 """Exit code where the kernel has no seccomp filter, or this machine's system calls are not listed."""
 
-MOST_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 """Of what the program prints."""
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 1, 22, 38, 2
@@ -54,7 +54,7 @@ def limit(cpu_seconds: int, memory_bytes: int) -> None:
     bounds = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory_bytes,
-        resource.RLIMIT_FSIZE: MOST_FILE_BYTES,
+        resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
