@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_rl.api import PolicyLoss, policy_loss, vocab_logprobs_entropies
 
-__all__ = ["PolicyLoss", "policy_loss", "vocab_logprobs_entropies"]
+    __version__: str
+
+__all__ = ["PolicyLoss", "__version__", "policy_loss", "vocab_logprobs_entropies"]
 
 
 def __getattr__(name: str) -> object:
-    # On first use: a command that only reads a configuration should not wait for torch.
+    """Import a public name on first use, so that commands that only read a configuration do not wait for torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("megatron-rl")
     if name in __all__:
         from megatron_rl import api
 

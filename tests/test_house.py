@@ -5,6 +5,7 @@ A limit may shrink; raising one is a decision that a review discusses.
 
 import ast
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,3 +167,20 @@ def test_the_command_line_has_only_verbs_that_exist():
 
 def test_everything_exported_at_the_top_exists():
     assert [name for name in megatron_rl.__all__ if not hasattr(megatron_rl, name)] == []
+
+
+def test_the_lock_pins_every_requirement_with_a_hash():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["tasks"]]
+    lock = (ROOT / "locks" / "requirements.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+).*\\\n +--hash=sha256:", lock, re.MULTILINE))
+    names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in required}
+    assert names - {"torch", "megatron-rl"} - pinned.keys() == set()
+    assert len(pinned) == len(re.findall(r"^[\w-]+==", lock, re.MULTILINE))
+    assert not re.search(r"https?:|file:|index-url|find-links", lock)
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
