@@ -24,7 +24,8 @@ from torch import nn
 
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.planning.layout import layout_of
-from megatron_rl.launch.planning.memory import memory_of, work_of
+from megatron_rl.launch.planning.memory import stage_memory
+from megatron_rl.launch.planning.microbatch import full_microbatch
 from megatron_rl.models.hf_mapping.rules import Family
 
 
@@ -161,8 +162,8 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
 def planned(run: Run, family: Family, arguments: argparse.Namespace) -> dict[str, int]:
     """Return the bytes that the plan of ``megatron-rl check`` expects of this device, without what it only assumes."""
     layout = layout_of(run.parallel, 1, run.model.megatron)
-    work = work_of(run, layout, arguments.length, fused=arguments.device == "cuda")
-    (rank,) = memory_of(run, family, layout, work, arguments.rows)
+    work = full_microbatch(run, layout, arguments.length, fused=arguments.device == "cuda")
+    (rank,) = stage_memory(run, family, layout, work, arguments.rows)
     standing = {"parameters": rank.parameters, "gradients": rank.gradients, "optimizer": rank.optimizer}
     return {**standing, "activations": rank.activations.total, "total": rank.total - rank.reserved}
 

@@ -28,7 +28,8 @@ from benchmarks.live_bytes import LiveBytes  # noqa: E402
 from megatron_rl.config.schema import Run  # noqa: E402
 from megatron_rl.data.types import Batch  # noqa: E402
 from megatron_rl.launch.planning.layout import layout_of  # noqa: E402
-from megatron_rl.launch.planning.memory import RankMemory, memory_of, work_of  # noqa: E402
+from megatron_rl.launch.planning.memory import RankMemory, stage_memory  # noqa: E402
+from megatron_rl.launch.planning.microbatch import full_microbatch  # noqa: E402
 from megatron_rl.models.hf_mapping import family_of, read_hf_config  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 
@@ -242,9 +243,9 @@ def _planned(run: Run, rows: int) -> list[Measured]:
     """Return the plan of every rank, in rank order."""
     layout = layout_of(run.parallel, run.parallel.ranks)
     family = family_of(read_hf_config(Path(run.model.path)))
-    work = work_of(run, layout, max(LENGTHS), fused=torch.cuda.is_available())
-    work = replace(work, trained=work.row - len(LENGTHS))
-    memories = memory_of(run, family, layout, work, rows)
+    work = full_microbatch(run, layout, max(LENGTHS), fused=torch.cuda.is_available())
+    work = replace(work, trained=work.tokens - len(LENGTHS))
+    memories = stage_memory(run, family, layout, work, rows)
     stages = layout.ranks // layout.pipeline
     return [_as_measured(memories[rank // stages]) for rank in range(layout.ranks)]
 

@@ -157,7 +157,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from megatron_rl.launch.planning.check import check
+    from megatron_rl.launch.check import check
 
     loaded = _load(options.config) if options.config else None
     if options.cluster and loaded is not None:

@@ -1,8 +1,7 @@
-"""Write the tables of docs/plan.md: python tools/make_plan_tables.py [--check]
+"""Write the tables of docs/plan.md from configs/ and docs/plan-measured.json.
 
-They come from configs/ and docs/plan-measured.json.
-
-With --check nothing is written; the exit code is 1 if the page is not what the code says.
+Usage: python tools/make_plan_tables.py [--check]. With --check nothing is written; the exit code is 1 if the page is
+out of date.
 """
 
 import argparse
@@ -18,11 +17,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.memory_plan import Measured, table  # noqa: E402
 from megatron_rl.config.load import load  # noqa: E402
 from megatron_rl.config.schema import Run  # noqa: E402
-from megatron_rl.launch.planning.flops import bubble  # noqa: E402
+from megatron_rl.launch.planning.estimate import RunEstimate, estimate_run  # noqa: E402
 from megatron_rl.launch.planning.layout import LAST  # noqa: E402
-from megatron_rl.launch.planning.memory import GIB, worst  # noqa: E402
-from megatron_rl.launch.planning.memory_plan import Sizes, sizes_of  # noqa: E402
+from megatron_rl.launch.planning.memory import GIB, fullest  # noqa: E402
 from megatron_rl.launch.planning.parameters import active_parameters, total_parameters  # noqa: E402
+from megatron_rl.launch.planning.step_cost import pipeline_bubble  # noqa: E402
 
 PAGE = ROOT / "docs" / "plan.md"
 MEASURED = ROOT / "docs" / "plan-measured.json"
@@ -30,72 +29,74 @@ CONFIGS = ROOT / "configs"
 AXES = ("tensor", "pipeline", "context", "expert")
 
 
-def shipped() -> list[tuple[str, Run, Sizes]]:
-    """Return every shipped config in numbers, on 80 GB GPUs."""
+def shipped() -> list[tuple[str, Run, RunEstimate]]:
+    """Return (name, run, estimate) of every shipped config, on 80 GB GPUs."""
     found = []
     for path in sorted((CONFIGS / "models").glob("*.toml"), key=lambda path: path.name):
         loaded = load(Run, [path, CONFIGS / "cluster" / "h100-80gb.toml"])
-        sizes = sizes_of(loaded)
-        assert sizes is not None, path
-        found.append((path.stem, loaded.run, sizes))
+        estimate = estimate_run(loaded)
+        assert estimate is not None, path
+        found.append((path.stem, loaded.run, estimate))
     return sorted(found, key=lambda one: (total_parameters(one[2].family), one[2].layout.ranks))
 
 
 def memory() -> str:
-    """Return layout and memory of the fullest rank of each shipped config."""
+    """Return the layout of each shipped config and the memory per rank of its fullest stage."""
     head = (
         "config",
-        "parameters, at work",
+        "parameters, active",
         "GPUs",
         "layout",
         "weights",
         "gradients",
         "optimizer",
-        "kept",
-        "at work",
-        "sum",
+        "saved",
+        "working",
+        "peak",
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, run, sizes in shipped():
-        fullest, layout = worst(sizes.memories), sizes.layout
+    for name, run, estimate in shipped():
+        memory, layout = fullest(estimate.memories), estimate.layout
         axes = [f"{axis} {getattr(layout, axis)}" for axis in AXES if getattr(layout, axis) > 1]
         axes += [f"last stage {run.model.megatron[LAST]} layers"] if LAST in run.model.megatron else []
-        counts = f"{total_parameters(sizes.family) / 1e9:.1f} G, {active_parameters(sizes.family) / 1e9:.1f} G"
-        activations = fullest.activations
-        amounts = (fullest.parameters, fullest.gradients, fullest.optimizer, activations.kept, activations.working)
-        cells = [f"{amount / GIB:.1f}" for amount in (*amounts, fullest.total)]
+        counts = f"{total_parameters(estimate.family) / 1e9:.1f} G, {active_parameters(estimate.family) / 1e9:.1f} G"
+        activations = memory.activations
+        amounts = (memory.parameters, memory.gradients, memory.optimizer, activations.saved, activations.working)
+        cells = [f"{amount / GIB:.1f}" for amount in (*amounts, memory.total)]
         words = ", ".join([*axes, f"recompute {run.model.recompute}"])
         lines.append(f"| {name} | {counts} | {layout.ranks} | {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def work() -> str:
-    """Return what a step of each shipped config costs."""
+    """Return the cost per step of each shipped config."""
     head = (
         "config",
-        "tokens of a step",
-        "score",
-        "train",
-        "generate",
-        "score and train",
+        "tokens per step",
+        "log-probs",
+        "training",
+        "generation",
+        "log-probs and training",
         "tokens/s",
-        "waiting",
+        "bubble",
         "weights",
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, run, sizes in shipped():
-        step, waiting = sizes.step, bubble(sizes.layout, sizes.rows)
+    for name, run, estimate in shipped():
+        cost, idle = estimate.cost, pipeline_bubble(estimate.layout, estimate.microbatches)
         assert run.cluster.gpu_tflops is not None
-        rate = sizes.layout.ranks * run.cluster.gpu_tflops * 1e12 * run.cluster.mfu
-        seconds = (step.score + step.train) / rate / (1 - waiting)
-        operations = " | ".join(f"{count / 1e15:,.0f}" for count in (step.score, step.train, step.generate))
-        times = f"{seconds:,.0f} s | {step.tokens / seconds:,.0f} | {waiting:.1%}"
-        lines.append(f"| {name} | {step.tokens:,} | {operations} | {times} | {step.weight_bytes / GIB:,.0f} GiB |")
+        rate = estimate.layout.ranks * run.cluster.gpu_tflops * 1e12 * run.cluster.mfu
+        seconds = (cost.logprob_flops + cost.train_flops) / rate / (1 - idle)
+        operations = " | ".join(
+            f"{count / 1e15:,.0f}" for count in (cost.logprob_flops, cost.train_flops, cost.generate_flops)
+        )
+        times = f"{seconds:,.0f} s | {cost.tokens / seconds:,.0f} | {idle:.1%}"
+        lines.append(f"| {name} | {cost.tokens:,} | {operations} | {times} | {cost.weight_bytes / GIB:,.0f} GiB |")
     return "\n".join(lines)
 
 
 def measured() -> str:
-    """Return plan and measurement of each case."""
+    """Return planned and measured memory of each case."""
     figures = json.loads(MEASURED.read_text(encoding="utf-8"))
     return table({name: [(Measured(**a), Measured(**b)) for a, b in pairs] for name, pairs in figures.items()})
 
@@ -104,7 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {"memory": memory, "work": work, "measure
 
 
 def page(text: str) -> str:
-    """Return the page with its tables made anew."""
+    """Return the page with regenerated tables."""
     for name, made in TABLES.items():
         marks = f"<!-- {name}: made by tools/make_plan_tables.py -->", "<!-- end -->"
         pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)

@@ -37,6 +37,13 @@ class Loaded(Generic[T]):
         """Return where a setting was written, or ``default``."""
         return self.origins.get(dotted, "default")
 
+    def describe(self, dotted: str) -> str:
+        """Return the key, value and origin of a setting, for an error message."""
+        value: object = self.run
+        for name in dotted.split("."):
+            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+        return f"{dotted} = {value!r} ({self.origin(dotted)})"
+
 
 def load(model: type[T], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Loaded[T]:
     """Return the configuration that files and ``key=value`` words give, later ones stronger; raise ConfigError."""

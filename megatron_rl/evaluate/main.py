@@ -16,7 +16,7 @@ from megatron_rl.evaluate.result_folder import RESULT, SAMPLES, ResultFolder, de
 from megatron_rl.evaluate.servers import VERSION, serving
 from megatron_rl.evaluate.tables import make_console, notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
-from megatron_rl.launch.planning.plan import check_sampling
+from megatron_rl.launch.planning.run_plan import check_sampling
 from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
 from megatron_rl.rollout.fleet_setup import Chat
 from megatron_rl.rollout.routes import wanted_routes

@@ -20,7 +20,7 @@ LONGEST_WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """What ended a rank: a message for its user, or the traceback of what nobody expected."""
 
     expected: bool
@@ -49,14 +49,14 @@ def reporting_failure() -> Iterator[None]:
 def _tell(error: Exception, descriptor: int) -> None:
     expected = isinstance(error, MegatronRLError)
     text = str(error) if expected else "".join(traceback.format_exception(error))
-    os.write(descriptor, json.dumps(asdict(Failure(expected, text[-LONGEST_TEXT:]))).encode() + b"\n")
+    os.write(descriptor, json.dumps(asdict(RankFailure(expected, text[-LONGEST_TEXT:]))).encode() + b"\n")
     time.sleep(LONGEST_WAIT_SECONDS)
 
 
-def read_failure(descriptor: int) -> Failure | None:
+def read_failure(descriptor: int) -> RankFailure | None:
     """Return what a rank has told on its pipe, None if nothing; the descriptor does not block."""
     try:
         message = os.read(descriptor, 1 << 20)
     except BlockingIOError:
         return None
-    return Failure(**json.loads(message)) if message else None
+    return RankFailure(**json.loads(message)) if message else None

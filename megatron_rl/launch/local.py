@@ -12,7 +12,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.distributed.ledger import keep_ledger
 from megatron_rl.distributed.mesh import launched_rank
 from megatron_rl.launch.failures import reporting_failure
-from megatron_rl.launch.planning.plan import Plan, make_plan
+from megatron_rl.launch.planning.run_plan import RunPlan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
 from megatron_rl.observability.run_folder import prepare_folder
@@ -44,6 +44,6 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
     return LocalRanks(["train", *words], plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
 
 
-def _warn(plan: Plan) -> None:
+def _warn(plan: RunPlan) -> None:
     for warning in plan.warnings:
         sys.stderr.write(f"megatron-rl train: warning: {warning}\n")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from megatron_rl.errors import MegatronRLError, TrainingError
-from megatron_rl.launch.failures import REPORTS, Failure, read_failure
+from megatron_rl.launch.failures import REPORTS, RankFailure, read_failure
 from megatron_rl.util.child_process import ending_with_parent
 from megatron_rl.util.exit_codes import HUNG, STOPPED
 from megatron_rl.util.ports import free_port
@@ -34,7 +34,7 @@ class LocalRanks:
         self._asked_to_stop = False
         self._children: list[subprocess.Popen[bytes]] = []
         self._pipes: list[int] = []
-        self._failures: dict[int, Failure] = {}
+        self._failures: dict[int, RankFailure] = {}
         self._words, self._count, self._grace_seconds = words, count, grace_seconds
 
     def run(self) -> int:

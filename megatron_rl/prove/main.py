@@ -20,7 +20,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch, save_batch
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.layout import check_layout, layout_of
-from megatron_rl.launch.planning.shape import shape_of
+from megatron_rl.launch.planning.model_sizes import model_sizes
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.prove.case import CASE, RESULT, RUNS, SizeOverrides, make_batch, make_model, moved_scores
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
@@ -115,7 +115,7 @@ def _possible(
     loaded: Loaded[Run], run: Run, layouts: Sequence[str], most_ranks: int
 ) -> tuple[list[LayoutRun], dict[str, str]]:
     """Return the layouts that the model divides, and why not for the others; a user's own must all be possible."""
-    shape = shape_of(family_of(read_hf_config(Path(run.model.path))))
+    shape = model_sizes(family_of(read_hf_config(Path(run.model.path))))
     possible: list[LayoutRun] = []
     skipped: dict[str, str] = {}
     for trial in layout_runs(run, layouts or DEFAULT):

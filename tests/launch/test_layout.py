@@ -8,25 +8,31 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.planning.layout import check_layout, layout_of
-from megatron_rl.launch.planning.shape import Shape
+from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
+from megatron_rl.models.hf_mapping import family_of
 
-MOE = Shape(
-    layers=12,
-    heads=8,
-    kv_heads=4,
-    ffn=128,
-    vocabulary=1001,
-    positions=4096,
-    has_dense_layers=False,
-    experts=16,
-    expert_ffn=64,
-)
-DENSE = Shape(12, 8, 4, 128, 1001, 4096, has_dense_layers=True)
+HF = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 1001,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+}
+MOE = model_sizes(family_of(HF))
+DENSE = model_sizes(family_of({**HF, "model_type": "qwen3"}))
 
 
-def problems(*settings: str, shape: Shape = MOE, ranks: int | None = None, on_gloo: bool = True) -> list[str]:
+def problems(*settings: str, sizes: ModelSizes = MOE, ranks: int | None = None, on_gloo: bool = True) -> list[str]:
     loaded = load(Run, [], ["model.path=x", *(f"parallel.{setting}" for setting in settings)])
-    return check_layout(loaded, layout_of(loaded.run.parallel, ranks), shape, on_gloo=on_gloo)
+    return check_layout(loaded, layout_of(loaded.run.parallel, ranks), sizes, on_gloo=on_gloo)
 
 
 @pytest.mark.parametrize(
@@ -83,16 +89,16 @@ def test_axes_multiply_to_the_ranks():
         (("tensor=3", "expert=3", "ranks=3"), ["parallel.tensor = 3", "attention heads, 8; write 2 or 4"]),
         (("tensor=8",), ["key-value heads, 4; write 4"]),
         (("expert=3",), ["parallel.expert = 3", "experts, 16; write 2 or 4"]),
-        (("expert_tensor=3",), ["width of an expert, 64; write 2 or 4"]),
+        (("expert_tensor=3",), ["expert width, 64; write 2 or 4"]),
         (("pipeline=5",), ["is 5 and does not divide the model's 12 layers; make the product 4 or 6"]),
         (("virtual_pipeline=2",), ["parallel.virtual_pipeline = 2", "needs a pipeline"]),
         (("sequence=true",), ["parallel.sequence = True", "one rank; leave it out"]),
-        (("tensor=2", "sequence=false"), ["sequence parallelism only; leave parallel.sequence out"]),
+        (("tensor=2", "sequence=false"), ["only with sequence parallelism; leave parallel.sequence out"]),
         (("tensor=2", "expert=2", "expert_tensor=2"), ["uneven", "gloo", "write expert_tensor = 1 or expert = 1"]),
         (
             ("tensor=2", "expert_tensor=1"),
             [
-                "silently wrong gradients",
+                "wrong expert gradients",
                 "write expert_tensor = 2, or expert = 2",
                 "command line: parallel.expert_tensor=1",
             ],
@@ -113,11 +119,11 @@ def test_layouts_that_do_not_work_say_why_and_what_to_write(settings, words):
         (("parallel.pipeline=2", "first=5", "last=7"), []),
         (("parallel.pipeline=4", "last=4"), ["last_pipeline_stage = 4", "8 of the model's 12 layers", "the 3 other"]),
         (("parallel.pipeline=2", "first=5", "last=5"), ["2 of the model's 12 layers are left for the 0 other"]),
-        (("parallel.pipeline=3", "first=12"), ["0 of the model's 12 layers are left", "one or more"]),
+        (("parallel.pipeline=3", "first=12"), ["0 of the model's 12 layers are left", "at least one"]),
         (("first=4",), ["set parallel.pipeline above 1"]),
         (("parallel.pipeline=2", "first=0"), ["first_pipeline_stage = 0", "whole number above 0"]),
         (("parallel.pipeline=2", "first=true"), ["whole number above 0"]),
-        (("parallel.pipeline=3", "parallel.virtual_pipeline=2", "last=4"), ["never tried; leave one out"]),
+        (("parallel.pipeline=3", "parallel.virtual_pipeline=2", "last=4"), ["is not supported; leave one out"]),
     ],
 )
 def test_a_first_or_last_stage_may_have_a_number_of_layers_of_its_own(settings, words):
@@ -140,15 +146,15 @@ def test_experts_in_tensor_shards_work_with_nccl():
 
 
 def test_a_dense_model_has_no_expert_axes_but_divides_its_feed_forward():
-    assert problems("tensor=2", shape=DENSE) == []
-    assert "no experts" in problems("expert=2", shape=DENSE)[0]
-    odd = Shape(12, 8, 4, 127, 1001, 4096, has_dense_layers=True)
-    assert "feed-forward width, 127" in problems("tensor=2", shape=odd)[0]
+    assert problems("tensor=2", sizes=DENSE) == []
+    assert "no experts" in problems("expert=2", sizes=DENSE)[0]
+    odd = replace(DENSE, ffn=127)
+    assert "feed-forward width, 127" in problems("tensor=2", sizes=odd)[0]
 
 
 def test_ranks_that_were_launched_overrule_the_config():
     assert problems("tensor=2", ranks=4) == []
-    assert problems("tensor=2", ranks=5)[0].startswith("5 ranks cannot be shared")
+    assert problems("tensor=2", ranks=5)[0].startswith("5 ranks cannot be divided")
 
 
 @pytest.mark.parametrize(
@@ -159,8 +165,8 @@ def test_ranks_that_were_launched_overrule_the_config():
     ],
 )
 def test_what_transformer_engine_gets_wrong_or_refuses_is_refused_on_gpus_only(settings, words):
-    odd = replace(MOE, biased_experts=True, sinks=True)
-    assert problems(*settings, shape=odd) == []
-    (problem,) = problems(*settings, shape=odd, on_gloo=False)
+    odd = replace(MOE, experts_have_bias=True, attention_sinks=True)
+    assert problems(*settings, sizes=odd) == []
+    (problem,) = problems(*settings, sizes=odd, on_gloo=False)
     assert re.search(words, problem)
-    assert problems("tensor=2", "expert=4", "pipeline=2", shape=odd, on_gloo=False) == []
+    assert problems("tensor=2", "expert=4", "pipeline=2", sizes=odd, on_gloo=False) == []

@@ -10,9 +10,9 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.launch.planning.layout import check_layout, layout_of
-from megatron_rl.launch.planning.parameters import active_parameters, parameters_of, total_parameters
-from megatron_rl.launch.planning.shape import shape_of
-from megatron_rl.launch.planning.stages import stages_of
+from megatron_rl.launch.planning.model_sizes import model_sizes
+from megatron_rl.launch.planning.parameters import active_parameters, parameter_counts, total_parameters
+from megatron_rl.launch.planning.stages import pipeline_stages
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.process_groups import build_mesh
@@ -78,17 +78,19 @@ def test_a_rank_holds_exactly_what_is_counted(name, layout, tmp_path):
     loaded = load(Run, [], [f"model.path={folder}", *words])
     family = family_of(read_hf_config(folder))
     sizes = layout_of(loaded.run.parallel, ranks, loaded.run.model.megatron)
-    assert check_layout(loaded, sizes, shape_of(family), on_gloo=True) == []
-    stages = stages_of(family.num_layers, sizes)
+    assert check_layout(loaded, sizes, model_sizes(family), on_gloo=True) == []
+    stages = pipeline_stages(family.num_layers, sizes)
     for index, dense, expert in run_ranks(counts, ranks, str(folder), words, initialise=False):
-        counted = parameters_of(family, sizes, stages[index])
+        counted = parameter_counts(family, sizes, stages[index])
         assert (counted.dense, counted.expert) == (dense, expert)
 
 
 def test_layers_go_to_stages_as_megatron_core_deals_them():
     def layers(*words: str, num_layers: int = 8) -> list[tuple[tuple[int, ...], ...]]:
         run = load(Run, [], ["model.path=x", *words]).run
-        return [stage.chunks for stage in stages_of(num_layers, layout_of(run.parallel, None, run.model.megatron))]
+        return [
+            stage.chunks for stage in pipeline_stages(num_layers, layout_of(run.parallel, None, run.model.megatron))
+        ]
 
     assert layers("parallel.pipeline=2") == [((0, 1, 2, 3),), ((4, 5, 6, 7),)]
     assert layers("parallel.pipeline=2", "parallel.virtual_pipeline=2") == [((0, 1), (4, 5)), ((2, 3), (6, 7))]

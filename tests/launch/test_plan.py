@@ -9,8 +9,8 @@ from megatron_rl.cli import main, split_words
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.planning.plan import make_plan
-from megatron_rl.launch.planning.upstream import FIXED, OURS, megatron_fields
+from megatron_rl.launch.planning.megatron_fields import FIXED, SET_ELSEWHERE, megatron_fields
+from megatron_rl.launch.planning.run_plan import make_plan
 from tests.policy import families
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -31,14 +31,14 @@ def test_the_demo_fits():
     made = plan()
     assert made.layout.ranks == 2
     assert (made.batches.responses, made.batches.per_update, made.batches.longest) == (256, 64, 52)
-    assert made.batches.most_rows == 1
+    assert made.batches.max_rows == 1
     assert made.notes == ()
 
 
 def test_rows_are_counted_for_the_longest_sequences_and_shared_by_data_parallel_ranks():
-    assert plan("train.tokens_per_microbatch=520").batches.most_rows == 7
-    assert plan("train.tokens_per_microbatch=520", ranks=4).batches.most_rows == 8
-    assert plan("train.packing=false").batches.most_rows == 64
+    assert plan("train.tokens_per_microbatch=520").batches.max_rows == 7
+    assert plan("train.tokens_per_microbatch=520", ranks=4).batches.max_rows == 8
+    assert plan("train.packing=false").batches.max_rows == 64
     assert plan("parallel.context=2", "rollout.sampling.max_new_tokens=41").batches.longest == 56
 
 
@@ -48,7 +48,7 @@ def test_rows_are_counted_for_the_longest_sequences_and_shared_by_data_parallel_
         (("train.updates_per_step=5",), ["does not divide the 256 responses", "write 4 or 8"]),
         (("train.updates_per_step=300",), ["write 256"]),
         (("train.tokens_per_microbatch=51",), ["less than the longest sequence, 52 tokens", "write at least 52"]),
-        (("rollout.sampling.max_new_tokens=245",), ["positions end at 256", "write at most 244"]),
+        (("rollout.sampling.max_new_tokens=245",), ["maximum is 256", "write at most 244"]),
         (("rollout.servers=0",), ["nothing would sample"]),
         (("rollout.engine=vllm",), ["write their addresses in rollout.urls"]),
         (("rollout.engine=sglang",), ["write its interpreter in rollout.sglang_python", "rollout.urls"]),
@@ -122,7 +122,7 @@ def test_lag_without_a_correction_is_a_warning_that_says_what_to_write(words, fo
 def test_fields_of_megatron_core_are_read_from_its_source():
     fields = megatron_fields()
     assert {"num_moe_experts", "moe_aux_loss_coeff", "sequence_parallel"} <= fields
-    assert set(OURS) | set(FIXED) <= fields
+    assert set(SET_ELSEWHERE) | set(FIXED) <= fields
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "gpt2"}', '{"model_type": "qwen3_moe"}'])
@@ -173,7 +173,7 @@ def test_a_tied_mixture_is_no_model_for_sglang(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
-    with pytest.raises(ConfigError, match="SGLang does not for qwen2_moe: its head would hold no weights"):
+    with pytest.raises(ConfigError, match="SGLang does not support for qwen2_moe: its head would have no weights"):
         make_plan(load(Run, [DEMO], [f"model.path={folder}", "rollout.engine=sglang"]), on_gloo=True)
 
 
@@ -182,6 +182,6 @@ def test_quantised_weights_are_refused_for_an_engine_that_would_serve_them_so(tm
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     words = [f"model.path={folder}", "parallel.tensor=1", "parallel.expert=1"]
-    with pytest.raises(ConfigError, match=r"is quantised \(mxfp4\): sglang .* megatron-to-hf"):
+    with pytest.raises(ConfigError, match=r"is quantized \(mxfp4\): sglang .* megatron-to-hf"):
         make_plan(load(Run, [DEMO], [*words, "rollout.engine=sglang"]))
     make_plan(load(Run, [DEMO], words))

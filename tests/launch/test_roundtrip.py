@@ -9,7 +9,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.servers import registered, write_address
-from megatron_rl.launch.slurm.round_trip import Answer, ask_fleet, compared
+from megatron_rl.launch.slurm.round_trip import ServerProbe, ask_fleet, compared
 from tests.fleet.fake import FakeServer, garbage, serving
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
@@ -88,6 +88,6 @@ def test_the_trainer_learns_of_the_job_s_servers_when_all_are_fit(tmp_path):
 
 
 def test_of_two_unlike_servers_both_are_named():
-    answers = [Answer("a", logprobs=(-1.0, -2.0)), Answer("b", logprobs=(-3.0, -4.0))]
+    answers = [ServerProbe("a", logprobs=(-1.0, -2.0)), ServerProbe("b", logprobs=(-3.0, -4.0))]
 
     assert [bool(answer.problem) for answer in compared(answers)] == [True, True]

@@ -8,10 +8,10 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.planning.memory import GIB, worst
-from megatron_rl.launch.planning.memory_plan import planned_ranks, sizes_of
+from megatron_rl.launch.planning.estimate import estimate_run, planned_ranks
+from megatron_rl.launch.planning.memory import GIB, fullest
 from megatron_rl.launch.planning.parameters import active_parameters, total_parameters
-from megatron_rl.launch.planning.plan import make_plan
+from megatron_rl.launch.planning.run_plan import make_plan
 from megatron_rl.launch.slurm.render import render, servers_per_node
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
@@ -60,13 +60,13 @@ def test_every_shape_has_a_config_and_every_config_a_plan_that_fits():
 
 @each_model()
 def test_a_shipped_config_fits_and_says_what_is_not_here(path, capsys):
-    sizes = sizes_of(load(Run, [path, H100]))
+    sizes = estimate_run(load(Run, [path, H100]))
     assert sizes is not None
     assert sizes.memory_bytes is not None
-    assert worst(sizes.memories).total < 0.95 * sizes.memory_bytes
+    assert fullest(sizes.memories).total < 0.95 * sizes.memory_bytes
     assert main(["check", str(path), str(H100)]) == 1
     told = capsys.readouterr()
-    assert "most at a time" in told.out
+    assert "peak" in told.out
     assert "fits" in told.out
     assert "DOES NOT FIT" not in told.out
     assert "Layouts that fit" in told.out
@@ -81,7 +81,7 @@ def test_a_shipped_config_loads_plans_and_renders_with_each_objective(path, obje
     words = [f"log.path={tmp_path / 'run'}"]
     loaded = load(Run, files, words)
     assert loaded.run.objective.name == objective
-    sizes = sizes_of(loaded)
+    sizes = estimate_run(loaded)
     assert sizes is not None
     assert sizes.layout.ranks == loaded.run.slurm.nodes * 8
     assert sizes.work.fused

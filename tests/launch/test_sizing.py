@@ -8,15 +8,15 @@ from benchmarks.memory_plan import CATEGORIES, Case, compare
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.planning.activations import head_working, in_flight
-from megatron_rl.launch.planning.flops import bubble, cache_per_token, step_of, traffic_of
-from megatron_rl.launch.planning.layout import Layout, check_layout, layout_of
-from megatron_rl.launch.planning.memory import memory_of, work_of
-from megatron_rl.launch.planning.memory_plan import sizes_of
-from megatron_rl.launch.planning.saved import layer_bytes
-from megatron_rl.launch.planning.shape import shape_of
-from megatron_rl.launch.planning.stages import stages_of
+from megatron_rl.launch.planning.estimate import estimate_run
+from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, layout_of
+from megatron_rl.launch.planning.memory import stage_memory
+from megatron_rl.launch.planning.microbatch import MicrobatchWork, full_microbatch
+from megatron_rl.launch.planning.model_sizes import model_sizes
+from megatron_rl.launch.planning.saved_activations import layer_bytes
+from megatron_rl.launch.planning.stages import pipeline_stages
+from megatron_rl.launch.planning.step_cost import cache_per_token, pipeline_bubble, rank_traffic, step_cost
 from megatron_rl.launch.planning.suggest import suggest
-from megatron_rl.launch.planning.widths import Work, widths_of
 from megatron_rl.models.hf_mapping import family_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +47,7 @@ def run_of(*words: str) -> Run:
     return load(Run, [], ["model.path=x", *words]).run
 
 
-def layout(*words: str, ranks: int | None = None) -> Layout:
+def layout(*words: str, ranks: int | None = None) -> ParallelLayout:
     run = run_of(*words)
     return layout_of(run.parallel, ranks, run.model.megatron)
 
@@ -71,7 +71,7 @@ def test_weights_gradients_and_optimizer_by_hand():
     """Experts are shared over two ranks, the rest is on both; bfloat16: 2 + 4 bytes, and 12 shared by copies."""
     run = run_of("model.dtype=bfloat16", "parallel.expert=2", "parallel.ranks=4")
     sizes = layout_of(run.parallel, 4)
-    (memory,) = memory_of(run, FAMILY, sizes, work_of(run, sizes, 16, fused=True), rows=1)
+    (memory,) = stage_memory(run, FAMILY, sizes, full_microbatch(run, sizes, 16, fused=True), microbatches=1)
     dense = 10 * 4 * 2 + 4 + 2 * (4 * 12 + 6 * 4 + 6 + 8) + 3 * 4 * 6 + 4 * 4
     expert = 2 * 3 * 4 * 2
     assert (memory.counts.dense, memory.counts.expert) == (dense, expert)
@@ -81,38 +81,38 @@ def test_weights_gradients_and_optimizer_by_hand():
 
 def test_what_a_dense_layer_keeps_by_hand():
     """float32 on one rank, 5 tokens, heads of 3: two of queries, one of keys and values."""
-    work = Work(row=5, longest=5, trained=5, bytes=4, imbalance=1.0, fused=False)
+    work = MicrobatchWork(tokens=5, longest=5, trained=5, dtype_bytes=4, expert_imbalance=1.0, fused=False)
     norms = 2 * (2 * 4 + 1)
     attention = 4 + 4 * 3 + (2 + 1) * (2 * 3 + 1) + (2 + 2) * 3 - 3 + 4 * 2 * 3 + 2 + 2 * 3
     network = 4 + 5 * 6
-    assert layer_bytes(widths_of(FAMILY), layout(), work, sparse=False) == 4 * 5 * (norms + attention + network)
+    assert layer_bytes(model_sizes(FAMILY), layout(), work, sparse=False) == 4 * 5 * (norms + attention + network)
 
 
 def test_what_a_layer_of_experts_keeps_by_hand():
     """bfloat16 under transformer-engine, two expert ranks, the busiest with 1.5 times the average."""
-    work = Work(row=8, longest=8, trained=8, bytes=2, imbalance=1.5, fused=True)
+    work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=2, expert_imbalance=1.5, fused=True)
     norms = 2 * 8 * (2 * 4 + 4)
     attention = 2 * 8 * 4 + 4 * 8 * 3 * 2 + 8 * 3 * (2 * 3 + 4) + 2 * 8 * 3 * (2 * 2 + 2 * 1) + 4 * 8 * 2
     router = 2 * 8 * 4 + 8 * 5 * 4 + 20 * 8 * 2
     experts = 1.5 * 8 * 2 * (2 * (4 + 6 * 2) + 4)
     back = 8 * 2 * 4 * 2
-    kept = layer_bytes(widths_of(FAMILY), layout("parallel.expert=2"), work, sparse=True)
+    kept = layer_bytes(model_sizes(FAMILY), layout("parallel.expert=2"), work, sparse=True)
     assert kept == norms + attention + router + experts + back
 
 
 def test_a_full_recompute_keeps_the_inputs_of_layers_and_one_layer():
     run = run_of("model.recompute=full")
-    work = Work(row=8, longest=8, trained=8, bytes=4, imbalance=1.0, fused=False)
-    (memory,) = memory_of(run, FAMILY, layout(), work, rows=1)
-    assert memory.activations.kept == 2 * 8 * 4 * 4
-    assert memory.activations.working > layer_bytes(widths_of(FAMILY), layout(), work, sparse=True)
+    work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=4, expert_imbalance=1.0, fused=False)
+    (memory,) = stage_memory(run, FAMILY, layout(), work, microbatches=1)
+    assert memory.activations.saved == 2 * 8 * 4 * 4
+    assert memory.activations.working > layer_bytes(model_sizes(FAMILY), layout(), work, sparse=True)
 
 
 def test_the_vocabulary_operation_never_holds_all_logits():
     """Of a large vocabulary a tile is held: twice the vocabulary costs weights' gradients, no logits."""
-    work = Work(row=4096, longest=4096, trained=4096, bytes=2, imbalance=1.0, fused=True)
-    small = widths_of(family_of({**HF, "vocab_size": 1 << 17}))
-    large = widths_of(family_of({**HF, "vocab_size": 1 << 18}))
+    work = MicrobatchWork(tokens=4096, longest=4096, trained=4096, dtype_bytes=2, expert_imbalance=1.0, fused=True)
+    small = model_sizes(family_of({**HF, "vocab_size": 1 << 17}))
+    large = model_sizes(family_of({**HF, "vocab_size": 1 << 18}))
     more = head_working(large, layout(), work) - head_working(small, layout(), work)
     assert more <= (1 << 17) * 4 * 2
 
@@ -129,22 +129,22 @@ def test_the_vocabulary_operation_never_holds_all_logits():
 )
 def test_micro_batches_in_flight(words, rows, flights):
     sizes = layout(*words)
-    assert [in_flight(sizes, stage, rows) for stage in stages_of(8, sizes)] == flights
+    assert [in_flight(sizes, stage, rows) for stage in pipeline_stages(8, sizes)] == flights
 
 
 def test_operations_and_bytes_of_a_step_by_hand():
     """Six sequences of 3 + 5 tokens: layers of 76 + 72 and 76 + 16 + 48 parameters a token (norms included)."""
     run = run_of("train.prompts_per_step=3", "train.group_size=2", "model.recompute=full", "model.dtype=bfloat16")
-    step = step_of(run, FAMILY, longest=8, prompt=3)
+    step = step_cost(run, FAMILY, longest=8, prompt=3)
     attention_weights, norms = 4 * 12 + 6 * 4 + 6, 8
     layers = 2 * (2 * (attention_weights + norms) + 72 + 16 + 48 + 4)
     attention = 2 * 2 * (3 + 3) * 4 * 2
     head = 2 * 4 * 10
     assert step.tokens == 48
-    assert step.score == 48 * (layers + attention) + 30 * head
-    assert step.train == 48 * 4 * (layers + attention) + 30 * 4 * head
-    assert step.generate == 6 * (8 * (layers + attention) + 5 * head)
-    assert cache_per_token(widths_of(FAMILY), 2) == 1 * (3 + 3) * 2
+    assert step.logprob_flops == 48 * (layers + attention) + 30 * head
+    assert step.train_flops == 48 * 4 * (layers + attention) + 30 * 4 * head
+    assert step.generate_flops == 6 * (8 * (layers + attention) + 5 * head)
+    assert cache_per_token(model_sizes(FAMILY), 2) == 1 * (3 + 3) * 2
     assert step.cache_bytes == 48 * 12 * 2
     assert step.decode_bytes(2) == 5 * 2 * step.weight_bytes + 5 * 6 * 24 * 5.5
 
@@ -152,8 +152,8 @@ def test_operations_and_bytes_of_a_step_by_hand():
 def test_what_ranks_send_by_hand():
     run = run_of("parallel.expert=2", "model.dtype=bfloat16", "model.recompute=full")
     sizes = layout_of(run.parallel, 2)
-    work = Work(row=8, longest=8, trained=8, bytes=2, imbalance=1.0, fused=True)
-    sent = traffic_of(run, FAMILY, sizes, work, rows=3)
+    work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=2, expert_imbalance=1.0, fused=True)
+    sent = rank_traffic(run, FAMILY, sizes, work, microbatches=3)
     dense = 84 + 2 * (48 + 24 + 6 + 8) + 72 + 16
     assert sent.expert == 2 * 3 * 4 * 1 * 8 * 2 * 4 * 2 / 2
     assert (sent.tensor, sent.pipeline) == (0, 0)
@@ -161,29 +161,29 @@ def test_what_ranks_send_by_hand():
 
 
 def test_the_pipeline_waits_less_with_more_rows_and_more_chunks():
-    assert bubble(layout(), 4) == 0
-    assert bubble(layout("parallel.pipeline=4"), 9) == pytest.approx(3 / 12)
-    assert bubble(layout("parallel.pipeline=4", "parallel.virtual_pipeline=3"), 9) == pytest.approx(1 / 10)
+    assert pipeline_bubble(layout(), 4) == 0
+    assert pipeline_bubble(layout("parallel.pipeline=4"), 9) == pytest.approx(3 / 12)
+    assert pipeline_bubble(layout("parallel.pipeline=4", "parallel.virtual_pipeline=3"), 9) == pytest.approx(1 / 10)
 
 
 def test_no_suggestion_would_be_refused_and_all_fit():
     loaded = load(Run, [CONFIGS / "models" / "qwen3-30b-a3b-2nodes.toml", CONFIGS / "cluster" / "h100-80gb.toml"])
-    sizes = sizes_of(loaded)
+    sizes = estimate_run(loaded)
     assert sizes is not None
     assert sizes.memory_bytes is not None
-    found = suggest(loaded, sizes.family, sizes.shape, 16, sizes.memory_bytes)
+    found = suggest(loaded, sizes.family, sizes.sizes, 16, sizes.memory_bytes)
     assert len(found) > 20
     assert [each.seconds for each in found] == sorted(each.seconds for each in found)
     for each in found[:10]:
         again = load(Run, [], [f"model.path={loaded.run.model.path}", "parallel.ranks=16", *each.words])
-        assert check_layout(again, each.layout, shape_of(sizes.family), on_gloo=False) == []
+        assert check_layout(again, each.layout, model_sizes(sizes.family), on_gloo=False) == []
         assert layout_of(again.run.parallel, 16, again.run.model.megatron) == each.layout
         assert each.bytes < sizes.memory_bytes
 
 
 def test_nothing_is_suggested_where_nothing_fits():
     loaded = load(Run, [CONFIGS / "models" / "deepseek-v3-32nodes.toml", CONFIGS / "cluster" / "h100-80gb.toml"])
-    sizes = sizes_of(loaded)
+    sizes = estimate_run(loaded)
     assert sizes is not None
     assert sizes.memory_bytes is not None
-    assert suggest(loaded, sizes.family, sizes.shape, 64, sizes.memory_bytes) == []
+    assert suggest(loaded, sizes.family, sizes.sizes, 64, sizes.memory_bytes) == []

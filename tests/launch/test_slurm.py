@@ -85,7 +85,7 @@ def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
     ("setting", "message"),
     [
         ("slurm.options={ nodes = 3 }", r"slurm.options.nodes \(command line.*is decided by other settings"),
-        ("slurm.nodes=3", r"6 ranks|3 ranks cannot be shared"),
+        ("slurm.nodes=3", r"6 ranks|3 ranks cannot be divided"),
         ("slurm.gpus_per_node=8", r"servers would take the trainer's GPUs; write slurm.rollout_nodes"),
         ("slurm.rollout_nodes=2", r"more than rollout.servers = 1: a server lies on one node"),
         ("slurm.image=x", r"container is 'none' and image 'x'; write both"),

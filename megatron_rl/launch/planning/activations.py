@@ -1,128 +1,139 @@
-"""The most that activations take on a rank: what is kept for the backward pass, and what works on top of it.
+"""Peak activation memory per rank: tensors saved for the backward pass, plus the working memory of one operation.
 
-In a pipeline a stage keeps several micro-batches at once: as many as are on their way from it to the last stage and
-back (the schedules of megatron-core, with and without virtual stages).
+A pipeline stage holds several micro-batches at once: as many as are between it and the last stage. The counts follow
+megatron-core's 1F1B schedules, with and without virtual stages.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_rl.launch.planning.layout import Layout
-from megatron_rl.launch.planning.saved import WIDE, layer_bytes, norm_bytes, share_of
-from megatron_rl.launch.planning.stages import Stage
-from megatron_rl.launch.planning.widths import Widths, Work
+from megatron_rl.launch.planning.layout import ParallelLayout
+from megatron_rl.launch.planning.microbatch import MicrobatchWork, rank_tokens
+from megatron_rl.launch.planning.model_sizes import ModelSizes
+from megatron_rl.launch.planning.saved_activations import FLOAT32, layer_bytes, norm_bytes
+from megatron_rl.launch.planning.stages import PipelineStage
 from megatron_rl.models.hf_mapping.rules import Family
 from megatron_rl.ops.head import SHIFT_COLUMNS, TILE_COLUMNS
 from megatron_rl.ops.vocab import CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of a rank.
+class ActivationMemory:
+    """Activation bytes per rank.
 
     Attributes:
-        kept: by layers, for the backward passes of all micro-batches in flight.
-        in_flight: how many model chunks hold a micro-batch at the same time.
-        working: on top of that while one layer, or the vocabulary operation, is at work.
-        tiles: of the vocabulary operation, part of ``working`` on the last stage; its number of tiles.
+        saved: saved by layers for the backward passes of all micro-batches in flight.
+        in_flight: number of (micro-batch, model chunk) pairs held at once.
+        working: working memory of one layer or of the vocabulary operation, whichever needs more.
+        tiles: number of vocabulary tiles on the last stage, 0 elsewhere.
     """
 
-    kept: int
+    saved: int
     in_flight: int
     working: int
     tiles: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.kept + self.working
+        """Saved and working bytes."""
+        return self.saved + self.working
 
 
-def activations_of(
-    family: Family, widths: Widths, layout: Layout, stage: Stage, work: Work, recompute: str, rows: int
-) -> Activations:
-    """Return the activations of the ranks of a stage; ``rows`` micro-batches make an optimizer step."""
-    mixed = bool(family.num_experts)
-    sparse = {layer: mixed and layer not in family.dense_layers for layer in stage.layers}
-    flights = in_flight(layout, stage, rows)
-    per_chunk = [sum(_kept(widths, layout, work, recompute, sparse[n]) for n in chunk) for chunk in stage.chunks]
-    kept = _sum_of_flights(per_chunk, flights, layout.pipeline) + flights * _handed_on(widths, layout, stage, work)
+def activation_memory(
+    family: Family,
+    sizes: ModelSizes,
+    layout: ParallelLayout,
+    stage: PipelineStage,
+    work: MicrobatchWork,
+    recompute: str,
+    microbatches: int,
+) -> ActivationMemory:
+    """Return the activation memory of a stage's ranks; each runs ``microbatches`` per optimizer step."""
+    sparse = {layer: bool(family.num_experts) and layer not in family.dense_layers for layer in stage.layers}
+    flights = in_flight(layout, stage, microbatches)
+    per_chunk = [sum(_saved(sizes, layout, work, recompute, sparse[n]) for n in chunk) for chunk in stage.chunks]
+    saved = _saved_in_flight(per_chunk, flights, layout.pipeline)
+    saved += flights * _pipeline_buffers(sizes, layout, stage, work)
     kinds = sorted(set(sparse.values()))
-    working = max(layer_working(widths, layout, work, sparse=kind) for kind in kinds)
+    working = max(layer_working(sizes, layout, work, sparse=kind) for kind in kinds)
     if recompute == "full":
-        working += max(layer_bytes(widths, layout, work, sparse=kind) for kind in kinds)
+        working += max(layer_bytes(sizes, layout, work, sparse=kind) for kind in kinds)
     tiles = 0
-    if stage.is_last:  # what the head keeps is let go before the layers' backward pass begins
-        working = max(working, head_kept(widths, layout, work) + head_working(widths, layout, work))
-        tiles = -(-shard_rows(widths, layout) // tile_columns(work))
-    return Activations(int(kept), flights, int(working), tiles)
+    if stage.is_last:  # the head's tensors are freed before the backward pass of the layers begins
+        working = max(working, head_saved(sizes, layout, work) + head_working(sizes, layout, work))
+        tiles = -(-shard_rows(sizes, layout) // tile_columns(work))
+    return ActivationMemory(int(saved), flights, int(working), tiles)
 
 
-def in_flight(layout: Layout, stage: Stage, rows: int) -> int:
-    """Return how many (micro-batch, model chunk) pairs a stage keeps at once."""
-    ahead, chunks = layout.pipeline - stage.index - 1, layout.virtual_pipeline
-    warm_up = 2 * ahead + (chunks - 1) * layout.pipeline if chunks > 1 else ahead
-    return max(min(warm_up + 1, rows * chunks), 1)
+def in_flight(layout: ParallelLayout, stage: PipelineStage, microbatches: int) -> int:
+    """Return how many (micro-batch, model chunk) pairs a stage holds at once."""
+    stages_after, chunks = layout.pipeline - stage.index - 1, layout.virtual_pipeline
+    warm_up = 2 * stages_after + (chunks - 1) * layout.pipeline if chunks > 1 else stages_after
+    return max(min(warm_up + 1, microbatches * chunks), 1)
 
 
-def _sum_of_flights(per_chunk: Sequence[float], flights: int, pipeline: int) -> float:
-    """Return what the first so many pairs keep: ``pipeline`` micro-batches go through one chunk, then the next."""
+def _saved_in_flight(per_chunk: Sequence[float], flights: int, pipeline: int) -> float:
+    """Return the bytes of the first ``flights`` pairs: each chunk runs ``pipeline`` micro-batches, then the next."""
     return sum(per_chunk[number // pipeline % len(per_chunk)] for number in range(flights))
 
 
-def _handed_on(widths: Widths, layout: Layout, stage: Stage, work: Work) -> float:
-    """Return what the schedule holds of a pair: the chunk's input from another rank, and its output to one."""
+def _pipeline_buffers(sizes: ModelSizes, layout: ParallelLayout, stage: PipelineStage, work: MicrobatchWork) -> float:
+    """Return the bytes of a chunk's input from another rank and its output to another rank, per pair in flight."""
     if layout.pipeline == 1:
         return 0.0
     ends = 0 if len(stage.chunks) > 1 else stage.is_first + stage.is_last
-    return (2 - ends) * share_of(work, widths, layout).S * widths.hidden * work.bytes
+    return (2 - ends) * rank_tokens(work, sizes, layout).residual * sizes.hidden * work.dtype_bytes
 
 
-def _kept(widths: Widths, layout: Layout, work: Work, recompute: str, sparse: bool) -> float:
-    """Return what one layer keeps of one micro-batch."""
+def _saved(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork, recompute: str, sparse: bool) -> float:
+    """Return the bytes that one layer saves per micro-batch."""
     if recompute == "full":
-        return share_of(work, widths, layout).S * widths.hidden * work.bytes
-    return layer_bytes(widths, layout, work, sparse=sparse, keeps_attention=recompute == "none")
+        return rank_tokens(work, sizes, layout).residual * sizes.hidden * work.dtype_bytes
+    return layer_bytes(sizes, layout, work, sparse=sparse, save_attention=recompute == "none")
 
 
-def layer_working(widths: Widths, layout: Layout, work: Work, *, sparse: bool) -> float:
-    """Return what the backward pass of a layer holds besides what was kept: gradients on their way through it."""
-    share, size, hidden = share_of(work, widths, layout), work.bytes, widths.hidden
-    residual = share.S * hidden + share.T * hidden * layout.sequence
-    dense = 2 * share.T * widths.ffn / layout.tensor
-    return size * (residual + (0 if sparse else dense)) + (exchanged_bytes(widths, layout, work) if sparse else 0)
+def layer_working(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork, *, sparse: bool) -> float:
+    """Return the bytes of the gradients inside one layer's backward pass."""
+    tokens, hidden = rank_tokens(work, sizes, layout), sizes.hidden
+    elements = tokens.residual * hidden + tokens.attention * hidden * layout.sequence
+    if sparse:
+        return work.dtype_bytes * elements + exchanged_bytes(sizes, layout, work)
+    return work.dtype_bytes * (elements + 2 * tokens.attention * sizes.ffn / layout.tensor)
 
 
-def exchanged_bytes(widths: Widths, layout: Layout, work: Work) -> float:
-    """Return the buffers of tokens on their way to experts and back, and of their gradients."""
-    share = share_of(work, widths, layout)
-    return (2 * share.R + share.S * widths.per_token) * widths.hidden * work.bytes
+def exchanged_bytes(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork) -> float:
+    """Return the bytes of the all-to-all buffers of dispatched tokens and of their gradients."""
+    tokens = rank_tokens(work, sizes, layout)
+    copies = 2 * tokens.expert + tokens.residual * sizes.experts_per_token
+    return copies * sizes.hidden * work.dtype_bytes
 
 
-def head_kept(widths: Widths, layout: Layout, work: Work) -> float:
-    """Return what the last norm and the vocabulary operation keep: never logits."""
-    share = share_of(work, widths, layout)
+def head_saved(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork) -> float:
+    """Return the bytes that the final norm and the vocabulary operation save; logits are never saved."""
+    tokens = rank_tokens(work, sizes, layout)
     trained = work.trained // layout.context
-    return norm_bytes(widths.hidden, share.S, work) + trained * (widths.hidden * work.bytes + 6 * WIDE)
+    per_token = sizes.hidden * work.dtype_bytes + 6 * FLOAT32
+    return norm_bytes(sizes.hidden, tokens.residual, work) + trained * per_token
 
 
-def head_working(widths: Widths, layout: Layout, work: Work) -> float:
-    """Return what the vocabulary operation takes while it works, forward or backward, whichever is more."""
-    trained, size, narrow = work.trained // layout.context, work.bytes, work.bytes < WIDE
-    rows, hidden = shard_rows(widths, layout), widths.hidden
+def head_working(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork) -> float:
+    """Return the working bytes of the vocabulary operation: the maximum of its forward and backward pass."""
+    trained, size = work.trained // layout.context, work.dtype_bytes
+    rows, hidden = shard_rows(sizes, layout), sizes.hidden
     columns = min(tile_columns(work), rows)
-    passes = 0 if work.fused else 3 * WIDE * min(trained * columns, CHUNK_ELEMENTS)
-    forward = trained * columns * WIDE + passes + work.row // layout.context * hidden * size * layout.sequence
-    shifted = (trained + columns) * (hidden + SHIFT_COLUMNS) * size if narrow else 0
-    gradients = trained * hidden * WIDE + rows * hidden * size
+    passes = 0 if work.fused else 3 * FLOAT32 * min(trained * columns, CHUNK_ELEMENTS)
+    gathered = work.tokens // layout.context * hidden * size * layout.sequence
+    forward = trained * columns * FLOAT32 + passes + gathered
+    shifted = (trained + columns) * (hidden + SHIFT_COLUMNS) * size if size < FLOAT32 else 0
+    gradients = trained * hidden * FLOAT32 + rows * hidden * size
     return max(forward, trained * columns * size + passes + shifted + gradients)
 
 
-def shard_rows(widths: Widths, layout: Layout) -> int:
-    """Return the rows of the vocabulary that a rank of the last stage holds."""
-    return -(-widths.vocabulary // layout.tensor)
+def shard_rows(sizes: ModelSizes, layout: ParallelLayout) -> int:
+    """Return the vocabulary rows per rank of the last stage."""
+    return -(-sizes.vocabulary // layout.tensor)
 
 
-def tile_columns(work: Work) -> int:
-    """Return the columns of a tile of logits."""
+def tile_columns(work: MicrobatchWork) -> int:
+    """Return the vocabulary entries per tile of logits."""
     return TILE_COLUMNS["cuda" if work.fused else "cpu"]

@@ -1,4 +1,4 @@
-"""Sizes of the mesh axes as they come out, and everything that can be wrong with them before a process starts."""
+"""Sizes of all mesh axes, and the checks that refuse an invalid layout before any process starts."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Parallel, Run
-from megatron_rl.launch.planning.shape import Shape
+from megatron_rl.launch.planning.model_sizes import ModelSizes
 
-Said = Callable[[str], str]
-"""Words a parallel setting by its name: key, value, where it was set."""
+DescribeSetting = Callable[[str], str]
+"""Maps the name of a parallel setting to its key, its value and where it was set."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of all axes, the ones that follow from others included."""
+class ParallelLayout:
+    """Sizes of all mesh axes, derived ones included.
+
+    Attributes:
+        first_layers, last_layers: layers of the first and the last pipeline stage; None: as many as the others.
+    """
 
     ranks: int
     tensor: int
@@ -29,40 +33,40 @@ class Layout:
 
     @property
     def is_uneven(self) -> bool:
-        """Whether the first or the last pipeline stage has a number of layers of its own."""
+        """Whether the first or the last pipeline stage has a configured number of layers."""
         return self.first_layers is not None or self.last_layers is not None
 
     def stage_sizes(self, layers: int) -> tuple[int, ...]:
-        """Return the layers of each pipeline stage where they are uneven; the stages between share what is left."""
-        first, last = _given(self.first_layers), _given(self.last_layers)
-        between = self.pipeline - len(first) - len(last)
-        share = (layers - sum(first) - sum(last)) // max(between, 1)
-        return (*first, *[share] * between, *last)
+        """Return the layers per pipeline stage of an uneven layout; the middle stages share the rest equally."""
+        first, last = _as_list(self.first_layers), _as_list(self.last_layers)
+        middle = self.pipeline - len(first) - len(last)
+        per_stage = (layers - sum(first) - sum(last)) // max(middle, 1)
+        return (*first, *[per_stage] * middle, *last)
 
     @property
     def data(self) -> int:
-        """Copies of the dense weights that see different sequences."""
+        """Data-parallel size: model replicas that train on different sequences."""
         return self.ranks // (self.tensor * self.pipeline * self.context)
 
     @property
     def expert_data(self) -> int:
-        """Copies of each expert."""
+        """Expert-data-parallel size: replicas of each expert."""
         return self.ranks // (self.expert * self.expert_tensor * self.pipeline)
 
 
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-"""Fields of ``model.megatron`` by which a first or last stage gets a number of layers of its own."""
+"""Fields of ``model.megatron`` that set the number of layers of the first and the last pipeline stage."""
 
 
 def layout_of(
     parallel: Parallel, ranks: int | None = None, megatron: Mapping[str, bool | int | float | str] | None = None
-) -> Layout:
-    """Return the axes; without ``ranks`` as many ranks as the config asks for, or the fewest that its sizes allow."""
+) -> ParallelLayout:
+    """Return the layout for ``ranks`` ranks, else ``parallel.ranks``, else the fewest that the axes allow."""
     fields = megatron or {}
     follows = parallel.tensor if parallel.expert == 1 else 1
     expert_tensor = follows if parallel.expert_tensor is None else parallel.expert_tensor
     fewest = math.lcm(parallel.tensor * parallel.context, parallel.expert * expert_tensor) * parallel.pipeline
-    return Layout(
+    return ParallelLayout(
         ranks=ranks or parallel.ranks or fewest,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -80,138 +84,141 @@ def _count(value: bool | int | float | str | None) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def check_layout(loaded: Loaded[Run], layout: Layout, shape: Shape, *, on_gloo: bool) -> list[str]:
-    """Return all that is wrong with a layout, one sentence a problem: numbers, where they were set, what to write."""
+def check_layout(loaded: Loaded[Run], layout: ParallelLayout, sizes: ModelSizes, *, on_gloo: bool) -> list[str]:
+    """Return the problems of a layout, one sentence each: the values, where they were set, and what to write."""
 
-    def said(name: str) -> str:
+    def setting(name: str) -> str:
         key = f"parallel.{name}"
         return f"{key} = {getattr(layout, name)} ({loaded.origin(key)})"
 
     return [
-        *_ranks(layout, said("ranks") if loaded.run.parallel.ranks == layout.ranks else f"{layout.ranks} ranks"),
-        *_divisions(layout, shape, said),
-        *_experts(layout, shape, said, on_gloo=on_gloo),
-        *_attention(layout, shape, said, on_gloo=on_gloo),
-        *_pipeline(layout, shape, said),
-        *_uneven(loaded, layout, shape),
+        *_check_ranks(
+            layout, setting("ranks") if loaded.run.parallel.ranks == layout.ranks else f"{layout.ranks} ranks"
+        ),
+        *_check_divisibility(layout, sizes, setting),
+        *_check_experts(layout, sizes, setting, on_gloo=on_gloo),
+        *_check_attention(layout, sizes, setting, on_gloo=on_gloo),
+        *_check_pipeline(layout, sizes, setting),
+        *_check_uneven_stages(loaded, layout, sizes),
     ]
 
 
-def _ranks(layout: Layout, ranks: str) -> Iterator[str]:
+def _check_ranks(layout: ParallelLayout, ranks: str) -> Iterator[str]:
     dense = layout.tensor * layout.pipeline * layout.context
     experts = layout.expert * layout.expert_tensor * layout.pipeline
     for product, names in ((dense, "tensor * pipeline * context"), (experts, "expert * expert_tensor * pipeline")):
         if layout.ranks % product:
-            fitting = _multiples(layout.ranks, math.lcm(dense, experts))
-            yield f"{ranks} cannot be shared by {names} = {product}; use {fitting} ranks"
+            fitting = _nearest_multiples(layout.ranks, math.lcm(dense, experts))
+            yield f"{ranks} cannot be divided by {names} = {product}; use {fitting} ranks"
 
 
-def _divisions(layout: Layout, shape: Shape, said: Said) -> Iterator[str]:
+def _check_divisibility(layout: ParallelLayout, sizes: ModelSizes, setting: DescribeSetting) -> Iterator[str]:
     checks = [
-        ("tensor", layout.tensor, "attention heads", shape.heads),
-        ("tensor", layout.tensor, "key-value heads", shape.kv_heads),
+        ("tensor", layout.tensor, "attention heads", sizes.heads),
+        ("tensor", layout.tensor, "key-value heads", sizes.kv_heads),
     ]
-    if shape.has_dense_layers:
-        checks.append(("tensor", layout.tensor, "feed-forward width", shape.ffn))
-    if shape.experts:
-        checks.append(("expert", layout.expert, "experts", shape.experts))
-        checks.append(("expert_tensor", layout.expert_tensor, "width of an expert", shape.expert_ffn))
+    if sizes.has_dense_layers:
+        checks.append(("tensor", layout.tensor, "feed-forward width", sizes.ffn))
+    if sizes.experts:
+        checks.append(("expert", layout.expert, "experts", sizes.experts))
+        checks.append(("expert_tensor", layout.expert_tensor, "expert width", sizes.expert_ffn))
     for name, size, what, total in checks:
         if total % size:
-            yield f"{said(name)} does not divide the model's {what}, {total}; write {_divisors(total, size)}"
+            yield f"{setting(name)} does not divide the model's {what}, {total}; write {_nearest_divisors(total, size)}"
 
 
-def _experts(layout: Layout, shape: Shape, said: Said, *, on_gloo: bool) -> Iterator[str]:
-    if not shape.experts:
+def _check_experts(
+    layout: ParallelLayout, sizes: ModelSizes, setting: DescribeSetting, *, on_gloo: bool
+) -> Iterator[str]:
+    if not sizes.experts:
         for name, size in (("expert", layout.expert), ("expert_tensor", layout.expert_tensor)):
             if size > 1 and not (name == "expert_tensor" and size == layout.tensor):
-                yield f"{said(name)}, but the model has no experts; leave it out"
+                yield f"{setting(name)}, but the model has no experts; leave it out"
         return
     if layout.tensor > 1 and not layout.sequence:
         yield (
-            f"{said('sequence')} with {said('tensor')}: megatron-core trains experts under tensor parallelism"
-            " with sequence parallelism only; leave parallel.sequence out"
+            f"{setting('sequence')} with {setting('tensor')}: megatron-core trains experts under tensor parallelism"
+            " only with sequence parallelism; leave parallel.sequence out"
         )
     if layout.tensor > 1 and layout.expert == 1 and layout.expert_tensor != layout.tensor:
-        other = f", or expert = {layout.tensor}" if shape.experts % layout.tensor == 0 else ""
+        other = f", or expert = {layout.tensor}" if sizes.experts % layout.tensor == 0 else ""
         yield (
-            f"{said('expert_tensor')} with {said('tensor')} and expert = 1: megatron-core 0.16 then gives experts"
-            " silently wrong gradients (it sums them over the wrong ranks);"
+            f"{setting('expert_tensor')} with {setting('tensor')} and expert = 1: megatron-core 0.16 then computes"
+            " wrong expert gradients without an error (it sums them over the wrong ranks);"
             f" write expert_tensor = {layout.tensor}{other}"
         )
-    if shape.biased_experts and not on_gloo and layout.expert_tensor > 1:
+    if sizes.experts_have_bias and not on_gloo and layout.expert_tensor > 1:
         yield (
-            f"{said('expert_tensor')}, and the model's experts have biases: transformer-engine's layers would add a"
-            " bias once on each of these ranks; write expert_tensor = 1, and an expert axis above 1"
+            f"{setting('expert_tensor')}, and the model's experts have biases: transformer-engine's layers would add a"
+            " bias once per rank of that axis; write expert_tensor = 1, and an expert axis above 1"
         )
     if on_gloo and layout.expert > 1 and layout.expert_tensor > 1:
         yield (
-            f"{said('expert_tensor')} with {said('expert')}: the exchange needs all-gathers of uneven sizes, which gloo"
-            " (ranks without a GPU) cannot do; write expert_tensor = 1 or expert = 1"
+            f"{setting('expert_tensor')} with {setting('expert')}: the exchange needs all-gathers of uneven sizes,"
+            " which gloo (ranks without a GPU) does not support; write expert_tensor = 1 or expert = 1"
         )
 
 
-def _attention(layout: Layout, shape: Shape, said: Said, *, on_gloo: bool) -> Iterator[str]:
-    if shape.sinks and not on_gloo and layout.context > 1:
+def _check_attention(
+    layout: ParallelLayout, sizes: ModelSizes, setting: DescribeSetting, *, on_gloo: bool
+) -> Iterator[str]:
+    if sizes.attention_sinks and not on_gloo and layout.context > 1:
         yield (
-            f"{said('context')}, and the model's attention has sinks: transformer-engine takes them only where it"
-            " exchanges heads (cp_comm_type a2a), which was not tried; write context = 1"
+            f"{setting('context')}, and the model's attention has sinks: transformer-engine supports them only with"
+            " cp_comm_type = a2a, which was not tested; write context = 1"
         )
 
 
-def _pipeline(layout: Layout, shape: Shape, said: Said) -> Iterator[str]:
+def _check_pipeline(layout: ParallelLayout, sizes: ModelSizes, setting: DescribeSetting) -> Iterator[str]:
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
-        yield f"{said('virtual_pipeline')} needs a pipeline; set parallel.pipeline above 1, or leave it out"
+        yield f"{setting('virtual_pipeline')} needs a pipeline; set parallel.pipeline above 1, or leave it out"
     chunks = layout.pipeline * layout.virtual_pipeline
-    if shape.layers % chunks and not layout.is_uneven:
-        fitting = _divisors(shape.layers, chunks)
+    if sizes.layers % chunks and not layout.is_uneven:
+        fitting = _nearest_divisors(sizes.layers, chunks)
         yield (
-            f"{said('pipeline')} times {said('virtual_pipeline')} is {chunks} and does not divide the model's"
-            f" {shape.layers} layers; make the product {fitting}, or give the first or last stage a number of its"
-            f" own: model.megatron.{FIRST}, model.megatron.{LAST}"
+            f"{setting('pipeline')} times {setting('virtual_pipeline')} is {chunks} and does not divide the model's"
+            f" {sizes.layers} layers; make the product {fitting}, or set the number of layers of the first or last"
+            f" stage: model.megatron.{FIRST}, model.megatron.{LAST}"
         )
     if layout.sequence and layout.tensor == 1:
-        yield f"{said('sequence')} shares activations over the tensor axis, which has one rank; leave it out"
+        yield f"{setting('sequence')} shares activations over the tensor axis, which has one rank; leave it out"
 
 
-def _uneven(loaded: Loaded[Run], layout: Layout, shape: Shape) -> Iterator[str]:
-    given = [name for name in (FIRST, LAST) if name in loaded.run.model.megatron]
-    if not given:
+def _check_uneven_stages(loaded: Loaded[Run], layout: ParallelLayout, sizes: ModelSizes) -> Iterator[str]:
+    megatron = loaded.run.model.megatron
+    names = [name for name in (FIRST, LAST) if name in megatron]
+    if not names:
         return
-    said = ", ".join(
-        f"model.megatron.{name} = {loaded.run.model.megatron[name]!r} ({loaded.origin(f'model.megatron.{name}')})"
-        for name in given
+    settings = ", ".join(
+        f"model.megatron.{name} = {megatron[name]!r} ({loaded.origin(f'model.megatron.{name}')})" for name in names
     )
-    if any(_count(loaded.run.model.megatron[name]) is None for name in given):
-        yield f"{said}: a number of layers is a whole number above 0"
-    elif layout.pipeline < len(given) or layout.pipeline == 1:
-        yield f"{said} needs a pipeline of stages; set parallel.pipeline above 1, or leave it out"
+    if any(_count(megatron[name]) is None for name in names):
+        yield f"{settings}: the number of layers must be a whole number above 0"
+    elif layout.pipeline < len(names) or layout.pipeline == 1:
+        yield f"{settings} needs a pipeline of stages; set parallel.pipeline above 1, or leave it out"
     elif layout.virtual_pipeline > 1:
-        yield f"{said} with parallel.virtual_pipeline = {layout.virtual_pipeline} was never tried; leave one out"
-    elif sum(layout.stage_sizes(shape.layers)) != shape.layers or 0 in layout.stage_sizes(shape.layers):
-        left, between = shape.layers - sum(_ends(layout)), layout.pipeline - len(_ends(layout))
+        yield f"{settings} with parallel.virtual_pipeline = {layout.virtual_pipeline} is not supported; leave one out"
+    elif sum(layout.stage_sizes(sizes.layers)) != sizes.layers or 0 in layout.stage_sizes(sizes.layers):
+        ends = _as_list(layout.first_layers) + _as_list(layout.last_layers)
         yield (
-            f"{said}: {left} of the model's {shape.layers} layers are left for the {between} other pipeline stages,"
-            " which need equally many, one or more; change these numbers or parallel.pipeline"
+            f"{settings}: {sizes.layers - sum(ends)} of the model's {sizes.layers} layers are left for the"
+            f" {layout.pipeline - len(ends)} other pipeline stages, which need equal numbers of layers, at least one;"
+            " change these numbers or parallel.pipeline"
         )
 
 
-def _ends(layout: Layout) -> list[int]:
-    return _given(layout.first_layers) + _given(layout.last_layers)
-
-
-def _given(count: int | None) -> list[int]:
+def _as_list(count: int | None) -> list[int]:
     return [] if count is None else [count]
 
 
-def _divisors(total: int, near: int) -> str:
-    """Return the divisors of ``total`` on both sides of ``near``, as words."""
+def _nearest_divisors(total: int, near: int) -> str:
+    """Return the nearest divisors of ``total`` below and above ``near``, joined by "or"."""
     divisors = [size for size in range(1, total + 1) if total % size == 0]
     below = [size for size in divisors if size < near][-1:]
     above = [size for size in divisors if size > near][:1]
     return " or ".join(map(str, below + above))
 
 
-def _multiples(near: int, of: int) -> str:
+def _nearest_multiples(near: int, of: int) -> str:
     below = near // of * of
     return " or ".join(str(size) for size in (below, below + of) if size)

@@ -1,47 +1,45 @@
-"""The memory of each rank: weights, gradients, optimizer, activations and buffers, against what a GPU has."""
+"""Memory per rank: weights, gradients, optimizer state, activations and buffers."""
 
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.planning.activations import Activations, activations_of
-from megatron_rl.launch.planning.layout import Layout
-from megatron_rl.launch.planning.parameters import Parameters, largest_stack, parameters_of
-from megatron_rl.launch.planning.stages import Stage, stages_of
-from megatron_rl.launch.planning.widths import Work, widths_of
+from megatron_rl.launch.planning.activations import ActivationMemory, activation_memory
+from megatron_rl.launch.planning.layout import ParallelLayout
+from megatron_rl.launch.planning.microbatch import MicrobatchWork
+from megatron_rl.launch.planning.model_sizes import model_sizes
+from megatron_rl.launch.planning.parameters import ParameterCounts, largest_stack, parameter_counts
+from megatron_rl.launch.planning.stages import PipelineStage, pipeline_stages
 from megatron_rl.models.hf_mapping.rules import Family
 
 GIB = 1 << 30
 
 RESERVED_BYTES = 4 * GIB
-"""Assumed on a GPU besides what is counted: the CUDA context, NCCL's buffers, gaps of the allocator."""
-
-NUMBER_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+"""Assumed for the CUDA context, NCCL's buffers and allocator fragmentation, per GPU."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of each rank of one pipeline stage.
+    """Bytes per rank of one pipeline stage.
 
     Attributes:
-        stage: the stage.
-        counts: its parameters.
-        parameters: in the type that the forward pass reads.
-        gradients: float32 under bfloat16; reduced in place, so that no bucket is held besides.
-        optimizer: two moments, and under bfloat16 the float32 weights; a share of it if it is distributed.
-        activations: see ``Activations``; tokens on their way to and from experts are part of it.
-        reduction: a copy of the gradients, which gloo's reduction makes and NCCL's does not.
-        push: what is held besides the shards while new weights go to the fleet: between steps. Where the experts of a
-            layer are one tensor, the rank that sends it on has that too.
-        reserved: not counted, assumed.
-        host_reference: the reference policy, in the host's memory; twice as much while it scores.
+        stage: the pipeline stage.
+        counts: parameters per rank.
+        parameters: weights in ``model.dtype``.
+        gradients: float32 under bfloat16; reduced in place, without extra buckets.
+        optimizer: Adam's two moments, and float32 weights under bfloat16; a shard with a distributed optimizer.
+        activations: activation memory; buffers of tokens sent to and from experts included.
+        reduction: the copy of the gradients that gloo makes; 0 with NCCL.
+        push: buffers of a weight push, between steps. Where a layer's experts are one tensor, the sender holds it.
+        reserved: assumed overhead on a GPU.
+        host_reference: weights of the reference policy in host memory; doubled while it computes log-probs.
     """
 
-    stage: Stage
-    counts: Parameters
+    stage: PipelineStage
+    counts: ParameterCounts
     parameters: int
     gradients: int
     optimizer: int
-    activations: Activations
+    activations: ActivationMemory
     reduction: int
     push: int
     reserved: int
@@ -49,53 +47,47 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """The most that is held at any one time."""
-        standing = self.parameters + self.gradients + self.optimizer + self.reserved
-        return standing + max(self.activations.total, self.reduction, self.push)
+        """Peak bytes."""
+        persistent = self.parameters + self.gradients + self.optimizer + self.reserved
+        return persistent + max(self.activations.total, self.reduction, self.push)
 
 
-def work_of(run: Run, layout: Layout, longest: int, *, fused: bool) -> Work:
-    """Return a full row: the longest sequences, as many as fit, of whose tokens any may be trained."""
-    row = run.train.tokens_per_microbatch if run.train.packing else longest
-    multiple = max(2 * layout.context if layout.context > 1 else 1, 1) * layout.tensor
-    row = -(-row // multiple) * multiple
-    size = NUMBER_BYTES[run.model.dtype]
-    return Work(row, min(longest, row), row, size, run.cluster.expert_imbalance, fused)
-
-
-def memory_of(run: Run, family: Family, layout: Layout, work: Work, rows: int) -> tuple[RankMemory, ...]:
-    """Return the memory of a rank of each pipeline stage; ``rows`` micro-batches of a rank make an optimizer step."""
-    widths = widths_of(family)
+def stage_memory(
+    run: Run, family: Family, layout: ParallelLayout, work: MicrobatchWork, microbatches: int
+) -> tuple[RankMemory, ...]:
+    """Return the memory per rank of each pipeline stage; a rank runs ``microbatches`` per optimizer step."""
+    sizes = model_sizes(family)
     memories = []
-    for stage in stages_of(family.num_layers, layout):
-        counts = parameters_of(family, layout, stage)
-        activations = activations_of(family, widths, layout, stage, work, run.model.recompute, rows)
-        gradients = counts.total * max(work.bytes, 4)
+    for stage in pipeline_stages(family.num_layers, layout):
+        counts = parameter_counts(family, layout, stage)
+        gradients = counts.total * max(work.dtype_bytes, 4)
         memories.append(
             RankMemory(
                 stage=stage,
                 counts=counts,
-                parameters=counts.total * work.bytes,
+                parameters=counts.total * work.dtype_bytes,
                 gradients=gradients,
                 optimizer=optimizer_bytes(run, counts, layout, work),
-                activations=activations,
+                activations=activation_memory(family, sizes, layout, stage, work, run.model.recompute, microbatches),
                 reduction=0 if work.fused else gradients,
-                push=run.weights.bucket_bytes + largest_stack(family) * work.bytes,
+                push=run.weights.bucket_bytes + largest_stack(family) * work.dtype_bytes,
                 reserved=RESERVED_BYTES if work.fused else 0,
-                host_reference=counts.total * work.bytes if run.kl.coefficient else 0,
+                host_reference=counts.total * work.dtype_bytes if run.kl.coefficient else 0,
             )
         )
     return tuple(memories)
 
 
-def optimizer_bytes(run: Run, counts: Parameters, layout: Layout, work: Work) -> int:
-    """Return the bytes of Adam's moments and main weights that a rank holds."""
-    each = 2 * max(work.bytes, 4) + (4 if work.bytes < 4 else 0)
+def optimizer_bytes(run: Run, counts: ParameterCounts, layout: ParallelLayout, work: MicrobatchWork) -> int:
+    """Return the bytes of Adam's moments and float32 weights per rank."""
+    size = work.dtype_bytes
+    per_parameter = 2 * max(size, 4) + (4 if size < 4 else 0)
     if not run.parallel.distributed_optimizer:
-        return each * counts.total
-    return each * (-(-counts.dense // (layout.data * layout.context)) + -(-counts.expert // layout.expert_data))
+        return per_parameter * counts.total
+    dense = -(-counts.dense // (layout.data * layout.context))
+    return per_parameter * (dense + -(-counts.expert // layout.expert_data))
 
 
-def worst(memories: tuple[RankMemory, ...]) -> RankMemory:
-    """Return the stage whose ranks need most."""
+def fullest(memories: tuple[RankMemory, ...]) -> RankMemory:
+    """Return the memory of the pipeline stage that needs most."""
     return max(memories, key=lambda memory: memory.total)

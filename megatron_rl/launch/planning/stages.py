@@ -1,19 +1,19 @@
-"""Which layers each pipeline stage holds, as megatron-core deals them."""
+"""Layers per pipeline stage, in megatron-core's assignment."""
 
 from dataclasses import dataclass
 
-from megatron_rl.launch.planning.layout import Layout
+from megatron_rl.launch.planning.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """One pipeline rank.
 
     Attributes:
-        index: 0 is the first.
-        chunks: the layers of each model chunk, in the order of the schedule; one chunk without virtual stages.
-        is_first: it holds the embedding.
-        is_last: it holds the last norm and the output head.
+        index: 0 is the first stage.
+        chunks: layers of each model chunk, in the order of the schedule; one chunk without virtual stages.
+        is_first: the stage holds the embedding.
+        is_last: the stage holds the final norm and the output head.
     """
 
     index: int
@@ -23,18 +23,18 @@ class Stage:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All layers of the rank."""
+        """All layers of the stage."""
         return tuple(layer for chunk in self.chunks for layer in chunk)
 
 
-def stages_of(num_layers: int, layout: Layout) -> tuple[Stage, ...]:
-    """Return the pipeline ranks of a model with so many layers."""
+def pipeline_stages(num_layers: int, layout: ParallelLayout) -> tuple[PipelineStage, ...]:
+    """Return the pipeline stages of a model with ``num_layers`` layers."""
     last = layout.pipeline - 1
     chunks = [_chunks(num_layers, layout, stage) for stage in range(layout.pipeline)]
-    return tuple(Stage(n, chunks[n], n == 0, n == last) for n in range(layout.pipeline))
+    return tuple(PipelineStage(n, chunks[n], n == 0, n == last) for n in range(layout.pipeline))
 
 
-def _chunks(num_layers: int, layout: Layout, stage: int) -> tuple[tuple[int, ...], ...]:
+def _chunks(num_layers: int, layout: ParallelLayout, stage: int) -> tuple[tuple[int, ...], ...]:
     if layout.is_uneven:
         starts = [0]
         for count in layout.stage_sizes(num_layers):

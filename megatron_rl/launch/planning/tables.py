@@ -1,4 +1,4 @@
-"""The plan in numbers, as tables for people."""
+"""Tables of memory, step cost and suggested layouts that ``megatron-rl check`` prints."""
 
 from collections.abc import Sequence
 
@@ -6,163 +6,145 @@ from rich.table import Table
 
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.planning.activations import exchanged_bytes
-from megatron_rl.launch.planning.flops import bubble
-from megatron_rl.launch.planning.memory import GIB, RankMemory, worst
-from megatron_rl.launch.planning.memory_plan import Sizes
+from megatron_rl.launch.planning.estimate import RunEstimate
+from megatron_rl.launch.planning.memory import GIB, RankMemory, fullest
 from megatron_rl.launch.planning.parameters import active_parameters, total_parameters
-from megatron_rl.launch.planning.suggest import Suggestion
-from megatron_rl.launch.planning.widths import widths_of
+from megatron_rl.launch.planning.step_cost import pipeline_bubble
+from megatron_rl.launch.planning.suggest import LayoutSuggestion
 
 SHOWN_SUGGESTIONS = 5
 
 
-def memory_table(run: Run, sizes: Sizes) -> Table:
-    """Return what a rank of the fullest pipeline stage holds, by category, and what is left of a GPU."""
-    memory = worst(sizes.memories)
-    title = f"Memory of a rank of {_stage(sizes, memory)}"
-    table = Table("category", "GiB", "what", title=title, title_justify="left")
-    for name, amount, what in memory_rows(run, sizes, memory):
-        table.add_row(name, "" if amount is None else gib(amount), what)
+def memory_table(run: Run, estimate: RunEstimate) -> Table:
+    """Return the memory per rank of the fullest pipeline stage by category, and the free memory of a GPU."""
+    memory = fullest(estimate.memories)
+    stage, stages = memory.stage, estimate.layout.pipeline
+    name = f", pipeline stage {stage.index} of {stages} ({len(stage.layers)} layers), the fullest" if stages > 1 else ""
+    table = Table("category", "GiB", "what", title=f"Memory per rank{name}", title_justify="left")
+    for category, amount, what in memory_rows(run, estimate, memory):
+        table.add_row(category, "" if amount is None else format_gib(amount), what)
     return table
 
 
-def memory_rows(run: Run, sizes: Sizes, memory: RankMemory) -> list[tuple[str, float | None, str]]:
-    """Return (category, bytes, words) of the memory table; bytes are None where a row only says something."""
-    counts, activations, work = memory.counts, memory.activations, sizes.work
-    kernels = "transformer-engine's layers, not measured" if work.fused else "local layers, as measured on a CPU"
-    experts = f", of them {counts.expert:,} experts' that other ranks do not hold" if counts.expert else ""
-    flights = f"{activations.in_flight} micro-batch(es) in flight, " if sizes.layout.pipeline > 1 else ""
-    shares = "a share" if run.parallel.distributed_optimizer else "all"
-    imbalance = f", busiest experts {run.cluster.expert_imbalance:g} times the average" if _has_exchange(sizes) else ""
+def memory_rows(run: Run, estimate: RunEstimate, memory: RankMemory) -> list[tuple[str, float | None, str]]:
+    """Return (category, bytes, explanation) of the memory table; bytes are None in rows without an amount."""
+    counts, activations, work = memory.counts, memory.activations, estimate.work
+    measured = "transformer-engine's layers, not measured" if work.fused else "local layers, measured on a CPU"
+    experts = f", {counts.expert:,} of them in experts of this rank" if counts.expert else ""
+    flights = f"{activations.in_flight} micro-batch(es) in flight, " if estimate.layout.pipeline > 1 else ""
+    moments = "shard of the moments" if run.parallel.distributed_optimizer else "all moments"
+    has_exchange = estimate.layout.expert > 1
+    imbalance = f", busiest experts {run.cluster.expert_imbalance:g} times the average" if has_exchange else ""
+    recompute = f"recompute = {run.model.recompute}"
+    tiles = f"vocabulary operation in {activations.tiles} tile(s)" if activations.tiles else "none on this stage"
     rows: list[tuple[str, float | None, str]] = [
         ("parameters", memory.parameters, f"{counts.total:,} in {run.model.dtype}{experts}"),
         ("gradients", memory.gradients, "reduced in place" if work.fused else "reduced through a copy, on gloo"),
-        ("optimizer", memory.optimizer, f"{shares} of the moments{' and float32 weights' if work.bytes < 4 else ''}"),
-        ("activations", activations.kept, f"kept: {flights}{work.row} tokens a row, recompute = {run.model.recompute}"),
-        ("", activations.working, f"at work: one layer or the vocabulary operation{imbalance}; {kernels}"),
-        ("logits", None, _tiles(activations.tiles)),
-        ("communication", None, _communication(sizes, memory)),
+        ("optimizer", memory.optimizer, moments + (" and float32 weights" if work.dtype_bytes < 4 else "")),
+        ("activations", activations.saved, f"saved: {flights}{work.tokens} tokens per row, {recompute}"),
+        ("", activations.working, f"working: one layer or the vocabulary operation{imbalance}; {measured}"),
+        ("logits", None, f"never stored: {tiles}" if activations.tiles else tiles),
+        ("communication", None, _communication(estimate, memory)),
     ]
     if memory.reduction:
-        rows.append(("reduction", memory.reduction, "gloo's copy of the gradients, when activations are gone"))
-    stack = " and one tensor with a layer's experts" if sizes.family.stacks else ""
-    rows.append(("weight push", memory.push, f"weights.bucket_bytes{stack}, between steps, when activations are gone"))
+        rows.append(("reduction", memory.reduction, "gloo's copy of the gradients, after activations are freed"))
+    stack = " and one tensor with all experts of a layer" if estimate.family.stacks else ""
+    push = f"weights.bucket_bytes{stack}, between steps, after activations are freed"
+    rows.append(("weight push", memory.push, push))
     if memory.host_reference:
-        rows.append(
-            ("reference policy", None, f"{gib(memory.host_reference)} GiB of host memory, twice that in scoring")
-        )
+        host = f"{format_gib(memory.host_reference)} GiB of host memory, twice that while it computes log-probs"
+        rows.append(("reference policy", None, host))
     if memory.reserved:
-        rows.append(("reserved", memory.reserved, "assumed: CUDA context, NCCL, gaps of the allocator"))
-    rows.append(("most at a time", memory.total, ""))
-    if sizes.memory_bytes is None and work.fused:
-        rows.append(
-            ("left of a GPU", None, "unknown: set cluster.gpu_memory_gib, or add an overlay of configs/cluster")
-        )
-    if sizes.memory_bytes is not None:
-        left = sizes.memory_bytes - memory.total
-        words = "fits" if left >= 0 else "DOES NOT FIT: see the layouts below, or more nodes"
-        rows.append(("left of a GPU", left, f"of {gib(sizes.memory_bytes)} GiB; {words}"))
+        rows.append(("reserved", memory.reserved, "assumed: CUDA context, NCCL, allocator fragmentation"))
+    rows.append(("peak", memory.total, ""))
+    if estimate.memory_bytes is None and work.fused:
+        rows.append(("free", None, "unknown: set cluster.gpu_memory_gib, or add a config of configs/cluster"))
+    if estimate.memory_bytes is not None:
+        free = estimate.memory_bytes - memory.total
+        verdict = "fits" if free >= 0 else "DOES NOT FIT: use a layout listed below, or more nodes"
+        rows.append(("free", free, f"of {format_gib(estimate.memory_bytes)} GiB per GPU; {verdict}"))
     return rows
 
 
-def step_table(run: Run, sizes: Sizes) -> Table:
-    """Return operations, bytes and expected times of a step, if every sequence is the longest."""
-    table = Table("a step", "", title="Work, if every sequence is the longest", title_justify="left", show_header=False)
-    for name, words in step_rows(run, sizes):
-        table.add_row(name, words)
+def step_table(run: Run, estimate: RunEstimate) -> Table:
+    """Return FLOPs, bytes and expected times per step at the maximum sequence length."""
+    title = "Cost per step at the maximum sequence length"
+    table = Table("per step", "", title=title, title_justify="left", show_header=False)
+    for name, text in step_rows(run, estimate):
+        table.add_row(name, text)
     return table
 
 
-def step_rows(run: Run, sizes: Sizes) -> list[tuple[str, str]]:
-    """Return (what, words) of the table of a step's work."""
-    step, cluster, family = sizes.step, run.cluster, sizes.family
-    sent = sizes.traffic
+def step_rows(run: Run, estimate: RunEstimate) -> list[tuple[str, str]]:
+    """Return (name, text) of the cost table."""
+    cost, cluster, family, sent = estimate.cost, run.cluster, estimate.family, estimate.traffic
     total, active = total_parameters(family), active_parameters(family)
+    idle = pipeline_bubble(estimate.layout, estimate.microbatches)
     rows = [
-        ("parameters", f"{total / 1e9:,.2f} G, {active / 1e9:,.2f} G at work on a token"),
-        ("tokens", f"{step.tokens:,}"),
-        ("score", f"{step.score:.3g} operations"),
-        ("train", f"{step.train:.3g} operations"),
-        ("generate", f"{step.generate:.3g} operations"),
+        ("parameters", f"{total / 1e9:,.2f} G, {active / 1e9:,.2f} G active per token"),
+        ("tokens", f"{cost.tokens:,}"),
+        ("log-probs", f"{cost.logprob_flops:.3g} FLOPs"),
+        ("training", f"{cost.train_flops:.3g} FLOPs"),
+        ("generation", f"{cost.generate_flops:.3g} FLOPs"),
+        ("", f"{format_gib(cost.cache_bytes)} GiB of KV cache{_decoding(run, estimate)}"),
         (
-            "",
-            f"{gib(step.cache_bytes)} GiB of keys and values{_decoding(run, sizes)}",
-        ),
-        (
-            "a rank sends",
-            f"in an optimizer step, GiB: tensor {gib(sent.tensor)}, expert {gib(sent.expert)}, pipeline"
-            f" {gib(sent.pipeline)}, data {gib(sent.data)}",
+            "sent per rank",
+            f"GiB per optimizer step: tensor {format_gib(sent.tensor)}, expert {format_gib(sent.expert)}, pipeline"
+            f" {format_gib(sent.pipeline)}, data {format_gib(sent.data)}",
         ),
     ]
-    if sizes.layout.pipeline > 1:
-        rows.append(("pipeline", f"{bubble(sizes.layout, sizes.rows):.1%} of its time is waiting"))
+    if estimate.layout.pipeline > 1:
+        rows.append(("pipeline bubble", f"{idle:.1%}"))
     if cluster.gpu_tflops is not None:
-        rate = sizes.layout.ranks * cluster.gpu_tflops * 1e12 * cluster.mfu
-        seconds = (step.score + step.train) / rate / (1 - bubble(sizes.layout, sizes.rows))
-        said = f"at cluster.mfu = {cluster.mfu:g} of {cluster.gpu_tflops:g} TFLOP/s"
-        rows.append(("score and train", f"{seconds:,.1f} s, {step.tokens / seconds:,.0f} tokens/s {said}"))
+        rate = estimate.layout.ranks * cluster.gpu_tflops * 1e12 * cluster.mfu
+        seconds = (cost.logprob_flops + cost.train_flops) / rate / (1 - idle)
+        speed = f"{seconds:,.1f} s, {cost.tokens / seconds:,.0f} tokens/s"
+        assumed = f"at cluster.mfu = {cluster.mfu:g} of {cluster.gpu_tflops:g} TFLOP/s"
+        rows.append(("log-probs, training", f"{speed} {assumed}"))
     if cluster.network_gb_per_second is not None:
-        rows.append(("weight push", _push(run, sizes, cluster.network_gb_per_second)))
+        rows.append(("weight push", _push(run, estimate, cluster.network_gb_per_second)))
     return rows
 
 
-def suggestions_table(suggestions: Sequence[Suggestion]) -> Table:
-    """Return the best of the layouts that fit."""
-    title = f"Layouts that fit, fastest first by an estimate ({len(suggestions)} found)"
+def suggestions_table(suggestions: Sequence[LayoutSuggestion]) -> Table:
+    """Return the fastest of the layouts that fit."""
+    title = f"Layouts that fit, fastest first by a rough estimate ({len(suggestions)} found)"
     table = Table("settings", "GiB", "seconds", "why", title=title, title_justify="left")
     for each in suggestions[:SHOWN_SUGGESTIONS]:
-        table.add_row(" ".join(each.words), gib(each.bytes), f"{each.seconds:.0f}", each.why)
+        table.add_row(" ".join(each.words), format_gib(each.bytes), f"{each.seconds:.0f}", each.why)
     return table
 
 
-def gib(amount: float) -> str:
-    """Return bytes as GiB, with as many digits as say something."""
+def format_gib(amount: float) -> str:
+    """Return bytes as GiB with one, two or four decimals."""
     value = amount / GIB
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}"
 
 
-def _stage(sizes: Sizes, memory: RankMemory) -> str:
-    stage = memory.stage
-    if sizes.layout.pipeline == 1:
-        return "the only stage"
-    return f"pipeline stage {stage.index} of {sizes.layout.pipeline} ({len(stage.layers)} layers), the fullest"
+def _communication(estimate: RunEstimate, memory: RankMemory) -> str:
+    text = "gradient reduction and weight gathering work in place"
+    if not estimate.family.num_experts or set(memory.stage.layers) <= set(estimate.family.dense_layers):
+        return text
+    buffers = exchanged_bytes(estimate.sizes, estimate.layout, estimate.work)
+    return f"{text}; {format_gib(buffers)} GiB of tokens sent to and from experts are part of working"
 
 
-def _has_exchange(sizes: Sizes) -> bool:
-    return sizes.layout.expert > 1
-
-
-def _communication(sizes: Sizes, memory: RankMemory) -> str:
-    words = "gradient buckets and the gather of new weights work in place"
-    if not sizes.family.num_experts or all(layer in sizes.family.dense_layers for layer in memory.stage.layers):
-        return words
-    buffers = exchanged_bytes(widths_of(sizes.family), sizes.layout, sizes.work)
-    return f"{words}; tokens to and from experts {gib(buffers)} GiB, part of what is at work"
-
-
-def _tiles(tiles: int) -> str:
-    return f"none: the vocabulary operation has {tiles} tile(s) of them at a time" if tiles else "none on this stage"
-
-
-def _decoding(run: Run, sizes: Sizes) -> str:
-    """Return how long the fleet's GPUs at least read, if all responses are decoded at once."""
-    bandwidth, gpus, servers = (
-        run.cluster.gpu_gb_per_second,
-        run.slurm.rollout_nodes * run.slurm.gpus_per_node,
-        _servers(run),
-    )
-    if bandwidth is None or not gpus or not servers:
+def _decoding(run: Run, estimate: RunEstimate) -> str:
+    """Return a lower bound of the decoding time: the memory reads of the fleet's GPUs."""
+    gpus, servers = run.slurm.rollout_nodes * run.slurm.gpus_per_node, _servers(run)
+    if run.cluster.gpu_gb_per_second is None or not gpus or not servers:
         return ""
-    seconds = sizes.step.decode_bytes(servers) / (gpus * 1e9 * bandwidth)
-    return f"; to decode them all at once {gpus} GPUs read for at least {seconds:,.0f} s"
+    seconds = estimate.cost.decode_bytes(servers) / (gpus * 1e9 * run.cluster.gpu_gb_per_second)
+    return f"; {gpus} GPUs need at least {seconds:,.0f} s of memory reads to decode all responses together"
 
 
-def _push(run: Run, sizes: Sizes, gb_per_second: float) -> str:
-    bytes_, said = sizes.step.weight_bytes, f"cluster.network_gb_per_second = {gb_per_second:g}"
+def _push(run: Run, estimate: RunEstimate, gb_per_second: float) -> str:
+    size, servers = estimate.cost.weight_bytes, _servers(run)
     if run.weights.carrier == "disk" or (run.weights.carrier == "auto" and run.rollout.engine == "vllm"):
-        return f"{gib(bytes_)} GiB into files by all ranks at once, then read by each server: as fast as the disk"
-    seconds = bytes_ * (1 + _servers(run)) / 1e9 / gb_per_second
-    return f"{gib(bytes_)} GiB to the main rank, then to {_servers(run)} server(s): {seconds:,.1f} s at {said}"
+        return f"{format_gib(size)} GiB written by all ranks in parallel and read by each server, at disk speed"
+    seconds = size * (1 + servers) / 1e9 / gb_per_second
+    speed = f"cluster.network_gb_per_second = {gb_per_second:g}"
+    return f"{format_gib(size)} GiB to the main rank, then to {servers} server(s): {seconds:,.1f} s at {speed}"
 
 
 def _servers(run: Run) -> int:

@@ -21,7 +21,7 @@ from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 from megatron_rl.config.sources import raise_problems
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.planning.plan import make_plan
+from megatron_rl.launch.planning.run_plan import make_plan
 from megatron_rl.observability.versions import package_version
 from megatron_rl.util.atomic import replace_text
 
@@ -134,8 +134,8 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_he
     raise_problems(problems)
     on_gloo = run.slurm.gpus_per_node == 0
     plan = make_plan(loaded, run.slurm.nodes * run.slurm.ranks, on_gloo=on_gloo, starts_here=starts_here)
-    for absent in plan.absent:
-        sys.stderr.write(f"not on this machine: {absent}\n")
+    for missing in plan.missing:
+        sys.stderr.write(f"not on this machine: {missing}\n")
     slurm, path = run.slurm, Path(run.log.path).absolute()
     filled = {
         "version": package_version("megatron-rl") or "?",

@@ -37,7 +37,7 @@ LARGEST_GAP_NATS = 0.5
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerProbe:
     """What a server said.
 
     Attributes:
@@ -88,11 +88,11 @@ def ask_fleet(run: Run, fit: Path | None = None) -> int:
     return 0
 
 
-async def _ask_all(clients: Sequence[Client], patience: Timeouts) -> list[Answer]:
+async def _ask_all(clients: Sequence[Client], patience: Timeouts) -> list[ServerProbe]:
     return await asyncio.gather(*(_ask(client, patience) for client in clients))
 
 
-async def _ask(client: Client, patience: Timeouts) -> Answer:
+async def _ask(client: Client, patience: Timeouts) -> ServerProbe:
     params = {**sampling_params(Sampling(max_new_tokens=NEW_TOKENS)), "sampling_seed": 0}
     try:
         await wait_until_healthy(Member(client), patience)
@@ -102,13 +102,13 @@ async def _ask(client: Client, patience: Timeouts) -> Answer:
         seconds = time.perf_counter() - start
         [scored] = await client.generate([SampleRequest("preflight/score", PROMPT, {**params, "max_new_tokens": 0})])
     except RolloutError as error:
-        return Answer(client.url, problem=f"is not fit: {error}")
+        return ServerProbe(client.url, problem=f"is not fit: {error}")
     finally:
         await client.close()
-    return Answer(client.url, "", version, seconds, scored.input_logprobs)
+    return ServerProbe(client.url, "", version, seconds, scored.input_logprobs)
 
 
-def compared(answers: Sequence[Answer]) -> list[Answer]:
+def compared(answers: Sequence[ServerProbe]) -> list[ServerProbe]:
     """Return the answers, with a problem for each that is unlike most: other weights, or another version of them."""
     fit = [answer for answer in answers if not answer.problem]
     if not fit:
@@ -124,11 +124,11 @@ def compared(answers: Sequence[Answer]) -> list[Answer]:
                 problem = f"has another model or other weights: its log-probs are {gap:.2f} nats from the others'"
             elif answer.version != usual:
                 problem = f"has weights of version {answer.version!r}, the others have {usual!r}"
-        found.append(Answer(answer.url, problem, answer.version, answer.seconds, answer.logprobs))
+        found.append(ServerProbe(answer.url, problem, answer.version, answer.seconds, answer.logprobs))
     return found
 
 
-def _table(answers: Sequence[Answer]) -> Table:
+def _table(answers: Sequence[ServerProbe]) -> Table:
     table = Table("server", "verdict", "weights", f"{NEW_TOKENS} tokens", title="Fleet", title_justify="left")
     for answer in answers:
         seconds = f"{answer.seconds * 1e3:.0f} ms" if answer.seconds else "-"

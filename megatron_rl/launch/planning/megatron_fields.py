@@ -1,4 +1,4 @@
-"""What is installed, and which fields megatron-core's configuration has, without importing any of it."""
+"""Checks of ``model.megatron`` against the fields of megatron-core's TransformerConfig, without importing it."""
 
 import ast
 import difflib
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 
-OURS: Mapping[str, str] = {
+SET_ELSEWHERE: Mapping[str, str] = {
     "tensor_model_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
@@ -27,27 +27,26 @@ OURS: Mapping[str, str] = {
     "batch_p2p_comm": "parallel.virtual_pipeline",
     "moe_enable_routing_replay": "rollout.routing_replay",
 }
-"""Fields of megatron-core that settings of ours decide; a second opinion could only contradict them."""
+"""Fields of megatron-core that other settings of this package decide."""
 
 FIXED: Mapping[str, str] = {
-    "attention_dropout": "log-probs must be the same in scoring and training",
-    "hidden_dropout": "log-probs must be the same in scoring and training",
-    "calculate_per_token_loss": "the loss carries its own global denominators",
-    "finalize_model_grads_func": "the loss carries its own global denominators",
-    "moe_z_loss_coeff": "megatron-core takes its mean shard by shard, which the layout changes",
-    "moe_expert_capacity_factor": "which tokens are dropped would depend on the layout, and differ from the engine's",
-    "moe_input_jitter_eps": "log-probs must be the same in scoring and training",
+    "attention_dropout": "log-probs must be equal before and during training",
+    "hidden_dropout": "log-probs must be equal before and during training",
+    "calculate_per_token_loss": "the loss already contains its global denominators",
+    "finalize_model_grads_func": "the loss already contains its global denominators",
+    "moe_z_loss_coeff": "megatron-core averages it per shard, so it would depend on the layout",
+    "moe_expert_capacity_factor": "the dropped tokens would depend on the layout and differ from the engine's",
+    "moe_input_jitter_eps": "log-probs must be equal before and during training",
 }
-"""Fields of megatron-core that cannot be changed, and why."""
-
+"""Fields of megatron-core that cannot be set, and why."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {"moe_router_load_balancing_type": ("none", "aux_loss")}
-"""Fields of which only some values give the same gradient under every layout."""
+"""Fields with the values that give the same gradient under every layout."""
 
 
 @cache
 def megatron_fields() -> frozenset[str]:
-    """Return the fields of megatron-core's TransformerConfig, read from its source; empty if it is not installed."""
+    """Return the field names of megatron-core's TransformerConfig; empty if it is not installed."""
     try:
         megatron = distribution("megatron-core")
     except PackageNotFoundError:
@@ -63,18 +62,18 @@ def megatron_fields() -> frozenset[str]:
 
 
 def check_megatron_fields(loaded: Loaded[Run]) -> Iterator[str]:
-    """Yield what is wrong with the names in ``model.megatron``."""
+    """Yield the problems of the settings in ``model.megatron``."""
     known = megatron_fields()
     for name, value in loaded.run.model.megatron.items():
         key = f"model.megatron.{name}"
-        said = f"{key} = {value!r} ({loaded.origin(key)})"
-        if name in OURS:
-            yield f"{said} is decided by {OURS[name]}; set that instead"
+        setting = loaded.describe(key)
+        if name in SET_ELSEWHERE:
+            yield f"{setting} is decided by {SET_ELSEWHERE[name]}; set that instead"
         elif name in FIXED:
-            yield f"{said} cannot be set: {FIXED[name]}; leave it out"
+            yield f"{setting} cannot be set: {FIXED[name]}; leave it out"
         elif name in CHOICES and value not in CHOICES[name]:
-            yield f"{said} would depend on the layout; write {' or '.join(CHOICES[name])}"
+            yield f"{setting} gives gradients that depend on the layout; write {' or '.join(CHOICES[name])}"
         elif known and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "see TransformerConfig in megatron-core's documentation"
-            yield f"unknown key {said}: megatron-core's TransformerConfig has no such field; {hint}"
+            yield f"unknown key {setting}: megatron-core's TransformerConfig has no such field; {hint}"

@@ -1,4 +1,4 @@
-"""What a run will do, from its configuration alone, and everything that cannot work, before a process starts."""
+"""The plan of a run: its layout and batches, and every problem that can be found before a process starts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from megatron_rl.config.tasks import ChainedArithmeticTask, JsonlTask
 from megatron_rl.distributed.mesh import on_cuda
 from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.fleet.sglang import NEVER_TIED, wrong_options
-from megatron_rl.launch.planning.layout import Layout, check_layout, layout_of
-from megatron_rl.launch.planning.shape import Shape, shape_of
-from megatron_rl.launch.planning.upstream import check_megatron_fields
+from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, layout_of
+from megatron_rl.launch.planning.megatron_fields import check_megatron_fields
+from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
 from megatron_rl.models.checkpoint_folders import QUANTISATION, has_weights, open_source
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import HFConfig
@@ -28,109 +28,120 @@ BOUNDED = ("sapo", "cispo", "dppo")
 
 
 @dataclass(frozen=True)
-class Batches:
-    """The arithmetic of a step.
+class BatchSizes:
+    """Batch sizes of a run.
 
     Attributes:
-        responses: sampled in a step.
-        per_update: responses of one optimizer step.
-        longest: tokens of the longest possible sequence, as padded for context parallelism.
-        most_rows: packed rows of one optimizer step, over all data-parallel ranks, if all sequences are the longest.
+        responses: responses per step.
+        per_update: responses per optimizer step.
+        longest: maximum sequence length, in tokens, padded for context parallelism.
+        max_rows: packed rows per optimizer step, over all data-parallel ranks, if every sequence has that length.
         updates: optimizer steps of the run.
     """
 
     responses: int
     per_update: int
     longest: int
-    most_rows: int
+    max_rows: int
     updates: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run as far as it is known before it starts."""
+class RunPlan:
+    """The plan of a run that has no problems.
 
-    layout: Layout
-    shape: Shape
-    batches: Batches
+    Attributes:
+        notes: unusual settings that work.
+        warnings: settings that run but are likely to train badly.
+        missing: inputs that are not on this machine and need not be.
+    """
+
+    layout: ParallelLayout
+    sizes: ModelSizes
+    batches: BatchSizes
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    """What will run, and is likely to go wrong."""
-    absent: tuple[str, ...] = ()
-    """What the run reads and is not on this machine, where it need not be."""
+    missing: tuple[str, ...] = ()
 
 
 def make_plan(
     loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | None = None, starts_here: bool = True
-) -> Plan:
-    """Return the plan of a run; a ConfigError lists everything that cannot work.
+) -> RunPlan:
+    """Return the plan of a run.
 
     Args:
         loaded: the configuration.
-        ranks: trainer ranks that exist already (torchrun, srun); None: as configured.
-        on_gloo: whether ranks talk through gloo; None: if there is no GPU.
+        ranks: number of trainer ranks that torchrun or srun starts; None: as configured.
+        on_gloo: whether ranks communicate through gloo; None: if this machine has no GPU.
         starts_here: whether weights, prompts and the servers' interpreter must be on this machine.
+
+    Raises:
+        ConfigError: the run cannot work; the message lists all problems.
     """
-    run, problems, absent = loaded.run, list(check_megatron_fields(loaded)), list[str]()
+    run, problems, missing = loaded.run, list(check_megatron_fields(loaded)), list[str]()
     layout = layout_of(run.parallel, ranks, run.model.megatron)
-    batches = batches_of(run, layout)
-    shape = None
+    batches = batch_sizes(run, layout)
+    sizes = None
     try:
         hf = read_hf_config(Path(run.model.path))
-        problems += [*_tied(loaded, hf), *_quantised(loaded, hf)]
+        problems += [*_check_tied_head(loaded, hf), *_check_quantization(loaded, hf)]
         family = family_of(hf)
-        shape = shape_of(family)
+        sizes = model_sizes(family)
         if starts_here or has_weights(Path(run.model.path)):
             open_source(Path(run.model.path), family).check(family)
         else:
-            absent.append(f"model.path = {run.model.path!r} ({loaded.origin('model.path')}): no weights")
+            missing.append(f"{loaded.describe('model.path')}: no weights")
     except MegatronRLError as error:
         problems.append(str(error))
-    if shape is not None:
+    if sizes is not None:
         gloo = not on_cuda() if on_gloo is None else on_gloo
-        problems += check_layout(loaded, layout, shape, on_gloo=gloo)
-        problems += _lengths(loaded, batches, shape)
-        problems += _replay(loaded, shape)
-    problems += _batch(loaded)
+        problems += check_layout(loaded, layout, sizes, on_gloo=gloo)
+        problems += _check_lengths(loaded, batches, sizes)
+        problems += _check_routing_replay(loaded, sizes)
+    problems += _check_updates(loaded)
     python = run.rollout.sglang_python
     if starts_here or not python or Path(python).exists():
-        problems += _fleet(loaded)
+        problems += _check_fleet(loaded)
     else:
-        absent.append(f"rollout.sglang_python = {python!r} ({loaded.origin('rollout.sglang_python')})")
-    problems += _start_checkpoint(loaded)
+        missing.append(loaded.describe("rollout.sglang_python"))
+    problems += _check_checkpoint_format(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
     if starts_here or not isinstance(run.task, JsonlTask) or Path(run.task.path).exists():
         problems += check_task(run.task, run.reward, run.environment)
     else:
-        absent.append(f"task.path = {run.task.path!r} ({loaded.origin('task.path')})")
+        missing.append(loaded.describe("task.path"))
     raise_problems(problems)
-    assert shape is not None, "a missing shape is a problem"
+    assert sizes is not None, "a model without sizes is one of the problems"
     notes, warnings = tuple(_notes(loaded, layout, batches)), tuple(_warnings(loaded))
-    return Plan(layout, shape, batches, notes, warnings, tuple(absent))
+    return RunPlan(layout, sizes, batches, notes, warnings, tuple(missing))
 
 
 def check_sampling(loaded: Loaded[Run]) -> None:
-    """Raise a ConfigError with everything that fleet or task cannot do, whoever trains; see ``make_plan``."""
+    """Check what sampling needs: the model, the servers, the task and the rewards.
+
+    Raises:
+        ConfigError: sampling cannot work; the message lists all problems.
+    """
     path = Path(loaded.run.model.path)
     try:
         hf = read_hf_config(path)
-        problems = [*_tied(loaded, hf), *_fleet(loaded)]
+        problems = [*_check_tied_head(loaded, hf), *_check_fleet(loaded)]
         family = family_of(hf)
         open_source(path, family).check(family)
     except MegatronRLError as error:
-        problems = [str(error), *_fleet(loaded)]
+        problems = [str(error), *_check_fleet(loaded)]
     raise_problems([*problems, *check_task(loaded.run.task, loaded.run.reward, loaded.run.environment)])
 
 
 def max_prompt_tokens(run: Run) -> int:
-    """Return the tokens of the longest prompt that the task lets through."""
+    """Return the maximum prompt length of the task, in tokens."""
     if isinstance(run.task, ChainedArithmeticTask):
         return 2 * run.task.max_operations + 2  # a digit, operators and digits, an equals sign
     return run.task.max_prompt_tokens
 
 
-def batches_of(run: Run, layout: Layout) -> Batches:
-    """Return the batch arithmetic of a run."""
+def batch_sizes(run: Run, layout: ParallelLayout) -> BatchSizes:
+    """Return the batch sizes of a run."""
     responses = run.train.prompts_per_step * run.train.group_size
     per_update = -(-responses // run.train.updates_per_step)
     multiple = 2 * layout.context if layout.context > 1 else 1
@@ -138,15 +149,15 @@ def batches_of(run: Run, layout: Layout) -> Batches:
     fitting = run.train.tokens_per_microbatch // longest if run.train.packing else 1
     rows = -(-per_update // max(fitting, 1))
     stages = layout.pipeline if layout.virtual_pipeline > 1 else 1
-    most_rows = _round_up(rows, max(layout.data, 1) * stages)
-    return Batches(responses, per_update, longest, most_rows, run.train.steps * run.train.updates_per_step)
+    max_rows = _round_up(rows, max(layout.data, 1) * stages)
+    return BatchSizes(responses, per_update, longest, max_rows, run.train.steps * run.train.updates_per_step)
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _batch(loaded: Loaded[Run]) -> Iterator[str]:
+def _check_updates(loaded: Loaded[Run]) -> Iterator[str]:
     train = loaded.run.train
     responses = train.prompts_per_step * train.group_size
     if responses % train.updates_per_step:
@@ -154,72 +165,68 @@ def _batch(loaded: Loaded[Run]) -> Iterator[str]:
         below = max(size for size in sizes if size < train.updates_per_step)
         above = min((size for size in sizes if size > train.updates_per_step), default=below)
         yield (
-            f"train.updates_per_step = {train.updates_per_step} ({loaded.origin('train.updates_per_step')}) does not"
-            f" divide the {responses} responses of a step (prompts_per_step {train.prompts_per_step} * group_size"
+            f"{loaded.describe('train.updates_per_step')} does not divide the"
+            f" {responses} responses of a step (prompts_per_step {train.prompts_per_step} * group_size"
             f" {train.group_size}); write {below} or {above}"
         )
 
 
-def _lengths(loaded: Loaded[Run], batches: Batches, shape: Shape) -> Iterator[str]:
-    run, key = loaded.run, "train.tokens_per_microbatch"
-    tokens = run.train.tokens_per_microbatch
+def _check_lengths(loaded: Loaded[Run], batches: BatchSizes, sizes: ModelSizes) -> Iterator[str]:
+    run = loaded.run
     parts = f"prompt {max_prompt_tokens(run)} + rollout.sampling.max_new_tokens {run.rollout.sampling.max_new_tokens}"
-    if tokens < batches.longest:
+    if run.train.tokens_per_microbatch < batches.longest:
         yield (
-            f"{key} = {tokens} ({loaded.origin(key)}) is less than the longest sequence, {batches.longest} tokens"
-            f" ({parts}); write at least {batches.longest}"
+            f"{loaded.describe('train.tokens_per_microbatch')} is less than the longest sequence, {batches.longest}"
+            f" tokens ({parts}); write at least {batches.longest}"
         )
     longest = max_prompt_tokens(run) + run.rollout.sampling.max_new_tokens
-    if longest > shape.positions:
-        key = "rollout.sampling.max_new_tokens"
-        room = shape.positions - max_prompt_tokens(run)
+    if longest > sizes.positions:
+        room = sizes.positions - max_prompt_tokens(run)
         fix = (
             f"write at most {room}"
             if room > 0
-            else f"lower it or task.max_prompt_tokens: together at most {shape.positions}"
+            else f"lower it or task.max_prompt_tokens: together at most {sizes.positions}"
         )
         yield (
-            f"{key} = {run.rollout.sampling.max_new_tokens} ({loaded.origin(key)}): the longest sequence has {longest}"
-            f" tokens ({parts}), but the model's positions end at {shape.positions}; {fix}"
+            f"{loaded.describe('rollout.sampling.max_new_tokens')}: the longest sequence has {longest}"
+            f" tokens ({parts}), but the model's maximum is {sizes.positions}; {fix}"
         )
 
 
-def _replay(loaded: Loaded[Run], shape: Shape) -> Iterator[str]:
-    run, key = loaded.run, "rollout.routing_replay"
-    mode = run.rollout.routing_replay
-    said = f"{key} = {mode!r} ({loaded.origin(key)})"
-    if mode == "none":
+def _check_routing_replay(loaded: Loaded[Run], sizes: ModelSizes) -> Iterator[str]:
+    if loaded.run.rollout.routing_replay == "none":
         return
-    if not shape.experts:
-        yield f"{said}, but the model has no experts; leave it out"
-    if run.model.megatron.get("moe_router_fusion"):
-        yield f"{said}: megatron-core's fused router replays nothing; leave model.megatron.moe_router_fusion out"
+    setting = loaded.describe("rollout.routing_replay")
+    if not sizes.experts:
+        yield f"{setting}, but the model has no experts; leave it out"
+    if loaded.run.model.megatron.get("moe_router_fusion"):
+        yield f"{setting}: megatron-core's fused router cannot replay; leave model.megatron.moe_router_fusion out"
 
 
-def _fleet(loaded: Loaded[Run]) -> Iterator[str]:
+def _check_fleet(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
     if not rollout.urls and not rollout.servers:
         yield (
-            f"rollout.servers = 0 ({loaded.origin('rollout.servers')}) and rollout.urls is empty: nothing would sample;"
-            " start at least one server or write the URLs of running ones"
+            f"{loaded.describe('rollout.servers')} and rollout.urls is empty: nothing would sample;"
+            " start at least one server, or write the URLs of running servers"
         )
     if not rollout.urls and rollout.engine == "sglang":
-        yield from _sglang(loaded)
+        yield from _check_sglang(loaded)
     if not rollout.urls and rollout.engine == "vllm" and not rollout.vllm_python:
-        origin = loaded.origin("rollout.engine")
         yield (
-            f'rollout.engine = "{rollout.engine}" ({origin}) runs in an environment of its own; write its interpreter'
-            " in rollout.vllm_python, or start the servers there and write their addresses in rollout.urls"
+            f"{loaded.describe('rollout.engine')} runs in a separate environment; write its interpreter in"
+            " rollout.vllm_python, or start the servers there and write their addresses in rollout.urls"
         )
     carrier = loaded.run.weights.carrier
     if rollout.engine == "vllm" and carrier not in ("auto", "disk"):
-        said = f"weights.carrier = {carrier!r} ({loaded.origin('weights.carrier')})"
-        yield f"{said}: vLLM reads weights from a folder only; write disk or auto"
+        yield f"{loaded.describe('weights.carrier')}: vLLM reads weights only from a folder; write disk or auto"
     if rollout.engine == "sglang" and carrier == "ipc":
-        said = f"weights.carrier = 'ipc' ({loaded.origin('weights.carrier')})"
-        yield f"{said}: only the embedded server takes weights through shared memory; write distributed or auto"
+        yield (
+            f"{loaded.describe('weights.carrier')}: only the embedded server receives weights through shared memory;"
+            " write distributed or auto"
+        )
     if rollout.router is not None and rollout.engine == "vllm":
-        yield f"rollout.router ({loaded.origin('rollout.router')}) speaks SGLang's protocol, not vLLM's; leave it out"
+        yield f"{loaded.describe('rollout.router')} supports SGLang, not vLLM; leave it out"
 
 
 def _sink_key(loaded: Loaded[Run], name: str) -> str:
@@ -227,42 +234,41 @@ def _sink_key(loaded: Loaded[Run], name: str) -> str:
     return f"{key} ({loaded.origin(key)}): {name}"
 
 
-def _tied(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
+def _check_tied_head(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
     if loaded.run.rollout.engine == "sglang" and hf.get("tie_word_embeddings") and hf.get("model_type") in NEVER_TIED:
         yield (
-            f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) ties its output head to the"
-            f" embedding, which SGLang does not for {hf['model_type']}: its head would hold no weights; write the"
-            " embedding as lm_head.weight too, and tie_word_embeddings = false in config.json"
+            f"{loaded.describe('model.path')} ties its output head to the"
+            f" embedding, which SGLang does not support for {hf['model_type']}: its head would have no weights;"
+            " store the embedding as lm_head.weight too, and set tie_word_embeddings = false in config.json"
         )
 
 
-def _quantised(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
+def _check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
     rollout, settings = loaded.run.rollout, hf.get(QUANTISATION)
     if rollout.engine != "embedded" and not rollout.urls and settings:
         yield (
-            f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) is quantised"
-            f" ({settings.get('quant_method')}): {rollout.engine} would serve it so, and pushes are not; write it"
-            " without by tools/convert.py hf-to-megatron, then megatron-to-hf, and name that folder"
+            f"{loaded.describe('model.path')} is quantized"
+            f" ({settings.get('quant_method')}): {rollout.engine} would serve quantized weights, but weight pushes are"
+            " not quantized; convert it with tools/convert.py hf-to-megatron, then megatron-to-hf, and use that folder"
         )
 
 
-def _start_checkpoint(loaded: Loaded[Run]) -> Iterator[str]:
+def _check_checkpoint_format(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
     if rollout.engine == "sglang" and not rollout.urls and is_torch_dist(Path(loaded.run.model.path)):
         yield (
-            f"model.path = {loaded.run.model.path!r} ({loaded.origin('model.path')}) is a distributed checkpoint, which"
-            " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers on the checkpoint"
-            " that it came from and write their addresses in rollout.urls"
+            f"{loaded.describe('model.path')} is a distributed checkpoint, which"
+            " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers with its Hugging"
+            " Face checkpoint and write their addresses in rollout.urls"
         )
 
 
-def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
+def _check_sglang(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
     if not rollout.sglang_python:
         yield (
-            f'rollout.engine = "sglang" ({loaded.origin("rollout.engine")}) runs in an environment of its own; write'
-            " its interpreter in rollout.sglang_python, or start the servers there and write their addresses in"
-            " rollout.urls"
+            f"{loaded.describe('rollout.engine')} runs in a separate environment; write its interpreter in"
+            " rollout.sglang_python, or start the servers there and write their addresses in rollout.urls"
         )
         return
     try:
@@ -270,21 +276,21 @@ def _sglang(loaded: Loaded[Run]) -> Iterator[str]:
             key = f"rollout.sglang.{name}"
             yield f"{key} ({loaded.origin(key)}) {why}"
     except ConfigError as error:
-        yield f"rollout.sglang_python ({loaded.origin('rollout.sglang_python')}): {error}"
+        yield f"{loaded.describe('rollout.sglang_python')}: {error}"
 
 
-def _notes(loaded: Loaded[Run], layout: Layout, batches: Batches) -> Iterator[str]:
+def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> Iterator[str]:
     run = loaded.run
     if run.rollout.sampling.top_p < 1 or run.rollout.sampling.top_k not in (-1, 0):
         yield "top_p or top_k cut the distribution: the engine's log-probs will differ from the trainer's"
     if run.train.updates_per_step == 1 and run.objective.name in ("espo", "gspo", "sspo", "sapo"):
         yield f"one update a step: every ratio is 1 and {run.objective.name} never clips; updates_per_step = 4 is usual"
     if run.reward.allow_code and runs_code(run.task, run.reward):
-        yield "programs that the model writes run on this machine, in the sandbox of docs/tasks.md: read its limits"
+        yield "programs that the model writes run on this machine; docs/tasks.md describes the limits of their sandbox"
     if run.train.group_size == 1 and run.advantage.kind != "dr":
-        yield "groups of one response have no advantage: nothing would be learnt"
+        yield "groups of one response have no advantage: nothing would be learned"
     if layout.data > batches.per_update:
-        yield f"{layout.data} data-parallel ranks share {batches.per_update} responses an update: some have none"
+        yield f"{layout.data} data-parallel ranks share {batches.per_update} responses per update: some ranks have none"
 
 
 def _warnings(loaded: Loaded[Run]) -> Iterator[str]:
