@@ -2,7 +2,7 @@
 # All that docs/gpu.md measures, in calls of less than ten minutes each:
 #   benchmarks/gpu.sh OUT setup      makes .venv with a CUDA build of torch, prints what is there, runs tests -m gpu
 #   benchmarks/gpu.sh OUT parts      matrix limit, copies, segment sums, push; the vocabulary operation
-#   benchmarks/gpu.sh OUT engine     the embedded engine: tokens/s with and without graphs, the ipc carrier
+#   benchmarks/gpu.sh OUT ipc        a weight push through shared memory to a server on the same device
 #   benchmarks/gpu.sh OUT small      1.5B: packed 8k and 32k, recomputation, plain paths, determinism, profile
 #   benchmarks/gpu.sh OUT large      10B: forward and backward (its optimizer state does not fit on one device)
 #   benchmarks/gpu.sh OUT demo       the demo on one device
@@ -55,11 +55,7 @@ parts() {
     fi
 }
 
-engine() {
-    for each in decode carrier; do
-        run "$each" "$python" benchmarks/gpu_engine.py "$each" "$out/$each.json" "${options[@]}"
-    done
-}
+ipc() { run ipc "$python" benchmarks/gpu_ipc.py ipc "$out/ipc.json" "${options[@]}"; }
 
 small() {
     step 1.5B-8k --size 1.5B --profile
@@ -99,8 +95,8 @@ smollm2() {
 tables() { run tables sh -c '"$0" benchmarks/gpu_tables.py "$1" | tee "$1/tables.md"' "$python" "$out"; }
 
 case "$stage" in
-    setup | parts | engine | small | large | demo | smollm2 | tables) $stage ;;
-    all) for stage in parts engine small $($tiny || echo large) tables; do $stage; done ;;
-    *) echo "no stage $stage: write setup, parts, engine, small, large, demo, smollm2, tables or all" >&2; exit 2 ;;
+    setup | parts | ipc | small | large | demo | smollm2 | tables) $stage ;;
+    all) for stage in parts ipc small $($tiny || echo large) tables; do $stage; done ;;
+    *) echo "no stage $stage: write setup, parts, ipc, small, large, demo, smollm2, tables or all" >&2; exit 2 ;;
 esac
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

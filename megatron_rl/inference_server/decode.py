@@ -7,7 +7,6 @@ Legend: B rows, V vocabulary, S stop tokens, N output tokens, X routes of N outp
 """
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,57 +46,13 @@ class Columns:
         return Columns(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
-class Batch(ABC):
+class DecodeBatch:
     """Rows in the middle of their decoding."""
 
-    rows: list[Row]
     live: dict[int, Row]
     """Those that have not ended, by their place."""
     stop_strings: bool
     """Some row's text must be looked at after every token."""
-
-    def __len__(self) -> int:
-        return len(self.live)
-
-    @abstractmethod
-    def step(self) -> list[Row]:
-        """Give every live row one more token, or some; return the rows that this finished."""
-
-    @abstractmethod
-    def join(self, other: "DecodeBatch") -> "Batch":
-        """Return one batch with the live rows of both."""
-
-    @abstractmethod
-    def _write_back(self, ids: Sequence[int]) -> None:
-        """Give these rows the tokens that they have so far."""
-
-    @abstractmethod
-    def _remove(self, ids: Sequence[int]) -> list[Row]: ...
-
-    @abstractmethod
-    def counts(self) -> list[int]:
-        """Return how many output tokens each live row has."""
-
-    def withdraw(self, rows: Sequence[Row]) -> list[Row]:
-        """Take live rows out, with the tokens they have so far; return them."""
-        wanted = set(map(id, rows))
-        ids = [i for i, row in self.live.items() if id(row) in wanted]
-        self._write_back(ids)
-        return self._remove(ids)
-
-    def peek(self, row: Row) -> tuple[list[int], list[float]]:
-        """Return the output tokens and log-probs that a live row has so far."""
-        self._write_back([next(i for i, other in self.live.items() if other is row)])
-        return row.output_ids, row.logprobs
-
-    def note_version(self, version: str) -> None:
-        """Record that the next tokens come from other weights."""
-        for row, count in zip(self.live.values(), self.counts(), strict=True):
-            row.note_version(version, count)
-
-
-class DecodeBatch(Batch):
-    """Rows whose cache grows with them."""
 
     def __init__(
         self,
@@ -115,6 +70,9 @@ class DecodeBatch(Batch):
         self.cache = cache
         self.recorder = recorder
         self._refresh()
+
+    def __len__(self) -> int:
+        return len(self.live)
 
     def _refresh(self) -> None:
         self.live = {i: self.rows[i] for i in self.columns.alive_B.nonzero()[:, 0].tolist()}
@@ -187,13 +145,25 @@ class DecodeBatch(Batch):
                 newer = self.columns.routes_BX[i].view(-1, *each)[known : count - 1]
                 row.routes = torch.cat([row.prefix_routes, newer.cpu()])
 
-    def write_back(self, ids: Sequence[int]) -> None:
-        """Give these rows the tokens that they have so far; reads the device once."""
-        self.columns = self.columns.map(Tensor.cpu)
+    def withdraw(self, rows: Sequence[Row]) -> list[Row]:
+        """Take live rows out, with the tokens they have so far; return them."""
+        wanted = set(map(id, rows))
+        ids = [i for i, row in self.live.items() if id(row) in wanted]
         self._write_back(ids)
+        return self._remove(ids)
+
+    def peek(self, row: Row) -> tuple[list[int], list[float]]:
+        """Return the output tokens and log-probs that a live row has so far."""
+        self._write_back([next(i for i, other in self.live.items() if other is row)])
+        return row.output_ids, row.logprobs
+
+    def note_version(self, version: str) -> None:
+        """Record that the next tokens come from other weights."""
+        for row, count in zip(self.live.values(), self.counts(), strict=True):
+            row.note_version(version, count)
 
     def counts(self) -> list[int]:
-        """See ``Batch``."""
+        """Return how many output tokens each live row has."""
         return self.columns.counts_B[list(self.live)].tolist()
 
     def _remove(self, ids: Sequence[int]) -> list[Row]:

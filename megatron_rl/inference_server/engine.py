@@ -19,11 +19,10 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from megatron_rl.data.types import fold_seed
-from megatron_rl.inference_server.decode import Batch, DecodeBatch
+from megatron_rl.inference_server.decode import DecodeBatch
 from megatron_rl.inference_server.model import ServedModel
 from megatron_rl.inference_server.prefill import prefill, score
 from megatron_rl.inference_server.requests import BadRequest, Row, Work
-from megatron_rl.inference_server.static import StaticBatch, StaticDecoder
 
 T = TypeVar("T")
 Batching = Literal["request", "continuous"]
@@ -44,17 +43,14 @@ class Engine:
         batching: Batching = "request",
         max_rows: int = 512,
         seed: int = 0,
-        static: StaticDecoder | None = None,
     ) -> None:
         self.model = model
-        self.static = static
-        """Decodes in slots; None: with a cache that grows."""
         self.max_rows = max_rows
         self.batching = batching
         self.paused = False
         self.waiting: list[Work] = []
         self.running: list[Work] = []
-        self.batch: Batch | None = None
+        self.batch: DecodeBatch | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: set[Future[object]] = set()
         self._closing = False
@@ -160,11 +156,8 @@ class Engine:
             return
         seeds = [self._seed_of(row) for row in rows]
         batch, finished = prefill(self.model.model, rows, seeds, self.model.eos, self.model.routes)
-        self.batch = self.batch.join(batch) if self.batch else self._in_slots(batch)
+        self.batch = self.batch.join(batch) if self.batch else batch
         self._finish(finished)
-
-    def _in_slots(self, batch: DecodeBatch) -> Batch:
-        return StaticBatch(self.static, batch, self.model.eos) if self.static and batch else batch
 
     def _seed_of(self, row: Row) -> int:
         if row.seed is None:
@@ -177,7 +170,7 @@ class Engine:
         if self.batch and self.batch.stop_strings:
             self._finish(self._at_stop_string(self.batch))
 
-    def _at_stop_string(self, batch: Batch) -> list[Row]:
+    def _at_stop_string(self, batch: DecodeBatch) -> list[Row]:
         stopped = []
         for row in [row for row in batch.live.values() if row.params.stop_strings]:
             # A stop string of n characters lies within the last n tokens; a few more for characters of several tokens.

@@ -31,12 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="request: one request at a time, repeatable bit for bit; continuous: requests share a batch",
     )
     parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together (default: %(default)s)")
-    parser.add_argument(
-        "--decoding",
-        choices=("auto", "growing", "slots"),
-        default="auto",
-        help="growing: a cache that grows; slots: fixed addresses, on a GPU as CUDA graphs (default: slots on a GPU)",
-    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="for requests that bring no sampling_seed")
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
@@ -50,18 +44,14 @@ def serve(args: argparse.Namespace) -> int:
     # Slow to import: what can be refused is refused before.
     import torch
 
+    from megatron_rl.distributed.mesh import on_cuda
     from megatron_rl.inference_server.engine import Engine
     from megatron_rl.inference_server.model import ServedModel
-    from megatron_rl.inference_server.static import StaticDecoder
-    from megatron_rl.ops.graphs import Graphs, serving_device
-    from megatron_rl.policy.backends import plain_parts
 
     torch.set_num_threads(args.threads)
-    device, plain = serving_device(), plain_parts()
+    device = torch.device("cuda", 0) if on_cuda() else torch.device("cpu")
     model = ServedModel(args.model, args.dtype, args.weight_version, device)
-    in_slots = args.decoding == "slots" or (args.decoding == "auto" and device.type == "cuda" and "slots" not in plain)
-    static = StaticDecoder(model.model, model.routes, Graphs(device, "graphs" not in plain)) if in_slots else None
-    engine = Engine(model, args.batching, args.max_rows, args.seed, static)
+    engine = Engine(model, args.batching, args.max_rows, args.seed)
     engine.start()
     try:
         asyncio.run(_serve(engine, args.host, args.port))

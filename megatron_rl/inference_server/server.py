@@ -89,8 +89,6 @@ class EmbeddedServer:
                 "context_length": self.model.context_length,
                 "max_running_requests": self.engine.max_rows,
                 "batching": self.engine.batching,
-                "decoding": "slots" if self.engine.static else "growing",
-                "graphs": self.engine.static is not None and self.engine.static.graphs.capturing,
                 "device": str(self.model.device),
                 "weight_version": self.model.version,
                 "version": "embedded",

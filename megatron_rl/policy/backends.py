@@ -17,8 +17,7 @@ from megatron_rl.errors import ConfigError
 PLAIN_VARIABLE = "MEGATRON_RL_PLAIN"
 """Environment variable: parts that take their plain path, to compare with, such as ``engine,attention,experts``."""
 
-PARTS = ("engine", "attention", "experts", "fusion", "slots", "graphs")
-"""The last two are of the embedded engine: its decoding on fixed addresses, and graphs of that."""
+PARTS = ("engine", "attention", "experts", "fusion")
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,6 @@ def plain_parts() -> set[str]:
     return plain
 
 
-def decoding_in_words(device_type: str) -> str:
-    """Return, for people, how an embedded server decodes here."""
-    if device_type != "cuda" or "slots" in plain_parts():
-        return "one step after the other, with a cache that grows"
-    return "in slots, as CUDA graphs" if "graphs" not in plain_parts() else "in slots"
-
-
 def describe_backends(paths: Backends, device_type: str) -> Mapping[str, str]:
     """Return, for people, what serves each part: the rows that ``check`` prints."""
     engine = "transformer-engine"
@@ -90,7 +82,6 @@ def describe_backends(paths: Backends, device_type: str) -> Mapping[str, str]:
         "activation": compiled if paths.fused else "torch, eager",
         "weight gradients": "apex, added by the product" if paths.accumulates else "added after the product",
         "optimizer": _optimizer(),
-        "embedded engine": decoding_in_words(device_type),
     }
 
 

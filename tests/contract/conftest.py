@@ -25,7 +25,6 @@ ROOT = Path(__file__).parent.parent.parent
 SGLANG = load(Run, [ROOT / "configs" / "demo.toml", ROOT / "configs" / "engine" / "sglang-cpu.toml"]).run.rollout
 ENGINES = (
     "embedded",
-    "embedded in slots",
     pytest.param("sglang", marks=pytest.mark.sglang),
     pytest.param("vllm", marks=pytest.mark.vllm),
 )
@@ -110,8 +109,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def start(engine: str, model: Path, log: Path) -> ServerProcess:
     """Start a server of this engine."""
-    if engine.startswith("embedded"):
-        process = embedded_server(str(model), log, ["--decoding", "slots"] if engine.endswith("slots") else [])
+    if engine == "embedded":
+        process = embedded_server(str(model), log)
     elif engine == "vllm":
         if not VLLM.exists():
             pytest.skip("no .venv-vllm: tools/vllm-cpu makes it")

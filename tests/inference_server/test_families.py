@@ -1,7 +1,4 @@
-"""The embedded server generates for every family that the policy trains, from either kind of checkpoint.
-
-From one with a cache that grows, from the other in slots.
-"""
+"""The embedded server generates for every family that the policy trains, from either kind of checkpoint."""
 
 from pathlib import Path
 
@@ -25,8 +22,8 @@ def test_every_family_is_served_from_either_kind_of_checkpoint(tmp_path: Path, n
     to_megatron.convert(folder, tmp_path / "megatron", 1, Console(quiet=True))
 
     answers = []
-    for served, burst in ((folder, None), (tmp_path / "megatron", 3)):
-        with running(served, burst=burst) as engine:
+    for served in (folder, tmp_path / "megatron"):
+        with running(served) as engine:
             [rows] = finished(engine, work_of(PROMPTS, [GREEDY] * len(PROMPTS)))
             assert engine.model.tensors.keys() == load_file(folder / "model.safetensors").keys()
         answers.append([row.output_ids for row in rows])

@@ -20,10 +20,7 @@ from transformers import (
 from megatron_rl.inference_server.engine import Batching, Engine
 from megatron_rl.inference_server.model import ServedModel
 from megatron_rl.inference_server.requests import Row, Work, parse_work
-from megatron_rl.inference_server.static import StaticDecoder
-from megatron_rl.ops.graphs import Graphs
 
-CPU = torch.device("cpu")
 VOCABULARY = 48
 FAMILIES = ("qwen3_moe", "llama")
 SIZES = {
@@ -70,13 +67,9 @@ def work_of(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, obje
 
 
 @contextmanager
-def running(
-    folder: Path, batching: Batching = "request", max_rows: int = 512, burst: int | None = None
-) -> Iterator[Engine]:
-    """Run an engine on the model; with a burst it decodes in slots, and looks after that many steps."""
-    model = ServedModel(str(folder), "float32", "0")
-    static = StaticDecoder(model.model, model.routes, Graphs(CPU), burst) if burst else None
-    engine = Engine(model, batching, max_rows, static=static)
+def running(folder: Path, batching: Batching = "request", max_rows: int = 512) -> Iterator[Engine]:
+    """Run an engine on the model."""
+    engine = Engine(ServedModel(str(folder), "float32", "0"), batching, max_rows)
     engine.start()
     try:
         yield engine
