@@ -24,8 +24,8 @@ QUIET = Console(quiet=True)
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    print("| family | tensors | logits | gradient | layouts | bytes, four forms |")
-    print("|---|---|---|---|---|---|")
+    print("| family | tensors | logits | gradient | bytes, four forms |")
+    print("|---|---|---|---|---|")
     for name in MODELS:
         with tempfile.TemporaryDirectory() as place:
             folder = families.save(name, Path(place) / "hf")
@@ -34,10 +34,7 @@ def main() -> None:
             logits, gradient = (max(values) for values in zip(*pairs, strict=True))
             count = len(load_file(folder / "model.safetensors"))
             same = sum(comes_back(name, Path(place), dtype, fused) for dtype, fused in FORMS)
-            row = (
-                f"| {name} | {count} | {logits:.1e} | {gradient:.1e} | {', '.join(layouts)} | {same} of {len(FORMS)} |"
-            )
-            print(row, flush=True)
+            print(f"| {name} | {count} | {logits:.1e} | {gradient:.1e} | {same} of {len(FORMS)} |", flush=True)
 
 
 FORMS = [(dtype, fused) for dtype in (torch.float32, torch.bfloat16) for fused in (False, True)]
