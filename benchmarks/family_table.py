@@ -45,7 +45,7 @@ def differences(folder: Path, layout: str) -> tuple[float, float]:
     truth = by_transformers(folder, case())
     ranks, parallel = LAYOUTS[layout]
     ours: dict[str, torch.Tensor] = {}
-    for part in run_ranks(one_step, ranks, str(folder), parallel, case(), initialise=False, timeout_seconds=280):
+    for part in run_ranks(one_step, ranks, str(folder), parallel, case(), initialize=False, timeout_seconds=280):
         if HIDDEN in part and HIDDEN in ours:
             part[HIDDEN] = torch.where(ours[HIDDEN] == 0, part[HIDDEN], ours[HIDDEN])
         ours |= part

@@ -215,7 +215,7 @@ def compare(case: Case) -> list[tuple[Measured, Measured]]:
             measured = [measure(run, LENGTHS, rows * layout.data)]
             return [(_planned(run, rows)[int(os.environ["RANK"])], measured[0])]
         measured = run_ranks(
-            _measure_words, case.ranks, run.model_dump_json(), rows * layout.data, initialise=False, timeout_seconds=280
+            _measure_words, case.ranks, run.model_dump_json(), rows * layout.data, initialize=False, timeout_seconds=280
         )
         return list(zip(_planned(run, rows), measured, strict=True))
 

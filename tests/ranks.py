@@ -1,19 +1,20 @@
-"""Run a function on several gloo ranks, as a test: forked, timed, and cleaned up by process id."""
+"""Runs a function on several gloo ranks in forked processes, with a time limit; all of them are ended afterwards."""
 
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from megatron_rl.util.ports import free_port
 
 Result = TypeVar("Result")
 
@@ -27,34 +28,26 @@ def run_ranks(
     world_size: int,
     *args: object,
     timeout_seconds: float = 120.0,
-    initialise: bool = True,
-    start_method: Literal["fork", "spawn"] = "fork",
+    initialize: bool = True,
 ) -> list[Result]:
     """Return what ``function(*args)`` returned on each rank, in rank order.
 
-    The function finds ``torch.distributed`` initialised with gloo (unless ``initialise`` is False, for code that does
-    it itself: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and a free MASTER_PORT are set either way). Results are
-    pickled. With ``spawn`` the function must be importable. The first rank that raises ends the others.
+    ``torch.distributed`` is initialized with gloo before the call, unless ``initialize`` is False for code that does so
+    itself; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and a free MASTER_PORT are set in both cases. Results are pickled.
+    Ranks inherit what this process has imported. The first rank that raises ends the others.
+
+    Raises:
+        RankError: a rank raised or exited without a result.
+        TimeoutError: a rank has no result after ``timeout_seconds``.
     """
-    context = multiprocessing.get_context("fork") if start_method == "fork" else multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
+        store = Path(folder, "store") if initialize else None
         ends = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(
-                target=_rank,
-                args=(
-                    function,
-                    args,
-                    rank,
-                    world_size,
-                    port,
-                    Path(folder, "store") if initialise else None,
-                    ends[rank][1],
-                ),
-                daemon=True,
-            )
-            for rank in range(world_size)
+            context.Process(target=_rank, args=(function, args, rank, world_size, port, store, sender), daemon=True)
+            for rank, (_, sender) in enumerate(ends)
         ]
         try:
             for process, (_, sender) in zip(processes, ends, strict=True):
@@ -84,7 +77,7 @@ def _collect(receivers: list[Connection], timeout_seconds: float) -> list[Result
             try:
                 succeeded, payload = pickle.loads(receiver.recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} died without a word") from None
+                raise RankError(f"rank {rank} exited without a result") from None
             if not succeeded:
                 raise RankError(f"rank {rank} raised:\n{payload}")
             results[rank] = payload
@@ -111,12 +104,6 @@ def _rank(
         payload = (True, function(*args))
         if dist.is_initialized():
             dist.destroy_process_group()
-    except BaseException:  # whatever it is, the parent must hear of it
+    except BaseException:  # reported to the parent, which raises it
         payload = (False, traceback.format_exc())
     sender.send_bytes(pickle.dumps(payload))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

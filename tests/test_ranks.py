@@ -30,7 +30,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_shown():
 
 
 def test_a_rank_that_dies_is_an_error():
-    with pytest.raises(RankError, match="died without a word"):
+    with pytest.raises(RankError, match="exited without a result"):
         run_ranks(lambda: os._exit(3), 1)
 
 

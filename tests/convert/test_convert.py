@@ -114,7 +114,7 @@ def test_megatron_reads_it_under_any_layout(
     there(families.save(name, tmp_path / "hf"), tmp_path / "megatron")
 
     for different in run_ranks(
-        read_by_megatron, 2 if parallel else 1, str(tmp_path / "megatron"), parallel, initialise=False
+        read_by_megatron, 2 if parallel else 1, str(tmp_path / "megatron"), parallel, initialize=False
     ):
         assert different == []
 
@@ -138,7 +138,7 @@ def test_what_megatron_saves_is_read(tmp_path: Path, name: str, parallel: dict[s
     folder, target = families.save(name, tmp_path / "hf"), tmp_path / "megatron"
     ranks = 2 if parallel else 1
 
-    run_ranks(save_by_megatron, ranks, str(folder), str(target), parallel, initialise=False, timeout_seconds=280)
+    run_ranks(save_by_megatron, ranks, str(folder), str(target), parallel, initialize=False, timeout_seconds=280)
 
     shutil.copy(folder / "config.json", target)
     assert compare(folder, target, 1, CONSOLE).is_same

@@ -80,7 +80,7 @@ def test_a_rank_holds_exactly_what_is_counted(name, layout, tmp_path):
     sizes = layout_of(loaded.run.parallel, ranks, loaded.run.model.megatron)
     assert check_layout(loaded, sizes, model_sizes(family), on_gloo=True) == []
     stages = pipeline_stages(family.num_layers, sizes)
-    for index, dense, expert in run_ranks(counts, ranks, str(folder), words, initialise=False):
+    for index, dense, expert in run_ranks(counts, ranks, str(folder), words, initialize=False):
         counted = parameter_counts(family, sizes, stages[index])
         assert (counted.dense, counted.expert) == (dense, expert)
 

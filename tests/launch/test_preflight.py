@@ -62,7 +62,7 @@ def test_a_node_that_does_not_report_is_left_out_if_there_are_others(facts, tmp_
 
 
 def test_links_are_checked_and_timed_by_the_first_rank():
-    first, second = run_ranks(measure_links, 2, 60.0, initialise=False)
+    first, second = run_ranks(measure_links, 2, 60.0, initialize=False)
 
     assert second is None
     assert first is not None

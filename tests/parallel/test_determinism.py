@@ -20,11 +20,11 @@ def started(deterministic: bool, given: dict[str, str]) -> dict[str, object]:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_libraries_are_told_before_they_start(deterministic: bool) -> None:
-    found = run_ranks(started, 1, deterministic, {}, initialise=False)[0]
+    found = run_ranks(started, 1, deterministic, {}, initialize=False)[0]
     expected = DETERMINISTIC_ENVIRONMENT if deterministic else dict.fromkeys(DETERMINISTIC_ENVIRONMENT)
     assert found == {**expected, "enabled": deterministic}
 
 
 def test_what_somebody_set_stays() -> None:
-    found = run_ranks(started, 1, True, {"NCCL_ALGO": "Ring"}, initialise=False)[0]
+    found = run_ranks(started, 1, True, {"NCCL_ALGO": "Ring"}, initialize=False)[0]
     assert found["NCCL_ALGO"] == "Ring"

@@ -43,7 +43,7 @@ def test_grouped_experts_give_what_the_loop_gives(model: Path, layout: str, dtyp
     ranks, parallel = LAYOUTS[layout]
     arguments = (str(model), parallel, {"dtype": dtype}, case())
     grouped, looped = (
-        run_ranks(how, ranks, *arguments, initialise=False, timeout_seconds=280)[0] for how in (one_step, by_loop)
+        run_ranks(how, ranks, *arguments, initialize=False, timeout_seconds=280)[0] for how in (one_step, by_loop)
     )
     assert grouped is not None
     assert looped is not None
@@ -72,7 +72,7 @@ def views(folder: str) -> dict[str, bool]:
 
 
 def test_weights_and_gradients_are_views_in_megatron_s_buffers(model: Path) -> None:
-    found = run_ranks(views, 1, str(model), initialise=False)[0]
+    found = run_ranks(views, 1, str(model), initialize=False)[0]
     assert found == dict.fromkeys(found, True)
 
 
@@ -167,7 +167,7 @@ def biased(_: str) -> dict[str, bool]:
 
 
 def test_experts_with_biases_and_a_clamped_gate_are_what_they_are_written_out() -> None:
-    found = run_ranks(biased, 1, "", initialise=False)[0]
+    found = run_ranks(biased, 1, "", initialize=False)[0]
     assert found == dict.fromkeys(found, True)
 
 
@@ -183,7 +183,7 @@ def grad_norms(folder: str, parallel: dict[str, object]) -> tuple[float, dict[st
 def test_the_norm_counts_every_bias_of_an_expert_once(tmp_path: Path, parallel: dict[str, object]) -> None:
     """``shared``: both ranks have a bias whole; ``apart``: each has other experts, whose biases none of them cuts."""
     folder = families.save("gpt_oss", tmp_path / "hf")
-    norm, gradients = run_ranks(grad_norms, 2 if parallel else 1, str(folder), parallel, initialise=False)[0]
+    norm, gradients = run_ranks(grad_norms, 2 if parallel else 1, str(folder), parallel, initialize=False)[0]
     whole = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
     assert norm == pytest.approx(whole, rel=1e-5)  # float32
 

@@ -43,7 +43,7 @@ def peaks(folder: str, parallel: dict[str, object], own: bool, bucket_bytes: int
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_rank_holds_more_than_a_bucket_besides_its_shards(model: Path, layout: str, own: bool) -> None:
     ranks, parallel = LAYOUTS[layout]
-    results = run_ranks(peaks, ranks, str(model), parallel, own, initialise=False, timeout_seconds=200)
+    results = run_ranks(peaks, ranks, str(model), parallel, own, initialize=False, timeout_seconds=200)
 
     total = (model / "model.safetensors").stat().st_size
     assert max(peak for peak, _ in results) <= BUCKET_BYTES
@@ -59,7 +59,7 @@ def test_experts_that_come_in_one_tensor_cost_that_tensor_besides(tmp_path: Path
     bucket_bytes = PARTS * 2 * (48 << 10)
     folder = families.save("gpt_oss", tmp_path / "hf")
     ranks, parallel = LAYOUTS[layout]
-    results = run_ranks(peaks, ranks, str(folder), parallel, own, bucket_bytes, initialise=False, timeout_seconds=200)
+    results = run_ranks(peaks, ranks, str(folder), parallel, own, bucket_bytes, initialize=False, timeout_seconds=200)
 
     tensors = load_file(folder / "model.safetensors").values()
     assert max(peak for peak, _ in results) <= bucket_bytes + max(tensor.nbytes for tensor in tensors)

@@ -117,7 +117,7 @@ def test_every_family_agrees_with_transformers_under_any_layout(truths, name: st
     ranks, parallel = LAYOUTS[layout]
 
     ours: dict[str, Tensor] = {}
-    for part in run_ranks(one_step, ranks, str(folder), parallel, case(), initialise=False, timeout_seconds=280):
+    for part in run_ranks(one_step, ranks, str(folder), parallel, case(), initialize=False, timeout_seconds=280):
         if HIDDEN in part and HIDDEN in ours:
             part[HIDDEN] = torch.where(ours[HIDDEN] == 0, part[HIDDEN], ours[HIDDEN])
         ours |= part

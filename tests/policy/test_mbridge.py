@@ -84,5 +84,5 @@ def test_mbridge_fills_the_model_with_the_same_bytes(tmp_path: Path, monkeypatch
     if layout == "two ranks":
         parallel = {"tensor": 2, "expert": 2} if name in MIXTURES else {"tensor": 2}
 
-    for different in run_ranks(filled_by_mbridge, 2 if parallel else 1, str(folder), parallel, initialise=False):
+    for different in run_ranks(filled_by_mbridge, 2 if parallel else 1, str(folder), parallel, initialize=False):
         assert different == []

@@ -186,7 +186,7 @@ def test_the_saved_micro_batch_shows_the_same_again_on_the_ranks_of_the_run(tmp_
     message, file = saved("tensor and expert", tmp_path, plants_weight=True)
     run, ranks, _ = saved_run(file)
     (tmp_path / REPLAY_RUN).write_text(on_saved_weights(run, file).model_dump_json())
-    run_ranks(replay_rank, ranks, file, tmp_path, initialise=False, timeout_seconds=120)
+    run_ranks(replay_rank, ranks, file, tmp_path, initialize=False, timeout_seconds=120)
     (stage,) = json.loads((tmp_path / REPLAYED).read_text())
     assert stage["stage"] == "score"
     assert "layer 2" in stage["found"]

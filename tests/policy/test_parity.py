@@ -58,7 +58,7 @@ def step_under(folder: Path, layout: str, batch: Batch | None = None, **model: o
     ranks, parallel = LAYOUTS[layout]
     # Forked, with megatron-core imported here: importing it again on every rank would be most of the test's time.
     arguments = (str(folder), parallel, model, batch or case())
-    results = run_ranks(one_step, ranks, *arguments, initialise=False, timeout_seconds=280)
+    results = run_ranks(one_step, ranks, *arguments, initialize=False, timeout_seconds=280)
     assert results[0] is not None
     return results[0]
 

@@ -52,7 +52,7 @@ def one_step(folder: str, mode: str, parallel: dict[str, object], recompute: str
 
 
 def step_under(folder: Path, mode: str, ranks: int, parallel: dict[str, object], recompute: str) -> dict[str, Tensor]:
-    results = run_ranks(one_step, ranks, str(folder), mode, parallel, recompute, initialise=False, timeout_seconds=280)
+    results = run_ranks(one_step, ranks, str(folder), mode, parallel, recompute, initialize=False, timeout_seconds=280)
     assert results[0] is not None
     return results[0]
 
@@ -148,7 +148,7 @@ def test_first_ratios_are_exactly_one_under_r2_whatever_the_router_does(model: P
 
     def apart(mode: str) -> float:
         arguments = (str(model), mode, parallel, recompute)
-        return run_ranks(noisy_ratios, ranks, *arguments, initialise=False, timeout_seconds=280)[0][0]
+        return run_ranks(noisy_ratios, ranks, *arguments, initialize=False, timeout_seconds=280)[0][0]
 
     assert apart("r2") == 0.0
     assert apart("none") > 1e-3
@@ -163,4 +163,4 @@ def misshapen(folder: str) -> None:
 
 def test_a_record_of_another_shape_is_refused(model: Path) -> None:
     with pytest.raises(RankError, match=r"rollout_routes_T is \[2, 2\] for each token, the model needs \[3, 2\]"):
-        run_ranks(misshapen, 1, str(model), initialise=False)
+        run_ranks(misshapen, 1, str(model), initialize=False)

@@ -33,7 +33,7 @@ def test_every_expert_has_its_place_in_the_stack(tmp_path: Path, parallel: dict[
     """``parts of some`` is a layout that cannot be trained on gloo; its weights can be loaded and handed out."""
     folder = families.save("gpt_oss", tmp_path / "hf")
 
-    ranks = run_ranks(exported, 4, str(folder), parallel, own, initialise=False, timeout_seconds=200)
+    ranks = run_ranks(exported, 4, str(folder), parallel, own, initialize=False, timeout_seconds=200)
 
     on_disk = load_file(folder / "model.safetensors")
     assert sorted(name for found in ranks for name in found) == sorted(on_disk)  # each once

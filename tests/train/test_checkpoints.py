@@ -205,7 +205,7 @@ def work_under(
 ) -> dict[str, Tensor]:
     layout = LAYOUTS[name]
     arguments = (str(models[layout.model]), str(folder), layout, saves, resume)
-    return run_ranks(work, layout.ranks, *arguments, initialise=False, timeout_seconds=280)[0]
+    return run_ranks(work, layout.ranks, *arguments, initialize=False, timeout_seconds=280)[0]
 
 
 def resumable(straight: Path, folder: Path, step: int) -> Path:

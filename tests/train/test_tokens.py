@@ -250,7 +250,7 @@ def test_the_same_is_written_under_any_layout(model, name):
     lines = {}
     for layout, parallel in LAYOUTS.items():
         ranks = 1 if layout == "one rank" else 2
-        lines[layout] = run_ranks(one_line, ranks, str(model), parallel, name, initialise=False, timeout_seconds=280)
+        lines[layout] = run_ranks(one_line, ranks, str(model), parallel, name, initialize=False, timeout_seconds=280)
         assert lines[layout][1:] == [None] * (ranks - 1)
     for layout in LAYOUTS:
         same(lines[layout][0], lines["one rank"][0], layout)
