@@ -61,11 +61,13 @@ def main() -> None:
     text = [
         "# Accuracy of the demo by objective",
         "",
-        f"Sampled accuracy (temperature 1) on 512 held-out prompts after so many rollout batches: mean over "
-        f"{options.seeds} seeds, lowest and highest in brackets. One draw of 512 has a standard error of up to 2",
-        "points. Demo model and task, tensor 2 and expert 2 on gloo, 32 prompts x 8 samples and 4 optimizer steps a",
-        "rollout batch, learning rate 2e-4, the windows of the papers (`configs/objective/`). Nothing was tuned: this",
-        "shows that each objective trains, and is no ranking.",
+        "This page shows that each objective trains the demo; nothing was tuned, so it is not a ranking.",
+        "",
+        f"Sampled accuracy (temperature 1) on 512 held-out prompts by rollout batch: mean of {options.seeds} seeds "
+        "(lowest-highest). One draw of 512 has a",
+        "standard error of up to 2 points. Demo model and task, tensor 2 and expert 2 on gloo, 32 prompts x 8 samples and "
+        "4 optimizer steps per",
+        "rollout batch, learning rate 2e-4, the papers' windows (`configs/objective/`).",
         "",
         *table(results),
         "",

@@ -232,7 +232,7 @@ def spread(jobs: Sequence[dict[str, Any]], key: str) -> str:
 
 def speed_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
     lines = [
-        "| cores | trainer | tokens/s | tokens a CPU second | generate | score | train | weights | memory, MB |",
+        "| cores | trainer | tokens/s | tokens per CPU second | generate | score | train | weights | memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, sides in results.items():
@@ -265,7 +265,7 @@ def accuracy_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[
         rewards = [f"{statistics.mean(job['rewards'][i] for job in jobs for i in block):.3f}" for block in blocks]
         ends = [statistics.mean(sum(job["tokens_by_batch"][: block[-1] + 1]) for job in jobs) for block in blocks]
         lines.append(f"| {side}: accuracy | " + " | ".join(rewards) + " |")
-        lines.append(f"| {side}: tokens by then | " + " | ".join(f"{tokens:,.0f}" for tokens in ends) + " |")
+        lines.append(f"| {side}: tokens so far | " + " | ".join(f"{tokens:,.0f}" for tokens in ends) + " |")
     return lines
 
 
