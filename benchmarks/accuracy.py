@@ -65,8 +65,8 @@ def main() -> None:
         "",
         f"Sampled accuracy (temperature 1) on 512 held-out prompts by rollout batch: mean of {options.seeds} seeds "
         "(lowest-highest). One draw of 512 has a",
-        "standard error of up to 2 points. Demo model and task, tensor 2 and expert 2 on gloo, 32 prompts x 8 samples and "
-        "4 optimizer steps per",
+        "standard error of up to 2 points. Demo model and task, tensor 2 and expert 2 on gloo, 32 prompts x 8 samples "
+        "and 4 optimizer steps per",
         "rollout batch, learning rate 2e-4, the papers' windows (`configs/objective/`).",
         "",
         *table(results),

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from tests.mutations.mistakes import MISTAKES, Mistake  # noqa: E402 (tests are no installed package)
 
 PURPOSE = (
-    "This page lists mistakes that were planted in the package one by one, and the first check that noticed each: a test, "
-    "or\n`megatron-rl prove`."
+    "This page lists mistakes that were planted in the package one by one, and the first check that noticed each: a "
+    "test, or\n`megatron-rl prove`."
 )
 PROVE = ("configs/demo.toml", "--shrink", "layers=2,hidden=64")
 
