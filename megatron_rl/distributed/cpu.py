@@ -2,7 +2,7 @@
 
 Everything else in the package runs the same code on CPU and CUDA. ``activate`` must be called before a model is
 built. Each entry names its target, so that ``missing_targets`` can say what a new megatron-core has moved.
-Measured with megatron-core 0.16.1 and torch 2.13.
+Measured with megatron-core 0.16.1 to 0.19.2 and torch 2.13.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 
-SUPPORTED_MEGATRON_CORE = ("0.16",)
+SUPPORTED_MEGATRON_CORE = ("0.16", "0.17", "0.18", "0.19")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ def _synchronize(device: object = None) -> None:
     pass
 
 
+def _current_stream(device: object = None) -> "_NoStream":
+    return _NoStream()
+
+
 def _manual_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
@@ -118,6 +122,7 @@ REPLACEMENTS = (
     Replacement("torch:Tensor.type", "gradient clipping and two optimizers ask for torch.cuda types", _as_on_cuda),
     # Functions of ours, not torch.cpu's: the compiler keeps a table of torch's functions, each only once.
     Replacement("torch.cuda:current_device", "about forty buffers are made on the current device", _current_device),
+    Replacement("torch.cuda:current_stream", "gradient reduction (0.18 on) makes streams wait", _current_stream),
     Replacement("torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", _synchronize),
     Replacement(f"{_DISPATCHER}.cuda_dtoh_stream", "the dispatcher makes a CUDA stream otherwise", _NoStream()),
     Replacement(

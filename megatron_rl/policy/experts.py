@@ -36,9 +36,6 @@ class _Matrix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(memory)
         self.bias = nn.Parameter(bias) if config.add_bias_linear else None
-        for parameter in self.parameters():
-            # As megatron's own layers do: which of the data-parallel groups adds up the gradient.
-            setattr(parameter, "allreduce", config.expert_model_parallel_size == 1)  # noqa: B010 (not of Parameter)
 
 
 class _Expert(nn.Module):
@@ -97,6 +94,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         submodules: MLPSubmodules | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,  # passed by megatron-core 0.17 and later
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None, "megatron's layer gives its groups"

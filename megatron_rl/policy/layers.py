@@ -1,6 +1,7 @@
 """What megatron-core's local (not transformer-engine) spec lacks for sequence parallelism and packed sequences."""
 
 import dataclasses
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +89,12 @@ def _local(spec: ModuleSpec, grouped: bool) -> ModuleSpec:
     return dataclasses.replace(spec, submodules=submodules)
 
 
-def _experts(mlp: ModuleSpec) -> ModuleSpec:
+def _experts(mlp: ModuleSpec | partial[nn.Module]) -> ModuleSpec | partial[nn.Module]:
     """Return the feed-forward part with grouped experts, if it has experts."""
+    if isinstance(mlp, partial):  # megatron-core 0.17 and later build layers from functions
+        if mlp.func is not MoELayer:
+            return mlp
+        return partial(mlp, submodules=dataclasses.replace(mlp.keywords["submodules"], experts=GroupedExperts))
     if mlp.module is not MoELayer:
         return mlp
     submodules = dataclasses.replace(mlp.submodules, experts=ModuleSpec(module=GroupedExperts))

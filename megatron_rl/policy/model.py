@@ -22,6 +22,7 @@ from megatron_rl.policy.backends import PLAIN_VARIABLE, Backends, backends_for, 
 from megatron_rl.policy.experts import skip_second_sort
 from megatron_rl.policy.layers import block_spec
 from megatron_rl.policy.rows import PackedRow
+from megatron_rl.policy.upstream import mark_expert_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -228,6 +229,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     skip_second_sort(model)
+    mark_expert_parameters(model, config)
     model.head_temperature = run.rollout.sampling.temperature
     model.head_vocab_size = family.vocab_size
     return model

@@ -59,6 +59,11 @@ class LayerReplay(RouterReplay):
         """Return scores and numbers of the experts to take, each [T, E]; scores is [T, experts]."""
         assert default_compute_topk is not None, "megatron-core always gives its own top-k"
         values_TE, live_TE = default_compute_topk(scores, topk, num_groups, group_topk)
+        if not torch.is_grad_enabled():
+            # megatron-core 0.18 and later sort only where gradients are on. Gates are normalized by a sum over the
+            # chosen experts, so without this sort scoring and training would add them in different orders.
+            values_TE, order_TE = values_TE.sort(dim=1, descending=True, stable=True)
+            live_TE = live_TE.gather(1, order_TE)
         routes = self.routes
         if routes is None:
             return values_TE, live_TE
@@ -84,7 +89,7 @@ class Replay:
         self._is_off = False
         config = chunks[0].config
         self._shares_tokens = bool(config.sequence_parallel) and group_size(mesh.tensor) > 1
-        if self.mode != "none":
+        if family.num_experts:
             self._attach(chunks)
 
     def _attach(self, chunks: Sequence[DistributedDataParallel]) -> None:

@@ -28,6 +28,7 @@ DEFAULT: tuple[str, ...] = (
     "recompute=selective",
     "tensor=2",
     "tensor=2,expert_tensor=2,recompute=full",
+    "tensor=2,expert_tensor=1",
     "pipeline=2,tokens=128",
     "pipeline=2,virtual_pipeline=2,tokens=128",
     "pipeline=3,tokens=128",

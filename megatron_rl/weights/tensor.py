@@ -44,6 +44,9 @@ class _TensorUpdate(WeightUpdate):
 
 def encode(bucket: NamedTensors) -> str:
     """Return the tensors as SGLang's ``update_weights_from_tensor`` takes them."""
+    # Importing megatron-core 0.17 or later replaces this function by one whose name no server knows.
+    loader = torch.storage._load_from_bytes
+    loader.__module__, loader.__name__, loader.__qualname__ = "torch.storage", "_load_from_bytes", "_load_from_bytes"
     file = io.BytesIO()
     _Pickler(file, [tensor for _, tensor in bucket]).dump(list(bucket))
     return base64.b64encode(file.getbuffer()).decode("ascii")

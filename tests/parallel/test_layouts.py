@@ -18,6 +18,7 @@ FAST = (
     "context=2,tokens=128",
     "data=2,tokens=64",
     "tensor=2,expert_tensor=2,recompute=full",
+    "tensor=2,expert_tensor=1",
     "pipeline=2,expert=2,tokens=128",
 )
 

@@ -11,7 +11,7 @@ from megatron_rl.data.types import Batch, Loss, Metrics, Micro
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.test_parity import weighted
-from tests.policy.tiny import by_transformers, case, run_of
+from tests.policy.tiny import by_transformers, case, run_of, save_model
 from tests.ranks import RankError, run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +118,12 @@ def test_the_report_counts_layers_and_replays_nothing(model: Path, alone: dict[s
     assert share == pytest.approx(27 / 28, abs=0.03)
 
 
+def distance(logprobs_R: Tensor, _entropies_R: Tensor, micro: Micro) -> Loss:
+    """A loss that measures how far the log-probs of the training pass are from those of the scoring pass."""
+    apart = (logprobs_R - micro["old_logprobs_T"].to(logprobs_R)).abs()
+    return Loss(logprobs_R.sum(), Metrics({}, {"apart": apart.detach().amax() if len(apart) else apart.sum()}))
+
+
 def noisy_ratios(folder: str, mode: str, parallel: dict[str, object], recompute: str) -> tuple[float, float]:
     """Return the largest distance of a first ratio from 1, by router-side noise, and of the routes that were kept."""
     run = run_of(Path(folder), parallel=parallel, rollout={"routing_replay": mode}, model={"recompute": recompute})
@@ -126,18 +132,13 @@ def noisy_ratios(folder: str, mode: str, parallel: dict[str, object], recompute:
     # Another choice at every call, as rounding on a busy GPU may give, with the scores left as they are.
     topk, generator = torch.topk, torch.Generator().manual_seed(world.rank)
 
-    def noisy(scores: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+    def noisy(scores: Tensor, k: int, dim: int, **_: bool) -> tuple[Tensor, Tensor]:
         chosen = topk(scores.detach() + torch.rand(scores.shape, generator=generator), k=k, dim=dim).indices
         return scores.gather(dim, chosen), chosen
 
     setattr(torch, "topk", noisy)  # noqa: B010 (of this rank's process alone)
     batch = case()
     batch = batch.add(policy.compute_logprobs(batch).as_old())
-
-    def distance(logprobs_R: Tensor, _entropies_R: Tensor, micro: Micro) -> Loss:
-        apart = (logprobs_R - micro["old_logprobs_T"].to(logprobs_R)).abs()
-        return Loss(logprobs_R.sum(), Metrics({}, {"apart": apart.detach().amax() if len(apart) else apart.sum()}))
-
     metrics = policy.forward_backward(batch, distance)
     return float(metrics.maxima["apart"]), float(batch["routes_T"].double().mean()) if "routes_T" in batch else 0.0
 
@@ -152,6 +153,19 @@ def test_first_ratios_are_exactly_one_under_r2_whatever_the_router_does(model: P
 
     assert apart("r2") == 0.0
     assert apart("none") > 1e-3
+
+
+def scored_and_trained(folder: str) -> float:
+    policy = Policy(run_of(Path(folder)), start_world(60, deterministic=True), total_updates=1)
+    batch = case()
+    batch = batch.add(policy.compute_logprobs(batch).as_old())
+    return float(policy.forward_backward(batch, distance).maxima["apart"])
+
+
+def test_first_ratios_are_exactly_one_with_many_experts_per_token(tmp_path: Path) -> None:
+    # With two experts per token the sum of the gates commutes, and a different order of the experts cannot be seen.
+    save_model(tmp_path, experts=64, experts_per_token=8)
+    assert run_ranks(scored_and_trained, 1, str(tmp_path), initialize=False)[0] == 0.0
 
 
 def misshapen(folder: str) -> None:

@@ -14,7 +14,9 @@ from megatron_rl.prove.case import make_batch
 VOCABULARY = 18
 
 
-def save_model(folder: Path, *, tied: bool = False, vocabulary: int = VOCABULARY) -> Path:
+def save_model(
+    folder: Path, *, tied: bool = False, vocabulary: int = VOCABULARY, experts: int = 8, experts_per_token: int = 2
+) -> Path:
     """Write a random checkpoint whose routers and softmaxes are decided, and return its folder."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
@@ -25,8 +27,8 @@ def save_model(folder: Path, *, tied: bool = False, vocabulary: int = VOCABULARY
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
+        num_experts=experts,
+        num_experts_per_tok=experts_per_token,
         moe_intermediate_size=48,
         norm_topk_prob=True,
         max_position_embeddings=256,

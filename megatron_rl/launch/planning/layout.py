@@ -140,13 +140,6 @@ def _check_experts(
             f"{setting('sequence')} with {setting('tensor')}: megatron-core trains experts under tensor parallelism"
             " only with sequence parallelism; leave parallel.sequence out"
         )
-    if layout.tensor > 1 and layout.expert == 1 and layout.expert_tensor != layout.tensor:
-        other = f", or expert = {layout.tensor}" if sizes.experts % layout.tensor == 0 else ""
-        yield (
-            f"{setting('expert_tensor')} with {setting('tensor')} and expert = 1: megatron-core 0.16 then computes"
-            " wrong expert gradients without an error (it sums them over the wrong ranks);"
-            f" write expert_tensor = {layout.tensor}{other}"
-        )
     if sizes.experts_have_bias and not on_gloo and layout.expert_tensor > 1:
         yield (
             f"{setting('expert_tensor')}, and the model's experts have biases: transformer-engine's layers would add a"
