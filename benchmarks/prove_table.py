@@ -1,55 +1,60 @@
-"""Writes docs/prove.md from the files that `megatron-rl prove --output` wrote.
+"""Write docs/prove.md from the files that `megatron-rl prove --output` wrote.
 
-megatron-rl prove configs/demo.toml --shrink layers=4,hidden=48 --objective all --output prove32.json
-python benchmarks/prove_table.py prove32.json [prove64.json]
+megatron-rl prove configs/demo.toml --shrink layers=4,hidden=48 --objective all --output p32.json
+megatron-rl prove configs/demo.toml --shrink layers=4,hidden=48 --objective all --output p64.json model.dtype=float64
+python benchmarks/prove_table.py p32.json p64.json
 """
 
 import json
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-KEYS = ("logprobs", "entropies", "loss", "gradient", "norm", "ratio")
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "prove.md"
+COLUMNS = (("logprobs", "loss", "gradient", "norm"), ("logprobs", "gradient"))
+"""Differences that the page shows of the first and of the second file."""
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "prove.md"
+HEAD = """# Proof of layouts
+
+This page shows that every layout gives the loss and gradient of one rank, by `megatron-rl prove`.
+
+One training step of a Qwen3-MoE (4 layers, hidden 48, 8 experts, random weights) under each layout, compared with one
+rank in float64: the largest difference over all objectives. Log-probs in nats (relative above 1), loss relative to
+max(|loss|, 1), gradient: the worst parameter's norm of the difference over its norm, norm: Megatron's gradient norm.
+Entropies and ratios are checked too. {date}, 2 CPU cores, gloo.
+"""
 
 
-def section(path: Path) -> list[str]:
-    """Return one file's table: for each layout the largest difference over its objectives."""
-    proven = json.loads(path.read_text())
+def summary(proven: dict[str, Any]) -> str:
+    """Return how many results of a file hold, and their tolerance."""
     results = proven["results"]
-    objectives = sorted({result["objective"] for result in results})
+    objectives = ", ".join(sorted({result["objective"] for result in results}))
     tolerance = ", ".join(f"{name} {bound:.0e}" for name, bound in proven["tolerance"].items())
     held = sum(result["holds"] for result in results)
-    lines = [
-        f"## {proven['dtype']}",
-        "",
-        f"{held} of {len(results)} hold; objectives: {', '.join(objectives)}. Tolerance: {tolerance}.",
-        "",
-        "| layout | ranks | " + " | ".join(KEYS) + " | holds |",
-        "|---" * (len(KEYS) + 3) + "|",
-    ]
-    for layout in dict.fromkeys(result["layout"] for result in results):
-        of_layout = [result for result in results if result["layout"] == layout]
-        worst = [f"{max(result[key] for result in of_layout):.1e}" for key in KEYS]
-        holds = "yes" if all(result["holds"] for result in of_layout) else "NO"
-        lines.append(f"| `{layout}` | {of_layout[0]['ranks']} | " + " | ".join(worst) + f" | {holds} |")
-    return [*lines, ""]
+    return f"* {proven['dtype']}: {held} of {len(results)} hold ({objectives}); tolerance: {tolerance}."
+
+
+def table(files: list[dict[str, Any]]) -> list[str]:
+    """Return the largest difference per layout over the objectives of each file; a layout that fails is marked."""
+    titles = [f"{proven['dtype']}: {key}" for proven, keys in zip(files, COLUMNS, strict=False) for key in keys]
+    lines = ["| layout | ranks | " + " | ".join(titles) + " |", "|---" * (len(titles) + 2) + "|"]
+    for layout in dict.fromkeys(result["layout"] for result in files[0]["results"]):
+        of_layout = [[result for result in proven["results"] if result["layout"] == layout] for proven in files]
+        worst = [
+            f"{max(result[key] for result in results):.1e}"
+            for results, keys in zip(of_layout, COLUMNS, strict=False)
+            for key in keys
+        ]
+        failed = "" if all(result["holds"] for results in of_layout for result in results) else " **FAILS**"
+        lines.append(f"| `{layout}`{failed} | {of_layout[0][0]['ranks']} | " + " | ".join(worst) + " |")
+    return lines
 
 
 def main() -> None:
     """Write the page."""
-    head = [
-        "# What `megatron-rl prove` shows",
-        "",
-        "One training step of a Qwen3-MoE (4 layers, hidden 48, 8 experts, random weights) under each layout,",
-        "compared with one rank in float64: the largest difference over all objectives. Log-probs and entropies in",
-        "nats (relative above 1), loss relative to max(|loss|, 1), gradient: the worst parameter's norm of the",
-        "difference over its norm, norm: megatron's gradient norm, ratio: mean and largest ratio.",
-        f"{date.today()}, 2 CPU cores, gloo.",
-        "",
-    ]
-    lines = [line for name in sys.argv[1:] for line in section(Path(name))]
-    DOCS.write_text("\n".join([*head, *lines]), encoding="utf-8")
+    files = [json.loads(Path(name).read_text()) for name in sys.argv[1:3]]
+    lines = [HEAD.format(date=date.today()), *map(summary, files), "", *table(files)]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
