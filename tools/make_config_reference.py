@@ -25,34 +25,35 @@ WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 CONFIG_HEAD = """# Configuration
 
-`megatron-rl train a.toml b.toml key=value`: later files are stronger, tables are merged, and `section.key=value` is
-stronger than any file. A key that is not on this page is an error. A relative path in a file begins at that file's
-folder; in `key=value`, and in `log.path`, at the folder where the command runs. `megatron-rl check` prints every value
-with the place where it was set.
+This page lists every setting. `megatron-rl train a.toml b.toml key=value`: later files override earlier ones, tables
+are merged, and `section.key=value` overrides files. A key that is not on this page is an error. A relative path in a
+file starts at that file's folder; in `key=value`, and in `log.path`, at the current folder. `megatron-rl check` prints
+every value and where it was set.
 """
 
 FOLDER_HEAD = """# The run folder
 
-`log.path` of a run; `tools/demo` takes the first free one of `runs/demo`, `runs/demo-2`, ...
+This page lists the files of a run and the keys of `metrics.jsonl`. The folder is `log.path`; `tools/demo` uses the
+first unused one of `runs/demo`, `runs/demo-2`, ...
 
-| file | what |
+| file | content |
 |---|---|
-| `config.json` | all settings, defaults included |
-| `versions.json` | python, torch, megatron-core and what else can change a number |
-| `metrics.jsonl` | one JSON object a step, keys below |
-| `rollouts.jsonl` | one a sample: prompt, response, reward, reason, tokens, weight versions; `log.rollouts` |
-| `tokens.jsonl` | one a step: some responses token by token, clips in bins; `log.tokens`, [report.md](report.md) |
-| `ledger.jsonl` | one a group that was sampled to be trained on: what became of it, and its lag |
-| `console.log` | the table of the console, with the time of day |
-| `mismatch.json` | the newest step's tokens on which engine and trainer agree least |
-| `nonfinite/` | where NaN or inf came up: the micro-batch and its weights, for `megatron-rl replay` |
-| `hang/` | empty, or, after a hang, `report.txt`: who did not come to which collective, and every rank's stack |
-| `servers/server_0.log` | what a rollout server says, if the run started it |
-| `checkpoints/step_00000060/` | weights, moments, generators, sampler: [checkpoints.md](checkpoints.md) |
+| `config.json` | all settings with defaults |
+| `versions.json` | versions of Python, torch, megatron-core and other packages that can change a number |
+| `metrics.jsonl` | one JSON object per step, keys below |
+| `rollouts.jsonl` | one per sample: prompt, response, reward, reason, tokens, weight versions; `log.rollouts` |
+| `tokens.jsonl` | one per step: responses by token, counts of clipped segments; `log.tokens`, [report.md](report.md) |
+| `ledger.jsonl` | one per group sampled for training: its outcome and lag ([async.md](async.md#ledger-and-resuming)) |
+| `console.log` | the console table with the time of day |
+| `mismatch.json` | the tokens of the newest step on which engine and trainer differ most |
+| `nonfinite/` | after NaN or inf: the micro-batch and its weights, for `megatron-rl debug-nonfinite` |
+| `hang/` | after a hang: `report.txt` with the missing ranks and every rank's stack |
+| `servers/server_0.log` | log of a rollout server that the run started |
+| `checkpoints/step_00000060/` | weights, moments, generators, sampler ([checkpoints.md](checkpoints.md)) |
 | `export/` | the trained model as a Hugging Face checkpoint; `checkpoint.export` |
-| `exports/step_00000060/` | the same on the way there; `checkpoint.export_every` |
+| `exports/step_00000060/` | the same during training; `checkpoint.export_every` |
 
-Two runs are compared with `python tools/compare_runs.py RUN_A RUN_B`, bit for bit, times aside.
+`python tools/compare_runs.py RUN_A RUN_B` compares two runs bit for bit, except for times.
 
 ## Keys of metrics.jsonl
 
@@ -133,7 +134,7 @@ def _default(field: FieldInfo) -> str:
 def folder_page() -> str:
     """Return docs/run-folder.md."""
     rows = [f"| `{key}` | {_cell(meaning)} |" for key, meaning in DOCUMENTED.items()]
-    return "\n".join([MADE, FOLDER_HEAD.rstrip("\n"), *rows]) + "\n\nA number that is not finite is written as null.\n"
+    return "\n".join([MADE, FOLDER_HEAD.rstrip("\n"), *rows]) + "\n\nNumbers that are not finite are written as null.\n"
 
 
 def main() -> int:
