@@ -85,7 +85,7 @@ def clockwork(max_lag: int, train_seconds: float) -> dict[str, float]:
                 fleet.update([("t", torch.zeros(1))], step + 1)
                 busy += time.monotonic() - before
                 if max_lag:
-                    stream.ahead(step + 1)
+                    stream.sample_ahead(step + 1)
             total = time.monotonic() - begun
             return {"seconds": total / STEPS, "trainer": busy / total, "fleet": fleet.busy_seconds / total}
 

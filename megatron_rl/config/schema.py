@@ -5,7 +5,7 @@ The string under a field is its documentation; the reference page and ``megatron
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from megatron_rl.algorithms.loss import Correction, ReferenceKL
 from megatron_rl.algorithms.objectives import GRPO, AnyObjective
@@ -173,8 +173,12 @@ class Train(Section):
     """Continue the run in ``log.path`` from its newest checkpoint."""
     filter_zero_variance: bool = False
     """Drop groups whose rewards are all equal (they are counted either way)."""
-    refills: Annotated[int, Field(ge=0)] = 0
-    """Times a step asks for more prompts in place of those dropped (dynamic sampling), before it takes what it has."""
+    # Older run folders call this setting ``refills``.
+    max_resample_rounds: Annotated[
+        int, Field(ge=0, validation_alias=AliasChoices("max_resample_rounds", "refills"))
+    ] = 0
+    """How many times a step may request more prompts to replace dropped groups (dynamic sampling); after the last round
+    it trains on the groups it has."""
     oversample: Annotated[float, Field(ge=1)] = 1.0
     """Prompts to ask for, as a multiple of what a step lacks; those too many are dropped, the last ones first."""
     step_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
@@ -182,14 +186,16 @@ class Train(Section):
     with exit code 75."""
 
     @model_validator(mode="after")
-    def _refills_replace_what_is_dropped(self) -> "Train":
-        if not self.filter_zero_variance and (self.refills or self.oversample > 1):
+    def _resampling_replaces_dropped_groups(self) -> "Train":
+        if not self.filter_zero_variance and (self.max_resample_rounds or self.oversample > 1):
             raise ValueError(
-                f"refills = {self.refills} and oversample = {self.oversample} replace dropped groups, and none are"
-                " dropped; set train.filter_zero_variance = true"
+                f"max_resample_rounds = {self.max_resample_rounds} and oversample = {self.oversample} replace dropped"
+                " groups, and none are dropped; set train.filter_zero_variance = true"
             )
-        if self.refills and self.group_size == 1:
-            raise ValueError("refills: a group of one never has a signal; set train.group_size to 2 or more")
+        if self.max_resample_rounds and self.group_size == 1:
+            raise ValueError(
+                "max_resample_rounds: a group of one never has a signal; set train.group_size to 2 or more"
+            )
         return self
 
 

@@ -19,7 +19,7 @@ from megatron_rl.evaluate.targets import Target, find_targets
 from megatron_rl.launch.planning.run_plan import check_sampling
 from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
 from megatron_rl.rollout.fleet_setup import Chat
-from megatron_rl.rollout.routes import wanted_routes
+from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.rollout.stream import verify_groups
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_verifier
@@ -83,7 +83,9 @@ def _answer(
     ):
         bar = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
         versions = range(VERSION, VERSION + 1)
-        asked = fleet.submit(*question(run, prompts, target.step), versions, wanted=missing, routes=wanted_routes(run))
+        asked = fleet.submit(
+            *question(run, prompts, target.step), versions, wanted=missing, routes=requested_routes(run)
+        )
         places = {verify_groups(pending, verifier): first for first, pending in asked}
         try:
             for future in as_completed(places):

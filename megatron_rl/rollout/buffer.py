@@ -1,24 +1,25 @@
-"""What lies between the fleet and the trainer: which groups may be asked for, which are there, which may be trained on.
+"""Which groups may be requested, which are finished, and which may be trained on.
 
-    prompts --> orders --> fleet (in the making) --> held (finished) --> take(step) --> trained
-                  ^                                     |                  |
-                  |   refill: a group without a signal  +--> no signal <---+--> surplus
-                  +-- again: a group that is too old ------> too old
+    prompts --> orders --> fleet (in progress) --> finished --> take(step) --> trained
+                  ^                                   |             |
+                  |   resample: no signal             +--> no signal <--+--> surplus
+                  +-- repeat: too old -------------------> too old
 
     step          s          s+1         ...        s+max_lag        s+max_lag+1
-                  taken when whole       in the making or held       BACK-PRESSURE: not ordered
+                  taken when complete    in progress or finished     BACK-PRESSURE: not ordered
                                                                      before weights s+1 are pushed
 
-The contract. The weights that step s trains have version s. Every token of a group that step s takes was made by
-weights of a version from s - max_lag to s; a response that was paused for a push counts with its oldest token.
-A group that would break this is not trained on: it is dropped, counted, and its prompt asked for again. With
-max_lag = 0 nothing is in the making while the trainer trains.
+Version s is the version of the weights that step s trains. Every token of a group that step s takes was sampled by
+weights of versions s - max_lag to s; a response that was paused for a push counts with its oldest token. A group that
+violates this is dropped and counted, and its prompt is requested again. With max_lag = 0 nothing is in progress while
+the trainer trains.
 
-A step gets the prompts that stand next in the stream, and waits for all of them: what is fast does not push in, so a
-batch leans no more to short responses than it would without lag. At most ``(max_lag + 1) * prompts_per_step`` groups
-(times ``oversample``) are in the making or held.
+Groups are consumed in prompt order: a step takes the next prompts of the stream and waits for all of them, so batches
+are not biased toward short responses. At most ``(max_lag + 1) * prompts_per_step`` groups (times ``oversample``) are in
+progress or finished.
 
-Plain data, one thread, no clock: its owner says what came and asks what to do. ``snapshot`` is all there is to save.
+The buffer is plain data without threads or clocks: its owner reports finished groups and asks for orders.
+``buffer_state`` saves and restores it.
 """
 
 import math
@@ -30,196 +31,207 @@ from megatron_rl.tasks.base import Verdict
 
 TRAINED, NO_SIGNAL, SURPLUS, TOO_OLD = "trained", "no signal", "surplus", "too old"
 FATES = (TRAINED, NO_SIGNAL, SURPLUS, TOO_OLD)
-"""What can become of a group."""
+"""The possible outcomes of a group, as written to ``ledger.jsonl``."""
 
 
 @dataclass(frozen=True)
 class BufferConfig:
-    """What a run asks of its buffer."""
+    """The settings of a run that the buffer depends on."""
 
     prompts_per_step: int
     steps: int
     max_lag: int = 0
-    filtered: bool = False
-    """Groups without a signal are no use."""
-    refills: int = 0
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal."""
+    max_resample_rounds: int = 0
     oversample: float = 1.0
-    apart: bool = False
-    """See ``FinishedGroup``."""
+    separate_rewards: bool = False
+    """Several rewards are normalized separately (GDPO): a group has a signal if any one of them differs."""
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Prompts to sample for a step, in one go."""
+    """Prompts to sample for a step in one request to the fleet."""
 
     step: int
     round: int
-    """Orders of the step before this one: makes the seeds and ids of its samples its own."""
+    """Number of earlier orders of the step; makes the seeds and ids of the samples unique."""
     positions: tuple[int, ...]
-    """Of the prompts in the stream."""
-    places: tuple[int, ...]
-    """Of their groups in the plan."""
-    wanted: tuple[int, ...]
-    """Which of these are still to come: all, but for an order that a resumed run repeats."""
+    """Positions of the prompts in the stream."""
+    slots: tuple[int, ...]
+    """Slots of the plan that the groups fill, one per prompt."""
+    missing: tuple[int, ...]
+    """Indices of the prompts whose groups are missing: all of them, unless a resumed run repeats the order."""
 
 
 @dataclass(frozen=True)
 class FinishedGroup:
-    """A finished group and what its verifier said."""
+    """A sampled group and its verdicts."""
 
     group: Group
     verdicts: tuple[Verdict, ...]
-    apart: bool = False
-    """Several rewards are normalised apart: it is enough if one of them differs."""
+    separate_rewards: bool = False
+    """As in ``BufferConfig``."""
 
     @property
-    def signal(self) -> bool:
-        """Whether its rewards differ."""
+    def has_signal(self) -> bool:
+        """Whether the rewards of the verified responses differ."""
         verified = [verdict for verdict in self.verdicts if verdict.score is not None]
-        return len({tuple(v.rewards.items()) if self.apart else v.score for v in verified}) > 1
+        return len({tuple(v.rewards.items()) if self.separate_rewards else v.score for v in verified}) > 1
 
 
 @dataclass(frozen=True)
 class DroppedGroup:
-    """A group that is not trained on, and why."""
+    """A group that is not trained on."""
 
-    held: FinishedGroup
-    why: str
+    finished: FinishedGroup
+    fate: str
+    """Why it was dropped: ``SURPLUS`` or ``TOO_OLD``."""
     position: int
-    """Of its prompt in the stream."""
+    """Position of its prompt in the stream."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a step gets."""
+    """The groups of a step."""
 
     used: tuple[FinishedGroup, ...]
-    """To train on, in the order of the stream. Groups without a signal are still among them."""
+    """Groups to train on, in prompt order; groups without a signal are still included."""
     dropped: tuple[DroppedGroup, ...]
-    refills: int
+    resample_rounds: int
+    """How many times more prompts were requested to replace groups without a signal."""
+
+    @property
+    def groups(self) -> list[FinishedGroup]:
+        """All groups, the used ones first."""
+        return [*self.used, *(dropped.finished for dropped in self.dropped)]
 
 
 @dataclass
 class StepPlan:
-    """A step that groups are gathered for: places, each for one group."""
+    """A future step: its slots, each for the group of one prompt."""
 
     positions: list[int] = field(default_factory=list)
-    """Of each place's prompt in the stream."""
-    held: dict[int, FinishedGroup] = field(default_factory=dict)
-    """By place."""
-    coming: dict[int, int] = field(default_factory=dict)
-    """Place -> round of the order that a group is to come from."""
+    """Position in the stream of each slot's prompt."""
+    finished: dict[int, FinishedGroup] = field(default_factory=dict)
+    """Slot -> its group."""
+    pending: dict[int, int] = field(default_factory=dict)
+    """Slot -> round of the order that its group is expected from."""
     orders: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """Round -> places, of the orders that a group is still to come from."""
-    given: set[int] = field(default_factory=set)
-    """Rounds whose orders went out; not saved."""
+    """Round -> slots, for the orders with pending groups."""
+    submitted: set[int] = field(default_factory=set)
+    """Rounds whose orders were returned by ``new_orders``; not saved."""
     dropped: list[DroppedGroup] = field(default_factory=list)
     rounds: int = 0
-    refills: int = 0
+    """Number of orders so far."""
+    resample_rounds: int = 0
 
-    def vacant(self) -> list[int]:
-        """Return the places without a group, in hand or to come."""
-        return [place for place in range(len(self.positions)) if place not in self.held and place not in self.coming]
+    def empty_slots(self) -> list[int]:
+        """Return the slots whose group is neither finished nor pending."""
+        return [slot for slot in range(len(self.positions)) if slot not in self.finished and slot not in self.pending]
 
-    def order(self, places: Sequence[int]) -> None:
-        """Order groups for these places."""
-        if places:
-            self.orders[self.rounds] = tuple(places)
-            self.coming.update(dict.fromkeys(places, self.rounds))
+    def order(self, slots: Sequence[int]) -> None:
+        """Add an order for the groups of these slots, if there are any."""
+        if slots:
+            self.orders[self.rounds] = tuple(slots)
+            self.pending.update(dict.fromkeys(slots, self.rounds))
             self.rounds += 1
 
-    def give(self, step: int) -> list[SampleOrder]:
-        """Return the orders that are to go out, once."""
-        due = [(number, places) for number, places in self.orders.items() if number not in self.given]
-        self.given.update(number for number, _ in due)
+    def new_orders(self, step: int) -> list[SampleOrder]:
+        """Return the orders that were not returned before."""
+        new = [(number, slots) for number, slots in self.orders.items() if number not in self.submitted]
+        self.submitted.update(number for number, _ in new)
         return [
             SampleOrder(
                 step,
                 number,
-                tuple(self.positions[place] for place in places),
-                places,
-                tuple(i for i, place in enumerate(places) if self.coming.get(place) == number),
+                tuple(self.positions[slot] for slot in slots),
+                slots,
+                tuple(i for i, slot in enumerate(slots) if self.pending.get(slot) == number),
             )
-            for number, places in due
+            for number, slots in new
         ]
 
-    def put(self, number: int, place: int, held: FinishedGroup) -> None:
-        """Take a group, unless this place expects none from this order: a repeated one may bring too many."""
-        if self.coming.get(place) == number:
-            del self.coming[place]
-            self.held[place] = held
-            if number not in self.coming.values():
+    def put(self, number: int, slot: int, finished: FinishedGroup) -> None:
+        """Store a group of an order, unless its slot expects none from it: a repeated order may bring extra groups."""
+        if self.pending.get(slot) == number:
+            del self.pending[slot]
+            self.finished[slot] = finished
+            if number not in self.pending.values():
                 del self.orders[number]
 
 
 class Buffer:
-    """The groups of the steps to come."""
+    """The groups of the steps that are not trained yet."""
 
-    def __init__(self, demand: BufferConfig) -> None:
-        self.demand = demand
-        self.position = 0
-        """Of the next prompt in the stream."""
+    def __init__(self, config: BufferConfig) -> None:
+        self.config = config
+        self.next_position = 0
+        """Position in the stream of the next prompt."""
         self.plans: dict[int, StepPlan] = {}
-        """By step."""
-        self._first = 0  # step that was not taken yet
+        """Step -> its plan."""
+        self._next_step = 0  # the first step that was not taken
 
     def orders(self, version: int) -> list[SampleOrder]:
-        """Return what to ask the fleet for now that it has weights of this version; each order is returned once."""
-        for step in range(max(version, self._first), min(version + self.demand.max_lag, self.demand.steps - 1) + 1):
+        """Return what to request from the fleet now that it has weights of this version; returns each order once."""
+        last = min(version + self.config.max_lag, self.config.steps - 1)
+        for step in range(max(version, self._next_step), last + 1):
             if step not in self.plans:
                 self.plans[step] = StepPlan()
-                self._extend(self.plans[step], self.demand.prompts_per_step)
-        made: list[SampleOrder] = []
+                self._add_slots(self.plans[step], self.config.prompts_per_step)
+        orders: list[SampleOrder] = []
         for step, plan in sorted(self.plans.items()):
             self._drop_old(step, plan)
-            plan.order(plan.vacant())
-            if not plan.coming and (lacking := self._lacking(plan)):
-                plan.refills += 1
-                self._extend(plan, lacking)
-                plan.order(plan.vacant())
-            made += plan.give(step)
-        return made
+            plan.order(plan.empty_slots())
+            if not plan.pending and (shortfall := self._shortfall(plan)):
+                plan.resample_rounds += 1
+                self._add_slots(plan, shortfall)
+                plan.order(plan.empty_slots())
+            orders += plan.new_orders(step)
+        return orders
 
     def put(self, order: SampleOrder, first: int, groups: Sequence[FinishedGroup]) -> None:
-        """Take finished groups, the first of which stands there in the order."""
-        for place, held in zip(order.places[first : first + len(groups)], groups, strict=True):
-            self.plans[order.step].put(order.round, place, held)
+        """Store finished groups of an order; ``first`` is the index in the order of the first of them."""
+        for slot, finished in zip(order.slots[first : first + len(groups)], groups, strict=True):
+            self.plans[order.step].put(order.round, slot, finished)
 
     def take(self, step: int) -> StepBatch | None:
-        """Return the groups of a step and forget them; None while there is something to wait for or to order."""
+        """Remove and return the groups of a step; None while some are pending or have to be ordered."""
         plan = self.plans.get(step)
-        if plan is None or len(plan.held) < len(plan.positions) or self._old(step, plan) or self._lacking(plan):
+        if plan is None or len(plan.finished) < len(plan.positions):
+            return None
+        if self._old_slots(step, plan) or self._shortfall(plan):
             return None
         del self.plans[step]
-        self._first = step + 1
+        self._next_step = step + 1
         used: list[FinishedGroup] = []
-        wanted = self.demand.prompts_per_step
-        for place, held in sorted(plan.held.items()):
-            if wanted or not self.demand.filtered:
-                used.append(held)
-                wanted -= held.signal
+        needed = self.config.prompts_per_step
+        for slot, finished in sorted(plan.finished.items()):
+            if needed or not self.config.filter_zero_variance:
+                used.append(finished)
+                needed -= finished.has_signal
             else:
-                plan.dropped.append(DroppedGroup(held, SURPLUS, plan.positions[place]))
-        return StepBatch(tuple(used), tuple(plan.dropped), plan.refills)
+                plan.dropped.append(DroppedGroup(finished, SURPLUS, plan.positions[slot]))
+        return StepBatch(tuple(used), tuple(plan.dropped), plan.resample_rounds)
 
-    def _extend(self, plan: StepPlan, groups: int) -> None:
-        """Give a plan places for the next prompts of the stream, enough for so many groups."""
-        count = math.ceil(groups * self.demand.oversample)
-        plan.positions += range(self.position, self.position + count)
-        self.position += count
+    def _add_slots(self, plan: StepPlan, groups: int) -> None:
+        """Add slots for the next prompts of the stream, ``oversample`` times as many as groups are needed."""
+        count = math.ceil(groups * self.config.oversample)
+        plan.positions += range(self.next_position, self.next_position + count)
+        self.next_position += count
 
-    def _lacking(self, plan: StepPlan) -> int:
-        """Return how many groups with a signal a whole plan lacks, if it may still ask for more."""
-        if plan.refills >= self.demand.refills:
+    def _shortfall(self, plan: StepPlan) -> int:
+        """Return how many groups with a signal a complete plan lacks; 0 after the last resampling round."""
+        if plan.resample_rounds >= self.config.max_resample_rounds:
             return 0
-        return max(0, self.demand.prompts_per_step - sum(held.signal for held in plan.held.values()))
+        return max(0, self.config.prompts_per_step - sum(group.has_signal for group in plan.finished.values()))
 
-    def _old(self, step: int, plan: StepPlan) -> list[int]:
-        """Return the places whose groups are too old for their step; an unknown version, -1, is taken for new."""
-        oldest = step - self.demand.max_lag
-        return [place for place, held in plan.held.items() if 0 <= held.group.oldest_version < oldest]
+    def _old_slots(self, step: int, plan: StepPlan) -> list[int]:
+        """Return the slots whose groups are too old for their step; an unknown version (-1) counts as new."""
+        oldest = step - self.config.max_lag
+        return [slot for slot, finished in plan.finished.items() if 0 <= finished.group.oldest_version < oldest]
 
     def _drop_old(self, step: int, plan: StepPlan) -> None:
         plan.dropped += [
-            DroppedGroup(plan.held.pop(place), TOO_OLD, plan.positions[place]) for place in self._old(step, plan)
+            DroppedGroup(plan.finished.pop(slot), TOO_OLD, plan.positions[slot]) for slot in self._old_slots(step, plan)
         ]

@@ -1,4 +1,4 @@
-"""The buffer in a checkpoint: finished groups as they are; groups in the making as orders that are given once more."""
+"""The buffer in a checkpoint: finished groups are saved whole, groups in progress as orders that are repeated."""
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
@@ -18,23 +18,25 @@ Json = Mapping[str, Any]
 
 
 def snapshot(buffer: Buffer) -> Json:
-    """Return the buffer as JSON; prompts are not in it, only where they stand in the stream."""
+    """Return the buffer as JSON; of the prompts it holds only their positions in the stream."""
     return {
-        "next_prompt": buffer.position,
+        "next_prompt": buffer.next_position,
         "plans": [{"step": step, **_plan(plan)} for step, plan in sorted(buffer.plans.items())],
     }
 
 
 def restore(buffer: Buffer, state: Json, prompts: PromptSource) -> None:
-    """Bring a new buffer to a state that was saved; what was in the making is ordered again, with the same seeds."""
-    buffer.position = state["next_prompt"]
+    """Restore a saved state into a new buffer; groups in progress are ordered again, with the same seeds."""
+    buffer.next_position = state["next_prompt"]
     for saved in state.get("plans", []):
-        plan = StepPlan(saved["positions"], rounds=saved["rounds"], refills=saved["refills"])
-        plan.orders = {number: tuple(places) for number, places, _ in saved["orders"]}
-        plan.coming = {place: number for number, _, coming in saved["orders"] for place in coming}
-        apart = buffer.demand.apart
-        plan.held = {place: _held(entry, prompts[plan.positions[place]], apart) for place, entry in saved["held"]}
-        plan.dropped = [DroppedGroup(_held(entry, prompts[at], apart), why, at) for at, entry, why in saved["dropped"]]
+        plan = StepPlan(saved["positions"], rounds=saved["rounds"], resample_rounds=saved["refills"])
+        plan.orders = {number: tuple(slots) for number, slots, _ in saved["orders"]}
+        plan.pending = {slot: number for number, _, pending in saved["orders"] for slot in pending}
+        separate = buffer.config.separate_rewards
+        for slot, entry in saved["held"]:
+            plan.finished[slot] = _finished(entry, prompts[plan.positions[slot]], separate)
+        for position, entry, fate in saved["dropped"]:
+            plan.dropped.append(DroppedGroup(_finished(entry, prompts[position], separate), fate, position))
         buffer.plans[saved["step"]] = plan
 
 
@@ -42,20 +44,20 @@ def _plan(plan: StepPlan) -> Json:
     return {
         "positions": plan.positions,
         "rounds": plan.rounds,
-        "refills": plan.refills,
+        "refills": plan.resample_rounds,
         "orders": [
-            [number, list(places), [place for place in places if plan.coming.get(place) == number]]
-            for number, places in plan.orders.items()
+            [number, list(slots), [slot for slot in slots if plan.pending.get(slot) == number]]
+            for number, slots in plan.orders.items()
         ],
-        "held": [[place, _entry(held)] for place, held in sorted(plan.held.items())],
-        "dropped": [[dropped.position, _entry(dropped.held), dropped.why] for dropped in plan.dropped],
+        "held": [[slot, _entry(finished)] for slot, finished in sorted(plan.finished.items())],
+        "dropped": [[dropped.position, _entry(dropped.finished), dropped.fate] for dropped in plan.dropped],
     }
 
 
-def _entry(held: FinishedGroup) -> Json:
+def _entry(finished: FinishedGroup) -> Json:
     return {
-        "responses": [_saved(response) for response in held.group.responses],
-        "verdicts": [asdict(verdict) for verdict in held.verdicts],
+        "responses": [_saved(response) for response in finished.group.responses],
+        "verdicts": [asdict(verdict) for verdict in finished.verdicts],
     }
 
 
@@ -74,9 +76,10 @@ def _routes(saved: Sequence[Any] | None) -> Tensor | None:
     return torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())
 
 
-def _held(entry: Json, prompt: Prompt, apart: bool) -> FinishedGroup:
+def _finished(entry: Json, prompt: Prompt, separate_rewards: bool) -> FinishedGroup:
     responses = tuple(_response(saved) for saved in entry["responses"])
-    return FinishedGroup(Group(prompt, responses), tuple(Verdict(**verdict) for verdict in entry["verdicts"]), apart)
+    verdicts = tuple(Verdict(**verdict) for verdict in entry["verdicts"])
+    return FinishedGroup(Group(prompt, responses), verdicts, separate_rewards)
 
 
 def _response(saved: Json) -> Response:

@@ -14,7 +14,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.distributed.collectives import broadcast_json, broadcast_tensor
 from megatron_rl.distributed.mesh import World
-from megatron_rl.rollout.routes import route_columns, wanted_routes
+from megatron_rl.rollout.routes import requested_routes, route_columns
 from megatron_rl.tasks.base import Verdict
 
 
@@ -56,7 +56,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "group_ids_B": group_ids_B,
         "advantages_B": _advantages(run, flat, rewards_B, group_ids_B, verified_B),
     }
-    if (shape := wanted_routes(run)) is not None:
+    if (shape := requested_routes(run)) is not None:
         columns |= route_columns([response for _, _, response in responses], lengths, shape)
     batch = Batch(torch.tensor(lengths), columns)
     return drop_signalless(batch) if run.train.filter_zero_variance else batch

@@ -15,12 +15,12 @@ def readings(stream: Stream, fleet: Fleet) -> list[Snapshot]:
 
 def _queue(stream: Stream, fleet: Fleet) -> list[Snapshot]:
     plans = list(stream.buffer.plans.values())
-    held = [held.group for plan in plans for held in list(plan.held.values())]
+    held = [held.group for plan in plans for held in list(plan.finished.values())]
     known = [group.oldest_version for group in held if group.oldest_version >= 0]
     newest = int(fleet.sync.version or 0)
     words = "groups of the steps to come"
     return [
-        Snapshot("queue_groups", words, sum(len(plan.coming) for plan in plans), {"state": "in the making"}),
+        Snapshot("queue_groups", words, sum(len(plan.pending) for plan in plans), {"state": "in the making"}),
         Snapshot("queue_groups", words, len(held), {"state": "finished"}),
         Snapshot("queue_steps", "steps that groups are gathered for", len(plans)),
         Snapshot(

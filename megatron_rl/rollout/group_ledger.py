@@ -27,7 +27,7 @@ def entries(step: int, taken: StepBatch, trained: Collection[int]) -> Iterator[M
     for place, held in enumerate(taken.used):
         yield _entry(step, held, TRAINED if place in trained else NO_SIGNAL)
     for dropped in taken.dropped:
-        yield _entry(step, dropped.held, dropped.why)
+        yield _entry(step, dropped.finished, dropped.fate)
 
 
 def _entry(step: int, held: FinishedGroup, fate: str) -> Mapping[str, object]:

@@ -15,8 +15,8 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
 
-def wanted_routes(run: Run) -> RouteShape | None:
-    """Return the shape of the record that the engine shall return; None: it need not."""
+def requested_routes(run: Run) -> RouteShape | None:
+    """Return the shape of the routing record to request from the engine; None: no record is needed."""
     if run.rollout.routing_replay not in ("report", "r3"):
         return None
     return family_of(read_hf_config(Path(run.model.path))).routes

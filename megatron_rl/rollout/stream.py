@@ -1,85 +1,66 @@
-"""Groups for step after step: keeps the fleet busy as far as the buffer allows, and has finished groups verified.
+"""Sampled and verified groups, step after step: keeps the fleet as busy as the buffer allows.
 
-    take(s)      wait until the groups of step s are whole and verified; meanwhile take what comes, and refill
-    ahead(s + 1) after the push of weights s + 1: ask for the steps that these weights may sample for
+    take(step)             wait until the groups of a step are sampled and verified; order replacements meanwhile
+    sample_ahead(version)  after a push of weights, request the groups that these weights may sample
 
-The fleet works in a thread of its own, and hands finished groups to the judges there, who may have processes of their
-own: both go on while the trainer trains. What has come is taken in by the calling thread.
+The fleet works in its own thread, from which finished groups go to the verifier: both continue while the trainer
+trains. The calling thread moves verified groups into the buffer.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from typing import Protocol
 
-from megatron_rl.config.schema import Run, Sampling
-from megatron_rl.data.routes import RouteShape
-from megatron_rl.data.types import Group, Prompt
+from megatron_rl.config.schema import Run
+from megatron_rl.data.types import Group
+from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.rollout.buffer import Buffer, BufferConfig, FinishedGroup, SampleOrder, StepBatch
 from megatron_rl.rollout.buffer_state import Json, restore, snapshot
-from megatron_rl.rollout.routes import wanted_routes
+from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.pool import InlineVerifier, Verdicts, Verifier, settle
 
-Pending = Future[list[Group]]
-Judged = Future[list[tuple[Group, Verdicts]]]
-
-
-class Fleet(Protocol):
-    """The part of a fleet that samples."""
-
-    def submit(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: Sampling,
-        seed: Sequence[int],
-        weight_versions: range | None = None,
-        *,
-        wanted: Collection[int] | None = None,
-        routes: RouteShape | None = None,
-    ) -> list[tuple[int, Pending]]:
-        """Ask and do not wait: see ``rollout.fleet``."""
-        ...
+Sampled = Future[list[Group]]
+Verified = Future[list[tuple[Group, Verdicts]]]
 
 
 def buffer_config(run: Run) -> BufferConfig:
-    """Return what a configuration asks of the buffer."""
+    """Return the buffer's part of a configuration."""
     train = run.train
     return BufferConfig(
         prompts_per_step=train.prompts_per_step,
         steps=train.steps,
         max_lag=run.rollout.max_lag,
-        filtered=train.filter_zero_variance,
-        refills=train.refills,
+        filter_zero_variance=train.filter_zero_variance,
+        max_resample_rounds=train.max_resample_rounds,
         oversample=train.oversample,
-        apart=run.advantage.kind == "gdpo",
+        separate_rewards=run.advantage.kind == "gdpo",
     )
 
 
-def wait_for_one(pending: Collection[Judged]) -> None:
-    """Return when one has finished."""
+def wait_for_any(pending: Collection[Verified]) -> None:
+    """Return when one of the futures is done."""
     wait(pending, return_when=FIRST_COMPLETED)
 
 
-def verify_groups(pending: Pending, verifier: Verifier) -> Judged:
-    """Return the groups with their verdicts, once both are there."""
-    done: Judged = Future()
+def verify_groups(sampled: Sampled, verifier: Verifier) -> Verified:
+    """Return a future of the groups with their verdicts."""
+    verified: Verified = Future()
 
-    def sampled(pending: Pending) -> None:
-        error = CancelledError() if pending.cancelled() else pending.exception()
+    def submit(sampled: Sampled) -> None:
+        error = CancelledError() if sampled.cancelled() else sampled.exception()
         if error is not None:
-            done.set_exception(error)
+            verified.set_exception(error)
             return
-        groups = pending.result()
+        groups = sampled.result()
         verdicts = verifier.submit(groups)
-        verdicts.add_done_callback(lambda v: settle(done, lambda: list(zip(groups, v.result(), strict=True))))
+        verdicts.add_done_callback(lambda v: settle(verified, lambda: list(zip(groups, v.result(), strict=True))))
 
-    pending.add_done_callback(sampled)
-    return done
+    sampled.add_done_callback(submit)
+    return verified
 
 
 class Stream:
-    """The groups of a run from a step on."""
+    """The groups of a run, from the start or from a saved state."""
 
     def __init__(
         self, run: Run, fleet: Fleet, task: Task, state: Json | None = None, verifier: Verifier | None = None
@@ -90,45 +71,44 @@ class Stream:
         self.buffer = Buffer(buffer_config(run))
         if state is not None:
             restore(self.buffer, state, self.prompts)
-        self._routes = wanted_routes(run)
-        self._pending: dict[Judged, tuple[SampleOrder, int]] = {}
+        self._routes = requested_routes(run)
+        self._pending: dict[Verified, tuple[SampleOrder, int]] = {}
 
-    def take(self, step: int, wait: Callable[[Collection[Judged]], None] = wait_for_one) -> StepBatch:
-        """Return the groups of a step, whose weights the fleet has; ``wait`` may raise, and nothing is lost."""
+    def take(self, step: int, wait: Callable[[Collection[Verified]], None] = wait_for_any) -> StepBatch:
+        """Return the groups of a step whose weights the fleet has; if ``wait`` raises, nothing is lost."""
         while True:
-            self.ahead(step)
-            taken = self.buffer.take(step)
-            if taken is not None:
-                return taken
+            self.sample_ahead(step)
+            batch = self.buffer.take(step)
+            if batch is not None:
+                return batch
             wait(self._pending.keys())
 
-    def ahead(self, version: int) -> None:
-        """Take what has come and ask for what may be asked for, now that the fleet has weights of this version."""
-        self._absorb()
+    def sample_ahead(self, version: int) -> None:
+        """Store finished groups, and request all groups that weights of this version may sample."""
+        self._store_finished()
         for order in self.buffer.orders(version):
             self._submit(order)
 
     def state(self) -> Json:
-        """Return all that a resumed run needs to lose no finished group and to use none twice."""
-        self._absorb()
+        """Return what a resumed run needs in order to lose no finished group and use none twice."""
+        self._store_finished()
         return snapshot(self.buffer)
 
     def _submit(self, order: SampleOrder) -> None:
         train, rollout = self.run.train, self.run.rollout
-        # The first order of a step has the seeds and ids that it would have without lag.
+        # The first order of a step has the same seeds and ids as without lag.
         seed = (train.seed, order.step, order.round) if order.round else (train.seed, order.step)
         versions = range(max(0, order.step - rollout.max_lag), order.step + 1)
         prompts = [self.prompts[position] for position in order.positions]
-        asked = self.fleet.submit(
-            prompts, train.group_size, rollout.sampling, seed, versions, wanted=order.wanted, routes=self._routes
+        requests = self.fleet.submit(
+            prompts, train.group_size, rollout.sampling, seed, versions, wanted=order.missing, routes=self._routes
         )
-        for first, pending in asked:
-            self._pending[verify_groups(pending, self.verifier)] = (order, first)
+        for first, sampled in requests:
+            self._pending[verify_groups(sampled, self.verifier)] = (order, first)
 
-    def _absorb(self) -> None:
-        for pending in [pending for pending in self._pending if pending.done()]:
-            order, first = self._pending.pop(pending)
-            apart = self.buffer.demand.apart
-            self.buffer.put(
-                order, first, [FinishedGroup(group, verdicts, apart) for group, verdicts in pending.result()]
-            )
+    def _store_finished(self) -> None:
+        separate = self.buffer.config.separate_rewards
+        for future in [future for future in self._pending if future.done()]:
+            order, first = self._pending.pop(future)
+            groups = [FinishedGroup(group, verdicts, separate) for group, verdicts in future.result()]
+            self.buffer.put(order, first, groups)

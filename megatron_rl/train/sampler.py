@@ -24,8 +24,8 @@ from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
 from megatron_rl.rollout.fleet_setup import Weights, write_own, writes_shares
 from megatron_rl.rollout.gauges import readings
 from megatron_rl.rollout.group_ledger import entries
-from megatron_rl.rollout.routes import wanted_routes
-from megatron_rl.rollout.stream import Judged, Stream, wait_for_one
+from megatron_rl.rollout.routes import requested_routes
+from megatron_rl.rollout.stream import Stream, Verified, wait_for_any
 from megatron_rl.tasks.base import Failure, Task, Verdict
 from megatron_rl.tasks.pool import Verifier
 
@@ -127,7 +127,7 @@ class MainSampler:
         taken = self._unless_stopped(lambda: self.stream.take(step, self._wait))
         if taken is None:
             return None
-        kept = [*taken.used, *(dropped.held for dropped in taken.dropped)]
+        kept = [*taken.used, *(dropped.finished for dropped in taken.dropped)]
         self.groups = [held.group for held in kept]
         if self.run.log.rollouts:
             self.journal.rollouts(step, self.groups, [held.verdicts for held in kept])
@@ -140,8 +140,8 @@ class MainSampler:
         self.journal.ledger(entries(step, taken, trained))
         return batch
 
-    def _wait(self, pending: Collection[Judged]) -> None:
-        self._interruptible(lambda: wait_for_one(pending))
+    def _wait(self, pending: Collection[Verified]) -> None:
+        self._interruptible(lambda: wait_for_any(pending))
 
     def _interruptible(self, get: Callable[[], T]) -> T:
         """Return what a call returns; StopRequested if a stop is asked for before or meanwhile."""
@@ -167,7 +167,7 @@ class MainSampler:
     def evaluate(self, step: int) -> tuple[float, int] | None:
         """See ``Sampler``."""
         asked = question(self.run, self._heldout, step)
-        ask = partial(self.fleet.generate, *asked, step, wanted_routes(self.run))
+        ask = partial(self.fleet.generate, *asked, step, requested_routes(self.run))
         groups = self._unless_stopped(lambda: self._interruptible(ask))
         if groups is None:
             return None
@@ -209,20 +209,20 @@ class MainSampler:
         busy, self._busy_seconds = self._busy_seconds, self.fleet.busy_seconds
         self.journal.note("fleet", self._busy_seconds - busy)
         if self.run.rollout.max_lag and not self._stop and not self.evaluates(version):
-            self.stream.ahead(version)
+            self.stream.sample_ahead(version)
 
 
 def counts(taken: StepBatch) -> dict[str, float | int]:
     """Return what ``metrics.jsonl`` tells of the groups of a step that is not in its batch."""
-    everything = [*taken.used, *(dropped.held for dropped in taken.dropped if dropped.why != TOO_OLD)]
-    no_signal = sum(not held.signal for held in everything)
-    why = Counter(dropped.why for dropped in taken.dropped)
+    everything = [*taken.used, *(dropped.finished for dropped in taken.dropped if dropped.fate != TOO_OLD)]
+    no_signal = sum(not held.has_signal for held in everything)
+    why = Counter(dropped.fate for dropped in taken.dropped)
     return {
         "zero_variance_fraction": no_signal / len(everything),
         "groups_no_signal": no_signal,
         "groups_surplus": why[SURPLUS],
         "groups_too_old": why[TOO_OLD],
-        "refills": taken.refills,
+        "refills": taken.resample_rounds,
     }
 
 

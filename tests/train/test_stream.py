@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, StepBatch
 from megatron_rl.rollout.group_ledger import entries
-from megatron_rl.rollout.stream import Judged, Pending, Stream
+from megatron_rl.rollout.stream import Sampled, Stream, Verified
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.weights.tensor import TensorTransport
 from tests.fleet.fake import FakeServer, serving
@@ -35,7 +35,7 @@ from tests.fleet.fake import FakeServer, serving
 class Making:
     """Groups of one request, token by token."""
 
-    future: Pending
+    future: Sampled
     prompts: Sequence[Prompt]
     seed: tuple[int, ...]
     wanted: list[int]
@@ -79,7 +79,7 @@ class FakeFleet:
         *,
         wanted: Collection[int] | None = None,
         routes: RouteShape | None = None,
-    ) -> list[tuple[int, Pending]]:
+    ) -> list[tuple[int, Sampled]]:
         assert weight_versions is not None
         assert self.version in weight_versions
         pending = []
@@ -104,7 +104,7 @@ class FakeFleet:
             self.making.remove(making)
             making.future.set_result(making.groups(len(making.made) // len(making.prompts)))
 
-    def until_one_is_done(self, pending: Collection[Judged]) -> None:
+    def until_one_is_done(self, pending: Collection[Verified]) -> None:
         while not any(future.done() for future in pending):
             self.work()
 
@@ -130,20 +130,20 @@ def trained(
 ) -> list[StepBatch]:
     """Return what each step of a run takes, which stops and resumes before some of the steps."""
     fleet = fleet_of(0)
-    stream = Stream(run, fleet, Coins())
+    stream = Stream(run, cast(Fleet, fleet), Coins())
     taken = []
     for step in range(run.train.steps):
         if step in resumes:
             state = json.loads(json.dumps(stream.state()))
             fleet = fleet_of(step)
-            stream = Stream(run, fleet, Coins(), state)
+            stream = Stream(run, cast(Fleet, fleet), Coins(), state)
         taken.append(stream.take(step, fleet.until_one_is_done))
         for _ in range(random.choice([0, 5, 100])):  # while the trainer trains
             if fleet.making:
                 fleet.work()
         fleet.version = step + 1
         if run.rollout.max_lag:
-            stream.ahead(step + 1)
+            stream.sample_ahead(step + 1)
     assert not fleet.making
     return taken
 
@@ -153,7 +153,7 @@ def fates(taken: Sequence[StepBatch]) -> list[dict[str, Any]]:
     return [
         dict(entry)
         for step, part in enumerate(taken)
-        for entry in entries(step, part, {i for i, held in enumerate(part.used) if held.signal})
+        for entry in entries(step, part, {i for i, held in enumerate(part.used) if held.has_signal})
     ]
 
 
@@ -168,7 +168,7 @@ def fates(taken: Sequence[StepBatch]) -> list[dict[str, Any]]:
 def test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twice(
     random: Random, max_lag: int, lies: float, resumes: set[int], dynamic: bool
 ) -> None:
-    more = ["train.filter_zero_variance=true", "train.refills=2", "train.oversample=1.5"] if dynamic else []
+    more = ["train.filter_zero_variance=true", "train.max_resample_rounds=2", "train.oversample=1.5"] if dynamic else []
     run = run_of(f"rollout.max_lag={max_lag}", *more)
     fleets: list[FakeFleet] = []
 
@@ -181,21 +181,21 @@ def test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twi
         for held in part.used:
             versions = [v for response in held.group.responses for v, _, _ in response.weight_versions]
             assert step - max_lag <= min(versions) <= max(versions) <= step
-    ids = [held.group.id for part in taken for held in (*part.used, *(dropped.held for dropped in part.dropped))]
+    ids = [held.group.id for part in taken for held in (*part.used, *(dropped.finished for dropped in part.dropped))]
     assert len(set(ids)) == len(ids)
     # Every prompt of the stream was asked for, in order, and every group of a fleet that lived on was accounted for.
     asked = set().union(*(fleet.asked for fleet in fleets))
     assert asked == {f"p{i}" for i in range(len(asked))}
     assert {held.group.prompt.id for part in taken for held in part.used} | {
-        dropped.held.group.prompt.id for part in taken for dropped in part.dropped
+        dropped.finished.group.prompt.id for part in taken for dropped in part.dropped
     } == asked
     if not dynamic:
         assert [[held.group.prompt.id for held in part.used] for part in taken] == [
             [f"p{i}" for i in range(3 * step, 3 * step + 3)] for step in range(5)
         ]
     if not lies:
-        assert {dropped.why for part in taken for dropped in part.dropped} <= {SURPLUS}
-    # Back-pressure: refills aside, no more than so many steps' groups are ever in the making.
+        assert {dropped.fate for part in taken for dropped in part.dropped} <= {SURPLUS}
+    # Back-pressure: resampling aside, no more than so many steps' groups are ever in the making.
     assert max(fleet.most for fleet in fleets) <= (max_lag + 1) * (5 if not dynamic else 15)
 
 
@@ -204,33 +204,33 @@ def test_a_group_that_is_too_old_is_dropped_once_and_its_prompt_asked_for_again_
     run = run_of("rollout.max_lag=1")
     taken = trained(run, lambda version: FakeFleet(random, version, 0.04), random, ())
     old = [dropped for part in taken for dropped in part.dropped]
-    assert {dropped.why for dropped in old} == {TOO_OLD}
+    assert {dropped.fate for dropped in old} == {TOO_OLD}
     used = {held.group.prompt.id: held.group.id for part in taken for held in part.used}
-    assert all(used[d.held.group.prompt.id] != d.held.group.id for d in old)
+    assert all(used[d.finished.group.prompt.id] != d.finished.group.id for d in old)
     assert Counter(entry["fate"] for entry in fates(taken))[TOO_OLD] == len(old) > 0
 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_teach() -> None:
     random = Random(0)
-    run = run_of("train.filter_zero_variance=true", "train.refills=3", "train.oversample=1.2")
+    run = run_of("train.filter_zero_variance=true", "train.max_resample_rounds=3", "train.oversample=1.2")
     taken = trained(run, lambda version: FakeFleet(random, version, 0.0), random, ())
-    assert all(sum(held.signal for held in part.used) == 3 for part in taken)
+    assert all(sum(held.has_signal for held in part.used) == 3 for part in taken)
     counted = Counter((entry["step"], entry["fate"]) for entry in fates(taken))
     assert all(counted[step, TRAINED] == 3 for step in range(5))
     assert sum(counted[step, NO_SIGNAL] for step in range(5)) >= 5
     assert sum(counted[step, SURPLUS] for step in range(5)) > 0
-    assert any(part.refills for part in taken)
+    assert any(part.resample_rounds for part in taken)
 
 
-def test_refills_are_bounded_and_the_batch_is_then_what_there_is() -> None:
+def test_resampling_is_bounded_and_then_the_batch_is_smaller() -> None:
     class Easy(Coins):
         def verify(self, prompt: Prompt, response: Response) -> Verdict:
             return Verdict(1.0, True)
 
     fleet = FakeFleet(Random(0), 0, 0.0)
-    run = run_of("train.filter_zero_variance=true", "train.refills=2")
-    part = Stream(run, fleet, Easy()).take(0, fleet.until_one_is_done)
-    assert (part.refills, len(part.used), len(part.dropped)) == (2, 9, 0)
+    run = run_of("train.filter_zero_variance=true", "train.max_resample_rounds=2")
+    part = Stream(run, cast(Fleet, fleet), Easy()).take(0, fleet.until_one_is_done)
+    assert (part.resample_rounds, len(part.used), len(part.dropped)) == (2, 9, 0)
 
 
 @pytest.mark.parametrize("state_between", [False, True])
@@ -238,14 +238,14 @@ def test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same(state_
     run, task = run_of("rollout.max_lag=0", "rollout.sampling.max_new_tokens=5"), Coins()
     patience = Timeouts(start_timeout_seconds=5, probe_seconds=0.05)
     with serving(FakeServer()) as (server,), Fleet([server.url], TensorTransport(1 << 20), patience, 4) as fleet:
-        stream = Stream(run, fleet, task)
+        stream = Stream(run, cast(Fleet, fleet), task)
         for step in range(3):
             server.version = str(step)
             fleet.members[0].version = fleet.sync.version = str(step)
             prompts = [task.prompts("train", 0)[i] for i in range(3 * step, 3 * step + 3)]
             expected = fleet.generate(prompts, 2, run.rollout.sampling, (0, step), step)
             if state_between:
-                stream = Stream(run, fleet, task, json.loads(json.dumps(stream.state())))
+                stream = Stream(run, cast(Fleet, fleet), task, json.loads(json.dumps(stream.state())))
             assert [held.group for held in stream.take(step).used] == expected
             assert not stream.state()["plans"]
 
@@ -253,10 +253,10 @@ def test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same(state_
 def test_a_stop_while_waiting_loses_nothing() -> None:
     fleet, task = FakeFleet(Random(3), 0, 0.0), Coins()
 
-    def stop(pending: Collection[Judged]) -> None:
+    def stop(pending: Collection[Verified]) -> None:
         raise KeyboardInterrupt
 
-    stream = Stream(run_of("rollout.max_lag=2"), fleet, task)
+    stream = Stream(run_of("rollout.max_lag=2"), cast(Fleet, fleet), task)
     with pytest.raises(KeyboardInterrupt):
         stream.take(0, stop)
     while len(fleet.making) > 3:
@@ -265,8 +265,8 @@ def test_a_stop_while_waiting_loses_nothing() -> None:
     finished = [entry for plan in state["plans"] for entry in plan["held"]]
     assert 0 < len(finished) < 9
     again = FakeFleet(Random(4), 0, 0.0)
-    stream = Stream(run_of("rollout.max_lag=2"), again, task, state)
-    stream.ahead(0)
+    stream = Stream(run_of("rollout.max_lag=2"), cast(Fleet, again), task, state)
+    stream.sample_ahead(0)
     assert sum(again.asked.values()) == 9 - len(finished)
     assert {making.seed for making in again.making} <= {(0, 0), (0, 1), (0, 2)}  # as if nothing had happened
     assert len(stream.take(0, again.until_one_is_done).used) == 3
@@ -274,22 +274,22 @@ def test_a_stop_while_waiting_loses_nothing() -> None:
 
 def test_a_saved_group_comes_back_whole_with_the_experts_it_took() -> None:
     fleet, run = FakeFleet(Random(3), 0, 0.0), run_of("rollout.max_lag=1")
-    stream = Stream(run, fleet, Coins())
+    stream = Stream(run, cast(Fleet, fleet), Coins())
     stream.take(0, fleet.until_one_is_done)
     while fleet.making:
         fleet.work()
-    stream.ahead(0)
+    stream.sample_ahead(0)
     (plan,) = stream.buffer.plans.values()
-    for held in plan.held.values():
+    for held in plan.finished.values():
         for response in held.group.responses:
             object.__setattr__(
                 response, "routes", torch.randint(9, (len(response.output_ids), 2, 3), dtype=torch.uint8)
             )
-    again = Stream(run, FakeFleet(Random(4), 0, 0.0), Coins(), json.loads(json.dumps(stream.state())))
+    again = Stream(run, cast(Fleet, FakeFleet(Random(4), 0, 0.0)), Coins(), json.loads(json.dumps(stream.state())))
     (restored,) = again.buffer.plans.values()
-    assert restored.held == plan.held
-    for place, held in plan.held.items():
-        for ours, theirs in zip(held.group.responses, restored.held[place].group.responses, strict=True):
+    assert restored.finished == plan.finished
+    for place, held in plan.finished.items():
+        for ours, theirs in zip(held.group.responses, restored.finished[place].group.responses, strict=True):
             assert ours.routes is not None
             assert theirs.routes is not None
             assert torch.equal(ours.routes, theirs.routes)
