@@ -112,7 +112,7 @@ def write_model(folder: Path, layers: int) -> int:
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in family_of(config).hf_tensors().items():
+    for name, shape in family_of(config).hf_shapes().items():
         groups.setdefault(name.split(".")[2] if ".layers." in name else "ends", {})[name] = shape
     for number, group in enumerate(groups.values()):
         tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in group.items()}

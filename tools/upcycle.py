@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import ConfigError, DataError, MegatronRLError
-from megatron_rl.models.checkpoint_folders import copy_companions, open_source
-from megatron_rl.models.hf_files import INDEX
+from megatron_rl.models.checkpoint_folders import copy_companions, open_checkpoint
+from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.sources import Source
+from megatron_rl.models.hf_reader import INDEX
 
 BECOMES = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 ARCHITECTURES = {
@@ -93,11 +93,11 @@ def upcycle(dense: Path, target: Path, sizes: tuple[int, int], noise: float, see
         raise ConfigError(f"{target} is there already; remove it, or give another folder")
     hf = dict(read_hf_config(dense))
     family = family_of(hf)
-    source = open_source(dense, family)
+    source = open_checkpoint(dense, family)
     source.check(family)
     config = mixture_config(hf, *sizes)
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in family_of(config).hf_tensors().items():
+    for name, shape in family_of(config).hf_shapes().items():
         layer = match[1] if (match := re.match(r"model\.layers\.(\d+)\.", name)) else "ends"
         layers.setdefault(layer, {})[name] = shape
     beside = target.with_name(f".{target.name}.part")
@@ -118,7 +118,7 @@ def upcycle(dense: Path, target: Path, sizes: tuple[int, int], noise: float, see
 
 
 def _filled(
-    names: dict[str, tuple[int, ...]], source: Source, noise: float, generator: torch.Generator
+    names: dict[str, tuple[int, ...]], source: CheckpointReader, noise: float, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the mixture: the dense model's own, an expert's copy of it, a router, or zeros."""
     for name, shape in names.items():

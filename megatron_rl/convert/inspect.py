@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_rl.convert.manifest import read_manifest
-from megatron_rl.models.checkpoint_folders import open_source
-from megatron_rl.models.dist_source import DistSource
-from megatron_rl.models.hf_files import fp8_block
+from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.hf_reader import fp8_block
+from megatron_rl.models.torch_dist_reader import TorchDistReader
 
 
 def describe(folder: Path, console: Console) -> None:
@@ -21,9 +21,11 @@ def describe(folder: Path, console: Console) -> None:
     """
     hf = read_hf_config(folder)
     family = family_of(hf)
-    source = open_source(folder, family)
-    kind = "megatron-core distributed checkpoint (torch_dist)" if isinstance(source, DistSource) else "Hugging Face"
-    own = {name: spec for name, spec in source.specs.items() if not source.goes_along(name, family)}
+    source = open_checkpoint(folder, family)
+    kind = (
+        "megatron-core distributed checkpoint (torch_dist)" if isinstance(source, TorchDistReader) else "Hugging Face"
+    )
+    own = {name: spec for name, spec in source.specs.items() if not source.is_passthrough(name, family)}
     elements = sum(spec.num_bytes // spec.dtype.itemsize for spec in own.values())
     dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in own.values())
     console.print(f"{folder}: {kind}")

@@ -12,7 +12,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import MANIFEST
 from megatron_rl.models.hf_mapping.rules import HFConfig
 from megatron_rl.models.safetensor_files import DTYPES
-from megatron_rl.models.torch_dist import Chunk
+from megatron_rl.models.torch_dist import TensorChunk
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -48,7 +48,7 @@ class TensorChunks(BaseModel):
 
     shape: tuple[int, ...]
     dtype: str
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[TensorChunk, ...]
 
 
 class FileRecord(BaseModel):

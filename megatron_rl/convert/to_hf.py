@@ -24,14 +24,14 @@ from megatron_rl.convert.manifest import (
     write_manifest,
 )
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.models.checkpoint_folders import QUANTISATION, copy_companions, write_hf_config
-from megatron_rl.models.dist_source import DistSource
-from megatron_rl.models.fp8 import SCALE_SUFFIX, quantised, scales_shape
-from megatron_rl.models.hf_files import INDEX
+from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, copy_companions, write_hf_config
+from megatron_rl.models.fp8 import SCALE_SUFFIX, quantize, scales_shape
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig
-from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, Mxfp4
+from megatron_rl.models.hf_reader import INDEX
+from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, MXFP4Format
 from megatron_rl.models.torch_dist import METADATA, is_torch_dist
+from megatron_rl.models.torch_dist_reader import TorchDistReader
 
 SHARD_BYTES = 4 << 30
 FP8_BLOCK = (128, 128)
@@ -58,13 +58,13 @@ class OutputTensor:
         """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pieces(self, source: DistSource) -> Iterator[Tensor]:
+    def pieces(self, source: TorchDistReader) -> Iterator[Tensor]:
         """Yield the tensor, in pieces that follow each other."""
         if self.block is None:
             yield from (source.read(part) for part in self.parts)
             return
         old = source.read(self.parts[0] + SCALE_SUFFIX) if self.parts[0] + SCALE_SUFFIX in source.specs else None
-        yield quantised(source.read(self.parts[0]), self.block, old)[self.name.endswith(SCALE_SUFFIX)]
+        yield quantize(source.read(self.parts[0]), self.block, old)[self.name.endswith(SCALE_SUFFIX)]
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def convert(
         raise DataError(f"{source_folder} holds no distributed checkpoint: there is no {METADATA}")
     hf = read_hf_config(source_folder)
     family = family_of(hf)
-    if family.stacks and (output_format.fp8 or output_format.apart):
+    if family.stacked_names and (output_format.fp8 or output_format.apart):
         raise ConfigError(
             f"model_type {hf['model_type']!r} has the experts of a layer in one tensor only: they cannot be written "
             "apart, nor in FP8, which is for single matrices; leave out --apart and --fp8"
         )
-    source = DistSource(source_folder, family)
+    source = TorchDistReader(source_folder, family)
     source.check(family)
     came = read_manifest(source_folder)
     outs = _planned(source, family, came, output_format)
@@ -130,16 +130,16 @@ def _quantization(block: tuple[int, int] | None) -> HFConfig:
     if block is None:
         return {}
     settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
-    return {QUANTISATION: settings}
+    return {QUANTIZATION_CONFIG: settings}
 
 
 def _planned(
-    source: DistSource, family: Family, came: Manifest | None, output_format: OutputFormat
+    source: TorchDistReader, family: Family, came: Manifest | None, output_format: OutputFormat
 ) -> list[OutputTensor]:
     """Return all tensors to write: those that the weights came as, or one for each name of the table."""
     if came is not None and came.conversion == "hf-to-megatron":
         block = came.fp8_block or FP8_BLOCK
-        joined = family.joined_parts()
+        joined = family.fused_parts()
         outs = [out for row in came.tensors for out in _as_it_came(row, source, joined, output_format, block)]
         given = {part for out in outs for part in out.parts}
         if lost := [name for name in source.specs if name not in given and not name.endswith(SCALE_SUFFIX)]:
@@ -152,9 +152,9 @@ def _planned(
     return _in_files(quantised_or_not)
 
 
-def _plain(source: DistSource, family: Family) -> Iterator[OutputTensor]:
+def _plain(source: TorchDistReader, family: Family) -> Iterator[OutputTensor]:
     """Yield the tensors of the table; in place of the first of those that only come stacked, the stack."""
-    stacks = family.joined_parts(only=True)
+    stacks = family.fused_parts(required=True)
     firsts = {parts[0]: (stack, parts) for stack, parts in stacks.items()}
     others = {part for parts in stacks.values() for part in parts[1:]}
     for name, spec in source.specs.items():
@@ -167,7 +167,7 @@ def _plain(source: DistSource, family: Family) -> Iterator[OutputTensor]:
 
 def _as_it_came(
     row: ManifestEntry,
-    source: DistSource,
+    source: TorchDistReader,
     joined: Mapping[str, tuple[str, ...]],
     output_format: OutputFormat,
     block: tuple[int, int],
@@ -177,7 +177,7 @@ def _as_it_came(
     if row.name.endswith(SCALES_SUFFIX) and row.name.removesuffix(SCALES_SUFFIX) in joined:
         return
     if row.name.endswith(BLOCKS_SUFFIX) and (stem := row.name.removesuffix(BLOCKS_SUFFIX)) in joined:
-        row = row.model_copy(update={"name": stem, "shape": Mxfp4().shape(row.shape)})  # written as it was read
+        row = row.model_copy(update={"name": stem, "shape": MXFP4Format().shape(row.shape)})  # written as it was read
     parts = joined.get(row.name, (row.name,))
     if unknown := [part for part in parts if part not in source.specs]:
         raise DataError(f"the manifest in {source.folder} names {unknown[0]}, which the checkpoint does not have")
@@ -205,9 +205,9 @@ def _matrices(family: Family) -> frozenset[str]:
     """Return the tensors that FP8 is for: all matrices but embedding, head and routers."""
     return frozenset(
         hf_name
-        for name in family.names
+        for name in family.mappings
         if "linear_" in name.megatron and len(name.shapes[0]) == 2
-        for layer, expert in name.places()
+        for layer, expert in name.instances()
         for hf_name in name.hf_names(layer, expert)
     )
 
@@ -227,7 +227,9 @@ def _in_files(outs: Sequence[OutputTensor]) -> list[OutputTensor]:
     return [replace(out, file=f"model-{own:05}-of-{number:05}.safetensors") for out, own in pairs]
 
 
-def _write_file(source: DistSource, outs: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn) -> FileRecord:
+def _write_file(
+    source: TorchDistReader, outs: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn
+) -> FileRecord:
     """Write one safetensors file; return the rows of the manifest."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -268,5 +270,5 @@ def _write_json_files(folder: Path, outs: Sequence[OutputTensor], hf: HFConfig) 
         weight_map = {out.name: out.file for out in sorted(outs, key=lambda out: out.name)}
         index = {"metadata": {"total_size": sum(out.num_bytes for out in outs)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if QUANTISATION in hf:
+    if QUANTIZATION_CONFIG in hf:
         write_hf_config(folder, hf)

@@ -24,11 +24,11 @@ from megatron_rl.convert.manifest import (
 )
 from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import copy_companions
-from megatron_rl.models.dist_source import CARRIED, place_of
-from megatron_rl.models.hf_files import HFSource, fp8_block
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
-from megatron_rl.models.torch_dist import Chunk, Saved, write_metadata, write_tensor
+from megatron_rl.models.hf_reader import HFCheckpointReader, fp8_block
+from megatron_rl.models.torch_dist import StoredTensor, TensorChunk, write_metadata, write_tensor
+from megatron_rl.models.torch_dist_reader import CARRIED, checkpoint_slice
 
 
 @dataclass
@@ -54,7 +54,7 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     """
     hf = read_hf_config(source_folder)
     family = family_of(hf)
-    source = HFSource(source_folder, family, hf)
+    source = HFCheckpointReader(source_folder, family, hf)
     source.check(family)
     parts = _parts(source, family)
     _check_dtypes(source, family)
@@ -77,29 +77,29 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     return manifest
 
 
-def _place_in_files(source: HFSource, row: ManifestEntry) -> tuple[str, int]:
+def _place_in_files(source: HFCheckpointReader, row: ManifestEntry) -> tuple[str, int]:
     """Return the file and the byte where a row's tensor begins."""
     extent = source.files[row.name]
     return extent.path.name, extent.offset
 
 
-def _parts(source: HFSource, family: Family) -> list[FileContents]:
+def _parts(source: HFCheckpointReader, family: Family) -> list[FileContents]:
     """Return the work: what belongs to no layer first, then each layer, then what only goes along."""
     ends, layers = FileContents(), defaultdict[int, FileContents](FileContents)
-    for name in family.names:
-        for layer, expert in name.places():
+    for name in family.mappings:
+        for layer, expert in name.instances():
             part = layers[layer] if "{layer}" in name.megatron else ends
             part.entries.append((name, layer, expert))
-    along = [name for name in source.specs if source.goes_along(name, family)]
+    along = [name for name in source.specs if source.is_passthrough(name, family)]
     return [ends, *(layers[layer] for layer in sorted(layers)), *([FileContents(carried=along)] if along else [])]
 
 
-def _check_dtypes(source: HFSource, family: Family) -> None:
+def _check_dtypes(source: HFCheckpointReader, family: Family) -> None:
     """Raise a DataError where tensors that become one have several dtypes: one of them would be rounded."""
     found: dict[str, tuple[torch.dtype, str]] = {}
-    for name in family.names:
-        for layer, expert in name.places():
-            key = place_of(name, layer, expert, family).key
+    for name in family.mappings:
+        for layer, expert in name.instances():
+            key = checkpoint_slice(name, layer, expert, family).key
             for hf_name in name.hf_names(layer, expert):
                 dtype = source.specs[hf_name].dtype
                 first = found.setdefault(key, (dtype, hf_name))
@@ -108,12 +108,12 @@ def _check_dtypes(source: HFSource, family: Family) -> None:
 
 
 def _convert_part(
-    source: HFSource, family: Family, part: FileContents, file: str, output: BinaryIO, report: ProgressFn
+    source: HFCheckpointReader, family: Family, part: FileContents, file: str, output: BinaryIO, report: ProgressFn
 ) -> FileRecord:
     """Write one file; return where each tensor is in it, and the rows of the manifest."""
     sums: dict[str, hashlib._Hash] = {}
     where = defaultdict[str, list[str]](list)
-    tensors: dict[str, Saved] = {}
+    tensors: dict[str, StoredTensor] = {}
 
     def watch(name: str, values: Tensor) -> None:
         sums.setdefault(name, hashlib.sha256()).update(values.flatten().view(torch.uint8).numpy().data)
@@ -122,8 +122,8 @@ def _convert_part(
     reader = source.for_thread()
     reader.watch = watch
     for name, layer, expert in part.entries:
-        place = place_of(name, layer, expert, family)
-        whole = name.layout.shard([reader.read(hf_name) for hf_name in name.hf_names(layer, expert)], 0, 1)
+        place = checkpoint_slice(name, layer, expert, family)
+        whole = name.rule.shard([reader.read(hf_name) for hf_name in name.hf_names(layer, expert)], 0, 1)
         chunk = write_tensor(output, file, place.start, whole.view(place.box))
         _add(tensors, place.key, place.full, whole.dtype, chunk)
         for hf_name in name.hf_names(layer, expert):
@@ -151,14 +151,16 @@ def _convert_part(
     return FileRecord(rows=tuple(rows), tensors=written)
 
 
-def _add(tensors: dict[str, Saved], key: str, shape: tuple[int, ...], dtype: torch.dtype, chunk: Chunk) -> None:
+def _add(
+    tensors: dict[str, StoredTensor], key: str, shape: tuple[int, ...], dtype: torch.dtype, chunk: TensorChunk
+) -> None:
     chunks = tensors[key].chunks if key in tensors else ()
-    tensors[key] = Saved(shape, dtype, (*chunks, chunk))
+    tensors[key] = StoredTensor(shape, dtype, (*chunks, chunk))
 
 
-def _joined(records: list[FileRecord]) -> dict[str, Saved]:
+def _joined(records: list[FileRecord]) -> dict[str, StoredTensor]:
     """Return where every tensor of the checkpoint is, from the records of all files."""
-    tensors: dict[str, Saved] = {}
+    tensors: dict[str, StoredTensor] = {}
     for record in records:
         for key, entry in record.tensors.items():
             for chunk in entry.chunks:

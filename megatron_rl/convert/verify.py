@@ -11,10 +11,10 @@ from rich.console import Console
 
 from megatron_rl.convert.jobs import progress_bar
 from megatron_rl.errors import DataError
-from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.checkpoint_folders import open_checkpoint
+from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.fp8 import SCALE_SUFFIX
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.sources import Source
 
 
 @dataclass
@@ -69,16 +69,16 @@ def compare(first: Path, second: Path, threads: int, console: Console) -> Checkp
     return found
 
 
-def _opened(folder: Path) -> Source:
+def _opened(folder: Path) -> CheckpointReader:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     family = family_of(read_hf_config(folder))
-    source = open_source(folder, family)
+    source = open_checkpoint(folder, family)
     source.check(family)
     return source
 
 
-def _compared(source: Source) -> Mapping[str, int]:
+def _compared(source: CheckpointReader) -> Mapping[str, int]:
     """Return the tensors to compare and their bytes; scales count with the matrix that they belong to."""
     return {
         name: spec.num_bytes
@@ -87,7 +87,7 @@ def _compared(source: Source) -> Mapping[str, int]:
     }
 
 
-def _difference(first: Source, second: Source, name: str) -> str:
+def _difference(first: CheckpointReader, second: CheckpointReader, name: str) -> str:
     """Return in words how a tensor differs; empty if it does not."""
     one, two = first.read(name), second.read(name)
     if one.shape != two.shape:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.fleet import Fleet
-from megatron_rl.models.checkpoint_folders import holds_hf_files, open_source
+from megatron_rl.models.checkpoint_folders import holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.rollout.fleet_setup import Chat, open_fleet, weights_folder
 from megatron_rl.train.export import write_hf
@@ -48,6 +48,6 @@ def weights_of(run: Run) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of ``model.path`` under Hugging Face names, in ``model.dtype``, one at a time."""
     folder = Path(run.model.path)
     family = family_of(read_hf_config(folder))
-    source = open_source(folder, family)
-    for name in family.hf_tensors():
+    source = open_checkpoint(folder, family)
+    for name in family.hf_shapes():
         yield name, source.read(name).to(getattr(torch, run.model.dtype))

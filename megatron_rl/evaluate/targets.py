@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.models.piece_folder import step_of, valid_checkpoints
+from megatron_rl.models.training_checkpoint import step_of, valid_checkpoints
 from megatron_rl.observability.run_folder import CONFIG
 
 RESULTS = "eval"

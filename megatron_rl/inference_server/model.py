@@ -20,7 +20,7 @@ from megatron_rl.fleet.process import require_model
 from megatron_rl.inference_server.masks import has_windowed_layers
 from megatron_rl.inference_server.requests import BadRequest
 from megatron_rl.inference_server.routes import RouteRecorder
-from megatron_rl.models.checkpoint_folders import QUANTISATION, holds_hf_files, open_source
+from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.weights.checksum import sums64
 
@@ -117,13 +117,13 @@ def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model with its weights, from a checkpoint of any kind."""
     hf = read_hf_config(folder)
     # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
-    if holds_hf_files(folder) and QUANTISATION not in hf:
+    if holds_hf_files(folder) and QUANTIZATION_CONFIG not in hf:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     family = family_of(hf)
-    source = open_source(folder, family)
+    source = open_checkpoint(folder, family)
     source.check(family)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    stacks = family.joined_parts(only=True)
+    stacks = family.fused_parts(required=True)
     with torch.no_grad():
         for name, view in checkpoint_views(model).items():
             parts = stacks.get(name, (name,))

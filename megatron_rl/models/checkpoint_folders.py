@@ -4,19 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_rl.models.dist_source import DistSource
-from megatron_rl.models.hf_files import INDEX, HFSource
+from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.hf_mapping import read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig
-from megatron_rl.models.piece_folder import INDEX as PIECES
-from megatron_rl.models.piece_folder import META, SAMPLER, PieceSource
-from megatron_rl.models.sources import Source
+from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader
 from megatron_rl.models.torch_dist import FORMAT, is_torch_dist
+from megatron_rl.models.torch_dist_reader import TorchDistReader
+from megatron_rl.models.training_checkpoint import INDEX as PIECES
+from megatron_rl.models.training_checkpoint import META, SAMPLER, TrainingCheckpointReader
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 """Config, tokenizer, generation config and chat template go along as they are."""
 MANIFEST = "manifest.json"
-CONFIG, QUANTISATION = "config.json", "quantization_config"
+CONFIG, QUANTIZATION_CONFIG = "config.json", "quantization_config"
 _OF_THE_WEIGHTS = (INDEX, FORMAT, MANIFEST, PIECES, META, SAMPLER)
 
 
@@ -26,8 +26,8 @@ def copy_companions(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file() and path.name not in _OF_THE_WEIGHTS:
                 shutil.copyfile(path, target / path.name)
-    if (target / CONFIG).is_file() and QUANTISATION in (hf := read_hf_config(target)):
-        write_hf_config(target, {key: value for key, value in hf.items() if key != QUANTISATION})
+    if (target / CONFIG).is_file() and QUANTIZATION_CONFIG in (hf := read_hf_config(target)):
+        write_hf_config(target, {key: value for key, value in hf.items() if key != QUANTIZATION_CONFIG})
 
 
 def write_hf_config(folder: Path, hf: HFConfig) -> None:
@@ -49,14 +49,14 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in (META, FORMAT)) or any(folder.glob("*.safetensors*"))
 
 
-def open_source(folder: Path, family: Family) -> Source:
+def open_checkpoint(folder: Path, family: Family) -> CheckpointReader:
     """Return the tensors of a checkpoint folder; its config.json is in it in either case.
 
     Raises:
         DataError: the folder holds no checkpoint, or a file of it cannot be read.
     """
     if _holds_pieces(folder):
-        return PieceSource(folder, family)
+        return TrainingCheckpointReader(folder, family)
     if is_torch_dist(folder):
-        return DistSource(folder, family)
-    return HFSource(folder, family, read_hf_config(folder))
+        return TorchDistReader(folder, family)
+    return HFCheckpointReader(folder, family, read_hf_config(folder))

@@ -18,12 +18,12 @@ def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, i
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def dequantised(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return values [rows, columns] times the scale of their block, multiplied in float32 and rounded once."""
     return (values.float() * _spread(scales, values.shape, block)).to(dtype)
 
 
-def quantised(weight: Tensor, block: tuple[int, int], old: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, block: tuple[int, int], old: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (float8 values, float32 scales) of a matrix.
 
     A block's scale makes its largest value float8's largest, 448. Where the scales that the matrix once came with are
@@ -49,8 +49,8 @@ def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor
 
 
 @dataclass(frozen=True)
-class Fp8:
-    """How such a matrix is read: see ``hf_files.Coding``."""
+class FP8Format:
+    """How such a matrix is read: see ``QuantizedFormat``."""
 
     block: tuple[int, int]
     scales_suffix: str = SCALE_SUFFIX
@@ -66,4 +66,4 @@ class Fp8:
 
     def decoded(self, values: Tensor, scales: Tensor) -> Tensor:
         """Return the matrix in bfloat16."""
-        return dequantised(values, scales, self.block)
+        return dequantize(values, scales, self.block)

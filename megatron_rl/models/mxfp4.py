@@ -20,8 +20,8 @@ NUMBERS = torch.tensor([*_POSITIVE, *(-number for number in _POSITIVE)])
 
 
 @dataclass(frozen=True)
-class Mxfp4:
-    """How such a tensor is read: see ``hf_files.Coding``."""
+class MXFP4Format:
+    """How such a tensor is read: see ``QuantizedFormat``."""
 
     scales_suffix: str = SCALES_SUFFIX
     keeps_scales: bool = False

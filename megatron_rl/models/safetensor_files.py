@@ -36,7 +36,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Extent:
+class FileTensor:
     """Where the bytes of a tensor, or of some of its rows, are.
 
     Attributes:
@@ -53,15 +53,15 @@ class Extent:
         """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def rows(self, first: int, count: int) -> "Extent":
+    def rows(self, first: int, count: int) -> "FileTensor":
         """Return ``count`` slices along the first dimension."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return Extent(self.path, self.dtype, (count, *self.shape[1:]), self.offset + first * row_bytes)
+        return FileTensor(self.path, self.dtype, (count, *self.shape[1:]), self.offset + first * row_bytes)
 
-    def item(self, index: int) -> "Extent":
+    def item(self, index: int) -> "FileTensor":
         """Return one slice along the first dimension, without that dimension."""
         one = self.rows(index, 1)
-        return Extent(one.path, one.dtype, one.shape[1:], one.offset)
+        return FileTensor(one.path, one.dtype, one.shape[1:], one.offset)
 
     def read(self) -> Tensor:
         """Return the tensor.
@@ -89,7 +89,7 @@ def read_into(path: Path, offset: int, buffer: Tensor) -> None:
             done += count
 
 
-def read_header(path: Path) -> dict[str, Extent]:
+def read_header(path: Path) -> dict[str, FileTensor]:
     """Return what is in a safetensors file and where.
 
     Raises:
@@ -101,7 +101,7 @@ def read_header(path: Path) -> dict[str, Extent]:
         raise DataError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _read_header(path: Path) -> dict[str, Extent]:
+def _read_header(path: Path) -> dict[str, FileTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -133,7 +133,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _extent(path: Path, name: str, entry: object, start: int, size: int) -> Extent:
+def _extent(path: Path, name: str, entry: object, start: int, size: int) -> FileTensor:
     if not isinstance(entry, dict):
         raise ValueError(f"the header's entry for {name!r} is {entry!r}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -143,7 +143,7 @@ def _extent(path: Path, name: str, entry: object, start: int, size: int) -> Exte
     if sizes is None or places is None or len(places) != 2:
         raise ValueError(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
     begin, end = places
-    extent = Extent(path, DTYPES[dtype], sizes, start + begin)
+    extent = FileTensor(path, DTYPES[dtype], sizes, start + begin)
     if end - begin != extent.num_bytes or start + end > size:
         raise ValueError(
             f"tensor {name!r} {list(sizes)} {dtype} needs {extent.num_bytes} bytes; its data_offsets {offsets} give "

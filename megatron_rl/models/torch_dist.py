@@ -64,7 +64,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """A part of a tensor: where it belongs, and where its bytes are.
 
     Attributes:
@@ -80,12 +80,12 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Saved:
+class StoredTensor:
     """A tensor of the checkpoint."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[TensorChunk, ...]
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -93,17 +93,17 @@ def is_torch_dist(folder: Path) -> bool:
     return (folder / METADATA).is_file()
 
 
-def write_tensor(file: BinaryIO, name: str, start: Sequence[int], tensor: Tensor) -> Chunk:
+def write_tensor(file: BinaryIO, name: str, start: Sequence[int], tensor: Tensor) -> TensorChunk:
     """Append a part of a tensor to an open ``.distcp`` file of this name; return where it is."""
     offset = file.tell()
     # torch.save writes a view's whole storage
     whole = tensor.contiguous()
     own = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
     torch.save(own, file)
-    return Chunk(tuple(start), tuple(tensor.shape), name, offset, file.tell() - offset)
+    return TensorChunk(tuple(start), tuple(tensor.shape), name, offset, file.tell() - offset)
 
 
-def write_metadata(folder: Path, tensors: Mapping[str, Saved]) -> None:
+def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write what makes ``.distcp`` files a checkpoint that megatron-core and torch can load."""
     state: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
@@ -122,7 +122,7 @@ def write_metadata(folder: Path, tensors: Mapping[str, Saved]) -> None:
     (folder / FORMAT).write_text(json.dumps({**versions, "common_backend": "torch", "common_backend_version": 1}))
 
 
-def read_metadata(folder: Path) -> dict[str, Saved]:
+def read_metadata(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a checkpoint; what is in it besides (objects of the training program) is left out.
 
     Raises:
@@ -139,7 +139,7 @@ def read_metadata(folder: Path) -> dict[str, Saved]:
         raise DataError(f"{path} is not the metadata of a distributed checkpoint: {error}") from error
 
 
-def _checked(folder: Path, metadata: dcp.Metadata) -> dict[str, Saved]:
+def _checked(folder: Path, metadata: dcp.Metadata) -> dict[str, StoredTensor]:
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp")}
     where: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {}
     for index, info in metadata.storage_data.items():
@@ -152,16 +152,18 @@ def _checked(folder: Path, metadata: dcp.Metadata) -> dict[str, Saved]:
         chunks = []
         for part in entry.chunks:
             info = where[name, _counts(part.offsets)]
-            chunk = Chunk(_counts(part.offsets), _counts(part.sizes), info.relative_path, info.offset, info.length)
+            chunk = TensorChunk(
+                _counts(part.offsets), _counts(part.sizes), info.relative_path, info.offset, info.length
+            )
             _check_chunk(name, shape, dtype, chunk, sizes)
             chunks.append(chunk)
         if len({c.start for c in chunks}) < len(chunks) or sum(map(_volume, chunks)) != math.prod(shape):
             raise DataError(f"the parts of {name} {list(shape)} in {folder / METADATA} overlap or leave a gap")
-        tensors[str(name)] = Saved(shape, dtype, tuple(chunks))
+        tensors[str(name)] = StoredTensor(shape, dtype, tuple(chunks))
     return tensors
 
 
-def _volume(chunk: Chunk) -> int:
+def _volume(chunk: TensorChunk) -> int:
     return math.prod(chunk.shape)
 
 
@@ -172,7 +174,9 @@ def _counts(values: Iterable[int]) -> tuple[int, ...]:
     return counts
 
 
-def _check_chunk(name: str, shape: tuple[int, ...], dtype: torch.dtype, chunk: Chunk, sizes: Mapping[str, int]) -> None:
+def _check_chunk(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, chunk: TensorChunk, sizes: Mapping[str, int]
+) -> None:
     inside = len(chunk.start) == len(chunk.shape) == len(shape) and all(
         start + size <= full for start, size, full in zip(chunk.start, chunk.shape, shape, strict=True)
     )
@@ -191,7 +195,7 @@ def _check_chunk(name: str, shape: tuple[int, ...], dtype: torch.dtype, chunk: C
         raise DataError(f"a part {list(chunk.shape)} {dtype} of {name} would have {chunk.length} bytes, not {own}")
 
 
-def read_region(folder: Path, name: str, saved: Saved, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+def read_region(folder: Path, name: str, saved: StoredTensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return a box of a tensor, put together from the parts that it lies in.
 
     Raises:
@@ -222,7 +226,7 @@ def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tupl
     return tuple(slice(a - zero, b - zero) for a, b, zero in zip(low, high, origin, strict=True))
 
 
-def _read_chunk(folder: Path, name: str, dtype: torch.dtype, chunk: Chunk) -> Tensor:
+def _read_chunk(folder: Path, name: str, dtype: torch.dtype, chunk: TensorChunk) -> Tensor:
     path = folder / chunk.file
     with path.open("rb") as file:
         file.seek(chunk.offset)

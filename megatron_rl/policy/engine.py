@@ -28,7 +28,7 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.distributed.rng import rng_states, set_rng_states
 from megatron_rl.errors import TrainingError
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.piece_files import PieceReader, Place, check_model
+from megatron_rl.models.sharded_files import ShardedStateReader, StateSlice, check_model
 from megatron_rl.policy.balance import LoadBalancing
 from megatron_rl.policy.hf_weights import Export, load_weights, mark_shards, shards_of, tied_copies
 from megatron_rl.policy.model import build_chunks, paths_of
@@ -37,7 +37,7 @@ from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, optim
 from megatron_rl.policy.process_groups import build_mesh
 from megatron_rl.policy.routing_replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
-from megatron_rl.policy.sharded_state import PER_RANK, load_pieces, pieces_of, rng_pieces
+from megatron_rl.policy.sharded_state import PER_RANK, load_sharded_state, rng_slices, state_slices
 from megatron_rl.policy.upstream import repair
 
 LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
@@ -230,16 +230,16 @@ class Policy:
         finally:
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], kept)
 
-    def pieces(self) -> list[tuple[Place, Tensor]]:
+    def sharded_state(self) -> list[tuple[StateSlice, Tensor]]:
         """Return this rank's part of the whole state, shared with the policy: model, optimizer, random generators.
 
         The pieces of all ranks together hold every element of the state once; they serve any layout.
         """
         shards, parts = shards_of(self.chunks, self.family, self.mesh), optimizer_parts(self.optimizer)
-        random = rng_pieces(rng_states(self.mesh.world.device), self.mesh)
-        return [*pieces_of(shards, parts, self.mesh), *random.values()]
+        random = rng_slices(rng_states(self.mesh.world.device), self.mesh)
+        return [*state_slices(shards, parts, self.mesh), *random.values()]
 
-    def load_pieces(self, reader: PieceReader, updates: int, *, same_layout: bool) -> None:
+    def load_sharded_state(self, reader: ShardedStateReader, updates: int, *, same_layout: bool) -> None:
         """Put back what all ranks' ``pieces`` gave after ``updates`` optimizer steps, whatever their layout was.
 
         Random generators are only put back on the layout that they were of.
@@ -249,9 +249,9 @@ class Policy:
         """
         check_model(reader, self.family)
         shards = [*shards_of(self.chunks, self.family, self.mesh), *tied_copies(self.chunks, self.family)]
-        load_pieces(reader, shards, optimizer_parts(self.optimizer), self.mesh, updates)
+        load_sharded_state(reader, shards, optimizer_parts(self.optimizer), self.mesh, updates)
         if same_layout:
-            random = rng_pieces(rng_states(self.mesh.world.device), self.mesh)
+            random = rng_slices(rng_states(self.mesh.world.device), self.mesh)
             states = {name: reader.read(place, PER_RANK) for name, (place, _) in random.items()}
             set_rng_states(self.mesh.world.device, states)
         self.scheduler.step(updates - self.updates)

@@ -17,9 +17,9 @@ from torch import Tensor
 from megatron_rl.distributed.collectives import Group, gather_over, group_rank, group_size
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import DataError
-from megatron_rl.models.checkpoint_folders import open_source
-from megatron_rl.models.hf_mapping.engine import local_name
+from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
+from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LocalParam:
     @property
     def full_name(self) -> str:
         """Its name in the whole model, the same under every layout."""
-        return self.name.full(self.layer, self.expert)
+        return self.name.megatron_name(self.layer, self.expert)
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class LocalParam:
     def copies(self, mesh: Mesh) -> tuple[int, int]:
         """Which of the equal copies of this shard this rank holds, and how many there are."""
         axes = [mesh.expert_data] if self.name.is_expert else [mesh.data, mesh.context]
-        axes += [self.group(mesh)] if self.name.layout.dim is None else []
+        axes += [self.group(mesh)] if self.name.rule.dim is None else []
         copy, copies = 0, 1
         for axis in axes:
             copy, copies = copy * group_size(axis) + group_rank(axis), copies * group_size(axis)
@@ -81,7 +81,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
     Raises:
         DataError: a parameter has no entry in the table.
     """
-    entries = {name.megatron: name for name in family.names}
+    entries = {name.megatron: name for name in family.mappings}
     first_expert = (
         group_rank(mesh.expert) * (family.num_experts // group_size(mesh.expert)) if family.num_experts else 0
     )
@@ -92,7 +92,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
         for own_name, parameter in (trained | biases).items():
             if family.tied and own_name == "output_layer.weight":
                 continue
-            canonical = local_name(own_name)
+            canonical = to_local_name(own_name)
             layer = expert = 0
             if match := re.search(r"layers\.(\d+)\.", canonical):
                 layer = chunk.decoder.layers[int(match[1])].layer_number - 1
@@ -103,7 +103,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
             if canonical not in entries:
                 raise DataError(f"the model's parameter {own_name} has no entry in the table of names ({canonical})")
             name = entries[canonical]
-            stack = family.stacks.get(name.hf[0], "").format(layer=layer)
+            stack = family.stacked_names.get(name.hf[0], "").format(layer=layer)
             shards.append(LocalParam(name, layer, expert, parameter, own_name in trained, stack))
     return shards
 
@@ -112,7 +112,7 @@ def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> li
     """Return the output head of a last stage without the embedding it is tied to, as another copy of the embedding."""
     if not family.tied:
         return []
-    embedding = next(name for name in family.names if name.megatron.startswith("embedding."))
+    embedding = next(name for name in family.mappings if name.megatron.startswith("embedding."))
     heads = [chunk for chunk in unwrap_model(list(chunks)) if chunk.post_process and not chunk.pre_process]
     return [LocalParam(embedding, 0, 0, chunk.output_layer.weight) for chunk in heads]
 
@@ -127,7 +127,7 @@ def mark_shards(shards: Sequence[LocalParam], mesh: Mesh) -> None:
     ranks that is; nor is its gradient a part of a sum over those, as megatron's own layer says.
     """
     for shard in shards:
-        dim = shard.name.layout.dim
+        dim = shard.name.rule.dim
         counts = dim is not None
         if shard.name.is_expert:
             counts = counts or group_rank(mesh.expert_tensor) == 0
@@ -144,12 +144,12 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
     Raises:
         DataError: a tensor is missing, extra or misshapen, or a file cannot be read.
     """
-    source = open_source(folder, family)
+    source = open_checkpoint(folder, family)
     source.check(family)
     for shard in [*shards_of(chunks, family, mesh), *tied_copies(chunks, family)]:
         parts = [source.read(name) for name in shard.hf_names]
         group = shard.group(mesh)
-        piece = shard.name.layout.shard(parts, group_rank(group), group_size(group))
+        piece = shard.name.rule.shard(parts, group_rank(group), group_size(group))
         if not shard.is_trained:
             # megatron keeps a router's bias in float32, but its bfloat16 wrapper has just cast it
             shard.parameter.data = shard.parameter.data.to(torch.promote_types(piece.dtype, torch.float32))
@@ -251,7 +251,7 @@ def _pieces(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[Lo
 def _merge(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that a bucket's shards make: copies, so that the bucket can go."""
     for shard, pieces in _pieces(bucket, gathered):
-        for name, part in zip(shard.hf_names, shard.name.layout.merge(pieces), strict=True):
+        for name, part in zip(shard.hf_names, shard.name.rule.merge(pieces), strict=True):
             whole = part.contiguous().cpu()
             shares = whole.untyped_storage().data_ptr() == gathered.untyped_storage().data_ptr()
             yield name, whole.clone() if shares else whole
@@ -271,7 +271,7 @@ class Stacks:
         for shard, pieces in _pieces(bucket, gathered):
             name, experts = shard.stack, shard.name.experts
             for rank in range(ranks):
-                (one,) = shard.name.layout.merge(pieces[rank * sharing : (rank + 1) * sharing])
+                (one,) = shard.name.rule.merge(pieces[rank * sharing : (rank + 1) * sharing])
                 if name not in self._open:
                     self._open[name] = torch.empty(experts, *one.shape, dtype=one.dtype)
                     self._missing[name] = experts

@@ -84,7 +84,7 @@ class Replay:
     ) -> None:
         self.mode: RoutingReplay = mode if family.num_experts else "none"
         self._mesh = mesh
-        self._shape = family.routes
+        self._shape = family.route_shape
         self._kept: list[Routes] | None = None
         self._is_off = False
         config = chunks[0].config

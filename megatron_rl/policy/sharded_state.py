@@ -8,14 +8,14 @@ from torch import Tensor
 from megatron_rl.distributed.collectives import group_rank, group_size
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.models.hf_mapping.rules import Shard
-from megatron_rl.models.piece_files import PieceReader, Place
+from megatron_rl.models.sharded_files import ShardedStateReader, StateSlice
 from megatron_rl.policy.hf_weights import LocalParam
 from megatron_rl.policy.optimizer import MOMENTS, OptimizerPart
 
 
-def pieces_of(
+def state_slices(
     shards: Sequence[LocalParam], parts: Mapping[Tensor, OptimizerPart], mesh: Mesh
-) -> Iterator[tuple[Place, Tensor]]:
+) -> Iterator[tuple[StateSlice, Tensor]]:
     """Yield what this rank must save, flat and shared with the policy.
 
     Over all ranks every element comes once: of shards that several ranks hold equally, each rank gives some.
@@ -27,15 +27,19 @@ def pieces_of(
             yield _place("model", shard, mesh), shard.parameter.detach().flatten()
         part = parts.get(shard.parameter)
         # The distributed optimizer gives each data-parallel rank elements of its own, alike on all tensor ranks.
-        repeated = shard.name.layout.dim is None and group_rank(shard.group(mesh)) > 0
+        repeated = shard.name.rule.dim is None and group_rank(shard.group(mesh)) > 0
         if part is not None and (not repeated if part.is_shared_out else mine):
             for kind, values in part.tensors().items():
                 yield _place(kind, shard, mesh, part.start), values.detach().flatten()
 
 
 @torch.no_grad()
-def load_pieces(
-    reader: PieceReader, shards: Sequence[LocalParam], parts: Mapping[Tensor, OptimizerPart], mesh: Mesh, updates: int
+def load_sharded_state(
+    reader: ShardedStateReader,
+    shards: Sequence[LocalParam],
+    parts: Mapping[Tensor, OptimizerPart],
+    mesh: Mesh,
+    updates: int,
 ) -> None:
     """Fill this rank's parameters, main parameters and moments after ``updates`` optimizer steps.
 
@@ -43,7 +47,7 @@ def load_pieces(
         DataError: a tensor is missing, misshapen or damaged.
     """
     for shard in shards:
-        layout = shard.name.layout
+        layout = shard.name.rule
         weights = reader.read(_place("model", shard, mesh), layout)
         main = _place("main", shard, mesh)
         if weights.dtype is not shard.parameter.dtype and main.tensor in reader:
@@ -63,11 +67,11 @@ def load_pieces(
         part.fill(values, updates)
 
 
-def rng_pieces(states: Mapping[str, Tensor], mesh: Mesh) -> dict[str, tuple[Place, Tensor]]:
+def rng_slices(states: Mapping[str, Tensor], mesh: Mesh) -> dict[str, tuple[StateSlice, Tensor]]:
     """Return the states of this rank's random generators by name, with the place of each."""
     rank, size = mesh.world.rank, mesh.world.size
     return {
-        name: (Place(tensor=f"rng/{name}", shard=rank, shards=size, shape=tuple(state.shape)), state)
+        name: (StateSlice(tensor=f"rng/{name}", shard=rank, shards=size, shape=tuple(state.shape)), state)
         for name, state in states.items()
     }
 
@@ -76,9 +80,9 @@ PER_RANK = Shard(0)
 """How generators' states lie: every rank's own, never cut otherwise."""
 
 
-def _place(kind: str, shard: LocalParam, mesh: Mesh, start: int = 0) -> Place:
-    whole, group = shard.name.layout.dim is None, shard.group(mesh)
-    return Place(
+def _place(kind: str, shard: LocalParam, mesh: Mesh, start: int = 0) -> StateSlice:
+    whole, group = shard.name.rule.dim is None, shard.group(mesh)
+    return StateSlice(
         tensor=f"{kind}/{shard.full_name}",
         shard=0 if whole else group_rank(group),
         shards=1 if whole else group_size(group),

@@ -76,11 +76,11 @@ def make_model(run: Run, shrink: SizeOverrides | None, folder: Path) -> str:
     small = (shrink or SizeOverrides()).config(hf)
     generator, family = torch.Generator().manual_seed(1), family_of(small)
     tensors = {}
-    for name, shape in family.hf_tensors().items():
+    for name, shape in family.hf_shapes().items():
         noise = torch.randn(shape, generator=generator)
         # Norms around 1; matrices so that activations keep their size and routers and softmaxes are decided.
         tensors[name] = 1 + 0.1 * noise if len(shape) == 1 else noise * (2.0 / shape[-1]) ** 0.5
-    for stack, parts in family.joined_parts(only=True).items():
+    for stack, parts in family.fused_parts(required=True).items():
         tensors[stack] = torch.stack([tensors.pop(part) for part in parts])
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")

@@ -19,7 +19,7 @@ def requested_routes(run: Run) -> RouteShape | None:
     """Return the shape of the routing record to request from the engine; None: no record is needed."""
     if run.rollout.routing_replay not in ("report", "r3"):
         return None
-    return family_of(read_hf_config(Path(run.model.path))).routes
+    return family_of(read_hf_config(Path(run.model.path))).route_shape
 
 
 def route_columns(responses: Sequence[Response], lengths: Sequence[int], shape: RouteShape) -> Columns:

@@ -28,16 +28,16 @@ from megatron_rl.distributed.host_copies import HostCopies
 from megatron_rl.distributed.mesh import World
 from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.models.checkpoint_folders import copy_companions
-from megatron_rl.models.piece_files import Place, index_pieces, index_text, write_pieces
-from megatron_rl.models.piece_folder import (
+from megatron_rl.models.sharded_files import StateSlice, index_json, parse_index, write_slices
+from megatron_rl.models.training_checkpoint import (
     INDEX,
     META,
     SAMPLER,
-    Meta,
-    open_pieces,
-    or_older,
+    CheckpointMeta,
+    open_sharded_state,
     read_checked,
     read_meta,
+    repair_hint,
     step_of,
     valid_checkpoints,
 )
@@ -89,8 +89,8 @@ class Checkpoints:
         if words is None:
             return
         beside = Path(str(words))
-        pieces = self._copies.take(self.policy.pieces())
-        meta = Meta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
+        pieces = self._copies.take(self.policy.sharded_state())
+        meta = CheckpointMeta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
         self._writing = [self._in_background(final, partial(_write_rank, beside, self.world.rank, pieces))]
         if self.world.is_main:
             finish = partial(_finish, beside, final, meta, json.dumps(sampler_state), Path(self.run.model.path))
@@ -121,11 +121,11 @@ class Checkpoints:
             return 0, {}
         meta = read_meta(newest)
         sampler_state = json.loads(read_checked(newest, SAMPLER, meta))
-        reader = open_pieces(newest, meta)
+        reader = open_sharded_state(newest, meta)
         try:
-            self.policy.load_pieces(reader, meta.updates, same_layout=meta.layout == self.layout)
+            self.policy.load_sharded_state(reader, meta.updates, same_layout=meta.layout == self.layout)
         except DataError as error:
-            raise DataError(f"{error}; {or_older(newest)}") from error
+            raise DataError(f"{error}; {repair_hint(newest)}") from error
         return meta.step, sampler_state
 
     def _begin(self, final: Path) -> Path:
@@ -164,22 +164,22 @@ class Checkpoints:
                 remove_folder(old)
 
 
-def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[Place, Tensor]]) -> None:
+def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[StateSlice, Tensor]]) -> None:
     """Write this rank's file, then its part of the index, whose presence says that the file is whole."""
-    index = index_text(write_pieces(beside, rank, pieces))
+    index = index_json(write_slices(beside, rank, pieces))
     replace_text(beside / f"rank_{rank:05}.json", index)
 
 
-def _finish(beside: Path, final: Path, meta: Meta, sampler_state: str, model: Path) -> None:
+def _finish(beside: Path, final: Path, meta: CheckpointMeta, sampler_state: str, model: Path) -> None:
     """Wait for all ranks' files, which may come from other machines, and make the checkpoint of them."""
     parts = [beside / f"rank_{rank:05}.json" for rank in range(int(str(meta.layout["ranks"])))]
     while not all(part.exists() for part in parts):
         time.sleep(POLL_SECONDS)
-    pieces = list(chain.from_iterable(index_pieces(part.read_bytes(), part) for part in parts))
+    pieces = list(chain.from_iterable(parse_index(part.read_bytes(), part) for part in parts))
     for part in parts:
         part.unlink()
     copy_companions(model, beside)
-    texts = {INDEX: index_text(pieces), SAMPLER: sampler_state}
+    texts = {INDEX: index_json(pieces), SAMPLER: sampler_state}
     for name, text in texts.items():
         (beside / name).write_text(text, encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}

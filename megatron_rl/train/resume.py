@@ -4,8 +4,8 @@ from pathlib import Path
 
 from megatron_rl.config.schema import Run
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.piece_files import check_model
-from megatron_rl.models.piece_folder import open_pieces, read_meta, valid_checkpoints
+from megatron_rl.models.sharded_files import check_model
+from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta, valid_checkpoints
 
 
 def checkpoint_folder(run: Run) -> Path:
@@ -36,4 +36,4 @@ def check_resumable(run: Run) -> None:
     """
     newest = newest_checkpoint(run) if run.train.resume else None
     if newest is not None:
-        check_model(open_pieces(newest, read_meta(newest)), family_of(read_hf_config(Path(run.model.path))))
+        check_model(open_sharded_state(newest, read_meta(newest)), family_of(read_hf_config(Path(run.model.path))))

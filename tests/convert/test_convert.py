@@ -24,7 +24,7 @@ from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.convert.verify import compare
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.models.hf_mapping.engine import local_name
+from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name
 from megatron_rl.policy.backends import PLAIN_VARIABLE
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.hf_weights import shards_of
@@ -91,9 +91,9 @@ def read_by_megatron(folder: str, parallel: dict[str, object]) -> list[str]:
     module = chunk.module
     state = module.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": policy.mesh.data})
     state = {name: entry for name, entry in state.items() if "_extra_state" not in name}
-    written = {local_name(key): key for key in _keys(Path(folder))}
+    written = {to_local_name(key): key for key in _keys(Path(folder))}
     for entry in state.values():
-        entry.key = written[local_name(entry.key)]  # the local layers' names for some norms
+        entry.key = written[to_local_name(entry.key)]  # the local layers' names for some norms
     module.load_state_dict(dist_checkpointing.load(state, folder), strict=False)
     return [s.name.megatron for s, value in zip(shards, ours, strict=True) if not torch.equal(s.parameter, value)]
 
@@ -146,9 +146,9 @@ def test_what_megatron_saves_is_read(tmp_path: Path, name: str, parallel: dict[s
 
 SLOWLY = """
 import sys, time
-from megatron_rl.models import hf_files
-read = hf_files.HFSource.read
-hf_files.HFSource.read = lambda self, name: (time.sleep(0.01), read(self, name))[1]
+from megatron_rl.models import hf_reader
+read = hf_reader.HFCheckpointReader.read
+hf_reader.HFCheckpointReader.read = lambda self, name: (time.sleep(0.01), read(self, name))[1]
 from megatron_rl.convert.main import main
 sys.exit(main(sys.argv[1:]))
 """

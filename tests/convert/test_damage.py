@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.models.hf_files import INDEX, HFSource, hf_tensors
 from megatron_rl.models.hf_mapping.rules import Family
+from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader, hf_tensors
 from megatron_rl.models.safetensor_files import read_header
 from megatron_rl.models.torch_dist import METADATA, read_metadata, read_region
 from tests.policy import families
@@ -124,7 +124,7 @@ def test_a_file_cut_while_it_is_read_leaves_no_target(source: Path, tmp_path: Pa
     path = tmp_path / "hf" / "model.safetensors"
     check = to_megatron._check_dtypes
 
-    def cut(reader: HFSource, family: Family) -> None:
+    def cut(reader: HFCheckpointReader, family: Family) -> None:
         check(reader, family)
         path.write_bytes(path.read_bytes()[:-10_000])
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.errors import DataError
-from megatron_rl.models.checkpoint_folders import open_source
-from megatron_rl.models.fp8 import dequantised, quantised
+from megatron_rl.models.checkpoint_folders import open_checkpoint
+from megatron_rl.models.fp8 import dequantize, quantize
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from tests.policy import families
 
@@ -35,9 +35,9 @@ def in_float64(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (200, 300), (1, 5), (129, 127)])
 def test_dequantisation_is_the_product_rounded_once(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    values, scales = quantised(torch.randn(shape) * torch.logspace(-6, 3, shape[1]), BLOCK)
+    values, scales = quantize(torch.randn(shape) * torch.logspace(-6, 3, shape[1]), BLOCK)
 
-    found = dequantised(values, scales, BLOCK)
+    found = dequantize(values, scales, BLOCK)
 
     # 4 bits of float8 times 24 of float32 fit into float64; float32 and bfloat16 then round once each.
     expected = in_float64(values, scales, BLOCK)
@@ -50,7 +50,7 @@ def test_quantisation_keeps_three_bits_of_every_value_that_float8_can_hold(shape
     torch.manual_seed(0)
     weight = torch.randn(shape)
 
-    values, scales = quantised(weight, BLOCK)
+    values, scales = quantize(weight, BLOCK)
 
     error = (in_float64(values, scales, BLOCK) - weight.double()).abs()
     largest = float(scales.max()) * 448
@@ -60,16 +60,16 @@ def test_quantisation_keeps_three_bits_of_every_value_that_float8_can_hold(shape
 
 def test_a_block_that_has_not_changed_comes_out_as_it_was() -> None:
     torch.manual_seed(0)
-    values, scales = quantised(torch.randn(300, 200), BLOCK)
-    weight = dequantised(values, scales, BLOCK)
+    values, scales = quantize(torch.randn(300, 200), BLOCK)
+    weight = dequantize(values, scales, BLOCK)
     weight[0, 0] = 1000.0
 
-    again, new = quantised(weight, BLOCK, scales)
+    again, new = quantize(weight, BLOCK, scales)
 
     assert torch.equal(new.flatten()[1:], scales.flatten()[1:])
     assert torch.equal(again[128:].view(torch.uint8), values[128:].view(torch.uint8))
     assert float(new[0, 0]) == pytest.approx(1000 / 448)
-    assert float(dequantised(again, new, BLOCK)[0, 0]) == 1000.0
+    assert float(dequantize(again, new, BLOCK)[0, 0]) == 1000.0
 
 
 def save_fp8(folder: Path, block: int = 32) -> Path:
@@ -81,7 +81,7 @@ def save_fp8(folder: Path, block: int = 32) -> Path:
     for name, tensor in load_file(folder / "model.safetensors").items():
         tensors[name] = tensor
         if name in matrices:
-            tensors[name], tensors[name + "_scale_inv"] = quantised(tensor, (block, block))
+            tensors[name], tensors[name + "_scale_inv"] = quantize(tensor, (block, block))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {**SETTINGS, "weight_block_size": [block, block]}
@@ -116,7 +116,7 @@ def test_a_bfloat16_checkpoint_can_be_written_in_fp8(tmp_path: Path) -> None:
 
     to_hf.convert(tmp_path / "megatron", tmp_path / "fp8", OutputFormat(fp8=True), 1, CONSOLE)
 
-    found = open_source(tmp_path / "fp8", family_of(read_hf_config(tmp_path / "fp8")))
+    found = open_checkpoint(tmp_path / "fp8", family_of(read_hf_config(tmp_path / "fp8")))
     name, plain = "model.layers.0.mlp.down_proj.weight", load_file(source / "model.safetensors")
     # three bits are stored: half a unit is 2^-4; values far below the block's largest lose more, in absolute terms less
     error = (found.read(name).float() - plain[name].float()).abs()

@@ -15,9 +15,9 @@ from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.convert.verify import compare
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.mxfp4 import Mxfp4
+from megatron_rl.models.mxfp4 import MXFP4Format
 from tests.policy import families
 
 CONSOLE = Console(quiet=True)
@@ -42,7 +42,7 @@ def test_every_pattern_under_a_scale_is_the_specification_s_number(scale: int) -
     low, high = torch.arange(16), torch.arange(16).flip(0)
     blocks = (low + 16 * high).to(torch.uint8)[None, None]
 
-    (found,) = Mxfp4().decoded(blocks, torch.tensor([[scale]], dtype=torch.uint8)).T
+    (found,) = MXFP4Format().decoded(blocks, torch.tensor([[scale]], dtype=torch.uint8)).T
 
     expected = [number(part) * 2.0 ** (scale - 127) for byte in range(16) for part in (byte, 15 - byte)]
     assert found.dtype is torch.bfloat16
@@ -53,12 +53,12 @@ def test_every_pattern_under_a_scale_is_the_specification_s_number(scale: int) -
 def test_the_scale_that_is_no_number_makes_none() -> None:
     blocks, scales = random_blocks(2, 1)
     scales[0] = 255
-    assert Mxfp4().decoded(blocks, scales).isnan().sum(0).tolist() == [32, 0]
+    assert MXFP4Format().decoded(blocks, scales).isnan().sum(0).tolist() == [32, 0]
 
 
 def test_it_is_what_transformers_reads() -> None:
     blocks, scales = random_blocks(3, 10, 4)
-    assert torch.equal(Mxfp4().decoded(blocks, scales), convert_moe_packed_tensors(blocks, scales))
+    assert torch.equal(MXFP4Format().decoded(blocks, scales), convert_moe_packed_tensors(blocks, scales))
 
 
 def published(folder: Path) -> tuple[Path, Path]:
@@ -121,4 +121,4 @@ def test_blocks_without_the_scales_that_they_need_are_one_error(tmp_path: Path, 
     save_file(tensors, quantised / "model.safetensors")
 
     with pytest.raises(DataError, match=r"down_proj_blocks.*down_proj_scales is"):
-        open_source(quantised, family_of(read_hf_config(quantised)))
+        open_checkpoint(quantised, family_of(read_hf_config(quantised)))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_rl.models.piece_folder import step_of, valid_checkpoints
+from megatron_rl.models.training_checkpoint import step_of, valid_checkpoints
 from tests.e2e.job import Job, same_result
 
 KILLS = 20

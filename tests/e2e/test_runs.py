@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.cli import main
-from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from tests.e2e.job import ONE_RANK, ROOT, Job, metrics_of
 from tests.policy import families
@@ -119,10 +119,10 @@ def test_exports_on_the_way_are_models_to_serve(tmp_path):
         prompt = AutoTokenizer.from_pretrained(folder)("1+2=", return_tensors="pt")["input_ids"]
         assert model.generate(prompt, max_new_tokens=4).shape[1] > prompt.shape[1]
         family = family_of(read_hf_config(folder))
-        source, saved = (open_source(f, family) for f in (folder, tmp_path / "run" / "checkpoints" / folder.name))
-        weights[step] = {name: source.read(name) for name in family.hf_tensors()}
+        source, saved = (open_checkpoint(f, family) for f in (folder, tmp_path / "run" / "checkpoints" / folder.name))
+        weights[step] = {name: source.read(name) for name in family.hf_shapes()}
         assert all(torch.equal(saved.read(name), tensor) for name, tensor in weights[step].items())
-    last = open_source(tmp_path / "run" / "export", family)
+    last = open_checkpoint(tmp_path / "run" / "export", family)
     assert all(torch.equal(last.read(name), tensor) for name, tensor in weights[2].items())
     assert not torch.equal(weights[1]["lm_head.weight"], weights[2]["lm_head.weight"])
 

@@ -15,7 +15,7 @@ from megatron_rl.convert import to_megatron
 from megatron_rl.evaluate import servers
 from megatron_rl.evaluate.targets import find_targets
 from megatron_rl.fleet.process import embedded_server
-from megatron_rl.models.checkpoint_folders import holds_hf_files, open_source
+from megatron_rl.models.checkpoint_folders import holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.torch_dist import is_torch_dist
 from tests.e2e.job import ONE_RANK, ROOT, Job
@@ -105,8 +105,8 @@ def test_an_engine_that_cannot_read_a_checkpoint_gets_a_copy(run, tmp_path, monk
         folder = Path(asked.model.path)
         assert holds_hf_files(folder)
         family = family_of(read_hf_config(folder))
-        copy, export = (open_source(place, family) for place in (folder, run / "export"))
-        assert all(torch.equal(copy.read(name), export.read(name)) for name in family.hf_tensors())
+        copy, export = (open_checkpoint(place, family) for place in (folder, run / "export"))
+        assert all(torch.equal(copy.read(name), export.read(name)) for name in family.hf_shapes())
         seen.append(folder)
         yield
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from megatron_rl.distributed.collectives import group_rank, group_size
 from megatron_rl.distributed.mesh import start_world
-from megatron_rl.models.hf_mapping.engine import saved_name
+from megatron_rl.models.hf_mapping.transformer_engine_names import torch_dist_key
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.hf_weights import shards_of
 from tests.policy import families
@@ -35,7 +35,7 @@ class EngineNames:
         self.named: dict[str, Tensor] = {}
         local = policy.family.num_experts // group_size(policy.mesh.expert) or 1
         for shard in shards_of(policy.chunks, policy.family, policy.mesh):
-            name = saved_name(shard.name, shard.layer, policy.family)
+            name = torch_dist_key(shard.name, shard.layer, policy.family)
             if shard.name.is_expert:
                 number = shard.expert - local * group_rank(policy.mesh.expert)
                 name = name.replace("experts.experts.", "experts.") + str(number)

@@ -13,14 +13,22 @@ from transformers import GptOssConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import blocks, family_of, read_hf_config
-from megatron_rl.models.hf_mapping.rules import QKV, GateUp, Layout, PairedGateUp, Replicate, Shard, VocabularyRows
+from megatron_rl.models.hf_mapping.rules import (
+    FuseGateUp,
+    FuseInterleavedGateUp,
+    FuseQKV,
+    Replicate,
+    Shard,
+    ShardRule,
+    ShardVocabulary,
+)
 
 SIZES = st.sampled_from([1, 2, 4])
 
 
-def survives(layout: Layout, parts: list[torch.Tensor], size: int) -> None:
+def survives(layout: ShardRule, parts: list[torch.Tensor], size: int) -> None:
     shards = [layout.shard(parts, rank, size) for rank in range(size)]
     assert len({tuple(shard.shape) for shard in shards}) == 1
     for before, after in zip(parts, layout.merge(shards), strict=True):
@@ -33,10 +41,10 @@ def test_every_rule_is_undone_by_its_inverse(size: int, groups: int, heads: int,
     hidden = 4 * size
     query = torch.randn(groups * heads * head_dim, hidden)
     key, value = torch.randn(groups * head_dim, hidden), torch.randn(groups * head_dim, hidden)
-    survives(QKV(groups * heads, groups, head_dim), [query, key, value], size)
-    survives(GateUp(), [query[: 4 * size], query[: 4 * size] + 1], size) if len(query) >= 4 * size else None
-    survives(PairedGateUp(), [torch.randn(5, 2 * hidden)], size)
-    survives(PairedGateUp(), [torch.randn(2 * hidden)], size)
+    survives(FuseQKV(groups * heads, groups, head_dim), [query, key, value], size)
+    survives(FuseGateUp(), [query[: 4 * size], query[: 4 * size] + 1], size) if len(query) >= 4 * size else None
+    survives(FuseInterleavedGateUp(), [torch.randn(5, 2 * hidden)], size)
+    survives(FuseInterleavedGateUp(), [torch.randn(2 * hidden)], size)
     survives(Shard(1, transposed=True), [torch.randn(hidden, 3)], size)
     survives(Shard(0), [torch.randn(hidden, 3)], size)
     survives(Shard(1), [torch.randn(3, hidden)], size)
@@ -45,13 +53,13 @@ def test_every_rule_is_undone_by_its_inverse(size: int, groups: int, heads: int,
 
 @given(SIZES, st.integers(1, 30))
 def test_vocabulary_rows_are_padded_and_cut_again(size: int, rows: int) -> None:
-    survives(VocabularyRows(rows), [torch.randn(rows, 3)], size)
+    survives(ShardVocabulary(rows), [torch.randn(rows, 3)], size)
 
 
 def test_the_table_accounts_for_every_tensor_of_the_demo_model() -> None:
     folder = Path(__file__).parents[2] / "configs" / "demo-model"
     family = family_of(read_hf_config(folder))
-    open_source(folder, family).check(family)
+    open_checkpoint(folder, family).check(family)
 
 
 def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:

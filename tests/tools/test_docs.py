@@ -87,4 +87,4 @@ def test_the_family_of_the_guide_accounts_for_every_tensor():
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
     family: Family = made["family"](config.to_dict())
-    assert family.hf_tensors() == expected
+    assert family.hf_shapes() == expected

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.mesh import World
 from megatron_rl.models.hf_mapping.rules import Shard
-from megatron_rl.models.piece_files import PieceReader, Place
+from megatron_rl.models.sharded_files import ShardedStateReader, StateSlice
 from megatron_rl.policy.engine import Policy
 from megatron_rl.train.checkpoints import Checkpoints
 
@@ -29,13 +29,13 @@ class Small:
         for tensor in self.tensors.values():
             tensor.fill_(self.updates)
 
-    def pieces(self) -> list[tuple[Place, Tensor]]:
+    def sharded_state(self) -> list[tuple[StateSlice, Tensor]]:
         return [(self.place(name), tensor) for name, tensor in self.tensors.items()]
 
-    def place(self, name: str) -> Place:
-        return Place(tensor=name, shard=self.rank, shards=self.size, shape=(SIZES[name],))
+    def place(self, name: str) -> StateSlice:
+        return StateSlice(tensor=name, shard=self.rank, shards=self.size, shape=(SIZES[name],))
 
-    def load_pieces(self, reader: PieceReader, updates: int, *, same_layout: bool) -> None:
+    def load_sharded_state(self, reader: ShardedStateReader, updates: int, *, same_layout: bool) -> None:
         assert same_layout
         self.updates = updates
         for name, tensor in self.tensors.items():

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import DataError, TrainingError
-from megatron_rl.models.piece_files import PieceReader, index_pieces
-from megatron_rl.models.piece_folder import INDEX, META, SAMPLER, valid_checkpoints
+from megatron_rl.models.sharded_files import ShardedStateReader, parse_index
+from megatron_rl.models.training_checkpoint import INDEX, META, SAMPLER, valid_checkpoints
 from megatron_rl.train import checkpoints as module
 from megatron_rl.train.resume import checkpoint_name, newest_checkpoint
 from tests.train.small import small
@@ -88,13 +88,13 @@ def check_newest(folder: Path) -> int:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    gate, write = threading.Event(), module.write_pieces
+    gate, write = threading.Event(), module.write_slices
 
     def slow(*arguments):
         gate.wait(60)
         return write(*arguments)
 
-    monkeypatch.setattr(module, "write_pieces", slow)
+    monkeypatch.setattr(module, "write_slices", slow)
     policy, checkpoints = small(tmp_path)
     policy.train()
     checkpoints.save(1, {})
@@ -104,7 +104,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     checkpoints.finish()
     again, other = small(tmp_path)
     assert other.load() == (1, {})
-    assert again.updates == 1  # and every element with it, as load_pieces checks
+    assert again.updates == 1  # and every element with it, as load_sharded_state checks
 
 
 def test_without_asynchronous_a_save_returns_when_all_is_written(tmp_path):
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_is_one_error_and_costs_no_older_checkpoint(tmp_path
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_pieces", full)
+    monkeypatch.setattr(module, "write_slices", full)
     checkpoints.save(2, {})
     with pytest.raises(TrainingError, match=r"step_00000002 cannot be written: .*No space left.*complete one is .*1$"):
         checkpoints.finish()
@@ -201,7 +201,7 @@ def test_a_file_from_another_checkpoint_is_not_taken(written):
 def test_an_index_cannot_lead_out_of_the_folder(written, file):
     pieces = json.loads((written / INDEX).read_text())
     with pytest.raises(DataError, match=r"is not an index of pieces: String should match pattern"):
-        index_pieces(json.dumps([{**pieces[0], "file": file}]), written / INDEX)
+        parse_index(json.dumps([{**pieces[0], "file": file}]), written / INDEX)
 
 
 @pytest.mark.parametrize(("change", "says"), [("gap", "leave a gap"), ("twice", "do not fit"), ("shape", "is ")])
@@ -212,7 +212,7 @@ def test_pieces_must_make_a_whole(written, change, says):
         "twice": [piece, {**piece, "shape": [5]}],
         "shape": [{**piece, "shape": [300_000, 1]}],
     }[change]
-    found = index_pieces(json.dumps(pieces), written / INDEX)
+    found = parse_index(json.dumps(pieces), written / INDEX)
     policy, _ = small(written.parent.parent)
     with pytest.raises(DataError, match=says):
-        policy.load_pieces(PieceReader(written, found), 2, same_layout=True)
+        policy.load_sharded_state(ShardedStateReader(written, found), 2, same_layout=True)

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.distributed.mesh import start_world
-from megatron_rl.models.checkpoint_folders import open_source
+from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.piece_folder import open_pieces, read_meta
+from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta
 from megatron_rl.policy.engine import Policy
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.resume import checkpoint_name
@@ -168,13 +168,13 @@ AGAIN = 1
 def contents(folder: Path, model: Path, step: int) -> dict[str, Tensor]:
     """Return everything in a checkpoint under Hugging Face names, whoever wrote it."""
     checkpoint = folder / "checkpoints" / checkpoint_name(step)
-    reader = open_pieces(checkpoint, read_meta(checkpoint))
+    reader = open_sharded_state(checkpoint, read_meta(checkpoint))
     state: dict[str, Tensor] = {}
     for name, layer, expert in family_of(read_hf_config(model)).parameters():
         for kind in ("model", "main", "exp_avg", "exp_avg_sq"):
-            tensor = f"{kind}/{name.full(layer, expert)}"
+            tensor = f"{kind}/{name.megatron_name(layer, expert)}"
             if tensor in reader:
-                parts = reader.merged(tensor, name.layout)
+                parts = reader.merged(tensor, name.rule)
                 state |= {f"{kind} {n}": p for n, p in zip(name.hf_names(layer, expert), parts, strict=True)}
     return state
 
@@ -287,11 +287,11 @@ def test_a_checkpoint_is_a_model_folder_too(straight, models, name):
     folder, model = straight(name)[0], models[LAYOUTS[name].model]
     checkpoint = folder / "checkpoints" / checkpoint_name(2)
     family = family_of(read_hf_config(checkpoint))
-    source = open_source(checkpoint, family)
+    source = open_checkpoint(checkpoint, family)
     source.check(family)
     saved = contents(folder, model, 2)
-    assert all(torch.equal(source.read(name), saved[f"model {name}"]) for name in family.hf_tensors())
-    assert all(source.specs[name].dtype is saved[f"model {name}"].dtype for name in family.hf_tensors())
+    assert all(torch.equal(source.read(name), saved[f"model {name}"]) for name in family.hf_shapes())
+    assert all(source.specs[name].dtype is saved[f"model {name}"].dtype for name in family.hf_shapes())
 
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint(straight, tmp_path):

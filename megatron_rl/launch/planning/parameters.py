@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.stages import PipelineStage
-from megatron_rl.models.hf_mapping.rules import Family, ParamMapping, VocabularyRows
+from megatron_rl.models.hf_mapping.rules import Family, ParamMapping, ShardVocabulary
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ParameterCounts:
 def parameter_counts(family: Family, layout: ParallelLayout, stage: PipelineStage) -> ParameterCounts:
     """Return the parameters per rank of a pipeline stage; all ranks of a stage hold the same number."""
     dense = expert = 0
-    for mapping in filter(_is_trained, family.names):
+    for mapping in filter(_is_trained, family.mappings):
         count = shard_elements(mapping, layout) * _copies(mapping, family, layout, stage)
         if mapping.is_expert and layout.expert > 1:  # megatron-core has a separate buffer only with expert parallelism
             expert += count
@@ -40,28 +40,28 @@ def parameter_counts(family: Family, layout: ParallelLayout, stage: PipelineStag
 
 def total_parameters(family: Family) -> int:
     """Return the trained parameters of the whole model."""
-    trained = filter(_is_trained, family.names)
+    trained = filter(_is_trained, family.mappings)
     return sum(_elements(mapping) * _layers(mapping) * (mapping.experts or 1) for mapping in trained)
 
 
 def active_parameters(family: Family) -> int:
     """Return the parameters that one token uses: of the experts, only those that it is routed to."""
     chosen = int(str(family.fields.get("moe_router_topk") or 0))
-    trained = filter(_is_trained, family.names)
+    trained = filter(_is_trained, family.mappings)
     return sum(_elements(mapping) * _layers(mapping) * (chosen if mapping.is_expert else 1) for mapping in trained)
 
 
 def shard_elements(mapping: ParamMapping, layout: ParallelLayout) -> int:
     """Return the elements of one tensor-parallel shard of a parameter, padding included."""
     size = layout.expert_tensor if mapping.is_expert else layout.tensor
-    if isinstance(mapping.layout, VocabularyRows):
-        return -(-mapping.layout.rows // size) * math.prod(mapping.shapes[0][1:])
-    return _elements(mapping) if mapping.layout.dim is None else _elements(mapping) // size
+    if isinstance(mapping.rule, ShardVocabulary):
+        return -(-mapping.rule.rows // size) * math.prod(mapping.shapes[0][1:])
+    return _elements(mapping) if mapping.rule.dim is None else _elements(mapping) // size
 
 
 def largest_stack(family: Family) -> int:
     """Return the elements of the largest tensor that holds all experts of a layer, 0 if experts are separate."""
-    stacks = [mapping for mapping in family.names if mapping.hf[0] in family.stacks]
+    stacks = [mapping for mapping in family.mappings if mapping.hf[0] in family.stacked_names]
     return max((_elements(mapping) * mapping.experts for mapping in stacks), default=0)
 
 

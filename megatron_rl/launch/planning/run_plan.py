@@ -15,7 +15,7 @@ from megatron_rl.fleet.sglang import NEVER_TIED, wrong_options
 from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, layout_of
 from megatron_rl.launch.planning.megatron_fields import check_megatron_fields
 from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
-from megatron_rl.models.checkpoint_folders import QUANTISATION, has_weights, open_source
+from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weights, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import HFConfig
 from megatron_rl.models.torch_dist import is_torch_dist
@@ -88,7 +88,7 @@ def make_plan(
         family = family_of(hf)
         sizes = model_sizes(family)
         if starts_here or has_weights(Path(run.model.path)):
-            open_source(Path(run.model.path), family).check(family)
+            open_checkpoint(Path(run.model.path), family).check(family)
         else:
             missing.append(f"{loaded.describe('model.path')}: no weights")
     except MegatronRLError as error:
@@ -127,7 +127,7 @@ def check_sampling(loaded: Loaded[Run]) -> None:
         hf = read_hf_config(path)
         problems = [*_check_tied_head(loaded, hf), *_check_fleet(loaded)]
         family = family_of(hf)
-        open_source(path, family).check(family)
+        open_checkpoint(path, family).check(family)
     except MegatronRLError as error:
         problems = [str(error), *_check_fleet(loaded)]
     raise_problems([*problems, *check_task(loaded.run.task, loaded.run.reward, loaded.run.environment)])
@@ -244,7 +244,7 @@ def _check_tied_head(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
 
 
 def _check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
-    rollout, settings = loaded.run.rollout, hf.get(QUANTISATION)
+    rollout, settings = loaded.run.rollout, hf.get(QUANTIZATION_CONFIG)
     if rollout.engine != "embedded" and not rollout.urls and settings:
         yield (
             f"{loaded.describe('model.path')} is quantized"

@@ -48,7 +48,7 @@ def memory_rows(run: Run, estimate: RunEstimate, memory: RankMemory) -> list[tup
     ]
     if memory.reduction:
         rows.append(("reduction", memory.reduction, "gloo's copy of the gradients, after activations are freed"))
-    stack = " and one tensor with all experts of a layer" if estimate.family.stacks else ""
+    stack = " and one tensor with all experts of a layer" if estimate.family.stacked_names else ""
     push = f"weights.bucket_bytes{stack}, between steps, after activations are freed"
     rows.append(("weight push", memory.push, push))
     if memory.host_reference:

@@ -7,25 +7,25 @@ import torch.nn.functional as F
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.hf_mapping.rules import (
-    QKV,
     FusedParam,
-    GateUp,
+    FuseGateUp,
+    FuseQKV,
     HFConfig,
     ParamMapping,
     Replicate,
     Shape,
     Shard,
-    VocabularyRows,
+    ShardVocabulary,
 )
 
 LAYER, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF + "self_attn."
 
-Names = tuple[ParamMapping, ...]
+Mappings = tuple[ParamMapping, ...]
 Layers = tuple[int, ...]
 
 
-def plain_fields(hf: HFConfig) -> dict[str, object]:
+def common_fields(hf: HFConfig) -> dict[str, object]:
     """Return the fields of TransformerConfig that all families here share.
 
     Raises:
@@ -52,7 +52,7 @@ def plain_fields(hf: HFConfig) -> dict[str, object]:
     }
 
 
-def rope_of(hf: HFConfig) -> dict[str, object]:
+def rope_settings(hf: HFConfig) -> dict[str, object]:
     """Return the rotary settings under the names of transformers 5, whichever version wrote them."""
     rope = dict(
         hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
@@ -61,13 +61,13 @@ def rope_of(hf: HFConfig) -> dict[str, object]:
     return rope
 
 
-def plain_rope(hf: HFConfig) -> float:
+def unscaled_rope_base(hf: HFConfig) -> float:
     """Return the base of an unscaled rotary embedding.
 
     Raises:
         ConfigError: the embedding is scaled.
     """
-    rope = rope_of(hf)
+    rope = rope_settings(hf)
     if rope["rope_type"] != "default":
         raise ConfigError(f"rope_type {rope['rope_type']!r} of config.json is not supported for {hf['model_type']}")
     return float(str(rope["rope_theta"]))
@@ -79,9 +79,9 @@ def yarn_fields(hf: HFConfig) -> dict[str, object]:
     Raises:
         ConfigError: another scaling, or a factor for the angles that megatron-core cannot be told.
     """
-    rope = rope_of(hf)
+    rope = rope_settings(hf)
     if rope["rope_type"] != "yarn":
-        plain_rope(hf)
+        unscaled_rope_base(hf)
         return {}
     factor, own = float(str(rope["factor"])), rope.get("attention_factor")
     scales = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -102,7 +102,7 @@ def yarn_fields(hf: HFConfig) -> dict[str, object]:
     }
 
 
-def refuse(hf: HFConfig, **unsupported: object) -> None:
+def reject(hf: HFConfig, **unsupported: object) -> None:
     """Raise a ConfigError if config.json has one of these values."""
     for key, value in unsupported.items():
         if hf.get(key) == value:
@@ -114,9 +114,9 @@ def all_layers(hf: HFConfig) -> Layers:
     return tuple(range(hf["num_hidden_layers"]))
 
 
-def ends(hf: HFConfig) -> Names:
+def embedding_and_head(hf: HFConfig) -> Mappings:
     """Return embedding, last norm and, unless it is the embedding, the output head."""
-    rows, table = VocabularyRows(hf["vocab_size"]), (hf["vocab_size"], hf["hidden_size"])
+    rows, table = ShardVocabulary(hf["vocab_size"]), (hf["vocab_size"], hf["hidden_size"])
     tied = bool(hf.get("tie_word_embeddings", False))
     return (
         ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), rows, (table,)),
@@ -125,21 +125,21 @@ def ends(hf: HFConfig) -> Names:
     )
 
 
-def norms(hf: HFConfig) -> Names:
+def layer_norms(hf: HFConfig) -> Mappings:
     """Return the norms in front of attention and feed-forward network."""
     shape = ((hf["hidden_size"],),)
     return (
-        whole(LAYER + "input_layernorm.weight", HF + "input_layernorm.weight", shape, all_layers(hf)),
-        whole(LAYER + "pre_mlp_layernorm.weight", HF + "post_attention_layernorm.weight", shape, all_layers(hf)),
+        replicated(LAYER + "input_layernorm.weight", HF + "input_layernorm.weight", shape, all_layers(hf)),
+        replicated(LAYER + "pre_mlp_layernorm.weight", HF + "post_attention_layernorm.weight", shape, all_layers(hf)),
     )
 
 
-def whole(megatron: str, hf_name: str, shapes: tuple[Shape, ...], layers: Layers) -> ParamMapping:
+def replicated(megatron: str, hf_name: str, shapes: tuple[Shape, ...], layers: Layers) -> ParamMapping:
     """Return an entry that every rank holds whole."""
     return ParamMapping(megatron, (hf_name,), Replicate(), shapes, layers)
 
 
-def head_dim_of(hf: HFConfig) -> int:
+def head_dim(hf: HFConfig) -> int:
     """Return the width of an attention head."""
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
@@ -148,17 +148,17 @@ def attention_fields(hf: HFConfig, *, bias: bool, norm: bool) -> dict[str, objec
     """Return the fields of grouped-query attention."""
     return {
         "num_query_groups": hf["num_key_value_heads"],
-        "kv_channels": head_dim_of(hf),
+        "kv_channels": head_dim(hf),
         "add_qkv_bias": bias,
         "qk_layernorm": norm,
     }
 
 
-def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Names:
+def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Mappings:
     """Return grouped-query attention: ``bias`` on query, key and value, ``norm`` on query and key of each head."""
-    head_dim, layers = head_dim_of(hf), all_layers(hf)
+    width, layers = head_dim(hf), all_layers(hf)
     heads, groups, hidden = hf["num_attention_heads"], hf["num_key_value_heads"], hf["hidden_size"]
-    qkv, rows = QKV(heads, groups, head_dim), (heads * head_dim, groups * head_dim, groups * head_dim)
+    qkv, rows = FuseQKV(heads, groups, width), (heads * width, groups * width, groups * width)
 
     def fused(kind: str, shapes: tuple[Shape, ...]) -> ParamMapping:
         parts = tuple(f"{HF_ATTENTION}{part}_proj.{kind}" for part in "qkv")
@@ -170,19 +170,19 @@ def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Names:
     if norm:
         for part in "qk":
             name = f"{part}_norm.weight"
-            names.append(whole(f"{ATTENTION}{part}_layernorm.weight", HF_ATTENTION + name, ((head_dim,),), layers))
+            names.append(replicated(f"{ATTENTION}{part}_layernorm.weight", HF_ATTENTION + name, ((width,),), layers))
     output = ParamMapping(
         ATTENTION + "linear_proj.weight", (HF_ATTENTION + "o_proj.weight",), Shard(1), ((hidden, rows[0]),), layers
     )
     return (*names, output)
 
 
-def mlp(hf: HFConfig, width: int, layers: Layers, megatron: str = "mlp.", hf_prefix: str = "mlp.") -> Names:
+def mlp(hf: HFConfig, width: int, layers: Layers, megatron: str = "mlp.", hf_prefix: str = "mlp.") -> Mappings:
     """Return a gated feed-forward network of this width."""
     hidden, inside, outside = hf["hidden_size"], LAYER + megatron, HF + hf_prefix
     gate_up = (outside + "gate_proj.weight", outside + "up_proj.weight")
     return (
-        ParamMapping(inside + "linear_fc1.weight", gate_up, GateUp(), ((width, hidden), (width, hidden)), layers),
+        ParamMapping(inside + "linear_fc1.weight", gate_up, FuseGateUp(), ((width, hidden), (width, hidden)), layers),
         ParamMapping(
             inside + "linear_fc2.weight", (outside + "down_proj.weight",), Shard(1), ((hidden, width),), layers
         ),
@@ -194,15 +194,15 @@ def expert_count(hf: HFConfig, key: str) -> int:
     return hf["num_local_experts"] if key not in hf and "num_local_experts" in hf else hf[key]
 
 
-def router(hf: HFConfig, experts: int, layers: Layers, hf_name: str = "mlp.gate.weight") -> Names:
+def router(hf: HFConfig, experts: int, layers: Layers, hf_name: str = "mlp.gate.weight") -> Mappings:
     """Return the router's matrix."""
-    return (whole(LAYER + "mlp.router.weight", HF + hf_name, ((experts, hf["hidden_size"]),), layers),)
+    return (replicated(LAYER + "mlp.router.weight", HF + hf_name, ((experts, hf["hidden_size"]),), layers),)
 
 
-def router_bias(experts: int, layers: Layers) -> Names:
+def router_bias(experts: int, layers: Layers) -> Mappings:
     """Return the bias that moves the choice of experts, not their weights: no gradient reaches it."""
     name = HF + "mlp.gate.e_score_correction_bias"
-    return (whole(LAYER + "mlp.router.expert_bias", name, ((experts,),), layers),)
+    return (replicated(LAYER + "mlp.router.expert_bias", name, ((experts,),), layers),)
 
 
 EXPERT_PARTS = (
@@ -213,18 +213,18 @@ EXPERT_PARTS = (
 """Gate, up and down matrix of an expert, as most families name them."""
 
 
-def experts(hf: HFConfig, count: int, width: int, layers: Layers, parts: tuple[str, ...] = EXPERT_PARTS) -> Names:
+def experts(hf: HFConfig, count: int, width: int, layers: Layers, parts: tuple[str, ...] = EXPERT_PARTS) -> Mappings:
     """Return the experts, each a gated feed-forward network of this width."""
     hidden, inside = hf["hidden_size"], LAYER + "mlp.experts.local_experts.{expert}."
     gate, up, down = (HF + part for part in parts)
     wide = ((width, hidden), (width, hidden))
     return (
-        ParamMapping(inside + "linear_fc1.weight", (gate, up), GateUp(), wide, layers, count),
+        ParamMapping(inside + "linear_fc1.weight", (gate, up), FuseGateUp(), wide, layers, count),
         ParamMapping(inside + "linear_fc2.weight", (down,), Shard(1), ((hidden, width),), layers, count),
     )
 
 
-def joined_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, ...]:
+def fused_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, ...]:
     """Return the fused form: one tensor for all gate and up matrices of a layer, one for all down matrices."""
     gate, up, down = (HF + part for part in parts)
     return (
@@ -233,13 +233,13 @@ def joined_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, .
     )
 
 
-def extra_layers(hf: HFConfig, key: str = "num_nextn_predict_layers") -> tuple[str, ...]:
+def mtp_layers(hf: HFConfig, key: str = "num_nextn_predict_layers") -> tuple[str, ...]:
     """Return the patterns of multi-token-prediction layers, which stand after the decoder's and are not trained."""
     first = hf["num_hidden_layers"]
     return tuple(rf"model\.layers\.{first + number}\..*" for number in range(hf.get(key) or 0))
 
 
-def sparse_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int) -> dict[str, object]:
+def moe_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int) -> dict[str, object]:
     """Return the fields of a mixture of experts in these layers."""
     sparse = set(layers)
     return {
@@ -250,5 +250,5 @@ def sparse_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int
     }
 
 
-COMPUTED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Tensors that old checkpoints have and that follow from the configuration."""

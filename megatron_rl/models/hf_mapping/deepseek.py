@@ -10,7 +10,7 @@ from megatron_rl.models.hf_mapping.rules import Family, HFConfig, ParamMapping, 
 
 def v2(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``deepseek_v2``."""
-    blocks.refuse(hf, norm_topk_prob=True, scoring_func="sigmoid")
+    blocks.reject(hf, norm_topk_prob=True, scoring_func="sigmoid")
     limited = hf.get("topk_method", "greedy") == "group_limited_greedy"
     routing = {
         "moe_router_pre_softmax": True,
@@ -22,7 +22,7 @@ def v2(hf: HFConfig) -> Family:
 
 def v3(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``deepseek_v3``."""
-    blocks.refuse(hf, scoring_func="softmax")
+    blocks.reject(hf, scoring_func="softmax")
     return _family(hf, biased_routing(hf), has_bias=True)
 
 
@@ -65,24 +65,24 @@ def expert_groups(hf: HFConfig, *, best: int) -> dict[str, object]:
 
 
 def _family(hf: HFConfig, routing: dict[str, object], *, has_bias: bool) -> Family:
-    blocks.refuse(hf, attention_bias=True)
+    blocks.reject(hf, attention_bias=True)
     layers, first, step = blocks.all_layers(hf), hf.get("first_k_dense_replace", 0), hf.get("moe_layer_freq", 1)
     sparse = tuple(layer for layer in layers if layer >= first and layer % step == 0)
     dense = tuple(layer for layer in layers if layer not in sparse)
     count = blocks.expert_count(hf, "n_routed_experts")
-    width, base = hf["moe_intermediate_size"], float(str(blocks.rope_of(hf)["rope_theta"]))
+    width, base = hf["moe_intermediate_size"], float(str(blocks.rope_settings(hf)["rope_theta"]))
     shared = width * (hf.get("n_shared_experts") or 0)
     return Family(
         fields={
-            **blocks.plain_fields(hf),
+            **blocks.common_fields(hf),
             **latent_fields(hf),
-            **blocks.sparse_fields(hf, sparse, count=count, width=width),
+            **blocks.moe_fields(hf, sparse, count=count, width=width),
             **routing,
             "moe_shared_expert_intermediate_size": shared or None,
         },
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *latent_attention(hf),
             *blocks.mlp(hf, hf["intermediate_size"], dense),
             *blocks.router(hf, count, sparse),
@@ -95,8 +95,8 @@ def _family(hf: HFConfig, routing: dict[str, object], *, has_bias: bool) -> Fami
         rotary_base=base,
         tied=bool(hf.get("tie_word_embeddings", False)),
         dense_layers=frozenset(dense),
-        joined=blocks.joined_experts(),
-        carried=(*blocks.extra_layers(hf), *blocks.COMPUTED),
+        fused=blocks.fused_experts(),
+        passthrough=(*blocks.mtp_layers(hf), *blocks.ROTARY_BUFFERS),
     )
 
 
@@ -106,7 +106,7 @@ def latent_fields(hf: HFConfig) -> dict[str, object]:
     Raises:
         ConfigError: another scaling of the rotary embedding.
     """
-    rope = blocks.rope_of(hf)
+    rope = blocks.rope_settings(hf)
     kinds = {"default": "rope", "yarn": "yarn"}
     if rope["rope_type"] not in kinds:
         raise ConfigError(f"rope_type {rope['rope_type']!r} of config.json is none of {', '.join(kinds)}")
@@ -134,7 +134,7 @@ def latent_fields(hf: HFConfig) -> dict[str, object]:
     return fields
 
 
-def latent_attention(hf: HFConfig) -> blocks.Names:
+def latent_attention(hf: HFConfig) -> blocks.Mappings:
     """Return latent attention: down to the latents (whole on every rank), norms, up to the heads (cut by head)."""
     heads, hidden, layers = hf["num_attention_heads"], hf["hidden_size"], blocks.all_layers(hf)
     nope, rope, value = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
@@ -144,7 +144,7 @@ def latent_attention(hf: HFConfig) -> blocks.Names:
         return ParamMapping(blocks.ATTENTION + megatron, (blocks.HF_ATTENTION + name,), Shard(dim), (shape,), layers)
 
     def whole(megatron: str, name: str, shape: tuple[int, ...]) -> ParamMapping:
-        return blocks.whole(blocks.ATTENTION + megatron, blocks.HF_ATTENTION + name, (shape,), layers)
+        return blocks.replicated(blocks.ATTENTION + megatron, blocks.HF_ATTENTION + name, (shape,), layers)
 
     query: tuple[ParamMapping, ...] = (cut("linear_q_proj.weight", "q_proj.weight", (heads * (nope + rope), hidden)),)
     if query_rank:

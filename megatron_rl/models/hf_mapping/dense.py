@@ -7,20 +7,20 @@ from megatron_rl.models.hf_mapping.rules import Family, HFConfig
 
 def llama(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``llama``."""
-    blocks.refuse(hf, attention_bias=True, mlp_bias=True)
+    blocks.reject(hf, attention_bias=True, mlp_bias=True)
     base, factor = llama_rope(hf)
     return _family(hf, base=base, factor=factor, bias=False, norm=False)
 
 
 def qwen2(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``qwen2``: Qwen2 and Qwen2.5."""
-    return _family(hf, base=blocks.plain_rope(hf), factor=None, bias=True, norm=False)
+    return _family(hf, base=blocks.unscaled_rope_base(hf), factor=None, bias=True, norm=False)
 
 
 def qwen3(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``qwen3``."""
-    blocks.refuse(hf, attention_bias=True)
-    return _family(hf, base=blocks.plain_rope(hf), factor=None, bias=False, norm=True)
+    blocks.reject(hf, attention_bias=True)
+    return _family(hf, base=blocks.unscaled_rope_base(hf), factor=None, bias=False, norm=True)
 
 
 def llama_rope(hf: HFConfig) -> tuple[float, float | None]:
@@ -29,9 +29,9 @@ def llama_rope(hf: HFConfig) -> tuple[float, float | None]:
     Raises:
         ConfigError: a scaling that megatron-core does not have.
     """
-    rope = blocks.rope_of(hf)
+    rope = blocks.rope_settings(hf)
     if rope["rope_type"] != "llama3":
-        return blocks.plain_rope(hf), None
+        return blocks.unscaled_rope_base(hf), None
     fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
     for key, value in fixed.items():
         if rope.get(key) != value:
@@ -43,10 +43,10 @@ def _family(hf: HFConfig, *, base: float, factor: float | None, bias: bool, norm
     layers = blocks.all_layers(hf)
     tied = bool(hf.get("tie_word_embeddings", False))
     return Family(
-        fields={**blocks.plain_fields(hf), **blocks.attention_fields(hf, bias=bias, norm=norm)},
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        fields={**blocks.common_fields(hf), **blocks.attention_fields(hf, bias=bias, norm=norm)},
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *blocks.attention(hf, bias=bias, norm=norm),
             *blocks.mlp(hf, hf["intermediate_size"], layers),
         ),
@@ -56,5 +56,5 @@ def _family(hf: HFConfig, *, base: float, factor: float | None, bias: bool, norm
         rotary_factor=factor,
         tied=tied,
         dense_layers=frozenset(layers),
-        carried=blocks.COMPUTED,
+        passthrough=blocks.ROTARY_BUFFERS,
     )

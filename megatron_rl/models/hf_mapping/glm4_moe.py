@@ -13,18 +13,18 @@ def family(hf: HFConfig) -> Family:
     width = hf["moe_intermediate_size"]
     shared = width * hf["n_shared_experts"]
     attention = {"bias": bool(hf.get("attention_bias", False)), "norm": bool(hf.get("use_qk_norm", False))}
-    partial = blocks.rope_of(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", 0.5))
+    partial = blocks.rope_settings(hf).get("partial_rotary_factor", hf.get("partial_rotary_factor", 0.5))
     return Family(
         fields={
-            **blocks.plain_fields(hf),
+            **blocks.common_fields(hf),
             **blocks.attention_fields(hf, **attention),
-            **blocks.sparse_fields(hf, sparse, count=count, width=width),
+            **blocks.moe_fields(hf, sparse, count=count, width=width),
             **biased_routing(hf),
             "moe_shared_expert_intermediate_size": shared,
         },
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *blocks.attention(hf, **attention),
             *blocks.mlp(hf, hf["intermediate_size"], dense),
             *blocks.router(hf, count, sparse),
@@ -34,10 +34,10 @@ def family(hf: HFConfig) -> Family:
         ),
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
-        rotary_base=blocks.plain_rope(hf),
+        rotary_base=blocks.unscaled_rope_base(hf),
         rotary_percent=float(str(partial)),
         tied=bool(hf.get("tie_word_embeddings", False)),
         dense_layers=frozenset(dense),
-        joined=blocks.joined_experts(),
-        carried=blocks.extra_layers(hf),
+        fused=blocks.fused_experts(),
+        passthrough=blocks.mtp_layers(hf),
     )

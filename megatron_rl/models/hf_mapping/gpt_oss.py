@@ -11,8 +11,8 @@ from megatron_rl.models.hf_mapping import blocks
 from megatron_rl.models.hf_mapping.rules import (
     Family,
     FusedParam,
+    FuseInterleavedGateUp,
     HFConfig,
-    PairedGateUp,
     ParamMapping,
     Replicate,
     Shard,
@@ -29,7 +29,7 @@ def quick_gelu(gate: Tensor) -> Tensor:
 
 def family(hf: HFConfig) -> Family:
     """Return the family of a ``config.json`` whose ``model_type`` is ``gpt_oss``."""
-    blocks.refuse(hf, attention_bias=False)
+    blocks.reject(hf, attention_bias=False)
     if (alpha := hf.get("swiglu_alpha", ALPHA)) != ALPHA:
         raise ConfigError(f"swiglu_alpha {alpha} of config.json is not supported; only {ALPHA} is")
     layers, count, width = blocks.all_layers(hf), hf["num_local_experts"], hf["intermediate_size"]
@@ -37,9 +37,9 @@ def family(hf: HFConfig) -> Family:
     experts = stacked_experts(hf, count, width)
     return Family(
         fields={
-            **blocks.plain_fields({**hf, "sliding_window": None}),
+            **blocks.common_fields({**hf, "sliding_window": None}),
             **blocks.attention_fields(hf, **attention),
-            **blocks.sparse_fields(hf, layers, count=count, width=width),
+            **blocks.moe_fields(hf, layers, count=count, width=width),
             **window_fields(hf),
             **blocks.yarn_fields(hf),
             "add_bias_linear": True,
@@ -48,9 +48,9 @@ def family(hf: HFConfig) -> Family:
             "activation_func_clamp_value": hf.get("swiglu_limit", 7.0),
             "glu_linear_offset": 1.0,
         },
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *blocks.attention(hf, **attention),
             _own("self_attention.linear_proj.bias", "self_attn.o_proj.bias", hf["hidden_size"], hf),
             _own("self_attention.core_attention.softmax_offset", "self_attn.sinks", hf["num_attention_heads"], hf, 0),
@@ -60,9 +60,9 @@ def family(hf: HFConfig) -> Family:
         ),
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
-        rotary_base=float(str(blocks.rope_of(hf)["rope_theta"])),
+        rotary_base=float(str(blocks.rope_settings(hf)["rope_theta"])),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        joined=tuple(FusedParam(name.hf[0].replace("{expert}.", ""), name.hf, only=True) for name in experts),
+        fused=tuple(FusedParam(name.hf[0].replace("{expert}.", ""), name.hf, required=True) for name in experts),
     )
 
 
@@ -92,14 +92,14 @@ def stacked_experts(hf: HFConfig, count: int, width: int) -> tuple[ParamMapping,
     hidden, layers = hf["hidden_size"], blocks.all_layers(hf)
 
     def part(
-        megatron: str, hf_name: str, layout: PairedGateUp | Shard | Replicate, shape: tuple[int, ...]
+        megatron: str, hf_name: str, layout: FuseInterleavedGateUp | Shard | Replicate, shape: tuple[int, ...]
     ) -> ParamMapping:
         inside = blocks.LAYER + "mlp.experts.local_experts.{expert}." + megatron
         return ParamMapping(inside, (blocks.HF + "mlp.experts.{expert}." + hf_name,), layout, (shape,), layers, count)
 
     return (
-        part("linear_fc1.weight", "gate_up_proj", PairedGateUp(), (hidden, 2 * width)),
-        part("linear_fc1.bias", "gate_up_proj_bias", PairedGateUp(), (2 * width,)),
+        part("linear_fc1.weight", "gate_up_proj", FuseInterleavedGateUp(), (hidden, 2 * width)),
+        part("linear_fc1.bias", "gate_up_proj_bias", FuseInterleavedGateUp(), (2 * width,)),
         part("linear_fc2.weight", "down_proj", Shard(1, transposed=True), (width, hidden)),
         part("linear_fc2.bias", "down_proj_bias", Replicate(), (hidden,)),
     )

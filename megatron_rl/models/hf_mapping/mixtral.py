@@ -13,20 +13,20 @@ def family(hf: HFConfig) -> Family:
     attention = {"bias": False, "norm": False}
     return Family(
         fields={
-            **blocks.plain_fields(hf),
+            **blocks.common_fields(hf),
             **blocks.attention_fields(hf, **attention),
-            **blocks.sparse_fields(hf, layers, count=count, width=width),
+            **blocks.moe_fields(hf, layers, count=count, width=width),
         },
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *blocks.attention(hf, **attention),
             *blocks.router(hf, count, layers, _GATE),
             *blocks.experts(hf, count, width, layers, _PARTS),
         ),
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
-        rotary_base=blocks.plain_rope(hf),
+        rotary_base=blocks.unscaled_rope_base(hf),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        joined=(*blocks.joined_experts(_PARTS), FusedParam(blocks.HF + "mlp.gate.weight", (blocks.HF + _GATE,))),
+        fused=(*blocks.fused_experts(_PARTS), FusedParam(blocks.HF + "mlp.gate.weight", (blocks.HF + _GATE,))),
     )

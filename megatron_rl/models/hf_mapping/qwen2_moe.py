@@ -13,27 +13,27 @@ def family(hf: HFConfig) -> Family:
     gate = ("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight")
     return Family(
         fields={
-            **blocks.plain_fields(hf),
+            **blocks.common_fields(hf),
             **blocks.attention_fields(hf, **attention),
-            **blocks.sparse_fields(hf, sparse, count=count, width=width),
+            **blocks.moe_fields(hf, sparse, count=count, width=width),
             "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
             "moe_shared_expert_intermediate_size": shared,
             "moe_shared_expert_gate": True,
         },
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *blocks.attention(hf, **attention),
             *blocks.mlp(hf, hf["intermediate_size"], dense),
             *blocks.router(hf, count, sparse),
             *blocks.experts(hf, count, width, sparse),
             *blocks.mlp(hf, shared, sparse, "mlp.shared_experts.", "mlp.shared_expert."),
-            blocks.whole(blocks.LAYER + gate[0], blocks.HF + gate[1], ((1, hf["hidden_size"]),), sparse),
+            blocks.replicated(blocks.LAYER + gate[0], blocks.HF + gate[1], ((1, hf["hidden_size"]),), sparse),
         ),
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
-        rotary_base=blocks.plain_rope(hf),
+        rotary_base=blocks.unscaled_rope_base(hf),
         tied=bool(hf.get("tie_word_embeddings", False)),
         dense_layers=frozenset(dense),
-        joined=blocks.joined_experts(),
+        fused=blocks.fused_experts(),
     )

@@ -14,14 +14,14 @@ def family(hf: HFConfig) -> Family:
     attention = {"bias": False, "norm": True}
     return Family(
         fields={
-            **blocks.plain_fields(hf),
+            **blocks.common_fields(hf),
             **blocks.attention_fields(hf, **attention),
-            **blocks.sparse_fields(hf, sparse, count=count, width=width),
+            **blocks.moe_fields(hf, sparse, count=count, width=width),
             "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
         },
-        names=(
-            *blocks.ends(hf),
-            *blocks.norms(hf),
+        mappings=(
+            *blocks.embedding_and_head(hf),
+            *blocks.layer_norms(hf),
             *blocks.attention(hf, **attention),
             *blocks.mlp(hf, hf["intermediate_size"], dense),
             *blocks.router(hf, count, sparse),
@@ -29,10 +29,10 @@ def family(hf: HFConfig) -> Family:
         ),
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf["max_position_embeddings"],
-        rotary_base=blocks.plain_rope(hf),
+        rotary_base=blocks.unscaled_rope_base(hf),
         tied=bool(hf.get("tie_word_embeddings", False)),
         dense_layers=frozenset(dense),
-        joined=blocks.joined_experts(),
+        fused=blocks.fused_experts(),
     )
 
 

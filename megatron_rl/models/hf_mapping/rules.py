@@ -20,7 +20,7 @@ HFConfig = Mapping[str, Any]
 """A parsed config.json: its values are whatever the JSON holds."""
 
 
-class Layout(Protocol):
+class ShardRule(Protocol):
     """A rule between the Hugging Face tensors of one entry and the shards of one Megatron tensor."""
 
     @property
@@ -71,7 +71,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class VocabularyRows:
+class ShardVocabulary:
     """Rows of the vocabulary, padded with zeros so that every rank holds equally many."""
 
     rows: int
@@ -89,7 +89,7 @@ class VocabularyRows:
 
 
 @dataclass(frozen=True)
-class QKV:
+class FuseQKV:
     """Query, key and value rows interleaved by query group: [q of group 0, k 0, v 0, q of group 1, ...]."""
 
     heads: int
@@ -110,7 +110,7 @@ class QKV:
 
 
 @dataclass(frozen=True)
-class GateUp:
+class FuseGateUp:
     """Gate rows above up rows within each shard."""
 
     dim: int = 0
@@ -126,7 +126,7 @@ class GateUp:
 
 
 @dataclass(frozen=True)
-class PairedGateUp:
+class FuseInterleavedGateUp:
     """Gate and up in one Hugging Face tensor, in turn along its last dimension: [inputs, gate 0, up 0, gate 1, ...].
 
     The Megatron tensor has gate rows above up rows within each shard. A bias has that one dimension only.
@@ -150,7 +150,7 @@ class PairedGateUp:
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One entry: a Megatron name, the Hugging Face names that make it, their shapes, and the layout between them.
+    """One entry: a Megatron name, the Hugging Face names that make it, their shapes, and the rule between them.
 
     ``{layer}`` and ``{expert}`` stand for global indices. Megatron names are those of the local layer spec, not of
     transformer-engine's.
@@ -158,7 +158,7 @@ class ParamMapping:
 
     megatron: str
     hf: tuple[str, ...]
-    layout: Layout
+    rule: ShardRule
     shapes: tuple[Shape, ...]
     layers: tuple[int, ...] = (0,)
     """The layers that have it; meaningless where no ``{layer}`` is in the names."""
@@ -171,12 +171,12 @@ class ParamMapping:
         return self.experts > 0
 
     @cached_property
-    def whole_shape(self) -> Shape:
+    def full_shape(self) -> Shape:
         """Shape of the Megatron tensor if one rank holds all of it."""
         parts = [torch.empty(shape, device="meta") for shape in self.shapes]
-        return tuple(self.layout.shard(parts, 0, 1).shape)
+        return tuple(self.rule.shard(parts, 0, 1).shape)
 
-    def full(self, layer: int, expert: int) -> str:
+    def megatron_name(self, layer: int, expert: int) -> str:
         """Return the Megatron name for these indices."""
         return self.megatron.format(layer=layer, expert=expert)
 
@@ -184,7 +184,7 @@ class ParamMapping:
         """Return the Hugging Face names for these indices."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
 
-    def places(self) -> Iterator[tuple[int, int]]:
+    def instances(self) -> Iterator[tuple[int, int]]:
         """Yield the (layer, expert) of every copy."""
         return ((layer, expert) for layer in self.layers for expert in range(self.experts or 1))
 
@@ -198,7 +198,7 @@ class FusedParam:
 
     hf: str
     parts: tuple[str, ...]
-    only: bool = False
+    required: bool = False
     """There is no other form: what goes out has it too. Its parts are then those of one entry of the table."""
 
     @property
@@ -213,7 +213,7 @@ class Family:
 
     Attributes:
         fields: arguments of TransformerConfig.
-        names: the table.
+        mappings: the table.
         vocab_size: true vocabulary, before padding.
         max_position_embeddings: longest sequence.
         rotary_base: base of the rotary embedding.
@@ -221,12 +221,12 @@ class Family:
         rotary_factor: by which Llama 3 stretches long wavelengths; None: not at all.
         tied: the output head is the embedding.
         dense_layers: layers without experts.
-        joined: other forms of some tensors.
-        carried: patterns of tensors that a checkpoint may have besides: they go along, training does not see them.
+        fused: other forms of some tensors.
+        passthrough: patterns of tensors that a checkpoint may have besides: they go along, training does not see them.
     """
 
     fields: Mapping[str, object]
-    names: tuple[ParamMapping, ...]
+    mappings: tuple[ParamMapping, ...]
     vocab_size: int
     max_position_embeddings: int
     rotary_base: float
@@ -234,8 +234,8 @@ class Family:
     rotary_percent: float = 1.0
     rotary_factor: float | None = None
     dense_layers: frozenset[int] = field(default_factory=frozenset)
-    joined: tuple[FusedParam, ...] = ()
-    carried: tuple[str, ...] = ()
+    fused: tuple[FusedParam, ...] = ()
+    passthrough: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -253,56 +253,56 @@ class Family:
         return bool(self.fields.get("multi_latent_attention"))
 
     @property
-    def window(self) -> int:
+    def attention_window(self) -> int:
         """Tokens that one sees in a layer with a window, itself included; 0 where no layer has one."""
         size = self.fields.get("window_size")
         return size[0] + 1 if isinstance(size, tuple) else 0
 
     @property
-    def windowed_layers(self) -> int:
+    def num_windowed_layers(self) -> int:
         """How many layers have a window."""
         layers = self.fields.get("window_attn_skip_freq")
         return sum(layers) if isinstance(layers, list) else 0
 
     @property
-    def routes(self) -> RouteShape:
+    def route_shape(self) -> RouteShape:
         """What a record of its tokens' experts looks like."""
         layers = tuple(n for n in range(self.num_layers) if n not in self.dense_layers) if self.num_experts else ()
         per_token = int(str(self.fields.get("moe_router_topk") or 0))
         return RouteShape(layers, self.num_layers, self.num_experts, per_token)
 
     @cached_property
-    def stacks(self) -> Mapping[str, str]:
+    def stacked_names(self) -> Mapping[str, str]:
         """Parts of a layer's experts that only come stacked -> the tensor that they make; names with placeholders."""
-        return {joined.parts[0]: joined.hf for joined in self.joined if joined.only}
+        return {fused.parts[0]: fused.hf for fused in self.fused if fused.required}
 
-    def joined_parts(self, *, only: bool = False) -> dict[str, tuple[str, ...]]:
+    def fused_parts(self, *, required: bool = False) -> dict[str, tuple[str, ...]]:
         """Return the parts of each joined tensor, in the order of its bytes; ``only``: where there is no other form."""
         return {
-            joined.hf.format(layer=layer): tuple(
+            fused.hf.format(layer=layer): tuple(
                 part.format(layer=layer, expert=expert)
-                for expert in range(self.num_experts if joined.is_stacked else 1)
-                for part in joined.parts
+                for expert in range(self.num_experts if fused.is_stacked else 1)
+                for part in fused.parts
             )
-            for joined in self.joined
-            if joined.only or not only
+            for fused in self.fused
+            if fused.required or not required
             for layer in range(self.num_layers)
         }
 
     def parameters(self) -> Iterator[tuple[ParamMapping, int, int]]:
         """Yield every parameter of the model: its table entry, layer and expert (0 where the entry has none)."""
-        for name in self.names:
-            for layer, expert in name.places():
+        for name in self.mappings:
+            for layer, expert in name.instances():
                 yield name, layer, expert
 
-    def hf_tensors(self) -> dict[str, Shape]:
+    def hf_shapes(self) -> dict[str, Shape]:
         """Return the name and shape of every tensor that a checkpoint of this model must hold."""
         shapes: dict[str, Shape] = {}
         for name, layer, expert in self.parameters():
             shapes.update(zip(name.hf_names(layer, expert), name.shapes, strict=True))
         return shapes
 
-    def is_carried(self, hf_name: str) -> bool:
+    def is_passthrough(self, hf_name: str) -> bool:
         """Return whether this tensor, which the table does not have, may be there all the same."""
         tied_head = self.tied and hf_name == "lm_head.weight"
-        return tied_head or any(re.fullmatch(pattern, hf_name) for pattern in self.carried)
+        return tied_head or any(re.fullmatch(pattern, hf_name) for pattern in self.passthrough)

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.errors import DataError
-from megatron_rl.models.hf_mapping.rules import Family, Layout
+from megatron_rl.models.hf_mapping.rules import Family, ShardRule
 from megatron_rl.util.atomic import flush_to_disk
 
 Count = Annotated[int, Field(ge=0)]
 
 
-class Place(BaseModel):
+class StateSlice(BaseModel):
     """Where a run of elements belongs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -44,7 +44,7 @@ class Place(BaseModel):
     """The run's first element, in row order of the shard."""
 
 
-class Piece(Place):
+class SavedSlice(StateSlice):
     """A run of elements as it lies on disk, in the file's tensor of the same name."""
 
     count: Count
@@ -62,10 +62,10 @@ class Piece(Place):
         return self.start + self.count
 
 
-_PIECES = TypeAdapter(list[Piece])
+_PIECES = TypeAdapter(list[SavedSlice])
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[tuple[Place, Tensor]]) -> list[Piece]:
+def write_slices(folder: Path, rank: int, pieces: Iterable[tuple[StateSlice, Tensor]]) -> list[SavedSlice]:
     """Write this rank's pieces to a file of its own, and to the disk itself; return what the index says of them.
 
     The tensors are flat, contiguous and on the CPU.
@@ -75,7 +75,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[tuple[Place, Tensor]]
     save_file(tensors, folder / file)
     flush_to_disk(folder / file)
     return [
-        Piece(
+        SavedSlice(
             **place.model_dump(),
             count=len(tensor),
             dtype=str(tensor.dtype).removeprefix("torch."),
@@ -86,12 +86,12 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[tuple[Place, Tensor]]
     ]
 
 
-def index_text(pieces: Sequence[Piece]) -> str:
+def index_json(pieces: Sequence[SavedSlice]) -> str:
     """Return the index of some pieces as JSON."""
     return _PIECES.dump_json(list(pieces)).decode()
 
 
-def index_pieces(text: str | bytes, path: Path) -> list[Piece]:
+def parse_index(text: str | bytes, path: Path) -> list[SavedSlice]:
     """Return the pieces of an index that was read from ``path``.
 
     Raises:
@@ -105,15 +105,15 @@ def index_pieces(text: str | bytes, path: Path) -> list[Piece]:
         raise DataError(f"{path} is not an index of pieces: {first['msg']} {where and f'(at {where})'}") from error
 
 
-class PieceReader:
+class ShardedStateReader:
     """Reads any part of any tensor from pieces, each checked against its SHA-256 before a value of it is used.
 
     At most one tensor is in memory at once: a shard if the layout fits, else all of its shards and the merged whole.
     """
 
-    def __init__(self, folder: Path, pieces: Iterable[Piece]) -> None:
+    def __init__(self, folder: Path, pieces: Iterable[SavedSlice]) -> None:
         self.folder = folder
-        self._pieces: dict[str, list[Piece]] = {}
+        self._pieces: dict[str, list[SavedSlice]] = {}
         self._files: dict[str, safe_open] = {}
         for piece in pieces:
             self._pieces.setdefault(piece.tensor, []).append(piece)
@@ -125,7 +125,7 @@ class PieceReader:
         """Return the names of all tensors of a kind."""
         return {tensor.removeprefix(f"{kind}/") for tensor in self._pieces if tensor.startswith(f"{kind}/")}
 
-    def read(self, place: Place, layout: Layout, count: int | None = None) -> Tensor:
+    def read(self, place: StateSlice, layout: ShardRule, count: int | None = None) -> Tensor:
         """Return the elements from ``place`` on, flat: ``count`` of them, without it the rest of the shard.
 
         Raises:
@@ -141,7 +141,7 @@ class PieceReader:
         _check_shape(place, tuple(shard.shape), self.folder)
         return shard.flatten()[place.start : stop]
 
-    def merged(self, tensor: str, layout: Layout) -> tuple[Tensor, ...]:
+    def merged(self, tensor: str, layout: ShardRule) -> tuple[Tensor, ...]:
         """Return the parameter's Hugging Face tensors (or what belongs to their elements, such as Adam's moments)."""
         shards = self._shards(tensor)
         return layout.merge([self._elements(s, 0, math.prod(s[0].shape)).view(s[0].shape) for s in shards])
@@ -150,7 +150,7 @@ class PieceReader:
         """Return the type of a tensor's elements."""
         return getattr(torch, self._shards(tensor)[0][0].dtype)
 
-    def _shards(self, tensor: str) -> list[list[Piece]]:
+    def _shards(self, tensor: str) -> list[list[SavedSlice]]:
         """Return the pieces of every shard, in order."""
         pieces = self._pieces.get(tensor)
         if not pieces:
@@ -161,7 +161,7 @@ class PieceReader:
             raise DataError(f"the pieces of {tensor} in {self.folder} do not fit together")
         return shards
 
-    def _elements(self, pieces: Sequence[Piece], start: int, stop: int) -> Tensor:
+    def _elements(self, pieces: Sequence[SavedSlice], start: int, stop: int) -> Tensor:
         """Return elements ``start`` to ``stop`` of a shard."""
         needed = [piece for piece in pieces if piece.start < stop and piece.stop > start]
         joined = [piece.stop for piece in needed[:-1]] == [piece.start for piece in needed[1:]]
@@ -170,7 +170,7 @@ class PieceReader:
         parts = [self._load(piece)[max(start - piece.start, 0) : stop - piece.start] for piece in needed]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _load(self, piece: Piece) -> Tensor:
+    def _load(self, piece: SavedSlice) -> Tensor:
         path = self.folder / piece.file
         try:
             if piece.file not in self._files:
@@ -186,13 +186,16 @@ class PieceReader:
         return values
 
 
-def check_model(reader: PieceReader, family: Family) -> None:
+def check_model(reader: ShardedStateReader, family: Family) -> None:
     """Compare the names of the saved parameters with the model's.
 
     Raises:
         DataError: any is missing or unknown.
     """
-    found, expected = reader.names("model"), {name.full(layer, expert) for name, layer, expert in family.parameters()}
+    found, expected = (
+        reader.names("model"),
+        {name.megatron_name(layer, expert) for name, layer, expert in family.parameters()},
+    )
     problems = [f"missing: {name}" for name in sorted(expected - found)]
     problems += [f"extra: {name}" for name in sorted(found - expected)]
     if problems:
@@ -200,7 +203,7 @@ def check_model(reader: PieceReader, family: Family) -> None:
         raise DataError(f"the checkpoint {reader.folder} is of another model than model.path:\n  {shown}")
 
 
-def _check_shape(place: Place, shape: Sequence[int], folder: Path) -> None:
+def _check_shape(place: StateSlice, shape: Sequence[int], folder: Path) -> None:
     if tuple(shape) != place.shape:
         raise DataError(f"{place.tensor} in {folder} is {list(shape)}, the model has {list(place.shape)}")
 

@@ -1,7 +1,8 @@
-"""A checkpoint on disk as Hugging Face tensors by name, whatever form its files have.
+"""The interface of checkpoint readers: Hugging Face tensors by name, independent of the file format.
 
-``Source`` is what loading, converting and comparing read from. Two kinds of folder give one: Hugging Face's safetensors
-(experts apart or fused, bfloat16 or FP8) and megatron-core's distributed checkpoint (``torch_dist``).
+Loading, conversion and comparison use a ``CheckpointReader``. There is one for Hugging Face folders (safetensors;
+experts separate or fused; bfloat16, FP8 or MXFP4), one for megatron-core's distributed checkpoints (``torch_dist``),
+and one for this package's training checkpoints.
 """
 
 from abc import ABC, abstractmethod
@@ -23,8 +24,8 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Shape and dtype of a tensor, as ``Source.read`` returns it."""
+class TensorSpec:
+    """Shape and dtype of a tensor, as ``CheckpointReader.read`` returns it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,11 +39,11 @@ class Spec:
         return count * self.dtype.itemsize
 
 
-class Source(ABC):
+class CheckpointReader(ABC):
     """The tensors of a checkpoint under the names of the family's table; one is read at a time."""
 
     folder: Path
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, TensorSpec]
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -52,12 +53,12 @@ class Source(ABC):
         """Return a reader of the same checkpoint for another thread."""
         return copy(self)
 
-    def goes_along(self, name: str, family: Family) -> bool:
+    def is_passthrough(self, name: str, family: Family) -> bool:
         """Return whether a tensor is none of the model's own: it is carried from checkpoint to checkpoint."""
         is_scale = name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.specs
-        return is_scale or family.is_carried(name)
+        return is_scale or family.is_passthrough(name)
 
-    def whereabouts(self, name: str) -> str:
+    def describe_location(self, name: str) -> str:
         """Return which file holds a tensor, to follow its name in an error; nothing where that helps nobody."""
         return ""
 
@@ -67,12 +68,12 @@ class Source(ABC):
         Raises:
             DataError: lists every tensor that is missing, extra or misshapen.
         """
-        expected = family.hf_tensors()
+        expected = family.hf_shapes()
         problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in self.specs]
         problems += [
-            f"extra: {n}{self.whereabouts(n)}"
+            f"extra: {n}{self.describe_location(n)}"
             for n in self.specs
-            if n not in expected and not self.goes_along(n, family)
+            if n not in expected and not self.is_passthrough(n, family)
         ]
         problems += [
             f"misshapen: {name} is {list(spec.shape)}, expected {list(expected[name])}"

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as a ``Source``: safetensors files, with or without an index.
+"""A Hugging Face checkpoint folder as a ``CheckpointReader``: safetensors files, with or without an index.
 
 Experts may be apart or fused in one tensor a layer, matrices may be FP8 or MXFP4 with a scale for each block: names,
 shapes and values come out as the family's table has them.
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import DataError
-from megatron_rl.models.fp8 import Fp8
+from megatron_rl.models.checkpoint_reader import CheckpointReader, TensorSpec
+from megatron_rl.models.fp8 import FP8Format
 from megatron_rl.models.hf_mapping.rules import Family, FusedParam, HFConfig
-from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, Mxfp4
-from megatron_rl.models.safetensor_files import Extent, read_header
-from megatron_rl.models.sources import Source, Spec
+from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, MXFP4Format
+from megatron_rl.models.safetensor_files import FileTensor, read_header
 
 INDEX = "model.safetensors.index.json"
 
 
-class Coding(Protocol):
+class QuantizedFormat(Protocol):
     """How quantised tensors become bfloat16."""
 
     @property
@@ -50,7 +50,7 @@ class Coding(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class HFTensor:
     """Where a tensor's bytes are, and the scales of its blocks if it is quantised.
 
     Attributes:
@@ -58,17 +58,17 @@ class Piece:
     """
 
     of: str
-    extent: Extent
+    extent: FileTensor
     scales_of: str = ""
-    scales: Extent | None = None
-    coding: Coding | None = None
+    scales: FileTensor | None = None
+    coding: QuantizedFormat | None = None
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> TensorSpec:
         """Shape and dtype once it is read."""
         if self.coding is None:
-            return Spec(self.extent.shape, self.extent.dtype)
-        return Spec(self.coding.shape(self.extent.shape), torch.bfloat16)
+            return TensorSpec(self.extent.shape, self.extent.dtype)
+        return TensorSpec(self.coding.shape(self.extent.shape), torch.bfloat16)
 
     @property
     def num_bytes(self) -> int:
@@ -76,13 +76,13 @@ class Piece:
         own = self.scales if self.coding and not self.coding.keeps_scales else None
         return self.extent.num_bytes + (own.num_bytes if own else 0)
 
-    def item(self, index: int) -> "Piece":
+    def item(self, index: int) -> "HFTensor":
         """Return one slice along the first dimension, without that dimension."""
         scales = self.scales.item(index) if self.scales else None
         return replace(self, extent=self.extent.item(index), scales=scales)
 
 
-class HFSource(Source):
+class HFCheckpointReader(CheckpointReader):
     """The tensors of a Hugging Face folder under the names of the family's table.
 
     Attributes:
@@ -94,14 +94,14 @@ class HFSource(Source):
         self.folder = folder
         self.files = hf_tensors(folder)
         self.pieces = dict(_whole_pieces(self.files, hf))
-        for joined in family.joined:
+        for joined in family.fused:
             _take_apart(self.pieces, joined, family)
         self.specs = {name: piece.spec for name, piece in self.pieces.items()}
 
         self.watch: Callable[[str, Tensor], None] = _ignore
 
-    def whereabouts(self, name: str) -> str:
-        """See ``Source``."""
+    def describe_location(self, name: str) -> str:
+        """See ``CheckpointReader``."""
         return f" (in {self.pieces[name].extent.path.name})"
 
     def read(self, name: str) -> Tensor:
@@ -121,13 +121,13 @@ def _ignore(name: str, values: Tensor) -> None:
     """Stand where nobody watches."""
 
 
-def hf_tensors(folder: Path) -> dict[str, Extent]:
+def hf_tensors(folder: Path) -> dict[str, FileTensor]:
     """Return every tensor in the files of the folder.
 
     Raises:
         DataError: no files, an unreadable one, a tensor in two, or files that are not those of the index.
     """
-    where: dict[str, Extent] = {}
+    where: dict[str, FileTensor] = {}
     index = _index(folder)
     paths = sorted({folder / file for file in index.values()} if index else folder.glob("*.safetensors"))
     if not paths:
@@ -163,24 +163,24 @@ def _index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _whole_pieces(files: Mapping[str, Extent], hf: HFConfig) -> dict[str, Piece]:
+def _whole_pieces(files: Mapping[str, FileTensor], hf: HFConfig) -> dict[str, HFTensor]:
     """Return the tensors with their scales, if config.json says that they have some."""
-    method, block = quantisation(hf), fp8_block(hf)
-    pieces: dict[str, Piece] = {}
+    method, block = quantization_method(hf), fp8_block(hf)
+    pieces: dict[str, HFTensor] = {}
     for name, extent in files.items():
         if block is not None and extent.dtype is torch.float8_e4m3fn:
-            pieces[name] = _coded(files, name, name, Fp8(block))
+            pieces[name] = _coded(files, name, name, FP8Format(block))
         elif method == "mxfp4" and name.endswith(BLOCKS_SUFFIX):
             stem = name.removesuffix(BLOCKS_SUFFIX)
             if stem in files:
                 raise DataError(f"tensor {stem} is in the checkpoint, and again as {name}")
-            pieces[stem] = _coded(files, name, stem, Mxfp4())
+            pieces[stem] = _coded(files, name, stem, MXFP4Format())
         elif method != "mxfp4" or not name.endswith(SCALES_SUFFIX):
-            pieces[name] = Piece(name, extent)
+            pieces[name] = HFTensor(name, extent)
     return pieces
 
 
-def _coded(files: Mapping[str, Extent], name: str, stem: str, coding: Coding) -> Piece:
+def _coded(files: Mapping[str, FileTensor], name: str, stem: str, coding: QuantizedFormat) -> HFTensor:
     """Return a quantised tensor, whose scales must be there and fit."""
     extent, scales = files[name], files.get(stem + coding.scales_suffix)
     expected = coding.scales_shape(extent.shape)
@@ -189,10 +189,10 @@ def _coded(files: Mapping[str, Extent], name: str, stem: str, coding: Coding) ->
         raise DataError(
             f"{name} {list(extent.shape)} is quantised; its {stem + coding.scales_suffix} is {found}, not {expected}"
         )
-    return Piece(name, extent, stem + coding.scales_suffix, scales, coding)
+    return HFTensor(name, extent, stem + coding.scales_suffix, scales, coding)
 
 
-def quantisation(hf: HFConfig) -> str | None:
+def quantization_method(hf: HFConfig) -> str | None:
     """Return ``fp8`` or ``mxfp4``, or None if the checkpoint is not quantised.
 
     Raises:
@@ -218,22 +218,22 @@ def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
     Raises:
         DataError: a quantisation that is not known.
     """
-    if quantisation(hf) != "fp8":
+    if quantization_method(hf) != "fp8":
         return None
     rows, columns = hf["quantization_config"]["weight_block_size"]
     return int(rows), int(columns)
 
 
-def _take_apart(pieces: dict[str, Piece], joined: FusedParam, family: Family) -> None:
+def _take_apart(pieces: dict[str, HFTensor], joined: FusedParam, family: Family) -> None:
     """Replace the tensors of one joined form by their parts."""
-    shapes = {part: name.shapes[index] for name in family.names for index, part in enumerate(name.hf)}
+    shapes = {part: name.shapes[index] for name in family.mappings for index, part in enumerate(name.hf)}
     experts, heights = family.num_experts, [shapes[part][0] for part in joined.parts]
     for layer in range(family.num_layers):
         name = joined.hf.format(layer=layer)
         if name not in pieces:
             continue
         piece = pieces.pop(name)
-        if isinstance(piece.coding, Fp8):
+        if isinstance(piece.coding, FP8Format):
             raise DataError(f"{name} is FP8 and holds several matrices; FP8 is read of single matrices only")
         expected = (sum(heights), *shapes[joined.parts[0]][1:])
         expected = (experts, *expected) if joined.is_stacked else expected

@@ -15,14 +15,14 @@ _TO_LOCAL = (
 )
 
 
-def local_name(name: str) -> str:
+def to_local_name(name: str) -> str:
     """Return the name that the same tensor has in the local layer spec."""
     for pattern, replacement in _TO_LOCAL:
         name = pattern.sub(replacement, name)
     return name
 
 
-def saved_name(name: ParamMapping, layer: int, family: Family) -> str:
+def torch_dist_key(name: ParamMapping, layer: int, family: Family) -> str:
     """Return the key of a tensor in megatron-core's distributed checkpoints, with layers apart and experts stacked."""
     key = name.megatron.format(layer=layer, expert="{expert}")
     key = key.replace("mlp.experts.local_experts.{expert}.", "mlp.experts.experts.")

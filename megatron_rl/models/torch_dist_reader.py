@@ -1,4 +1,4 @@
-"""A distributed checkpoint of megatron-core as a ``Source``: whole tensors, taken apart by the family's table."""
+"""Reads megatron-core's distributed checkpoints (``torch_dist``) as Hugging Face tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_rl.errors import DataError
-from megatron_rl.models.hf_mapping.engine import local_name, saved_name
+from megatron_rl.models.checkpoint_reader import SHOWN, CheckpointReader, TensorSpec
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
-from megatron_rl.models.sources import SHOWN, Source, Spec
-from megatron_rl.models.torch_dist import Saved, read_metadata, read_region
+from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name, torch_dist_key
+from megatron_rl.models.torch_dist import StoredTensor, read_metadata, read_region
 
 CARRIED = "hf."
 """In front of the key of a tensor that only goes along."""
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointSlice:
     """Where a whole Megatron tensor (as one tensor-parallel rank has it) is in a checkpoint.
 
     Attributes:
@@ -34,28 +34,28 @@ class Place:
     shape: tuple[int, ...]
 
 
-def place_of(name: ParamMapping, layer: int, expert: int, family: Family) -> Place:
+def checkpoint_slice(name: ParamMapping, layer: int, expert: int, family: Family) -> CheckpointSlice:
     """Return where a tensor of the table is saved: layers apart, the experts of a layer stacked."""
-    shape = name.whole_shape
-    key = saved_name(name, layer, family)
+    shape = name.full_shape
+    key = torch_dist_key(name, layer, family)
     if not name.is_expert:
-        return Place(key, shape, (0,) * len(shape), shape, shape)
-    return Place(key, (name.experts, *shape), (expert, *(0 for _ in shape)), (1, *shape), shape)
+        return CheckpointSlice(key, shape, (0,) * len(shape), shape, shape)
+    return CheckpointSlice(key, (name.experts, *shape), (expert, *(0 for _ in shape)), (1, *shape), shape)
 
 
-class DistSource(Source):
+class TorchDistReader(CheckpointReader):
     """The tensors of a distributed checkpoint under Hugging Face names."""
 
     def __init__(self, folder: Path, family: Family) -> None:
         self.folder = folder
         self.saved = read_metadata(folder)
-        local = {local_name(key): key for key in self.saved}
-        self._places: dict[str, tuple[ParamMapping, Place, int]] = {}
-        specs: dict[str, Spec] = {}
+        local = {to_local_name(key): key for key in self.saved}
+        self._places: dict[str, tuple[ParamMapping, CheckpointSlice, int]] = {}
+        specs: dict[str, TensorSpec] = {}
         problems = []
-        for name in family.names:
-            for layer, expert in name.places():
-                place = _found(place_of(name, layer, expert, family), layer, family, local, self.saved)
+        for name in family.mappings:
+            for layer, expert in name.instances():
+                place = _found(checkpoint_slice(name, layer, expert, family), layer, family, local, self.saved)
                 if place is None:
                     continue
                 saved = self.saved[place.key]
@@ -63,13 +63,13 @@ class DistSource(Source):
                     problems.append(f"misshapen: {place.key} is {list(saved.shape)}, expected {list(place.full)}")
                 for part, (hf_name, shape) in enumerate(zip(name.hf_names(layer, expert), name.shapes, strict=True)):
                     self._places[hf_name] = (name, place, part)
-                    specs[hf_name] = Spec(shape, saved.dtype)
+                    specs[hf_name] = TensorSpec(shape, saved.dtype)
         if problems:
             shown = "\n  ".join(dict.fromkeys(problems[: SHOWN * 8]))
             raise DataError(f"the checkpoint in {str(folder)!r} does not fit its config.json:\n  {shown}")
         carried = {key.removeprefix(CARRIED): saved for key, saved in self.saved.items() if key.startswith(CARRIED)}
-        self.specs: Mapping[str, Spec] = specs | {key: Spec(s.shape, s.dtype) for key, s in carried.items()}
-        self._last: tuple[Place, tuple[Tensor, ...]] | None = None
+        self.specs: Mapping[str, TensorSpec] = specs | {key: TensorSpec(s.shape, s.dtype) for key, s in carried.items()}
+        self._last: tuple[CheckpointSlice, tuple[Tensor, ...]] | None = None
 
     def read(self, name: str) -> Tensor:
         """Return a tensor. The other parts of the same Megatron tensor are kept until the next call."""
@@ -81,7 +81,7 @@ class DistSource(Source):
         if self._last is None or self._last[0] != place:
             self._last = None
             whole = read_region(self.folder, place.key, self.saved[place.key], place.start, place.box)
-            self._last = place, entry.layout.merge([whole.view(place.shape)])
+            self._last = place, entry.rule.merge([whole.view(place.shape)])
         parts = self._last[1]
         if part == len(parts) - 1:
             self._last = None
@@ -89,21 +89,21 @@ class DistSource(Source):
 
 
 def _found(
-    place: Place, layer: int, family: Family, local: Mapping[str, str], saved: Mapping[str, Saved]
-) -> Place | None:
+    place: CheckpointSlice, layer: int, family: Family, local: Mapping[str, str], saved: Mapping[str, StoredTensor]
+) -> CheckpointSlice | None:
     """Return the place under the name that the checkpoint has for it; None if it has none.
 
     Other programs may name norms as the local layers do, or stack all layers of a model in one tensor.
     """
-    key = local.get(local_name(place.key))
+    key = local.get(to_local_name(place.key))
     if key is not None:
-        return Place(key, place.full, place.start, place.box, place.shape)
+        return CheckpointSlice(key, place.full, place.start, place.box, place.shape)
     prefix = f"decoder.layers.{layer}."
-    key = local.get(local_name(place.key).replace(prefix, "decoder.layers."))
+    key = local.get(to_local_name(place.key).replace(prefix, "decoder.layers."))
     if key is None or not place.key.startswith(prefix):
         return None
     full = (family.num_layers, *place.full)
-    return Place(key, full, (layer, *place.start), (1, *place.box), place.shape)
+    return CheckpointSlice(key, full, (layer, *place.start), (1, *place.box), place.shape)
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...], name: ParamMapping) -> bool:
