@@ -1,15 +1,17 @@
 """Fills the tables of docs/study.md and draws its pictures from the results."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_rl.report.plot import Series, curves
 from studies.objectives.cells import (
     ABLATIONS,
+    DIFFER_ON_POLICY,
     GRID,
     HOT,
     LAGGING,
+    ON_POLICY,
     PAPERS,
     REAL_MODELS,
     REFERENCE,
@@ -92,18 +94,14 @@ def tokens(found: Grouped) -> list[str]:
 
 
 def gspo(found: Grouped) -> list[str]:
-    """GSPO minus SSPO, ESPO and GRPO."""
+    """Gradient kept by GSPO, minus SSPO's, ESPO's and GRPO's."""
     others = ("sspo", "espo", "grpo")
-    asked = [("gradient", "gradient kept"), ("final", "accuracy")]
     return table(
-        ["updates x rate", *(f"{title}, - {other}" for _, title in asked for other in others)],
+        ["updates x rate", *(f"gspo - {other}" for other in others)],
         [
-            [
-                str(c),
-                *(_difference(found[c].get("gspo"), found[c].get(o), name) for name, _ in asked for o in others),
-            ]
+            [str(c), *(_difference(found[c].get("gspo"), found[c].get(other), "gradient") for other in others)]
             for c in OFF_POLICY
-            if c in found
+            if c in found and c != Condition(16, SAFE)  # gradient_kept was not recorded there
         ],
     )
 
@@ -122,7 +120,7 @@ def _collapsed(seeds: Seeds) -> str:
 
 
 def reuse(found: Grouped) -> list[str]:
-    """The same objective with more updates per batch, or with a lag, minus with fewer or without."""
+    """Accuracy of the same objective with more updates per batch, or with a lag, minus with fewer or without."""
     pairs = [
         *((Condition(more, lr), Condition(less, lr)) for lr in (SAFE, HOT) for more, less in ((4, 1), (16, 4))),
         (LAGGING, REFERENCE),
@@ -130,41 +128,42 @@ def reuse(found: Grouped) -> list[str]:
     titles = [f"{a.updates} - {b.updates}, {a.lr:g}" for a, b in pairs[:-1]] + ["lag 2 - 0"]
     rows = []
     for objective in PAPERS:
-        for name, title in (("final", "accuracy"), ("training", "in training")):
-            cells = []
-            for more, less in pairs:
-                # With one update, GSPO, SAPO and SSPO are GRPO; one seed of them was run at the safe rate.
-                single = less == Condition(1, SAFE) and objective in ("gspo", "sapo", "sspo")
-                other = "grpo" if single else objective
-                minuend = found.get(more, {}).get(objective)
-                cells.append(_difference(minuend, found.get(less, {}).get(other), name))
-            rows.append([objective, title, *cells])
-    return table(["objective", "measure", *titles], rows)
+        cells = []
+        for more, less in pairs:
+            # With one update, GSPO, SAPO and SSPO are GRPO; one seed of them was run at the safe rate.
+            single = less == ON_POLICY and objective not in DIFFER_ON_POLICY
+            minuend, subtrahend = found.get(more, {}), found.get(less, {})
+            cells.append(_difference(minuend.get(objective), subtrahend.get("grpo" if single else objective), "final"))
+        rows.append([objective, *cells])
+    return table(["objective", *titles], rows)
+
+
+MEASURES = {"final": "accuracy", "training": "in training", "tokens": "tokens kept", "gradient": "gradient kept"}
 
 
 def variants(found: Grouped) -> list[str]:
     """Each variant minus its objective at the safe rate."""
-    return _variants(found, REFERENCE, {**ABLATIONS, **WINDOWS})
+    return _variants(found, REFERENCE, {**ABLATIONS, **WINDOWS}, tuple(MEASURES))
 
 
 def variants_hot(found: Grouped) -> list[str]:
-    """The windows and temperatures minus their objective at the hot rate."""
-    return _variants(found, ROUGH, WINDOWS, counts=True)
+    """The windows and temperatures minus their objective at the hot rate, and the collapsed runs."""
+    cells = found.get(ROUGH, {})
+    lines = _variants(found, ROUGH, WINDOWS, ("final", "tokens"))
+    counts = ["collapsed", "---", *(_collapsed(cells[variant]) for variant in WINDOWS if variant in cells)]
+    return [
+        f"{line}{count}|" if count == "---" else f"{line} {count} |" for line, count in zip(lines, counts, strict=True)
+    ]
 
 
-def _variants(found: Grouped, condition: Condition, changed: Mapping[str, object], counts: bool = False) -> list[str]:
-    names = {"final": "accuracy", "training": "in training", "tokens": "tokens kept", "gradient": "gradient kept"}
+def _variants(found: Grouped, condition: Condition, changed: Iterable[str], names: Sequence[str]) -> list[str]:
     cells = found.get(condition, {})
     rows = [
-        [
-            variant,
-            *(_difference(cells[variant], cells.get(variant.partition(",")[0]), name) for name in names),
-            *([_collapsed(cells[variant])] if counts else []),
-        ]
+        [variant, *(_difference(cells[variant], cells.get(variant.partition(",")[0]), name) for name in names)]
         for variant in changed
         if variant in cells
     ]
-    return table(["variant", *names.values(), *(["collapsed"] if counts else [])], rows)
+    return table(["variant", *(MEASURES[name] for name in names)], rows)
 
 
 TABLES: Mapping[str, Callable[[Grouped], list[str]]] = {
