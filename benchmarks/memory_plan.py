@@ -255,11 +255,12 @@ def _as_measured(memory: RankMemory) -> Measured:
 
 
 def table(results: Mapping[str, list[tuple[Measured, Measured]]]) -> str:
-    """Return the rank of each case that needs most, plan / measured in MB, in Markdown."""
+    """Return the rank of each case with the most activations as Markdown: plan / measured in MB, one value if equal."""
     lines = [f"| case | {' | '.join(CATEGORIES)} | plan / measured |", "|---|" + "---|" * (len(CATEGORIES) + 1)]
     for name, pairs in results.items():
         plan, seen = max(pairs, key=lambda pair: pair[1].activations)
-        cells = [f"{getattr(plan, c) / 1e6:.2f} / {getattr(seen, c) / 1e6:.2f}" for c in CATEGORIES]
+        amounts = [[f"{getattr(each, c) / 1e6:.2f}" for each in (plan, seen)] for c in CATEGORIES]
+        cells = [" / ".join(dict.fromkeys(pair)) for pair in amounts]
         lines.append(f"| {name} | {' | '.join(cells)} | {plan.activations / seen.activations:.3f} |")
     return "\n".join(lines)
 

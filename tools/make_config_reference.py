@@ -21,7 +21,7 @@ from megatron_rl.observability.recorder import DOCUMENTED
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MADE = "<!-- Made by tools/make_config_reference.py: change the code, then run it. -->"
-WORDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+WORDS = {int: "integer", float: "number", str: "text", bool: "boolean"}
 
 CONFIG_HEAD = """# Configuration
 
@@ -80,7 +80,7 @@ def _rows(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = members(field).get("")
         if inner is not None:
             yield from _rows(inner, f"{prefix}{name}.")
-        else:
+        elif field.description or len(get_args(field.annotation)) != 1:  # the heading has the name of a variant
             meaning = _cell(field.description or "")
             yield f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {meaning} |"
 
@@ -96,7 +96,7 @@ def _paragraph(section: type[BaseModel]) -> str:
 def _kind(field: FieldInfo) -> str:
     words = _type(field.annotation)
     bounds = [
-        f"{sign} {value:g}"
+        f"{sign}{value:g}"
         for mark in field.metadata
         for sign, value in ((s, getattr(mark, a)) for s, a in BOUNDS if hasattr(mark, a))
     ]
