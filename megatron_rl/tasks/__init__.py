@@ -1,4 +1,4 @@
-"""Tasks: where prompts come from and how answers are verified."""
+"""Tasks: sources of prompts, and verifiers that score the responses."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ __all__ = ["Task", "Tokenizer", "Verdict", "check_task", "make_task"]
 
 
 def make_task(options: AnyTask, tokenizer: Tokenizer) -> Task:
-    """Return the task that a configuration names; reads and checks its files."""
+    """Return the task that a configuration names. Its prompt files are read and checked."""
     if isinstance(options, ChainedArithmeticTask):
         return ChainedArithmetic(options, tokenizer)
     if isinstance(options, JsonlTask):
@@ -24,14 +24,15 @@ def make_task(options: AnyTask, tokenizer: Tokenizer) -> Task:
 
 
 def check_task(options: AnyTask, reward: Reward, environment: Environment) -> Iterator[str]:
-    """Yield what is wrong with a task, its rewards and its environment, without a tokenizer: files, packages, names."""
+    """Yield the problems of a task, its rewards and its environment (files, packages, names). Needs no tokenizer."""
     if environment.name:
         try:
             find_environment(environment.name)
         except ConfigError as error:
             yield str(error)
-    own = {"task.verifier": options.verifier} if isinstance(options, JsonlTask) else {}
-    yield from check_verifiers(own | {f"reward.verifiers.{name}": v for name, v in reward.verifiers.items()}, reward)
+    names = {"task.verifier": options.verifier} if isinstance(options, JsonlTask) else {}
+    names |= {f"reward.verifiers.{name}": verifier for name, verifier in reward.verifiers.items()}
+    yield from check_verifiers(names, reward)
     if isinstance(options, JsonlTask):
         yield from check_files(options)
     elif not isinstance(options, ChainedArithmeticTask):

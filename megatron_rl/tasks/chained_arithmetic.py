@@ -1,6 +1,6 @@
-"""Sums to do from left to right, modulo 10: ``7+5*3-2=`` is answered ``7+5=2;2*3=6;6-2=4;#4`` or directly ``#4``.
+"""Arithmetic from left to right, modulo 10: the answer to ``7+5*3-2=`` is ``7+5=2;2*3=6;6-2=4;#4``, or just ``#4``.
 
-A step ends in ``;`` as a sentence ends in a full stop, so that sentence ratios have something to hold on to.
+Each step ends in ``;``, which sentence-level objectives treat as the end of a sentence.
 """
 
 import zlib
@@ -8,23 +8,23 @@ import zlib
 from megatron_rl.config.tasks import ChainedArithmeticTask
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.types import Prompt, Response, fold_seed
-from megatron_rl.tasks.base import Split, Tokenizer, Verdict
+from megatron_rl.tasks.base import Split, Tokenizer, Verdict, unfinished
 
 OPERATORS = "+-*"
 SYMBOLS = "0123456789+-*=;#"
-"""Every symbol of prompts and answers; a tokenizer for this task needs these and an end-of-sequence token."""
+"""The characters of prompts and answers. A tokenizer for this task needs these and an end-of-sequence token."""
 
-_HELDOUT_SHARE = 16
-"""One expression in this many is held out, chosen by a hash of its text: no seed can mix the splits."""
+_HELDOUT_DIVISOR = 16
+"""One expression in 16 is held out, chosen by a hash of its text, so no seed can mix the splits."""
 
 
 def is_heldout(expression: str) -> bool:
     """Return whether an expression such as ``7+5*3-2`` belongs to the held-out split."""
-    return zlib.crc32(expression.encode()) % _HELDOUT_SHARE == 0
+    return zlib.crc32(expression.encode()) % _HELDOUT_DIVISOR == 0
 
 
 def apply(left: int, operator: str, right: int) -> int:
-    """Return one step, modulo 10."""
+    """Return the result of one operation, modulo 10."""
     return {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
 
 
@@ -37,15 +37,15 @@ def answer(expression: str) -> int:
 
 
 def make_expression(split: Split, seed: int, index: int, operations: tuple[int, int] = (3, 5)) -> str:
-    """Return expression ``index`` of a split: uniform over the number of operations, then over symbols."""
+    """Return expression ``index`` of a split, uniform over the number of operations, then over digits and operators."""
     least, most = operations
     attempt = 0
     while True:
         bits = fold_seed((seed, index, attempt))
-        bits, more = divmod(bits, most - least + 1)
+        bits, extra = divmod(bits, most - least + 1)
         bits, digit = divmod(bits, 10)
         expression = str(digit)
-        for _ in range(least + more):
+        for _ in range(least + extra):
             bits, choice = divmod(bits, 10 * len(OPERATORS))
             expression += OPERATORS[choice // 10] + str(choice % 10)
         if is_heldout(expression) == (split == "heldout"):
@@ -54,14 +54,14 @@ def make_expression(split: Split, seed: int, index: int, operations: tuple[int, 
 
 
 class ChainedArithmetic:
-    """The task: reward 1 if the number after the last ``#`` is right and the response ended by itself, else 0."""
+    """The chained arithmetic task; ``verify`` below gives the reward."""
 
     def __init__(self, options: ChainedArithmeticTask, tokenizer: Tokenizer) -> None:
         self.operations = (options.min_operations, options.max_operations)
         self.tokenizer = tokenizer
 
     def prompts(self, split: Split, seed: int) -> Generated:
-        """Return the endless prompts of a split."""
+        """Return the prompts of a split, an infinite sequence."""
 
         def make(position: int) -> Prompt:
             expression = make_expression(split, seed, position, self.operations)
@@ -73,17 +73,17 @@ class ChainedArithmetic:
         return Generated(make)
 
     def verify(self, prompt: Prompt, response: Response) -> Verdict:
-        """See the function."""
+        """Return the verdict of the function ``verify``."""
         return verify(prompt, response)
 
 
 def verify(prompt: Prompt, response: Response) -> Verdict:
-    """Return 1 if what follows the last ``#`` is the answer, and the response ended by itself; else 0."""
-    if response.finish_reason != "stop":
-        return Verdict(0.0, False, f"did not end: {response.finish_reason}")
-    _, mark, found = response.answer_text.rpartition("#")
-    if not mark:
+    """Return score 1 if the response ended by itself and the text after its last ``#`` is the answer, else 0."""
+    if verdict := unfinished(response):
+        return verdict
+    _, marker, answered = response.answer_text.rpartition("#")
+    if not marker:
         return Verdict(0.0, False, "no #")
-    correct = found == prompt.answer
-    reason = "" if correct else f"{found!r} instead of {prompt.answer}"
-    return Verdict(float(correct), correct, reason, answer=found)
+    correct = answered == prompt.answer
+    reason = "" if correct else f"{answered!r} instead of {prompt.answer}"
+    return Verdict(float(correct), correct, reason, answer=answered)

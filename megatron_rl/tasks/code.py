@@ -1,11 +1,12 @@
-"""A verifier that runs what the model wrote: ``code``. An opt-in, ``reward.allow_code``.
+"""The verifier ``code``: runs the program in a response against tests, in a sandbox. Needs ``reward.allow_code``.
 
 The answer of a prompt is JSON, one of
 
-    {"inputs": ["1 2\\n"], "outputs": ["3\\n"]}    run once an input; what is printed is compared, space around it aside
-    {"asserts": "assert add(1, 2) == 3"}          run after the program, in its names
+    {"inputs": ["1 2\\n"], "outputs": ["3\\n"]}    one run per input; the output is compared, ignoring white space
+    {"asserts": "assert add(1, 2) == 3"}          executed after the program, in the same namespace
 
-What a program in the sandbox can still do: read what this user can read, and use up its time. It cannot tell anyone.
+A program in the sandbox can still read the files that this user can read and use up its time limit. It has no way to
+send anything out.
 """
 
 import json
@@ -27,34 +28,41 @@ from megatron_rl.tasks import sandbox
 from megatron_rl.tasks.base import Verdict
 
 MEMORY_BYTES = 1 << 29
-"""Of address space; a Python interpreter takes about 30 MB of it."""
+"""Limit of the address space of a program; the Python interpreter takes about 30 MB of it."""
 
 TIME_SHARE = 0.8
-"""Share of ``reward.seconds`` that a program gets for all its tests; one that needs more is wrong, not unverified."""
+"""Share of ``reward.seconds`` for all tests of a response. A program that takes longer is wrong, not unverified."""
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended."""
+    """Output of a program, and how it ended."""
 
-    printed: str
+    stdout: str
     failure: str
-    """Empty if it ended by itself without an error."""
+    """Empty if the program ended without an error."""
 
 
 def extract_program(text: str) -> str:
-    """Return the last fenced block of a response, or all of it."""
-    found = _FENCE.findall(text)
-    return found[-1] if found else text
+    """Return the last fenced code block of a response, or the whole text if there is none."""
+    blocks = _FENCE.findall(text)
+    return blocks[-1] if blocks else text
 
 
 def run_sandboxed(program: str, stdin: str, seconds: float, tests: str = "", nonce: str = "") -> ProgramResult:
-    """Return what a program printed, run without network, files to write, other processes, or more than its time.
+    """Run a program without network access, writable files or child processes, and return its output.
+
+    Args:
+        program: Python source.
+        stdin: text that the program can read.
+        seconds: limit of wall-clock and CPU time.
+        tests: Python source that is executed after the program, in the same namespace.
+        nonce: text that is printed after ``tests`` succeeded.
 
     Raises:
-        DataError: this machine cannot lock a process up, so nothing was run.
+        DataError: this machine has no seccomp filter; the program was not run.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-rl-code-") as name:
         folder = Path(name)
@@ -62,9 +70,9 @@ def run_sandboxed(program: str, stdin: str, seconds: float, tests: str = "", non
             (folder / file).write_text(text, encoding="utf-8", errors="replace")
         limits = [str(math.ceil(seconds)), str(MEMORY_BYTES)]
         command = [sys.executable, "-I", "-S", sandbox.__file__, "program.py", "tests.py", nonce, *limits]
-        with (folder / "stdin").open("rb") as source, (folder / "stdout").open("wb") as sink:
+        with (folder / "stdin").open("rb") as source, (folder / "stdout").open("wb") as output:
             child = subprocess.Popen(
-                command, stdin=source, stdout=sink, stderr=subprocess.DEVNULL, cwd=folder, env={}, close_fds=True
+                command, stdin=source, stdout=output, stderr=subprocess.DEVNULL, cwd=folder, env={}, close_fds=True
             )
             try:
                 child.wait(seconds)
@@ -74,51 +82,55 @@ def run_sandboxed(program: str, stdin: str, seconds: float, tests: str = "", non
             finally:
                 child.kill()
                 child.wait()
-        if child.returncode == sandbox.NO_LOCK:
-            raise DataError("no seccomp filter on this machine: code is not run without one (the verifier code)")
+        if child.returncode == sandbox.NOT_SANDBOXED:
+            raise DataError("no seccomp filter on this machine: the verifier code does not run programs without one")
         return ProgramResult((folder / "stdout").read_text(encoding="utf-8", errors="replace"), failure)
 
 
 class CodeVerifier:
-    """Scores 1 if all tests of the answer pass, else 0."""
+    """Gives score 1 if all tests in the answer pass, else 0."""
 
     def __init__(self, reward: Reward) -> None:
         self.seconds = reward.seconds * TIME_SHARE
 
     def __call__(self, prompt: Prompt, response: Response) -> Verdict:
-        """Return the verdict; DataError if the answer holds no tests."""
+        """Return the verdict on a response.
+
+        Raises:
+            DataError: the answer of the prompt has no tests.
+        """
         program, deadline = extract_program(response.answer_text), time.monotonic() + self.seconds
-        for stdin, wanted, asserts in parse_tests(prompt.answer):
+        for stdin, expected, asserts in parse_tests(prompt.answer):
             nonce = secrets.token_hex(16) if asserts else ""
             left = max(deadline - time.monotonic(), 0.01)
-            outcome = run_sandboxed(program, stdin, left, asserts, nonce)
-            if outcome.failure:
-                return Verdict(0.0, False, outcome.failure)
-            if asserts and not outcome.printed.endswith(nonce):
+            result = run_sandboxed(program, stdin, left, asserts, nonce)
+            if result.failure:
+                return Verdict(0.0, False, result.failure)
+            if asserts and not result.stdout.endswith(nonce):
                 return Verdict(0.0, False, "ended before its tests")
-            if not asserts and outcome.printed.split() != wanted.split():
-                return Verdict(0.0, False, f"printed {outcome.printed[:80]!r} instead of {wanted[:80]!r}")
+            if not asserts and result.stdout.split() != expected.split():
+                return Verdict(0.0, False, f"printed {result.stdout[:80]!r} instead of {expected[:80]!r}")
         return Verdict(1.0, True)
 
 
 def parse_tests(answer: str) -> Iterator[tuple[str, str, str]]:
-    """Yield stdin, what is to be printed, and asserts, of each test."""
+    """Yield (stdin, expected output, asserts) for each test."""
     try:
         tests = json.loads(answer)
     except ValueError as error:
         raise DataError(f"not JSON: {answer[:80]!r} (the answer of a prompt with the verifier code)") from error
     match tests:
         case {"inputs": [*inputs], "outputs": [*outputs]} if len(inputs) == len(outputs) > 0:
-            yield from ((str(stdin), str(wanted), "") for stdin, wanted in zip(inputs, outputs, strict=True))
+            yield from ((str(stdin), str(expected), "") for stdin, expected in zip(inputs, outputs, strict=True))
         case {"asserts": str(asserts)} if asserts.strip():
             yield "", "", asserts
         case _:
             raise DataError(
-                f"no tests in {answer[:80]!r} (the verifier code); write inputs and outputs of one length, or asserts"
+                f"no tests in {answer[:80]!r} (the verifier code); write inputs and outputs of equal length, or asserts"
             )
 
 
-_TRIES = """
+_ESCAPE_ATTEMPTS = """
 import os, socket, threading
 thread, file, signal = threading.Thread(target=int).start, lambda: open("made", "w"), lambda: os.kill(os.getppid(), 0)
 for attempt in (socket.socket, os.fork, thread, file, signal):
@@ -132,11 +144,11 @@ print("locked")
 
 
 def check_sandbox() -> Iterator[str]:
-    """Yield what keeps this machine from running code in the sandbox, by trying to get out of it."""
+    """Yield why the sandbox cannot be used on this machine. The check runs a program that tries to escape from it."""
     try:
-        outcome = run_sandboxed(_TRIES, "", 10.0)
+        result = run_sandboxed(_ESCAPE_ATTEMPTS, "", 10.0)
     except DataError as error:
         yield str(error)
         return
-    if outcome.failure or outcome.printed.strip() != "locked":
-        yield f"the sandbox of the verifier code does not hold here: {outcome.failure or outcome.printed.strip()!r}"
+    if result.failure or result.stdout.strip() != "locked":
+        yield f"the sandbox of the verifier code fails on this machine: {result.failure or result.stdout.strip()!r}"

@@ -1,4 +1,4 @@
-"""Environments by name, or from a file; an example: a calculator."""
+"""Environments of multi-turn responses, by name or from a file. The built-in one is a calculator."""
 
 import ast
 import operator
@@ -12,7 +12,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.verifiers import load_object
 
 MAX_EXPRESSION_CHARS = 200
-"""Of an expression."""
+"""Longest expression that the calculator evaluates."""
 
 _CALL = re.compile(r"<calc>(.*?)</calc>\s*$", re.DOTALL)
 _BINARY: Mapping[type[ast.operator], Callable[[float, float], float]] = {
@@ -26,19 +26,19 @@ _BINARY: Mapping[type[ast.operator], Callable[[float, float], float]] = {
 
 
 class Calculator:
-    """Answers a turn that ends in ``<calc>12 * (3 + 4)</calc>`` with ``<result>84</result>``; any other ends it."""
+    """Answers a turn ending in ``<calc>12 * (3 + 4)</calc>`` with ``<result>84</result>``. Any other turn is last."""
 
     def reset(self, prompt: Prompt) -> None:
-        """See ``Environment``."""
+        """Do nothing: the calculator has no state."""
 
     def step(self, turn: str) -> str | None:
-        """See ``Environment``."""
-        found = _CALL.search(turn)
-        return None if found is None else f"<result>{calculate(found[1])}</result>"
+        """Return the result of the expression at the end of the turn; None if the response is complete."""
+        call = _CALL.search(turn)
+        return None if call is None else f"<result>{calculate(call[1])}</result>"
 
 
 def calculate(expression: str) -> str:
-    """Return the value of a sum of numbers, brackets and + - * / // %, or ``error``."""
+    """Return the value of an expression of numbers, parentheses and + - * / // %, or ``error``."""
     if len(expression) > MAX_EXPRESSION_CHARS:
         return "error"
     try:
@@ -56,29 +56,33 @@ def _value(node: ast.expr) -> float:
             return -_value(operand)
         case ast.BinOp(left=left, op=symbol, right=right) if type(symbol) in _BINARY:
             return _BINARY[type(symbol)](_value(left), _value(right))
-    raise ValueError(f"not a sum: {ast.dump(node)}")
+    raise ValueError(f"not an arithmetic expression: {ast.dump(node)}")
 
 
 ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"calculator": Calculator}
 
 
 def find_environment(name: str) -> Callable[[], Environment]:
-    """Return what makes an environment: by name, or the class that ``path/to/file.py:Class`` names."""
+    """Return the class or factory of an environment, by name or as ``path/to/file.py:Class``.
+
+    Raises:
+        ConfigError: there is no such name, or the class has no ``reset`` or ``step``.
+    """
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]
-    made = load_object(name, "environment.name", ", ".join(ENVIRONMENTS))
+    environment = load_object(name, "environment.name", ", ".join(ENVIRONMENTS))
     for method in ("reset", "step"):
-        if not callable(getattr(made, method, None)):
+        if not callable(getattr(environment, method, None)):
             raise ConfigError(f"{name} (environment.name) has no method {method}; write a class with reset and step")
-    return made
+    return environment
 
 
 class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that a chat goes through."""
+    """The part of a Hugging Face tokenizer that multi-turn responses use."""
 
     @property
     def eos_token(self) -> str | None:
-        """Ends the model's turn."""
+        """The token that ends the model's turn."""
         ...
 
     def apply_chat_template(
@@ -89,20 +93,20 @@ class ChatTokenizer(Protocol):
 
 
 def chat_wrap(tokenizer: ChatTokenizer, role: str) -> Callable[[str], str]:
-    """Return what puts a text between two turns of the model: a turn of this role, by the chat template.
+    """Return a function that formats a text as a turn of ``role`` between two turns of the model.
 
-    What is put in begins after the end-of-sequence token, which the model has sampled itself.
+    It uses the chat template. The formatted text begins after the end-of-sequence token, which the model has sampled.
     """
 
     def wrap(text: str) -> str:
         turns: Sequence[Mapping[str, str]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         before = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=False)
-        asked = [*(dict(turn) for turn in turns), {"role": role, "content": text}]
-        after = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        longer = [*(dict(turn) for turn in turns), {"role": role, "content": text}]
+        after = tokenizer.apply_chat_template(longer, tokenize=False, add_generation_prompt=True)
         if not after.startswith(before):
             raise ConfigError(
-                f"the chat template writes a turn anew when another follows it, so environment.role = {role!r} cannot"
-                ' be used; set environment.role = "" and let the environment write the whole text'
+                f"the chat template changes a turn when another one follows, so environment.role = {role!r} cannot be"
+                ' used; set environment.role = "" and let the environment write the whole text'
             )
         end = tokenizer.eos_token
         cut = before.rfind(end) + len(end) if end and end in before else len(before)

@@ -1,4 +1,4 @@
-"""The part of a response that answers: by a tag, a box, or its place."""
+"""Extraction of the answer from a response: from a tag, from a box, or by position."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,13 +12,13 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def tag(text: str) -> str | None:
-    """Return what stands in the last ``<answer>...</answer>``; None without one."""
-    found = _TAG.findall(text)
-    return found[-1].strip() if found else None
+    """Return the content of the last ``<answer>...</answer>``; None without one."""
+    contents = _TAG.findall(text)
+    return contents[-1].strip() if contents else None
 
 
 def boxed(text: str) -> str | None:
-    r"""Return what stands in the last ``\boxed{...}``, braces within it balanced; None without one."""
+    r"""Return the content of the last ``\boxed{...}``, with balanced braces; None without one."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -32,8 +32,8 @@ def boxed(text: str) -> str | None:
 
 def number(text: str) -> str | None:
     """Return the last number without its thousands separators; None without one."""
-    found = NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
+    numbers = NUMBER.findall(text)
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 def last_line(text: str) -> str | None:
@@ -42,8 +42,8 @@ def last_line(text: str) -> str | None:
     return lines[-1] if lines else None
 
 
-def whole(text: str) -> str | None:
-    """Return everything but the space around it; None if that is nothing."""
+def all_text(text: str) -> str | None:
+    """Return the text without surrounding white space; None if it is empty."""
     return text.strip() or None
 
 
@@ -52,5 +52,5 @@ EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
     "boxed": boxed,
     "number": number,
     "last_line": last_line,
-    "whole": whole,
+    "whole": all_text,
 }

@@ -1,6 +1,7 @@
-"""Verdicts for groups, beside sampling and training: in processes with a time limit, or at once where nothing can hang.
+"""Verification of groups of responses: in processes with a time limit, or inline if no verifier can hang.
 
-A verifier that raises, hangs, or returns what is no finite number costs its response the reward, never the run.
+If a verifier raises, hangs, or returns something other than a finite number, its response is unverified; the run goes
+on.
 """
 
 import contextlib
@@ -24,42 +25,42 @@ Verdicts = tuple[Verdict, ...]
 
 
 class Verifier(Protocol):
-    """Gives verdicts."""
+    """Verifies groups of responses."""
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
-        """Ask and do not wait; from any thread."""
+        """Return a future of the verdicts, one tuple per group; may be called from any thread."""
         ...
 
     def close(self) -> None:
-        """End what was started."""
+        """End the verifying processes, if there are any."""
         ...
 
 
 def open_verifier(run: Run) -> Verifier:
-    """Return who judges the responses of a run; close it."""
+    """Return the verifier of a run; the caller closes it."""
     if runs_inline(run.task, run.reward):
         return InlineVerifier(RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens).verify)
     return VerifierPool(run)
 
 
 class InlineVerifier:
-    """Judges in the thread that asks."""
+    """Verifies in the calling thread."""
 
     def __init__(self, verify: Callable[[Prompt, Response], Verdict]) -> None:
         self.verify = verify
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
-        """See ``Verifier``."""
+        """Return a completed future of the verdicts."""
         done: Future[list[Verdicts]] = Future()
         settle(done, lambda: [tuple(self.verify(group.prompt, r) for r in group.responses) for group in groups])
         return done
 
     def close(self) -> None:
-        """See ``Verifier``."""
+        """Do nothing: there are no processes."""
 
 
 class VerifierPool:
-    """Processes that judge; see ``worker``. If they end they are started again with the next question."""
+    """Verifies in the processes of ``tasks.worker``. If they end, the next job starts them again."""
 
     def __init__(self, run: Run) -> None:
         self._setup = {
@@ -69,61 +70,61 @@ class VerifierPool:
         }
         self._state, self._writing = threading.Lock(), threading.Lock()
         self._numbers = count()
-        self._open: dict[int, Future[Verdict]] = {}
+        self._pending: dict[int, Future[Verdict]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._start()
 
     def submit(self, groups: Sequence[Group]) -> Future[list[Verdicts]]:
-        """See ``Verifier``."""
-        asked = [[self._ask(group.prompt, response) for response in group.responses] for group in groups]
-        return gather(asked)
+        """Send the jobs to the processes and return a future of the verdicts."""
+        futures = [[self._submit_job(group.prompt, response) for response in group.responses] for group in groups]
+        return gather(futures)
 
-    def _ask(self, prompt: Prompt, response: Response) -> Future[Verdict]:
-        answer: Future[Verdict] = Future()
+    def _submit_job(self, prompt: Prompt, response: Response) -> Future[Verdict]:
+        future: Future[Verdict] = Future()
         with self._writing:
             with self._state:
                 if self._process is None:
                     self._start()
                 process, number = self._process, next(self._numbers)
-                assert process is not None, "just started"
-                assert process.stdin is not None, "a pipe was asked for"
-                self._open[number] = answer
-            # Not while holding the state: the reader needs it, and they read on only as long as it reads.
-            with contextlib.suppress(BrokenPipeError):  # the reader settles what is open
-                process.stdin.write(wire.job(number, prompt, response))
+                assert process is not None, "was just started"
+                assert process.stdin is not None, "opened as a pipe"
+                self._pending[number] = future
+            # Without holding _state: the reader thread needs it, and the processes block if nobody reads verdicts.
+            with contextlib.suppress(BrokenPipeError):  # the reader thread completes the pending futures
+                process.stdin.write(wire.encode_job(number, prompt, response))
                 process.stdin.flush()
-        return answer
+        return future
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_rl.tasks.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # an interrupt from the keyboard is the run's business
+            start_new_session=True,  # an interrupt from the keyboard must reach the trainer only
         )
-        assert self._process.stdin is not None, "a pipe was asked for"
-        self._process.stdin.write(wire.line(self._setup))
+        assert self._process.stdin is not None, "opened as a pipe"
+        self._process.stdin.write(wire.encode_line(self._setup))
         self._thread = threading.Thread(target=self._read, args=(self._process,), name="verdicts", daemon=True)
         self._thread.start()
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None, "a pipe was asked for"
-        for said in process.stdout:
-            answer = json.loads(said)
+        assert process.stdout is not None, "opened as a pipe"
+        for line in process.stdout:
+            message = json.loads(line)
             with self._state:
-                future = self._open.pop(answer["job"])
-            future.set_result(Verdict(**answer["verdict"]))
+                future = self._pending.pop(message["job"])
+            future.set_result(Verdict(**message["verdict"]))
         with self._state:
-            lost = dict(self._open)
-            self._open.clear()
+            lost = dict(self._pending)
+            self._pending.clear()
             self._process = None
             process.wait()
         for future in lost.values():
-            future.set_result(unverified("raised", "the verifying processes ended; they are started again"))
+            future.set_result(unverified("raised", "the verifying processes ended; they will be restarted"))
 
     def close(self) -> None:
-        """See ``Verifier``."""
+        """End the processes and wait for them."""
         with self._writing:
             process, thread = self._process, self._thread
             if process is not None and process.stdin is not None:
@@ -134,7 +135,7 @@ class VerifierPool:
 
 
 def settle(future: Future[T], make: Callable[[], T]) -> None:
-    """Give a future what a call returns, or raises."""
+    """Complete a future with the result of a call, or with the exception that it raises."""
     try:
         future.set_result(make())
     finally:
@@ -142,22 +143,22 @@ def settle(future: Future[T], make: Callable[[], T]) -> None:
             future.set_exception(sys.exc_info()[1])
 
 
-def gather(asked: Sequence[Sequence[Future[Verdict]]]) -> Future[list[Verdicts]]:
-    """Return all verdicts once the last one is there."""
-    every = [future for group in asked for future in group]
+def gather(groups: Sequence[Sequence[Future[Verdict]]]) -> Future[list[Verdicts]]:
+    """Return a future of all verdicts, completed with the last of them."""
+    futures = [future for group in groups for future in group]
     done: Future[list[Verdicts]] = Future()
-    left, lock = len(every), threading.Lock()
+    left, lock = len(futures), threading.Lock()
 
-    def one_more(_: Future[Verdict]) -> None:
+    def count_down(_: Future[Verdict]) -> None:
         nonlocal left
         with lock:
             left -= 1
             last = left == 0
         if last:
-            settle(done, lambda: [tuple(future.result() for future in group) for group in asked])
+            settle(done, lambda: [tuple(future.result() for future in group) for group in groups])
 
-    if not every:
-        done.set_result([() for _ in asked])
-    for future in every:
-        future.add_done_callback(one_more)
+    if not futures:
+        done.set_result([() for _ in groups])
+    for future in futures:
+        future.add_done_callback(count_down)
     return done

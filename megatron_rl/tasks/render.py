@@ -1,4 +1,4 @@
-"""From a question to the text and the token ids that an engine gets."""
+"""Conversion of a question to the text and token ids of a prompt."""
 
 from typing import Protocol
 
@@ -6,25 +6,25 @@ from megatron_rl.tasks.base import Tokenizer
 
 
 class ChatOptions(Protocol):
-    """The part of a task's section that says how a question is put."""
+    """The options of a task that control how prompts are rendered."""
 
     @property
     def chat_template(self) -> bool:
-        """Whether the question is a user's turn."""
+        """Whether the question becomes a user turn of the chat template."""
         ...
 
     @property
     def system_prompt(self) -> str:
-        """The turn before it."""
+        """Content of the system turn before the question; empty for none."""
         ...
 
 
 def render(
     question: str | list[dict[str, str]], options: ChatOptions, tokenizer: Tokenizer
 ) -> tuple[str, tuple[int, ...]]:
-    """Return the text of a prompt and its token ids: the question as it is, or through the chat template.
+    """Return the text of a prompt and its token ids: the question unchanged, or formatted by the chat template.
 
-    A question may be a conversation already, which only a chat template can put.
+    A question that is a conversation always goes through the chat template.
     """
     if isinstance(question, str) and not options.chat_template:
         return question, tuple(tokenizer.encode(question, add_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Rows of files on this machine: JSONL, Parquet, and folders that Hugging Face's ``datasets`` saved. No network."""
+"""Rows of local files: JSONL, Parquet, and folders that Hugging Face ``datasets`` saved. Nothing is downloaded."""
 
 import importlib.util
 import json
@@ -14,27 +14,32 @@ FileFormat = Literal["jsonl", "parquet", "datasets"]
 
 @dataclass(frozen=True)
 class RowLocation:
-    """Where a row stands."""
+    """File and number of a row."""
 
     file: Path
     number: int
-    """Of the line or row, from 1."""
+    """Number of the line or row, from 1."""
     name: str
-    """Of the file within what the setting names."""
+    """Path of the file relative to the folder that the setting names, or its name."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.number}"
 
 
 def read_rows(kind: FileFormat, path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
-    """Yield the rows of a file or folder; a DataError names the place of the first one that cannot be read."""
+    """Yield the rows of a file or folder.
+
+    Raises:
+        DataError: a file is missing, or a row cannot be read; the message names its file and line.
+        ConfigError: the package pyarrow is needed and not installed.
+    """
     if kind == "jsonl":
         return _jsonl(path)
     if importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(
             f"task.name = {kind!r} needs the package pyarrow, which is not installed; pip install 'megatron-rl[tasks]'"
         )
-    return _parquet(path) if kind == "parquet" else _saved(path)
+    return _parquet(path) if kind == "parquet" else _saved_dataset(path)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
@@ -43,21 +48,21 @@ def _jsonl(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             if raw.strip():
-                place = RowLocation(path, number, path.name)
-                yield place, _object(raw, place)
+                location = RowLocation(path, number, path.name)
+                yield location, _parse_object(raw, location)
 
 
-def _object(raw: bytes, place: RowLocation) -> Mapping[str, object]:
+def _parse_object(raw: bytes, location: RowLocation) -> Mapping[str, object]:
     try:
         row = json.loads(raw)
     except ValueError as error:
-        raise DataError(f"not JSON: {_cut(raw)} ({place}): {error}; write one JSON object a line") from error
+        raise DataError(f"not JSON: {_truncate(raw)} ({location}): {error}; write one JSON object per line") from error
     if not isinstance(row, dict):
-        raise DataError(f"not a JSON object: {_cut(raw)} ({place}); write {{...}} with a prompt and an answer")
+        raise DataError(f"not a JSON object: {_truncate(raw)} ({location}); write {{...}} with a prompt and an answer")
     return row
 
 
-def _cut(raw: bytes) -> str:
+def _truncate(raw: bytes) -> str:
     text = raw.decode(errors="replace").strip()
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -67,7 +72,7 @@ def _parquet(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     from pyarrow import parquet
 
     files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
-    files = [file for given in files for file in (sorted(given.rglob("*.parquet")) if given.is_dir() else [given])]
+    files = [file for found in files for file in (sorted(found.rglob("*.parquet")) if found.is_dir() else [found])]
     if not files or not all(file.is_file() for file in files):
         raise DataError(
             f"no Parquet file: {path} (task.path or task.heldout_path); write a file, a folder, or a pattern such as"
@@ -79,16 +84,16 @@ def _parquet(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
             for batch in parquet.ParquetFile(file).iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield RowLocation(file, number, _within(file, path)), row
+                    yield RowLocation(file, number, _relative_name(file, path)), row
         except pyarrow.ArrowException as error:
             raise DataError(f"not a Parquet file: {file} (task.path or task.heldout_path): {error}") from error
 
 
-def _within(file: Path, path: Path) -> str:
+def _relative_name(file: Path, path: Path) -> str:
     return str(file.relative_to(path)) if file.is_relative_to(path) and file != path else file.name
 
 
-def _saved(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
+def _saved_dataset(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote."""
     import pyarrow
 
@@ -100,7 +105,7 @@ def _saved(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
     if not state.is_file():
         raise DataError(
             f"no dataset in {path} (task.path or task.heldout_path): no state.json; write a folder that"
-            ' Dataset.save_to_disk made, or set task.name = "parquet" for Parquet files'
+            ' Dataset.save_to_disk wrote, or set task.name = "parquet" for Parquet files'
         )
     for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
         file, number = path / entry["filename"], 0

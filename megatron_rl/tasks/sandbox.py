@@ -1,8 +1,8 @@
-"""``python -I -S sandbox.py PROGRAM TESTS NONCE CPU_SECONDS MEMORY_BYTES``: locks this process up, then runs a program.
+"""``python -I -S sandbox.py PROGRAM TESTS NONCE CPU_SECONDS MEMORY_BYTES``: runs a program in a restricted process.
 
-Standard library only, and nothing of this package: it runs with an empty environment. After the lock there is no new
-process or thread, no socket, no file that can be written or made, no signal to others: system calls are allowed by a
-list, all others fail with EPERM. Without that lock the program is not run.
+Uses the standard library only, because it runs with an empty environment. A seccomp filter allows a list of system
+calls; all others fail with EPERM. The program cannot start processes or threads, open sockets, create or write files,
+or signal other processes. If the filter cannot be installed, the program is not run.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ import signal
 import struct
 import sys
 
-NO_LOCK = 97
-"""Exit code where the kernel has no seccomp filter, or this machine's system calls are not listed."""
+NOT_SANDBOXED = 97
+"""Exit code if the kernel has no seccomp filter, or the architecture of this machine is not supported."""
 
 MAX_FILE_BYTES = 1 << 20
-"""Of what the program prints."""
+"""Limit of the output of the program."""
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 1, 22, 38, 2
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -25,7 +25,7 @@ _ALLOW, _KILL, _EPERM = 0x7FFF0000, 0x80000000, 0x00050001
 _CALL, _ARCHITECTURE, _FLAGS = 0, 4, 16 + 2 * 8  # offsets in struct seccomp_data; flags are openat's third argument
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0o20000000  # the last is O_TMPFILE
 
-# What a Python program needs that computes, reads and prints. By kernel: (audit architecture, openat, the others).
+# System calls of Python programs that compute, read and print, as (audit architecture, openat, other calls).
 _CALLS = {
     "x86_64": (
         0xC000003E,
@@ -49,7 +49,7 @@ _CALLS = {
 
 
 def limit(cpu_seconds: int, memory_bytes: int) -> None:
-    """Bound what the process may use; die with the parent."""
+    """Set the resource limits of this process, and have it killed when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     bounds = {
         resource.RLIMIT_CPU: cpu_seconds,
@@ -63,8 +63,8 @@ def limit(cpu_seconds: int, memory_bytes: int) -> None:
         resource.setrlimit(kind, (bound, bound))
 
 
-def lock() -> bool:
-    """Allow only the listed system calls from here on; return whether the kernel agreed."""
+def install_filter() -> bool:
+    """Install the seccomp filter; return whether the kernel accepted it."""
     if platform.machine() not in _CALLS:
         return False
     architecture, openat, calls = _CALLS[platform.machine()]
@@ -91,15 +91,15 @@ def lock() -> bool:
 
 
 def main() -> None:
-    """Run the program, then the tests in its names, then print the nonce, which says that all of it ended well."""
+    """Run the program, then the tests in its namespace, then print the nonce, which shows that both succeeded."""
     program, tests, nonce, cpu_seconds, memory_bytes = sys.argv[1:]
     with open(program, encoding="utf-8") as file:
         source = file.read()
     with open(tests, encoding="utf-8") as file:
         checks = file.read()
     limit(int(cpu_seconds), int(memory_bytes))
-    if not lock():
-        os._exit(NO_LOCK)
+    if not install_filter():
+        os._exit(NOT_SANDBOXED)
     sys.argv[1:] = []
     names: dict[str, object] = {"__name__": "__main__"}
     exec(compile(source, "program.py", "exec"), names)

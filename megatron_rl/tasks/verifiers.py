@@ -1,4 +1,4 @@
-"""From an answer to a reward: by name, or by a function in a file that the config names."""
+"""Functions that score the text of a response, by name or from a file that the configuration names."""
 
 import difflib
 import hashlib
@@ -13,20 +13,20 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks.extract import NUMBER
 
 ScoreFn = Callable[[str, str, str], float | None]
-"""(prompt, response, answer) -> reward, None if it cannot tell. A reward of 1 or more counts as correct."""
+"""Maps (prompt, response, answer) to a score; None if it is unknown. A score of 1 or more counts as correct."""
 
 
 def exact(prompt: str, response: str, answer: str) -> float:
-    """Return 1 if the response is the answer, but for space around it."""
+    """Return 1 if response and answer are equal, ignoring surrounding white space; else 0."""
     return float(response.strip() == answer.strip())
 
 
 def number(prompt: str, response: str, answer: str) -> float:
-    """Return 1 if the last number of the response equals the last number of the answer."""
-    found, wanted = NUMBER.findall(response), NUMBER.findall(answer)
-    if not wanted:
+    """Return 1 if the last number of the response equals the last number of the answer; else 0."""
+    answered, expected = NUMBER.findall(response), NUMBER.findall(answer)
+    if not expected:
         raise DataError(f"no number in the answer {answer!r} (task.verifier = number); choose another verifier")
-    return float(bool(found) and _value(found[-1]) == _value(wanted[-1]))
+    return float(bool(answered) and _value(answered[-1]) == _value(expected[-1]))
 
 
 def _value(text: str) -> float:
@@ -34,7 +34,7 @@ def _value(text: str) -> float:
 
 
 def regex(prompt: str, response: str, answer: str) -> float:
-    """Return 1 if the answer, a regular expression, is found in the response."""
+    """Return 1 if the answer, a regular expression, matches anywhere in the response; else 0."""
     try:
         return float(re.search(answer, response) is not None)
     except re.error as error:
@@ -42,40 +42,44 @@ def regex(prompt: str, response: str, answer: str) -> float:
 
 
 def read_answer(verifier: str, response: str) -> str | None:
-    """Return what ``exact`` or ``number`` takes a response to answer, the same text for the same answer; else None."""
+    """Return the answer in a response in a canonical form, for the verifiers ``exact`` and ``number``; else None."""
     if verifier == "exact":
         return response.strip()
-    if verifier == "number" and (found := NUMBER.findall(response)):
-        return f"{_value(found[-1]):.17g}"
+    if verifier == "number" and (numbers := NUMBER.findall(response)):
+        return f"{_value(numbers[-1]):.17g}"
     return None
 
 
 def math(prompt: str, response: str, answer: str) -> float:
-    """Return 1 if math-verify finds the answer in the response: LaTeX, fractions, sets, boxed or plain."""
+    """Return 1 if math-verify finds the answer (LaTeX, fractions, sets, boxed or plain) in the response; else 0."""
     import math_verify
 
-    # Its own limits work by alarms in the main thread; ours is the process that this runs in.
+    # math-verify's own time limits use alarms of the main thread; the worker process has a time limit already.
     marked = answer if "$" in answer or "boxed" in answer else f"${answer}$"
-    wanted = math_verify.parse(marked, parsing_timeout=None) or math_verify.parse(answer, parsing_timeout=None)
-    if not wanted:
-        raise DataError(f"math-verify finds nothing in the answer {answer!r} (task.verifier = math)")
-    found = math_verify.parse(response, parsing_timeout=None)
-    return float(math_verify.verify(wanted, found, timeout_seconds=None))
+    expected = math_verify.parse(marked, parsing_timeout=None) or math_verify.parse(answer, parsing_timeout=None)
+    if not expected:
+        raise DataError(f"math-verify cannot parse the answer {answer!r} (task.verifier = math)")
+    answered = math_verify.parse(response, parsing_timeout=None)
+    return float(math_verify.verify(expected, answered, timeout_seconds=None))
 
 
 VERIFIERS: dict[str, ScoreFn] = {"exact": exact, "number": number, "regex": regex, "math": math}
 
 PACKAGES = {"math": "math_verify"}
-"""The module that a verifier needs."""
+"""Modules that verifiers import, by verifier."""
 
 
 def is_url(name: str) -> bool:
-    """Return whether a verifier is a server's address."""
+    """Return whether a verifier is the address of a server."""
     return name.startswith(("http://", "https://"))
 
 
 def find_score_fn(name: str) -> ScoreFn:
-    """Return a verifier by name, or load the function that ``path/to/file.py:function`` names."""
+    """Return the scoring function with this name, or load the one in ``path/to/file.py:function``.
+
+    Raises:
+        ConfigError: there is no such function, it has the wrong parameters, or its package is missing.
+    """
     if name in VERIFIERS:
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             raise ConfigError(
@@ -91,19 +95,30 @@ def find_score_fn(name: str) -> ScoreFn:
             else f"one of {', '.join(VERIFIERS)}, code, a URL, or path/to/file.py:function"
         )
         raise ConfigError(f"no such verifier: {name!r} (task.verifier); {hint}")
-    found = load_object(name, "task.verifier")
-    if len(inspect.signature(found).parameters) != 3:
-        said = f"{found.__name__}{inspect.signature(found)} in {name} (task.verifier)"
-        raise ConfigError(f"{said}; it must take prompt, response, answer")
-    return found
+    function = load_object(name, "task.verifier")
+    signature = inspect.signature(function)
+    if len(signature.parameters) != 3:
+        raise ConfigError(
+            f"{function.__name__}{signature} in {name} (task.verifier); it must take prompt, response, answer"
+        )
+    return function
 
 
-def load_object(name: str, key: str, others: str = "") -> Any:
-    """Return the function or class that ``path/to/file.py:name`` names, for the setting ``key``."""
-    file, colon, function = name.rpartition(":")
+def load_object(name: str, key: str, built_in: str = "") -> Any:
+    """Return the function or class ``path/to/file.py:name``.
+
+    Args:
+        name: value of the setting.
+        key: name of the setting, for error messages.
+        built_in: names that the setting accepts too, for error messages.
+
+    Raises:
+        ConfigError: there is no such file, it cannot be imported, or it has no such function or class.
+    """
+    file, colon, attribute = name.rpartition(":")
     path = Path(file)
     if not colon or not file.endswith(".py"):
-        raise ConfigError(f"no such name: {name!r} ({key}); one of {others}, or path/to/file.py:name")
+        raise ConfigError(f"no such name: {name!r} ({key}); one of {built_in}, or path/to/file.py:name")
     if not path.is_file():
         raise ConfigError(f"no such file: {path} ({key}); write path/to/file.py:name")
     module_name = f"megatron_rl_verifier_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
@@ -117,9 +132,9 @@ def load_object(name: str, key: str, others: str = "") -> Any:
         raise ConfigError(
             f"{path} ({key}) cannot be imported: {type(error).__name__}: {error}; correct the file"
         ) from error
-    found = getattr(module, function, None)
-    if not callable(found):
+    value = getattr(module, attribute, None)
+    if not callable(value):
         kinds = (inspect.isfunction, inspect.isclass)
-        there = [name for name, value in vars(module).items() if any(kind(value) for kind in kinds)]
-        raise ConfigError(f"no function {function} in {path} ({key}); it has {', '.join(there) or 'none'}")
-    return found
+        names = [name for name, member in vars(module).items() if any(kind(member) for kind in kinds)]
+        raise ConfigError(f"no function {attribute} in {path} ({key}); it has {', '.join(names) or 'none'}")
+    return value

@@ -1,4 +1,4 @@
-"""What the verifying processes and their owner say to each other: one JSON object a line."""
+"""Messages between the verifying processes and the process that started them: one JSON object per line."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ from megatron_rl.tasks.base import Verdict
 Json = Mapping[str, Any]
 
 
-def job(number: int, prompt: Prompt, response: Response) -> bytes:
-    """Return the line that asks for a verdict: of the tokens only what a verifier sees."""
-    asked = {
+def encode_job(number: int, prompt: Prompt, response: Response) -> bytes:
+    """Return the line that requests a verdict. Of the token columns it has the ids only."""
+    message = {
         "prompt": {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)},
         "response": {
             "id": response.id,
@@ -25,52 +25,53 @@ def job(number: int, prompt: Prompt, response: Response) -> bytes:
             "last_turn": response.last_turn,
         },
     }
-    return line({"job": number, **asked})
+    return encode_line({"job": number, **message})
 
 
-def read_job(asked: Json) -> tuple[Prompt, Response]:
-    """Return what ``job`` wrote; the prompt has no tokens, the response no log-probs."""
-    said, prompt = asked["response"], Prompt(input_ids=(), **asked["prompt"])
+def decode_job(message: Json) -> tuple[Prompt, Response]:
+    """Return the prompt (without tokens) and the response (without log-probs) of a message of ``encode_job``."""
+    fields, prompt = message["response"], Prompt(input_ids=(), **message["prompt"])
     response = Response(
-        id=said["id"],
+        id=fields["id"],
         prompt_id=prompt.id,
-        index=said["index"],
-        output_ids=tuple(said["output_ids"]),
+        index=fields["index"],
+        output_ids=tuple(fields["output_ids"]),
         logprobs=(),
-        text=said["text"],
-        finish_reason=said["finish_reason"],
+        text=fields["text"],
+        finish_reason=fields["finish_reason"],
         weight_versions=(),
-        observed=tuple((start, end) for start, end in said["observed"]),
-        last_turn=said["last_turn"],
+        observed=tuple((start, end) for start, end in fields["observed"]),
+        last_turn=fields["last_turn"],
     )
     return prompt, response
 
 
-def ask(jobs: Sequence[bytes]) -> bytes:
-    """Return the line that asks what servers say of many jobs."""
+def encode_batch(jobs: Sequence[bytes]) -> bytes:
+    """Return the line that requests the verdicts of servers on many jobs, given as lines."""
     return b'{"jobs": [' + b",".join(job.rstrip() for job in jobs) + b"]}\n"
 
 
-def known(job: bytes, verdicts: Json) -> bytes:
-    """Return the line of a job with what servers said of it."""
-    return line({**json.loads(job), "known": verdicts})
+def encode_batch_verdicts(verdicts: Sequence[Mapping[str, Verdict]]) -> bytes:
+    """Return the line that answers ``encode_batch``."""
+    answers = [{name: asdict(verdict) for name, verdict in by_name.items()} for by_name in verdicts]
+    return encode_line({"batch_verdicts": answers})
 
 
-def read_known(asked: Json) -> Mapping[str, Verdict]:
-    """Return what ``known`` put into a job: verdicts by the name of their reward."""
-    return {name: Verdict(**said) for name, said in asked.get("known", {}).items()}
+def add_known_verdicts(job: bytes, verdicts: Json) -> bytes:
+    """Return the line of a job with the verdicts of servers added."""
+    return encode_line({**json.loads(job), "known": verdicts})
 
 
-def asked(known: Sequence[Mapping[str, Verdict]]) -> bytes:
-    """Return the line that answers ``ask``."""
-    return line({"asked": [{name: asdict(said) for name, said in verdicts.items()} for verdicts in known]})
+def decode_known_verdicts(message: Json) -> Mapping[str, Verdict]:
+    """Return the verdicts that ``add_known_verdicts`` added to a job, by name of the reward."""
+    return {name: Verdict(**fields) for name, fields in message.get("known", {}).items()}
 
 
-def verdict(said: Verdict, *, last: bool = False) -> bytes:
-    """Return the line that answers a job; ``last``: whoever says it ends."""
-    return line({"verdict": asdict(said), "last": last})
+def encode_verdict(verdict: Verdict, *, last: bool = False) -> bytes:
+    """Return the line that answers a job. ``last`` says that the worker exits after it."""
+    return encode_line({"verdict": asdict(verdict), "last": last})
 
 
-def line(value: object) -> bytes:
-    """Return a value as a line."""
+def encode_line(value: object) -> bytes:
+    """Return a value as one line of JSON."""
     return json.dumps(value).encode() + b"\n"

@@ -1,9 +1,9 @@
-"""``python -m megatron_rl.tasks.worker``: verifies what comes on stdin, in processes that may hang or die.
+"""``python -m megatron_rl.tasks.worker``: verifies the jobs on stdin, in worker processes that may hang or crash.
 
-    owner --jobs--> this process --one job each--> workers, forked: a verifier that raises ends its worker,
-          <-verdicts--           <--verdict--      one that takes too long is killed; a new one is forked
+    trainer --jobs--> this process --one job each--> forked workers: a verifier that raises ends its worker,
+            <-verdicts--           <--verdict--      one that takes too long is killed; a new worker is forked
 
-This process runs no verifier itself, so it always answers. It ends when its stdin does, and its workers with it.
+This process runs no verifier itself, so it always answers. It ends at the end of stdin, and its workers with it.
 """
 
 import json
@@ -28,153 +28,155 @@ from megatron_rl.tasks.reward import RewardFunction
 from megatron_rl.util.child_process import end_with_parent
 
 DATA_BYTES = 4 << 30
-"""Of memory that a worker may fill; beyond that the verifier gets a MemoryError."""
+"""Memory limit of a worker; a verifier that needs more gets a MemoryError."""
 
 _CHUNK = 1 << 16
 
 
 @dataclass
 class Worker:
-    """A forked process and what it works on."""
+    """A forked process and its current jobs."""
 
     pid: int
-    jobs: int
-    """Descriptor that it reads jobs from."""
-    verdicts: int
-    """Descriptor that it writes verdicts to."""
+    jobs_fd: int
+    """Pipe to the worker, for jobs."""
+    verdicts_fd: int
+    """Pipe from the worker, for verdicts."""
     work: list[tuple[int, bytes]] = field(default_factory=list)
-    """Numbers and lines of the jobs that it has: one to judge, or many to ask servers about."""
+    """Number and line of each current job: one to verify, or many for which servers are asked."""
     deadline: float = 0.0
-    heard: bytearray = field(default_factory=bytearray)
+    received: bytearray = field(default_factory=bytearray)
 
 
 class WorkerPool:
-    """Keeps workers busy, and makes new ones for those that are lost."""
+    """Assigns jobs to workers, and replaces workers that hang or end."""
 
-    def __init__(self, judge: RewardFunction, workers: int, seconds: float) -> None:
-        self.judge, self.seconds = judge, seconds
+    def __init__(self, reward_fn: RewardFunction, workers: int, seconds: float) -> None:
+        self.reward_fn, self.seconds = reward_fn, seconds
         self.queue: deque[tuple[int, bytes]] = deque()
-        self.unasked: deque[tuple[int, bytes]] = deque()
-        """Jobs that servers are to be asked about first, many at once; empty if there is no such server."""
+        self.batch_queue: deque[tuple[int, bytes]] = deque()
+        """Jobs for which servers are asked first, many jobs per request; empty if there are no such servers."""
         self.workers = [self._fork() for _ in range(workers)]
 
     def run(self) -> None:
-        """Take jobs and answer them until stdin ends."""
-        heard = bytearray()
+        """Answer jobs until the end of stdin."""
+        received = bytearray()
         while True:
             self._assign()
-            descriptors = [0, *(worker.verdicts for worker in self.workers)]
-            ready = select.select(descriptors, [], [], self._patience())[0]
+            descriptors = [0, *(worker.verdicts_fd for worker in self.workers)]
+            ready = select.select(descriptors, [], [], self._seconds_to_deadline())[0]
             if 0 in ready:
                 chunk = os.read(0, _CHUNK)
                 if not chunk:
                     return
-                heard += chunk
-                *lines, heard = heard.split(b"\n")
-                new = [(json.loads(said)["job"], bytes(said) + b"\n") for said in lines]
-                (self.unasked if self.judge.servers else self.queue).extend(new)
-            for at, worker in enumerate(self.workers):
-                if worker.verdicts in ready:
-                    self._hear(at)
+                received += chunk
+                *lines, received = received.split(b"\n")
+                jobs = [(json.loads(line)["job"], bytes(line) + b"\n") for line in lines]
+                (self.batch_queue if self.reward_fn.batch_servers else self.queue).extend(jobs)
+            for index, worker in enumerate(self.workers):
+                if worker.verdicts_fd in ready:
+                    self._receive(index)
                 elif worker.work and time.monotonic() >= worker.deadline:
-                    why = f"took longer than {self.seconds:g} s (reward.seconds)"
-                    self._answer(worker, unverified("timed_out", why))
-                    self._replace(at)
+                    reason = f"took longer than {self.seconds:g} s (reward.seconds)"
+                    self._answer(worker, unverified("timed_out", reason))
+                    self._replace(index)
 
     def _assign(self) -> None:
         for worker in self.workers:
-            if worker.work or not (self.queue or self.unasked):
+            if worker.work or not (self.queue or self.batch_queue):
                 continue
             if self.queue:
                 worker.work = [self.queue.popleft()]
-                said = worker.work[0][1]
+                line = worker.work[0][1]
             else:
-                most = min(self.judge.reward.http_batch, len(self.unasked))
-                worker.work = [self.unasked.popleft() for _ in range(most)]
-                said = wire.ask([job for _, job in worker.work])
+                count = min(self.reward_fn.reward.http_batch, len(self.batch_queue))
+                worker.work = [self.batch_queue.popleft() for _ in range(count)]
+                line = wire.encode_batch([job for _, job in worker.work])
             worker.deadline = time.monotonic() + self.seconds
-            _write(worker.jobs, said)
+            _write(worker.jobs_fd, line)
 
-    def _patience(self) -> float | None:
+    def _seconds_to_deadline(self) -> float | None:
         deadlines = [worker.deadline for worker in self.workers if worker.work]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _hear(self, at: int) -> None:
-        worker = self.workers[at]
-        chunk = os.read(worker.verdicts, _CHUNK)
-        worker.heard += chunk
-        if worker.heard.endswith(b"\n"):
-            said = json.loads(worker.heard)
-            worker.heard.clear()
-            if "asked" in said:
-                known = zip(worker.work, said["asked"], strict=True)
-                self.queue += [(number, wire.known(job, verdicts)) for (number, job), verdicts in known]
+    def _receive(self, index: int) -> None:
+        worker = self.workers[index]
+        chunk = os.read(worker.verdicts_fd, _CHUNK)
+        worker.received += chunk
+        if worker.received.endswith(b"\n"):
+            message = json.loads(worker.received)
+            worker.received.clear()
+            if "batch_verdicts" in message:
+                answered = zip(worker.work, message["batch_verdicts"], strict=True)
+                self.queue += [(number, wire.add_known_verdicts(job, known)) for (number, job), known in answered]
                 worker.work = []
                 return
-            self._answer(worker, Verdict(**said["verdict"]))
-            if said["last"]:
-                self._replace(at)
+            self._answer(worker, Verdict(**message["verdict"]))
+            if message["last"]:
+                self._replace(index)
         elif not chunk:
-            self._answer(
-                worker, unverified("raised", "its process died (out of memory, or a crash of the interpreter)")
-            )
-            self._replace(at)
+            reason = "its process died (out of memory, or a crash of the interpreter)"
+            self._answer(worker, unverified("raised", reason))
+            self._replace(index)
 
     def _answer(self, worker: Worker, verdict: Verdict) -> None:
         for number, _ in worker.work:
-            _write(1, wire.line({"job": number, "verdict": asdict(verdict)}))
+            _write(1, wire.encode_line({"job": number, "verdict": asdict(verdict)}))
         worker.work = []
 
-    def _replace(self, at: int) -> None:
-        worker = self.workers[at]
+    def _replace(self, index: int) -> None:
+        worker = self.workers[index]
         os.killpg(worker.pid, signal.SIGKILL)
         os.waitpid(worker.pid, 0)
-        os.close(worker.jobs)
-        os.close(worker.verdicts)
-        self.workers[at] = self._fork()
+        os.close(worker.jobs_fd)
+        os.close(worker.verdicts_fd)
+        self.workers[index] = self._fork()
 
     def _fork(self) -> Worker:
-        """Return a new worker; in the worker itself, never."""
+        """Return a new worker. In the forked process this method never returns."""
         jobs_read, jobs_write = os.pipe()
         verdicts_read, verdicts_write = os.pipe()
-        nursery = os.getpid()
+        parent = os.getpid()
         pid = os.fork()
         if pid:
             os.close(jobs_read)
             os.close(verdicts_write)
             os.setpgid(pid, pid)
             return Worker(pid, jobs_write, verdicts_read)
-        _work(self.judge, nursery, jobs_read, verdicts_write)
-        raise AssertionError(f"worker {os.getpid()} came back")
+        _run_worker(self.reward_fn, parent, jobs_read, verdicts_write)
+        raise AssertionError(f"worker {os.getpid()} returned")
 
 
-def _work(judge: RewardFunction, nursery: int, jobs: int, verdicts: int) -> None:
-    """Be a worker; whatever a verifier raises ends here, with this process, and not in the code of the nursery."""
+def _run_worker(reward_fn: RewardFunction, parent: int, jobs_fd: int, verdicts_fd: int) -> None:
+    """Verify jobs, report an exception as a verdict, and end this process without returning to the pool's code."""
     try:
-        _serve(judge, nursery, jobs, verdicts)
+        _verify_jobs(reward_fn, parent, jobs_fd, verdicts_fd)
     finally:
         error = sys.exc_info()[1]
         if error is not None:
             failure = "timed_out" if isinstance(error, TimeoutError) else "raised"
-            _write(verdicts, wire.verdict(unverified(failure, f"{type(error).__name__}: {error}"[:500]), last=True))
+            verdict = unverified(failure, f"{type(error).__name__}: {error}"[:500])
+            _write(verdicts_fd, wire.encode_verdict(verdict, last=True))
         os._exit(0 if error is None else 1)
 
 
-def _serve(judge: RewardFunction, nursery: int, jobs: int, verdicts: int) -> None:
-    """Judge one job after the other until there are no more."""
+def _verify_jobs(reward_fn: RewardFunction, parent: int, jobs_fd: int, verdicts_fd: int) -> None:
+    """Verify one job after another until the pipe is closed."""
     os.setpgid(0, 0)
     end_with_parent()
     resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)  # what a verifier prints must not get among the verdicts
-    with os.fdopen(jobs, "rb") as lines:
-        while os.getppid() == nursery and (said := lines.readline()):
-            asked = json.loads(said)
-            if "jobs" in asked:
-                _write(verdicts, wire.asked(judge.ask([wire.read_job(job) for job in asked["jobs"]])))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)  # output of a verifier must not mix with the verdicts
+    with os.fdopen(jobs_fd, "rb") as lines:
+        while os.getppid() == parent and (line := lines.readline()):
+            message = json.loads(line)
+            if "jobs" in message:
+                verdicts = reward_fn.verify_batch([wire.decode_job(job) for job in message["jobs"]])
+                _write(verdicts_fd, wire.encode_batch_verdicts(verdicts))
             else:
-                _write(verdicts, wire.verdict(judge.verify(*wire.read_job(asked), wire.read_known(asked))))
+                verdict = reward_fn.verify(*wire.decode_job(message), wire.decode_known_verdicts(message))
+                _write(verdicts_fd, wire.encode_verdict(verdict))
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -184,23 +186,23 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def main() -> None:
-    """Read the configuration, then work."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once a call that we limit the time
-    heard = bytearray()
-    while not heard.endswith(b"\n"):
+    """Read the configuration from the first line of stdin, then answer jobs."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns on each call that its time limit is disabled
+    received = bytearray()
+    while not received.endswith(b"\n"):
         chunk = os.read(0, 1)
         if not chunk:
             return
-        heard += chunk
-    judge, seconds = load_reward_function(json.loads(heard))
-    WorkerPool(judge, judge.reward.workers, seconds).run()
+        received += chunk
+    reward_fn, seconds = load_reward_function(json.loads(received))
+    WorkerPool(reward_fn, reward_fn.reward.workers, seconds).run()
 
 
-def load_reward_function(asked: Mapping[str, Any]) -> tuple[RewardFunction, float]:
-    """Return the judge of a configuration, and its time limit."""
-    task = TypeAdapter(Annotated[AnyTask, Field(discriminator="name")]).validate_python(asked["task"])
-    reward = Reward.model_validate(asked["reward"])
-    return RewardFunction(task, reward, asked["max_new_tokens"]), reward.seconds
+def load_reward_function(setup: Mapping[str, Any]) -> tuple[RewardFunction, float]:
+    """Return the reward function of a configuration, and its time limit in seconds."""
+    task = TypeAdapter(Annotated[AnyTask, Field(discriminator="name")]).validate_python(setup["task"])
+    reward = Reward.model_validate(setup["reward"])
+    return RewardFunction(task, reward, setup["max_new_tokens"]), reward.seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sums, their splits and their judge."""
+"""Expressions, splits and verifier of chained arithmetic."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from megatron_rl.tasks.chained_arithmetic import SYMBOLS, answer, is_heldout, ma
 
 
 class Letters:
-    """A tokenizer of one token a symbol."""
+    """A tokenizer with one token per symbol."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [SYMBOLS.index(symbol) for symbol in text]

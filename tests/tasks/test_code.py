@@ -1,4 +1,4 @@
-"""What the model wrote, run in the sandbox: tests decide, and nothing gets out."""
+"""Programs of the model in the sandbox: tests decide the score, and nothing escapes."""
 
 import json
 import socket
@@ -22,11 +22,11 @@ def verify(text: str, tests: object, seconds: float = 5.0):
     return CodeVerifier(Reward(seconds=seconds))(Prompt("p", (), "q", json.dumps(tests)), response)
 
 
-def test_the_sandbox_holds_on_this_machine():
+def test_the_sandbox_works_on_this_machine():
     assert list(check_sandbox()) == []
 
 
-def test_programs_are_judged_by_what_they_print():
+def test_programs_are_scored_by_their_output():
     tests = {"inputs": ["1 2\n", "10 -4\n"], "outputs": ["3", "6\n"]}
     assert verify(f"First:\n```python\nnonsense(\n```\nthen\n```python\n{ADD}\n```\n", tests).score == 1.0
     assert verify(ADD, tests).correct
@@ -36,7 +36,7 @@ def test_programs_are_judged_by_what_they_print():
     assert verify("this is no program", tests).score == 0.0
 
 
-def test_programs_are_judged_by_asserts_which_they_cannot_skip_by_leaving():
+def test_a_program_cannot_skip_its_asserts_by_exiting():
     tests = {"asserts": "assert add(1, 2) == 3\nassert add(0, 0) == 0"}
     assert verify("def add(a, b): return a + b", tests).score == 1.0
     assert verify("def add(a, b): return 3", tests).score == 0.0
@@ -44,7 +44,7 @@ def test_programs_are_judged_by_asserts_which_they_cannot_skip_by_leaving():
         assert verify(early, tests).score == 0.0
 
 
-def test_a_program_without_end_is_wrong_and_not_unverified():
+def test_a_program_that_does_not_end_is_wrong_not_unverified():
     assert verify("while True: pass", {"inputs": [""], "outputs": [""]}, 1.0).score == 0.0
     assert verify("import time; time.sleep(100)", {"inputs": [""], "outputs": [""]}, 1.0).score == 0.0
 
@@ -76,7 +76,7 @@ def test_a_program_without_end_is_wrong_and_not_unverified():
         "while True: print('x' * 1000)",
     ],
 )
-def test_what_a_program_must_not_do_fails(program):
+def test_forbidden_operations_fail(program):
     assert run_sandboxed(program, "", 3.0).failure
 
 
@@ -88,10 +88,10 @@ def test_there_is_no_network_and_no_environment(monkeypatch):
         assert run_sandboxed(f"import socket; socket.create_connection(('127.0.0.1', {port}))", "", 3.0).failure
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert "SECRET" not in run_sandboxed("import os; print(dict(os.environ))", "", 3.0).printed
+    assert "SECRET" not in run_sandboxed("import os; print(dict(os.environ))", "", 3.0).stdout
 
 
-def test_nothing_is_left_behind():
+def test_no_process_remains():
     before = len(psutil.Process().children())
     run_sandboxed("import time; time.sleep(100)", "", 0.5)
     assert len(psutil.Process().children()) == before

@@ -26,7 +26,7 @@ ROOT_PROMPT = Prompt("p", (1,), "", "")
         ("True", "error"),
     ],
 )
-def test_sums_and_nothing_else(expression, value):
+def test_the_calculator_evaluates_arithmetic_only(expression, value):
     assert calculate(expression) == value
 
 
@@ -56,16 +56,16 @@ class ChatML:
         return turns + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def test_a_turn_through_the_chat_template_begins_after_the_token_that_the_model_sampled():
-    said = chat_wrap(ChatML(), "tool")("42")
-    assert said == "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
+def test_a_wrapped_turn_begins_after_the_sampled_end_token():
+    wrapped = chat_wrap(ChatML(), "tool")("42")
+    assert wrapped == "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
     conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     sampled = ChatML().apply_chat_template(conversation, tokenize=False, add_generation_prompt=False)[:-1]
     more = [*conversation, {"role": "tool", "content": "42"}]
-    assert sampled + said == ChatML().apply_chat_template(more, tokenize=False, add_generation_prompt=True)
+    assert sampled + wrapped == ChatML().apply_chat_template(more, tokenize=False, add_generation_prompt=True)
 
 
-def test_a_template_that_writes_old_turns_anew_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_an_error():
     class Forgetful(ChatML):
         def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
             return super().apply_chat_template(conversation[-1:], tokenize=False, add_generation_prompt=True)

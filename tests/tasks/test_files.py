@@ -1,4 +1,4 @@
-"""Parquet and saved datasets give the same prompts as JSON lines; labels and conversations come along."""
+"""Parquet files and saved datasets give the same prompts as JSON lines, with labels and conversations."""
 
 import importlib.util
 import json
@@ -29,8 +29,8 @@ def task(path: Path, **options) -> Jsonl:
     return Jsonl(JsonlTask(path=str(path), **options), Bytes())
 
 
-def contents(made: Jsonl) -> list[tuple[str, str, dict[str, str]]]:
-    return [(p.text, p.answer, dict(p.metadata)) for split in made.splits.values() for p in split]
+def contents(jsonl: Jsonl) -> list[tuple[str, str, dict[str, str]]]:
+    return [(p.text, p.answer, dict(p.metadata)) for split in jsonl.splits.values() for p in split]
 
 
 @pytest.fixture
@@ -56,15 +56,15 @@ def test_parquet_gives_the_prompts_of_json_lines(folder):
 
 
 def test_a_folder_that_datasets_saved():
-    made = task(
+    jsonl = task(
         SAVED / "train",
         name="datasets",
         heldout_path=str(SAVED / "test"),
         prompt_field="question",
         answer_field="solution.value",
     )
-    assert [p.answer for p in made.splits["train"]] == ["6", "2", "3", "4", "5"]
-    assert [(p.text, dict(p.metadata)) for p in made.splits["heldout"]] == [
+    assert [p.answer for p in jsonl.splits["train"]] == ["6", "2", "3", "4", "5"]
+    assert [(p.text, dict(p.metadata)) for p in jsonl.splits["heldout"]] == [
         ("What is 0 + 1?", {"task": "sums", "difficulty": "0"})
     ]
 
@@ -77,7 +77,7 @@ def test_the_saved_folder_is_what_its_tool_writes():
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_shuffling_and_resume_depend_on_seed_and_position_alone(folder):
+def test_shuffling_and_resume_depend_only_on_seed_and_position(folder):
     one, other = (task(folder / "data", name="parquet").prompts("train", 3) for _ in range(2))
     whole = PromptStream(one).take(100)
     assert [*PromptStream(one).take(37), *PromptStream(other, 37).take(63)] == list(whole)
@@ -91,9 +91,9 @@ def test_conversations_go_through_the_chat_template(folder):
     table = pyarrow.Table.from_pylist([{"prompt": turns, "reward_model": {"ground_truth": "7"}}])
     parquet.write_table(table, folder / "chat.parquet")
     options = {"name": "parquet", "answer_field": "reward_model.ground_truth", "heldout_fraction": 0.0}
-    made = task(folder / "chat.parquet", chat_template=True, system_prompt="s", **options)
-    assert made.splits["train"][0].text == "<system>s<user>a<assistant>b<user>c<assistant>"
-    assert made.splits["train"][0].answer == "7"
+    jsonl = task(folder / "chat.parquet", chat_template=True, system_prompt="s", **options)
+    assert jsonl.splits["train"][0].text == "<system>s<user>a<assistant>b<user>c<assistant>"
+    assert jsonl.splits["train"][0].answer == "7"
     with pytest.raises(DataError, match=r"chat\.parquet:1\); set task\.chat_template = true"):
         task(folder / "chat.parquet", **options)
 
@@ -108,12 +108,12 @@ def test_conversations_go_through_the_chat_template(folder):
         ("jsonl", "all.parquet", "not JSON"),
     ],
 )
-def test_what_cannot_be_read_is_named_before_any_work(folder, name, path, words):
+def test_unreadable_files_are_reported_before_any_work(folder, name, path, words):
     (problem,) = check_task(JsonlTask(name=name, path=str(folder / path)), Reward(), Environment())
     assert words in problem
 
 
-def test_a_dataset_of_several_splits_asks_for_one():
+def test_a_dataset_with_several_splits_is_an_error():
     with pytest.raises(DataError, match=r"several splits; write one of .*train, .*test"):
         task(SAVED, name="datasets")
 

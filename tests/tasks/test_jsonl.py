@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, what is refused, and with which words."""
+"""Prompt files: accepted and rejected rows, splits, verifiers."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_rl.tasks.jsonl import Jsonl
 
 
 class Bytes:
-    """A tokenizer of bytes, with a template."""
+    """A tokenizer of bytes with a chat template."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [1] * add_special_tokens + list(text.encode())
@@ -35,7 +35,7 @@ def answered(text: str, finish_reason: str = "stop") -> Response:
     return Response("r", "p", 0, (1,), (0.0,), text, finish_reason, ((0, 0, 1),))
 
 
-def test_prompts_are_tokenised_and_named_by_file_and_line(tmp_path):
+def test_prompts_are_tokenized_and_named_by_file_and_line(tmp_path):
     prompts = task(rows(tmp_path / "a.jsonl"), heldout_fraction=0.0).prompts("train", 0)
     one = next(p for p in PromptStream(prompts).take(40) if p.answer == "7")
     assert one.id == "a.jsonl:8"
@@ -67,7 +67,7 @@ def test_a_heldout_file_is_used_whole(tmp_path):
         ('{"question": "x", "answer": "y"}', ["no field 'prompt'", "question, answer", "task.prompt_field"]),
         ('{"prompt": "x"}', ["no field 'answer'", "task.answer_field"]),
         ('{"prompt": "", "answer": "y"}', ['prompt is ""']),
-        ('{"prompt": 3, "answer": "y"}', ["prompt is 3", "write a string"]),
+        ('{"prompt": 3, "answer": "y"}', ["prompt is 3", "write a nonempty string"]),
         ('{"prompt": "x", "answer": null}', ["answer is null"]),
         ('{"prompt": "x", "answer": true}', ["answer is true"]),
     ],
@@ -82,7 +82,7 @@ def test_a_bad_line_is_named_with_file_and_line(tmp_path, line, words):
         assert word in str(caught.value)
 
 
-def test_bytes_that_are_no_utf8_are_a_bad_line(tmp_path):
+def test_invalid_utf8_is_a_bad_line(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"prompt": "\xff", "answer": "1"}\n')
     with pytest.raises(DataError, match=r"not JSON.*a\.jsonl:1"):
@@ -106,7 +106,7 @@ def test_too_long_prompts_are_left_out_and_counted(tmp_path, caplog):
         task(rows(tmp_path / "a.jsonl"), max_prompt_tokens=5)
 
 
-def test_no_heldout_prompt_is_an_error_only_when_asked_for(tmp_path):
+def test_an_empty_heldout_split_is_an_error_when_it_is_used(tmp_path):
     whole = task(rows(tmp_path / "a.jsonl"), heldout_fraction=0.0)
     with pytest.raises(DataError, match=r"evaluate\.every = 0"):
         whole.prompts("heldout", 0)
@@ -135,22 +135,22 @@ def test_the_chat_template_wraps_the_prompt(tmp_path):
 def test_verifiers_by_name(tmp_path, verifier, answer, response, score):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"prompt": "q", "answer": answer}))
-    made = task(file, verifier=verifier, heldout_fraction=0.0)
-    verdict = made.verify(made.splits["train"][0], answered(response))
+    jsonl = task(file, verifier=verifier, heldout_fraction=0.0)
+    verdict = jsonl.verify(jsonl.splits["train"][0], answered(response))
     assert verdict.score == score
     assert verdict.correct == (score == 1.0)
-    assert made.verify(made.splits["train"][0], answered(response, "length")).score == 0.0
+    assert jsonl.verify(jsonl.splits["train"][0], answered(response, "length")).score == 0.0
 
 
-def test_a_verifier_from_a_file_and_one_that_cannot_tell(tmp_path):
+def test_a_verifier_from_a_file_may_return_none(tmp_path):
     (tmp_path / "judge.py").write_text(
         "def judge(prompt, response, answer):\n    return None if response == '?' else 0.5\n"
     )
-    made = task(rows(tmp_path / "a.jsonl"), verifier=f"{tmp_path}/judge.py:judge", heldout_fraction=0.0)
-    prompt = made.splits["train"][0]
-    assert made.verify(prompt, answered("x")).score == 0.5
-    assert not made.verify(prompt, answered("x")).correct
-    assert made.verify(prompt, answered("?")).score is None
+    jsonl = task(rows(tmp_path / "a.jsonl"), verifier=f"{tmp_path}/judge.py:judge", heldout_fraction=0.0)
+    prompt = jsonl.splits["train"][0]
+    assert jsonl.verify(prompt, answered("x")).score == 0.5
+    assert not jsonl.verify(prompt, answered("x")).correct
+    assert jsonl.verify(prompt, answered("?")).score is None
 
 
 @pytest.mark.parametrize(("verifier", "answer"), [("number", "none"), ("regex", "(")])
@@ -162,12 +162,12 @@ def test_an_answer_that_a_verifier_cannot_use_is_a_bad_line(tmp_path, verifier, 
 
 
 @pytest.mark.parametrize("value", ["'1'", "float('nan')"])
-def test_a_verifier_that_gives_no_number_leaves_the_response_unverified(tmp_path, value):
+def test_a_verifier_that_returns_no_number_leaves_the_response_unverified(tmp_path, value):
     (tmp_path / "judge.py").write_text(f"def judge(prompt, response, answer):\n    return {value}\n")
-    made = task(rows(tmp_path / "a.jsonl"), verifier=f"{tmp_path}/judge.py:judge", heldout_fraction=0.0)
-    verdict = made.verify(made.splits["train"][0], answered("x"))
+    jsonl = task(rows(tmp_path / "a.jsonl"), verifier=f"{tmp_path}/judge.py:judge", heldout_fraction=0.0)
+    verdict = jsonl.verify(jsonl.splits["train"][0], answered("x"))
     assert (verdict.score, verdict.failure) == (None, "invalid")
-    assert "judge.py:judge (task.verifier) gave" in verdict.reason
+    assert "judge.py:judge (task.verifier) returned" in verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_verifier_that_gives_no_number_leaves_the_response_unverified(tmp_path
         ("{}/judge.py:two", "it must take prompt, response, answer"),
     ],
 )
-def test_a_wrong_verifier_is_refused_before_any_file_is_read(tmp_path, verifier, words):
+def test_an_unknown_verifier_is_an_error_before_any_file_is_read(tmp_path, verifier, words):
     (tmp_path / "judge.py").write_text("def two(a, b):\n    pass\n")
     with pytest.raises(ConfigError, match=r"task\.verifier") as caught:
         task(tmp_path / "missing.jsonl", verifier=verifier.format(tmp_path))

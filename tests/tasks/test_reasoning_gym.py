@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: pure functions of seed and position, split by text, scored by the package itself."""
+"""Tasks of reasoning-gym: prompts by seed and position, splits by text, scores of the package."""
 
 import os
 import subprocess
@@ -79,7 +79,7 @@ def test_levels_make_harder_questions():
         ("whole", " {}\n", "so {}"),
     ],
 )
-def test_the_answer_counts_where_the_rule_looks_for_it(extract, right, wrong):
+def test_extraction_rules(extract, right, wrong):
     task = gym(extract=extract)
     prompt = task.prompts("train", 0)[5]
     assert task.verify(prompt, answered(right.format(prompt.answer))).score == 1.0
@@ -89,9 +89,9 @@ def test_the_answer_counts_where_the_rule_looks_for_it(extract, right, wrong):
     assert task.verify(prompt, answered("")).reason == f"no answer found by task.extract = {extract}"
 
 
-def test_a_judge_that_never_saw_the_prompts_gives_the_same_score():
+def test_a_verifier_without_the_prompts_gives_the_same_score():
     prompt = replace(gym().prompts("heldout", 0)[9], text="", answer="")
-    answer = gym().gym.entry(prompt.metadata["source"])[1]["answer"]
+    answer = gym().datasets.entry(prompt.metadata["source"])[1]["answer"]
     assert gym(extract="whole").verify(prompt, answered(answer)).score == 1.0
 
 
@@ -110,7 +110,7 @@ def test_questions_that_are_too_long_are_replaced_and_counted(caplog):
     assert max(len(p.input_ids) for p in first_prompts(task.prompts("train", 0), 40)) <= limit
     assert task.too_long > 5
     assert f"more than {limit} tokens" in caplog.text
-    with pytest.raises(DataError, match="1000 questions gave none"):
+    with pytest.raises(DataError, match="none of 1000 questions can be used"):
         gym(max_prompt_tokens=3).prompts("train", 0)[0]
 
 
@@ -121,11 +121,11 @@ def test_questions_that_are_too_long_are_replaced_and_counted(caplog):
         ({"composite": Share()}, "no such task"),
         ({"x": Share(dataset="chain_sum", options={"min_term": 1})}, "unknown option 'min_term'"),
         ({"x": Share(dataset="chain_sum", options={"seed": 1})}, "unknown option 'seed'"),
-        ({"chain_sum": Share(options={"min_terms": 9, "max_terms": 2})}, "refuses"),
+        ({"chain_sum": Share(options={"min_terms": 9, "max_terms": 2})}, "rejects"),
         ({"chain_sum": Share(level=99)}, "levels 0 to"),
     ],
 )
-def test_a_wrong_mixture_is_one_clear_error_before_any_work(mixture, words):
+def test_an_invalid_mixture_is_one_error_before_any_work(mixture, words):
     options = ReasoningGymTask(mixture=mixture)
     assert len(list(check_gym(options))) == 1
     with pytest.raises(ConfigError, match=r"task\.mixture") as caught:
@@ -138,7 +138,7 @@ def test_a_missing_package_is_a_clear_error(monkeypatch):
     assert "pip install 'megatron-rl[tasks]'" in next(check_gym(ReasoningGymTask(mixture=SUMS)))
 
 
-def test_tasks_that_change_with_the_hash_seed_are_refused_without_one(monkeypatch):
+def test_tasks_that_depend_on_the_hash_seed_need_one(monkeypatch):
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     with pytest.raises(ConfigError, match=r"ransom_note .*set PYTHONHASHSEED=0"):
         gym({"ransom_note": Share(), **SUMS})
@@ -146,25 +146,25 @@ def test_tasks_that_change_with_the_hash_seed_are_refused_without_one(monkeypatc
     assert gym({"ransom_note": Share()}).prompts("train", 0)[0].answer in ("True", "False")
 
 
-EVERY = """
+HASH_QUESTIONS = """
 import hashlib, sys
 from megatron_rl.config.tasks import ReasoningGymTask, Share
-from megatron_rl.tasks.reasoning_gym import Gym
+from megatron_rl.tasks.reasoning_gym import MixtureDatasets
 for name in sys.argv[1:]:
-    entry = Gym(ReasoningGymTask(mixture={name: Share()})).entry(f"{name}:123:0")[1]
+    entry = MixtureDatasets(ReasoningGymTask(mixture={name: Share()})).entry(f"{name}:123:0")[1]
     print(name, hashlib.sha256(repr((entry["question"], entry["answer"])).encode()).hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_every_task_is_the_same_in_every_process_or_known_not_to_be():
+def test_every_other_task_is_the_same_in_every_process():
     from reasoning_gym.factory import DATASETS
 
     names = sorted(set(DATASETS) - {"composite"})
     assert len(names) > 100
 
     def hashes(words: list[str], seed: str) -> list[str]:
-        command = [sys.executable, "-c", EVERY, *words]
+        command = [sys.executable, "-c", HASH_QUESTIONS, *words]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 

@@ -1,4 +1,4 @@
-"""Servers that are asked about many responses at once: what one breaks costs no other, whatever the order."""
+"""HTTP verifiers with batches: a response that breaks a request does not affect the others, in any order."""
 
 import json
 import threading
@@ -23,36 +23,36 @@ Items = list[dict[str, Any]]
 Answer = Callable[[Items], tuple[int, object]]
 
 
-class Server:
-    """Answers on 127.0.0.1 as it is told, and keeps what it was asked."""
+class ScriptedScorer:
+    """Answers requests with the function ``answer`` and records them."""
 
     def __init__(self) -> None:
-        self.asked: list[Items] = []
+        self.requests: list[Items] = []
         self.answer: Answer = scores
 
     def handle(self, body: bytes) -> tuple[int, bytes]:
         items = json.loads(body)["items"]
-        self.asked.append(items)
+        self.requests.append(items)
         status, answer = self.answer(items)
         return status, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
     @property
     def sizes(self) -> list[int]:
-        return [len(items) for items in self.asked]
+        return [len(items) for items in self.requests]
 
 
 def scores(items: Items) -> tuple[int, object]:
-    """Give each its own number, from the last to the first."""
+    """Return the number in each response as its score, in reverse order."""
     return 200, {"items": [{"id": i["id"], "score": float(i["response"])} for i in reversed(items)]}
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Server, str]]:
-    told = Server()
+def server() -> Iterator[tuple[ScriptedScorer, str]]:
+    scorer = ScriptedScorer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            status, body = told.handle(self.rfile.read(int(self.headers["Content-Length"])))
+            status, body = scorer.handle(self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
@@ -60,11 +60,11 @@ def server() -> Iterator[tuple[Server, str]]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        thread = threading.Thread(target=made.serve_forever)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
-        yield told, f"http://127.0.0.1:{made.server_address[1]}/judge"
-        made.shutdown()
+        yield scorer, f"http://127.0.0.1:{http_server.server_address[1]}/judge"
+        http_server.shutdown()
         thread.join()
 
 
@@ -85,39 +85,39 @@ def group(texts: Sequence[str], name: str = "p", finish: str = "stop") -> Group:
     )
 
 
-def pooled(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
-    """Return scores and failures from verifying processes."""
+def verdicts_of_pool(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
+    """Return scores and failures, from verifying processes."""
     with closing(VerifierPool(run)) as pool:
         return [[(v.score, v.failure) for v in verdicts] for verdicts in pool.submit(groups).result(60)]
 
 
-def judged(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
-    """Return them from one request, without processes."""
-    judge = RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens)
+def verdicts_inline(run: Run, *groups: Group) -> list[list[tuple[float | None, str]]]:
+    """Return scores and failures, from one request, without verifying processes."""
+    reward_fn = RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens)
     jobs = [(group.prompt, response) for group in groups for response in group.responses]
-    verdicts = (judge.verify(*job, known) for job, known in zip(jobs, judge.ask(jobs), strict=True))
+    verdicts = (reward_fn.verify(*job, known) for job, known in zip(jobs, reward_fn.verify_batch(jobs), strict=True))
     return [[(v.score, v.failure) for v in islice(verdicts, len(group.responses))] for group in groups]
 
 
 def test_every_response_gets_its_own_verdict_from_few_bounded_requests(tmp_path, server):
-    told, url = server
+    scorer, url = server
     groups = [group([str(100 * name + index) for index in range(20)], f"p{name}") for name in range(10)]
     waiting = threading.Event()
 
     def answer(items: Items) -> tuple[int, object]:
-        waiting.wait(60)  # the first requests hold what is asked meanwhile together
+        waiting.wait(60)  # responses accumulate while the first requests wait
         return scores(items)
 
-    told.answer = answer
+    scorer.answer = answer
     with closing(VerifierPool(run_of(tmp_path, url, "reward.seconds=60"))) as pool:
-        asked = pool.submit(groups)
+        pending = pool.submit(groups)
         waiting.set()
-        found = [[(v.score, v.failure) for v in verdicts] for verdicts in asked.result(60)]
-    assert found == [[(100.0 * name + index, "") for index in range(20)] for name in range(10)]
-    assert max(told.sizes) == 16
-    assert sum(told.sizes) == 200
-    assert len(told.sizes) < 100  # 13 full ones at least; how many are not full depends on the machine
-    first = next(item for items in told.asked for item in items if item["id"] == "0.3/p0/0")
+        scores_by_group = [[(v.score, v.failure) for v in verdicts] for verdicts in pending.result(60)]
+    assert scores_by_group == [[(100.0 * name + index, "") for index in range(20)] for name in range(10)]
+    assert max(scorer.sizes) == 16
+    assert sum(scorer.sizes) == 200
+    assert len(scorer.sizes) < 100  # at least 13 full batches; the number of partial ones depends on timing
+    first = next(item for items in scorer.requests for item in items if item["id"] == "0.3/p0/0")
     assert first == {
         "id": "0.3/p0/0",
         "prompt": "p0?",
@@ -127,16 +127,16 @@ def test_every_response_gets_its_own_verdict_from_few_bounded_requests(tmp_path,
     }
 
 
-def test_two_responses_of_one_id_are_never_taken_for_each_other(tmp_path, server):
+def test_responses_with_equal_ids_are_sent_separately(tmp_path, server):
     _, url = server
-    assert judged(run_of(tmp_path, url), group("123"), group("456")) == [
+    assert verdicts_inline(run_of(tmp_path, url), group("123"), group("456")) == [
         [(1.0, ""), (2.0, ""), (3.0, "")],
         [(4.0, ""), (5.0, ""), (6.0, "")],
     ]
 
 
 def test_partial_failures_leave_single_responses_unverified(tmp_path, server):
-    told, url = server
+    scorer, url = server
 
     def answer(items: Items) -> tuple[int, object]:
         special = {
@@ -145,18 +145,18 @@ def test_partial_failures_leave_single_responses_unverified(tmp_path, server):
             "text": {"score": "1"},
             "none": {},
         }
-        said: list[object] = [{"id": "nobody's", "score": 1.0}, "rubbish"]
+        answers: list[object] = [{"id": "nobody's", "score": 1.0}, "rubbish"]
         for item in items:
             if item["response"] != "silent":
-                said.append({"id": item["id"], **special.get(item["response"], {"score": 0.5, "correct": True})})
+                answers.append({"id": item["id"], **special.get(item["response"], {"score": 0.5, "correct": True})})
             if item["response"] == "twice":
-                said.append({"id": item["id"], "score": 1.0})
-        return 200, {"items": said}
+                answers.append({"id": item["id"], "score": 1.0})
+        return 200, {"items": answers}
 
-    told.answer = answer
+    scorer.answer = answer
     texts = ["a", "nan", "b", "null", "text", "none", "silent", "twice", "c"]
-    (found,) = judged(run_of(tmp_path, url), group(texts))
-    assert dict(zip(texts, found, strict=True)) == {
+    (verdicts,) = verdicts_inline(run_of(tmp_path, url), group(texts))
+    assert dict(zip(texts, verdicts, strict=True)) == {
         **dict.fromkeys("abc", (0.5, "")),
         "null": (None, "declined"),
         **dict.fromkeys(("nan", "text", "none", "silent", "twice"), (None, "invalid")),
@@ -166,63 +166,61 @@ def test_partial_failures_leave_single_responses_unverified(tmp_path, server):
 @pytest.mark.parametrize(
     ("status", "body", "failure"), [(500, b"", "timed_out"), (400, b"", "raised"), (200, b"hello", "raised")]
 )
-def test_a_response_that_breaks_the_server_is_found_and_the_others_are_verified(
-    tmp_path, server, status, body, failure
-):
-    told, url = server
-    told.answer = lambda items: (status, body) if any(i["response"] == "9" for i in items) else scores(items)
+def test_only_the_response_that_breaks_the_server_is_unverified(tmp_path, server, status, body, failure):
+    scorer, url = server
+    scorer.answer = lambda items: (status, body) if any(i["response"] == "9" for i in items) else scores(items)
     run = run_of(tmp_path, url, "reward.seconds=4")
-    (found,) = judged(run, group([str(number) for number in range(32)]))
-    assert found == [(None, failure) if number == 9 else (float(number), "") for number in range(32)]
+    (verdicts,) = verdicts_inline(run, group([str(number) for number in range(32)]))
+    assert verdicts == [(None, failure) if number == 9 else (float(number), "") for number in range(32)]
 
 
-def test_a_request_that_is_too_large_for_the_server_is_divided(tmp_path, server):
-    told, url = server
-    told.answer = lambda items: (413, b"") if len(items) > 3 else scores(items)
-    (found,) = judged(run_of(tmp_path, url), group([str(number) for number in range(40)]))
-    assert found == [(float(number), "") for number in range(40)]
-    assert max(told.sizes) > 3
+def test_a_request_that_is_too_large_is_split(tmp_path, server):
+    scorer, url = server
+    scorer.answer = lambda items: (413, b"") if len(items) > 3 else scores(items)
+    (verdicts,) = verdicts_inline(run_of(tmp_path, url), group([str(number) for number in range(40)]))
+    assert verdicts == [(float(number), "") for number in range(40)]
+    assert max(scorer.sizes) > 3
 
 
-def test_a_server_that_is_busy_is_asked_again(tmp_path, server):
-    told, url = server
+def test_requests_to_a_busy_server_are_retried(tmp_path, server):
+    scorer, url = server
     refusals = iter([503, 429, 502])
 
     def answer(items: Items) -> tuple[int, object]:
         status = next(refusals, 0)
         return (status, b"") if status else scores(items)
 
-    told.answer = answer
-    assert judged(run_of(tmp_path, url), group("123")) == [[(1.0, ""), (2.0, ""), (3.0, "")]]
+    scorer.answer = answer
+    assert verdicts_inline(run_of(tmp_path, url), group("123")) == [[(1.0, ""), (2.0, ""), (3.0, "")]]
     assert next(refusals, None) is None
 
 
-def test_a_server_that_hangs_costs_what_was_asked_and_no_more(tmp_path, server):
-    told, url = server
+def test_a_server_that_hangs_affects_one_request_only(tmp_path, server):
+    scorer, url = server
 
     def answer(items: Items) -> tuple[int, object]:
         if any(i["response"] == "9" for i in items):
             time.sleep(2)
         return scores(items)
 
-    told.answer = answer
+    scorer.answer = answer
     run = run_of(tmp_path, url, "reward.seconds=1", "reward.workers=1")
     with closing(VerifierPool(run)) as pool:
         late = pool.submit([group("9")])
         later = pool.submit([group("123", "q")])
         assert [v.failure for v in late.result(60)[0]] == ["timed_out"]
-        # Asked with the one that hangs, or after it: whichever the processes were quick enough for.
+        # Part of the request that hangs or of a later one, depending on timing.
         assert {v.failure for v in later.result(60)[0]} <= {"", "timed_out"}
         assert [v.score for v in pool.submit([group("45", "r")]).result(60)[0]] == [4.0, 5.0]
 
 
-def test_a_server_that_is_not_there_times_out(tmp_path):
-    gone = judged(run_of(tmp_path, "http://127.0.0.1:9/", "reward.seconds=1"), group("123"))
-    assert gone == [[(None, "timed_out")] * 3]
+def test_an_unreachable_server_times_out(tmp_path):
+    verdicts = verdicts_inline(run_of(tmp_path, "http://127.0.0.1:9/", "reward.seconds=1"), group("123"))
+    assert verdicts == [[(None, "timed_out")] * 3]
 
 
-def test_other_verifiers_beside_a_server_still_lose_one_response_each(tmp_path, server):
-    told, url = server
+def test_a_failing_verifier_next_to_a_server_affects_one_response(tmp_path, server):
+    scorer, url = server
     (tmp_path / "judge.py").write_text(
         "import os, time\n"
         "def judge(prompt, response, answer):\n"
@@ -232,20 +230,20 @@ def test_other_verifiers_beside_a_server_still_lose_one_response_each(tmp_path, 
         "    return 0.25\n"
     )
     words = [f'reward.verifiers={{ mine = "{tmp_path}/judge.py:judge", other = "{url}" }}', "reward.seconds=1.5"]
-    (found,) = pooled(run_of(tmp_path, url, *words), group([str(number) for number in range(10)]))
+    (verdicts,) = verdicts_of_pool(run_of(tmp_path, url, *words), group([str(number) for number in range(10)]))
     failures = {3: "timed_out", 5: "raised", 7: "raised"}
     expected = [(None, failures[n]) if n in failures else (n + 0.25 + n, "") for n in range(10)]
-    assert found == expected
-    assert sum(told.sizes) == 20  # nobody was asked twice
+    assert verdicts == expected
+    assert sum(scorer.sizes) == 20  # each response was sent once
 
 
-def test_responses_that_did_not_end_are_wrong_without_being_asked_about(tmp_path, server):
-    told, url = server
+def test_responses_that_did_not_end_are_not_sent(tmp_path, server):
+    scorer, url = server
     cut, lost = group("12", "p", "length"), group("34", "q", "failed")
-    assert judged(run_of(tmp_path, url), cut, lost) == [[(0.0, "")] * 2, [(None, "environment")] * 2]
-    assert sum(told.sizes) == 0
+    assert verdicts_inline(run_of(tmp_path, url), cut, lost) == [[(0.0, "")] * 2, [(None, "environment")] * 2]
+    assert sum(scorer.sizes) == 0
 
 
-def test_a_batch_of_nothing_is_refused(tmp_path):
+def test_a_batch_size_of_zero_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="http_batch"):
         run_of(tmp_path, "http://127.0.0.1:9/", "reward.http_batch=0")

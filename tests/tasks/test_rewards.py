@@ -1,4 +1,4 @@
-"""Verifying processes: what a verifier does to itself costs one response its reward, and nothing else."""
+"""Rewards and verifying processes. A verifier that fails leaves one response unverified and nothing else."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def run_of(folder: Path, *words: str) -> Run:
     return load(Run, [], ["model.path=x", *task, "rollout.sampling.max_new_tokens=8", *words]).run
 
 
-TEMPERS = """
+VERIFIER = """
 import math, os, sys, time
 def judge(prompt, response, answer):
     print("said")
@@ -69,18 +69,18 @@ def judge(prompt, response, answer):
 
 
 @pytest.fixture
-def tempers(tmp_path):
-    (tmp_path / "judge.py").write_text(TEMPERS)
+def run_with_verifier(tmp_path):
+    (tmp_path / "judge.py").write_text(VERIFIER)
     return run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge", "reward.seconds=2", "reward.workers=2")
 
 
-def test_what_a_verifier_does_to_itself_is_counted_and_harms_no_other_response(tempers):
+def test_a_failing_verifier_is_counted_and_affects_one_response(run_with_verifier):
     texts = ["7", "raise", "sleep", "8", "exit", "die", "spin", "nan", "7", "inf", "text", "none", "hog", "child", "7"]
     before = {child.pid for child in psutil.Process().children()}
-    with closing(VerifierPool(tempers)) as pool:
+    with closing(VerifierPool(run_with_verifier)) as pool:
         verdicts = pool.submit([group(*texts), group("7")]).result(60)
-        mine = [child for child in psutil.Process().children() if child.pid not in before]
-        family = [*mine, *(grandchild for child in mine for grandchild in child.children(recursive=True))]
+        processes = [child for child in psutil.Process().children() if child.pid not in before]
+        family = [*processes, *(grandchild for child in processes for grandchild in child.children(recursive=True))]
     assert dict(zip(texts, verdicts[0], strict=True))["7"].score == 1.0
     found = {text: (v.score, v.failure) for text, v in zip(texts, verdicts[0], strict=True)}
     assert found == {
@@ -117,28 +117,28 @@ def test_what_a_verifier_does_to_itself_is_counted_and_harms_no_other_response(t
     assert not [process for process in family if process.is_running()]
 
 
-def test_verdicts_do_not_depend_on_how_many_processes_give_them(tmp_path, tempers):
-    texts = ["7", "8", "nan", "none"] * 400 + ["raise"] * 3  # more than the pipes hold
+def test_verdicts_do_not_depend_on_the_number_of_processes(tmp_path, run_with_verifier):
+    texts = ["7", "8", "nan", "none"] * 400 + ["raise"] * 3  # more than the capacity of the pipes
     with (
-        closing(VerifierPool(tempers)) as two,
+        closing(VerifierPool(run_with_verifier)) as two,
         closing(VerifierPool(run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge"))) as one,
     ):
         assert two.submit([group(*texts)]).result(60) == one.submit([group(*texts)]).result(60)
 
 
-def test_verifying_processes_that_are_killed_cost_open_responses_and_come_back(tempers):
-    with closing(VerifierPool(tempers)) as pool:
+def test_killed_verifying_processes_lose_pending_responses_and_are_restarted(run_with_verifier):
+    with closing(VerifierPool(run_with_verifier)) as pool:
         assert pool.submit([group("7")]).result(60)[0][0].score == 1.0
         assert pool._process is not None
-        asked = pool.submit([group("sleep")])
+        pending = pool.submit([group("sleep")])
         os.kill(pool._process.pid, signal.SIGKILL)
-        assert asked.result(60)[0][0].failure == "raised"
+        assert pending.result(60)[0][0].failure == "raised"
         deadline = time.monotonic() + 60
         while pool.submit([group("7")]).result(60)[0][0].score != 1.0:
             assert time.monotonic() < deadline
 
 
-def test_a_run_judges_at_once_only_where_nothing_can_hang(tmp_path):
+def test_verification_is_inline_only_if_no_verifier_can_hang(tmp_path):
     assert isinstance(open_verifier(run_of(tmp_path)), InlineVerifier)
     for words in ("task.verifier=number", "reward.overlong_tokens=2", 'reward.verifiers={ a = "exact" }'):
         run = run_of(tmp_path, words)
@@ -149,7 +149,7 @@ def test_a_run_judges_at_once_only_where_nothing_can_hang(tmp_path):
         assert not runs_inline(run.task, run.reward)
 
 
-def judge(tmp_path: Path, *words: str) -> RewardFunction:
+def reward_function(tmp_path: Path, *words: str) -> RewardFunction:
     run = run_of(tmp_path, *words)
     return RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens)
 
@@ -170,46 +170,50 @@ def judge(tmp_path: Path, *words: str) -> RewardFunction:
         ("5", "", 0.0),
     ],
 )
-def test_maths_answers(tmp_path, answer, text, score):
-    verdict = judge(tmp_path, "task.verifier=math").verify(Prompt("p", (), "q", answer), response(text))
+def test_math_answers(tmp_path, answer, text, score):
+    verdict = reward_function(tmp_path, "task.verifier=math").verify(Prompt("p", (), "q", answer), response(text))
     assert (verdict.score, verdict.correct) == (score, score == 1.0)
 
 
-def test_several_rewards_are_summed_with_their_weights_and_told_apart(tmp_path):
+def test_the_score_is_the_weighted_sum_of_rewards(tmp_path):
     words = ["reward.format='A=.*'", "reward.overlong_tokens=4", 'reward.verifiers={ short = "number" }']
-    made = judge(tmp_path, "task.verifier=regex", *words, "reward.weights={ format = 0.5, short = 2, task = 3 }")
-    verdict = made.verify(PROMPT, response("A=7", tokens=6))
+    reward_fn = reward_function(
+        tmp_path, "task.verifier=regex", *words, "reward.weights={ format = 0.5, short = 2, task = 3 }"
+    )
+    verdict = reward_fn.verify(PROMPT, response("A=7", tokens=6))
     assert dict(verdict.rewards) == {"task": 1.0, "short": 1.0, "format": 1.0, "overlong": -0.5}
     assert verdict.score == 3 + 2 + 0.5 - 0.5
     assert verdict.correct
-    doubled = judge(tmp_path, "task.verifier=number", "reward.weights={ task = 2 }").verify(PROMPT, response("is 7"))
-    assert (doubled.score, doubled.answer) == (2.0, "7")  # what it answers is kept, for majority votes
-    cut = made.verify(PROMPT, response("7", tokens=8, finish="length"))
+    doubled = reward_function(tmp_path, "task.verifier=number", "reward.weights={ task = 2 }").verify(
+        PROMPT, response("is 7")
+    )
+    assert (doubled.score, doubled.answer) == (2.0, "7")  # the extracted answer, for majority votes
+    cut = reward_fn.verify(PROMPT, response("7", tokens=8, finish="length"))
     assert dict(cut.rewards) == {"task": 0.0, "short": 0.0, "format": 0.0, "overlong": -1.0}
     assert reward_means([verdict, cut])["reward/overlong"] == -0.75
     lengths = torch.arange(9)
-    shaped = [made.verify(PROMPT, response("x", tokens=n)).rewards["overlong"] for n in range(9)]
+    shaped = [reward_fn.verify(PROMPT, response("x", tokens=n)).rewards["overlong"] for n in range(9)]
     assert shaped == overlong_penalty(lengths, 8, 4).tolist()
 
 
-def test_the_format_think_wants_both_tags_in_order(tmp_path):
-    made = judge(tmp_path, "reward.format=think")
-    for text, given in (
+def test_the_format_think_needs_both_tags_in_order(tmp_path):
+    reward_fn = reward_function(tmp_path, "reward.format=think")
+    for text, reward in (
         ("<think>a\nb</think>\n<answer>7</answer>\n", 1.0),
         ("<answer>7</answer><think>a</think>", 0.0),
         ("<think>a</think>7", 0.0),
     ):
-        assert made.verify(PROMPT, response(text)).rewards["format"] == given
+        assert reward_fn.verify(PROMPT, response(text)).rewards["format"] == reward
 
 
 def test_one_reward_that_fails_leaves_the_response_unverified(tmp_path):
-    (tmp_path / "judge.py").write_text(TEMPERS)
-    made = judge(tmp_path, f'reward.verifiers={{ other = "{tmp_path}/judge.py:judge" }}')
-    verdict = made.verify(PROMPT, response("nan"))
+    (tmp_path / "judge.py").write_text(VERIFIER)
+    reward_fn = reward_function(tmp_path, f'reward.verifiers={{ other = "{tmp_path}/judge.py:judge" }}')
+    verdict = reward_fn.verify(PROMPT, response("nan"))
     assert (verdict.score, verdict.failure) == (None, "invalid")
 
 
-def test_gdpo_normalises_each_reward_apart(tmp_path):
+def test_gdpo_normalizes_each_reward(tmp_path):
     base = ["reward.format=.*", "reward.weights={ format = 0.01 }"]
     run, summed = (run_of(tmp_path, *base, f"advantage.kind={kind}") for kind in ("gdpo", "zscore"))
     groups = [group("a", "b", "c", "d"), group("a", "b", "c", "d")]
@@ -220,7 +224,7 @@ def test_gdpo_normalises_each_reward_apart(tmp_path):
     same = [verdict(1, 1)] * 4
     mixed = [verdict(1, 0), verdict(1, 1), verdict(0, 0), verdict(0, 1)]
     found = collect(groups, [mixed, same], run)["advantages_B"]
-    assert found[4:].tolist() == [0.0] * 4  # exactly: a group without a signal teaches nothing
+    assert found[4:].tolist() == [0.0] * 4  # exactly 0: the responses of the group have equal rewards
     scores = torch.tensor([1.0, 1, -1, -1]) * (3 / 4) ** 0.5 + 0.01 * torch.tensor([-1.0, 1, -1, 1]) * (3 / 4) ** 0.5
     expected = torch.cat([scores, torch.zeros(4)]).double()
     torch.testing.assert_close(found, expected / (expected.std() + 1e-6), atol=1e-5, rtol=0)  # 1e-6 in two deviations
@@ -228,13 +232,13 @@ def test_gdpo_normalises_each_reward_apart(tmp_path):
 
 
 class Server(BaseHTTPRequestHandler):
-    asked: ClassVar[list[dict[str, object]]] = []
+    requests: ClassVar[list[dict[str, object]]] = []
     stumbles = 0
 
     def do_POST(self):
-        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked.append(said)
-        text = said["response"]
+        message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).requests.append(message)
+        text = message["response"]
         if text == "stumble" and type(self).stumbles < 2:
             type(self).stumbles += 1
             self.send_response(503)
@@ -253,17 +257,17 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    Server.asked.clear()
+    Server.requests.clear()
     Server.stumbles = 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as made:
-        thread = threading.Thread(target=made.serve_forever)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as reward_fn:
+        thread = threading.Thread(target=reward_fn.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{made.server_address[1]}/judge"
-        made.shutdown()
+        yield f"http://127.0.0.1:{reward_fn.server_address[1]}/judge"
+        reward_fn.shutdown()
         thread.join()
 
 
-def test_a_remote_verifier_is_tried_again_and_what_it_breaks_is_counted(tmp_path, server):
+def test_an_http_verifier_is_retried_and_its_failures_are_counted(tmp_path, server):
     run = run_of(tmp_path, f"task.verifier={server}", "reward.seconds=2", "reward.workers=3")
     texts = ["fine", "stumble", "refuse", "no json", "null", "nan", "list", "hang"]
     with closing(VerifierPool(run)) as pool:
@@ -279,10 +283,10 @@ def test_a_remote_verifier_is_tried_again_and_what_it_breaks_is_counted(tmp_path
         "nan": (None, False, "invalid"),
         "hang": (None, False, "timed_out"),
     }
-    assert Server.asked[0].keys() == {"id", "prompt", "response", "answer", "metadata"}
+    assert Server.requests[0].keys() == {"id", "prompt", "response", "answer", "metadata"}
 
 
-def test_a_remote_verifier_that_is_not_there_times_out(tmp_path):
+def test_an_unreachable_http_verifier_times_out(tmp_path):
     run = run_of(tmp_path, "task.verifier=http://127.0.0.1:9/", "reward.seconds=1")
     with closing(VerifierPool(run)) as pool:
         verdict = pool.submit([group("x")]).result(60)[0][0]
@@ -298,12 +302,12 @@ def test_a_remote_verifier_that_is_not_there_times_out(tmp_path):
         (['reward.verifiers={ a = "b.py:c" }'], "reward.verifiers.a"),
     ],
 )
-def test_what_cannot_be_verified_is_an_error_before_any_work(tmp_path, words, found):
+def test_a_verifier_that_cannot_be_used_is_an_error_before_any_work(tmp_path, words, found):
     run = run_of(tmp_path, *words)
     assert any(found in problem for problem in check_task(run.task, run.reward, run.environment))
 
 
-def test_a_verifier_that_cannot_be_imported_and_a_missing_package_are_clear_errors(tmp_path, monkeypatch):
+def test_import_errors_and_missing_packages_are_reported(tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text("import nothing_of_this_name\n")
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "q", "answer": "7"}\n')
@@ -314,7 +318,7 @@ def test_a_verifier_that_cannot_be_imported_and_a_missing_package_are_clear_erro
     assert "pip install 'megatron-rl[tasks]'" in problem
 
 
-def test_verifiers_in_a_file_are_looked_for_beside_it(tmp_path):
+def test_paths_of_verifiers_are_relative_to_the_configuration_file(tmp_path):
     (tmp_path / "a.toml").write_text('[model]\npath = "x"\n[reward.verifiers]\na = "b.py:c"\nd = "exact"\n')
     assert load(Run, [tmp_path / "a.toml"]).run.reward.verifiers == {"a": f"{tmp_path}/b.py:c", "d": "exact"}
 
@@ -329,7 +333,7 @@ def test_verifiers_in_a_file_are_looked_for_beside_it(tmp_path):
         ('reward.verifiers={ task = "exact" }', "the name is taken"),
     ],
 )
-def test_wrong_rewards_are_refused(tmp_path, words, found):
+def test_invalid_rewards_are_errors(tmp_path, words, found):
     with pytest.raises(ConfigError) as caught:
         run_of(tmp_path, words)
     assert found in str(caught.value)
