@@ -18,7 +18,8 @@ from megatron_rl.models.hf_mapping.rules import Family
 from tests.oracle.objectives import Row, framed, weight
 from tests.policy.families import COMMON
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 INTERNAL = {"replay-rank", "preflight", "fleet", "replay"}
 """Verbs that people do not type."""
 
@@ -31,10 +32,38 @@ def test_every_command_has_a_section_with_an_example():
     assert [verb for verb in headings if f"    megatron-rl {verb} " not in text] == []
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@by_page
 def test_links_lead_somewhere(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@by_page
+def test_paths_exist(page):
+    folders = "benchmarks|configs|docs|examples|launch|locks|megatron_rl|studies|tests|tools"
+    paths = re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", page.read_text())
+    written_by_the_reader = {"mine", "mine.py", "mistral.py", "chunk.py", "chunk.toml"}
+    missing = {path for path in paths if not (ROOT / path).exists() and not (ROOT / "megatron_rl" / path).exists()}
+    assert {path for path in missing if Path(path).name not in written_by_the_reader} == set()
+
+
+@by_page
+def test_settings_exist(page):
+    known: set[str] = set()
+    for section, rows in re.findall(
+        r"## \[(\w+)\][^\n]*\n(.*?)(?=\n## |\Z)", (DOCS / "config.md").read_text(), re.DOTALL
+    ):
+        known |= {f"{section}.{key}" for key in re.findall(r"^\| `([\w.]+)`", rows, re.MULTILINE)} | {f"{section}.name"}
+    prefixes = {name.rpartition(".")[0] for name in known}
+    sections = "|".join(prefix for prefix in prefixes if "." not in prefix)
+    settings = set(re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)(?![\w/(]|\.\w)", page.read_text()))
+    free = {"model.megatron", "rollout.environment", "rollout.sglang", "rollout.vllm", "task.mixture", "task.options"}
+    unknown = {name for name in settings - known - prefixes if not any(name.startswith(table) for table in free)}
+    assert {name for name in unknown if not name.endswith((".py", ".md", ".jsonl", ".json", ".toml", ".path"))} == set()
 
 
 def blocks(page: str) -> list[str]:
