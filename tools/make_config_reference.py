@@ -63,25 +63,30 @@ first unused one of `runs/demo`, `runs/demo-2`, ...
 
 
 def config_page() -> str:
-    """Return docs/config.md."""
+    """Return docs/config.md: one section per class, and meanings that repeat as references to their first variant."""
     parts = [MADE, CONFIG_HEAD]
     for name, field in Run.model_fields.items():
+        tags: dict[type[BaseModel], list[str]] = {}
         for tag, section in members(field).items():
-            title = f'[{name}] with {field.discriminator} = "{tag}"' if tag else f"[{name}]"
+            tags.setdefault(section, []).append(tag)
+        seen: dict[str, str] = {}
+        for section, names in tags.items():
+            quoted = " or ".join(f'"{tag}"' for tag in names)
+            title = f"[{name}] with {field.discriminator} = {quoted}" if names != [""] else f"[{name}]"
             parts.append(f"## {title}\n\n{_paragraph(section)}\n")
-            parts.append(
-                "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *_rows(section)]) + "\n"
-            )
+            rows = _rows(section, seen=seen, variant=names[0])
+            parts.append("\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
 
-def _rows(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _rows(section: type[BaseModel], seen: dict[str, str], variant: str, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = members(field).get("")
         if inner is not None:
-            yield from _rows(inner, f"{prefix}{name}.")
-        elif field.description or len(get_args(field.annotation)) != 1:  # the heading has the name of a variant
-            meaning = _cell(field.description or "")
+            yield from _rows(inner, seen, variant, f"{prefix}{name}.")
+        elif field.description:  # the heading has the name of a variant
+            first = seen.setdefault(f"{name} {field.description}", variant)
+            meaning = f"See `{first}`." if first != variant else _cell(field.description)
             yield f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {meaning} |"
 
 
