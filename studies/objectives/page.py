@@ -13,7 +13,6 @@ from studies.objectives.cells import (
     LAGGING,
     ON_POLICY,
     PAPERS,
-    REAL_MODELS,
     REFERENCE,
     ROUGH,
     SAFE,
@@ -93,19 +92,6 @@ def tokens(found: Grouped) -> list[str]:
     return _means(found, "tokens", OFF_POLICY)
 
 
-def gspo(found: Grouped) -> list[str]:
-    """Gradient kept by GSPO, minus SSPO's, ESPO's and GRPO's."""
-    others = ("sspo", "espo", "grpo")
-    return table(
-        ["updates x rate", *(f"gspo - {other}" for other in others)],
-        [
-            [str(c), *(_difference(found[c].get("gspo"), found[c].get(other), "gradient") for other in others)]
-            for c in OFF_POLICY
-            if c in found and c != Condition(16, SAFE)  # gradient_kept was not recorded there
-        ],
-    )
-
-
 def collapse(found: Grouped) -> list[str]:
     """Runs that end below their start, and below half of it."""
     shown = [condition for condition in (*(c for c in OFF_POLICY if c.lr == HOT), LAGGING) if condition in found]
@@ -170,29 +156,12 @@ TABLES: Mapping[str, Callable[[Grouped], list[str]]] = {
     "accuracy": final,
     "in training": speed,
     "tokens kept": tokens,
-    "gspo": gspo,
     "collapse": collapse,
     "reuse": reuse,
     "variants": variants,
     "variants, hot": variants_hot,
 }
 """Name in the page -> table."""
-
-REAL = "real models"
-"""Name of the table of the models other than the demo's."""
-
-
-def real(lines: Sequence[RunResult]) -> list[str]:
-    """Return the first batch of the real models: the gradient that each objective keeps."""
-    columns = {"gradient_fraction": "tokens with a gradient", "gradient_kept": "gradient kept"}
-    rows = []
-    for suite in REAL_MODELS:
-        for name in PAPERS:
-            found = [line["curves"] for line in lines if (line["suite"], line["variant"]) == (suite, name)]
-            if found:
-                shown = [", ".join(f"{curve[column][0]:.3f}" for curve in found) for column in columns]
-                rows.append([suite, name, *shown])
-    return table(["model", "objective", *columns.values()], rows)
 
 
 def fill(page: str, lines: Sequence[RunResult]) -> str:
@@ -207,9 +176,9 @@ def fill(page: str, lines: Sequence[RunResult]) -> str:
     for part in parts[1:]:
         name, _, rest = part.partition(" -->")
         _, end, after = rest.partition("<!-- end -->")
-        if not end or name not in (*TABLES, REAL):
-            raise ValueError(f'no table "{name}", or no end of it; tables: {", ".join((*TABLES, REAL))}')
-        text = "\n".join(real(lines) if name == REAL else TABLES[name](found))
+        if not end or name not in TABLES:
+            raise ValueError(f'no table "{name}", or no end of it; tables: {", ".join(TABLES)}')
+        text = "\n".join(TABLES[name](found))
         filled.append(f"{name} -->\n\n{text}\n\n{end}{after}")
     return "<!-- table: ".join(filled)
 
