@@ -67,14 +67,15 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     import torch
 
     from megatron_rl.config.schema import Run
-    from megatron_rl.data.types import Loss, Metrics, Micro
+    from megatron_rl.data.loss_inputs import LossInputs
+    from megatron_rl.data.types import Loss, Metrics
     from megatron_rl.distributed.mesh import start_world
     from megatron_rl.policy.engine import Policy
     from megatron_rl.prove.case import make_batch
     from megatron_rl.train.checkpoints import Checkpoints
     from megatron_rl.train.resume import newest_checkpoint
 
-    def make_loss(logprobs_R: torch.Tensor, entropies_R: torch.Tensor, micro: Micro) -> Loss:
+    def loss_fn(logprobs_R: torch.Tensor, entropies_R: torch.Tensor, inputs: LossInputs) -> Loss:
         value = -logprobs_R.sum() / 100
         return Loss(value, Metrics({"loss": value.detach()}, {}))
 
@@ -83,10 +84,12 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     world = start_world(600, deterministic=True)
     policy = Policy(run, world, total_updates=10**6)
     batch = make_batch(VOCABULARY, seed=3)
+    names = ("old_logprobs_T", "advantages_T", "weights_T", "response_shares_T")
+    batch = batch.add(dict.fromkeys(names, torch.zeros(int(batch.lengths_B.sum()))))  # the loss reads none of them
     checkpoints = Checkpoints(run, world, policy)
 
     def update() -> None:
-        policy.forward_backward(batch, make_loss)
+        policy.forward_backward(batch, loss_fn)
         policy.optim_step()
 
     found: dict[str, list[float]] = {name: [] for name in ("update", "stall", "complete", "update while writing")}

@@ -20,9 +20,10 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from megatron_rl.algorithms.loss import LossOf, make_loss, prepare
+from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO, GRPO, GSPO
-from megatron_rl.data.types import Batch, Micro
+from megatron_rl.data.loss_inputs import LossFn, LossInputs
+from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 
 REPEATS = 10
@@ -79,8 +80,8 @@ def segments(device: str, tiny: bool) -> dict[str, object]:
     )
     found: dict[str, object] = {"tokens": tokens}
     for name, objective in {"grpo": GRPO(), "gspo": GSPO(), "espo": ESPO()}.items():
-        micro = batch.add(prepare(batch, objective, None, Vocabulary(1000))).micro()
-        on_device = Micro({key: column.to(device) for key, column in micro.columns.items()}, micro.num_segments)
+        inputs = LossInputs.gather(batch.add(prepare(batch, objective, None, Vocabulary(1000))))
+        on_device = inputs.map(lambda tensor: tensor.to(device))
         new_R = (old_T[batch.trained_R] + 0.01).to(device).requires_grad_()
         entropies_R = torch.rand(len(new_R), device=device)
         once = partial(_backward, make_loss(objective), new_R, entropies_R, on_device)
@@ -88,8 +89,8 @@ def segments(device: str, tiny: bool) -> dict[str, object]:
     return found
 
 
-def _backward(loss: LossOf, new_R: Tensor, entropies_R: Tensor, micro: Micro) -> None:
-    loss(new_R, entropies_R, micro).value.backward()
+def _backward(loss: LossFn, new_R: Tensor, entropies_R: Tensor, inputs: LossInputs) -> None:
+    loss(new_R, entropies_R, inputs).value.backward()
 
 
 def _copier(tensors: "multiprocessing.Queue[Tensor]", answers: "multiprocessing.Queue[float]", device: str) -> None:

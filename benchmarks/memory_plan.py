@@ -159,16 +159,19 @@ def full_batch(run: Run, lengths: Sequence[int], rows: int) -> Batch:
     ids_T = torch.randint(0, 64, (int(lengths_B.sum()),), generator=generator)
     mask_T = torch.ones(len(ids_T), dtype=torch.bool)
     mask_T[lengths_B.cumsum(0) - lengths_B] = False
-    return Batch(lengths_B, {"input_ids_T": ids_T, "loss_mask_T": mask_T})
+    names = ("old_logprobs_T", "advantages_T", "weights_T", "response_shares_T")
+    unused = dict.fromkeys(names, torch.zeros(len(ids_T)))  # the loss below reads none of them
+    return Batch(lengths_B, {"input_ids_T": ids_T, "loss_mask_T": mask_T, **unused})
 
 
 def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
     """Return what this rank holds and needs for a step over so many rows of sequences of these lengths."""
-    from megatron_rl.data.types import Loss, Metrics, Micro
+    from megatron_rl.data.loss_inputs import LossInputs
+    from megatron_rl.data.types import Loss, Metrics
     from megatron_rl.distributed.mesh import start_world
     from megatron_rl.policy.engine import Policy
 
-    def make_loss(logprobs_K: Tensor, entropies_K: Tensor, micro: Micro) -> Loss:
+    def loss_fn(logprobs_K: Tensor, entropies_K: Tensor, inputs: LossInputs) -> Loss:
         value = logprobs_K.sum() + entropies_K.sum()
         return Loss(value, Metrics({"loss": value.detach()}, {}))
 
@@ -190,7 +193,7 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
 
     config.finalize_model_grads_func = reduce_apart
     with meter.running():
-        policy.forward_backward(batch, make_loss)
+        policy.forward_backward(batch, loss_fn)
     policy.optim_step()
     measured.optimizer = held_bytes(_optimizer_tensors(policy))
     return measured

@@ -4,18 +4,21 @@ Legend: B rows (one response each), S padded length.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from megatron_rl.algorithms.loss import Correction, ReferenceKL, make_loss, mismatch, prepare, summary
+from megatron_rl.algorithms.correction import Correction, mismatch
+from megatron_rl.algorithms.kl import ReferenceKL
+from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.config.explain import explain
 from megatron_rl.config.load import leaves
 from megatron_rl.config.section import Section
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
@@ -32,7 +35,7 @@ class PolicyLoss:
 
     Attributes:
         loss: scalar to minimise, with gradient to ``logprobs``.
-        metrics: the journal's numbers, see ``megatron_rl.algorithms.loss.summary`` and ``mismatch``.
+        metrics: the journal's numbers, see ``megatron_rl.algorithms.loss.summary`` and ``correction.mismatch``.
     """
 
     loss: Tensor
@@ -96,11 +99,10 @@ def policy_loss(
     segment_ids_T = None if segment_ids is None else _segments(segment_ids, loss_mask)
     vocabulary = None if vocab_size is None else Vocabulary(vocab_size)
     batch = batch.add(prepare(batch, options.objective, options.correction, vocabulary, segment_ids_T))
-    micro = batch.micro()
-    micro = replace(micro, columns={name: column.to(logprobs.device) for name, column in micro.columns.items()})
+    inputs = LossInputs.gather(batch).map(lambda tensor: tensor.to(logprobs.device))
     logprobs_R = logprobs[loss_mask.bool()]
-    entropies_R = torch.zeros_like(logprobs_R) if entropies is None else micro["old_entropies_T"]
-    loss = make_loss(options.objective, options.kl)(logprobs_R, entropies_R, micro)
+    entropies_R = torch.zeros_like(logprobs_R) if inputs.old_entropies_R is None else inputs.old_entropies_R
+    loss = make_loss(options.objective, options.kl)(logprobs_R, entropies_R, inputs)
     metrics = summary(loss.metrics) | mismatch(batch)
     if entropies is None:
         del metrics["entropy_mean"]

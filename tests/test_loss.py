@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.algorithms.loss import Correction, ReferenceKL, k3, make_loss, mismatch, prepare, summary
+from megatron_rl.algorithms.correction import Correction, mismatch
+from megatron_rl.algorithms.kl import ReferenceKL, k3
+from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import CISPO, DPPO, ESPO, GMPO, GRPO, GSPO, SAPO, SSPO, Objective
-from megatron_rl.data.types import Batch, Micro
+from megatron_rl.data.loss_inputs import LossInputs
+from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 from tests.ranks import run_ranks
@@ -60,10 +64,10 @@ def batch_of(lengths: list[int], seed: int = 0, step: float = 0.1) -> tuple[Batc
     return Batch(lengths_B, columns), (old_T + step * noise()).clamp(max=-1e-4)
 
 
-def evaluate(objective: Objective, micro: Micro, logprobs_R: Tensor, kl: ReferenceKL | None = None):
+def evaluate(objective: Objective, inputs: LossInputs, logprobs_R: Tensor, kl: ReferenceKL | None = None):
     """Return (loss, gradient, metrics) of one micro-batch."""
     leaf_R = logprobs_R.clone().requires_grad_()
-    loss = make_loss(objective, kl)(leaf_R, torch.ones_like(leaf_R), micro)
+    loss = make_loss(objective, kl)(leaf_R, torch.ones_like(leaf_R), inputs)
     loss.value.backward()
     assert leaf_R.grad is not None
     return loss.value.item(), leaf_R.grad, loss.metrics
@@ -75,16 +79,16 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(name, parts):
     objective, kl = OBJECTIVES[name], ReferenceKL(coefficient=0.1)
     batch, new_T = batch_of([9, 4, 7, 12, 5])
     batch = batch.add(prepare(batch, objective, Correction(kind="tis", level="sequence"), VOCABULARY))
-    whole = evaluate(objective, batch.micro(), new_T[batch.trained_R], kl)
+    whole = evaluate(objective, LossInputs.gather(batch), new_T[batch.trained_R], kl)
 
-    batch = batch.add({"new_T": new_T, "place_T": torch.arange(len(new_T))})
+    batch = batch.add({"extra_new_T": new_T, "extra_place_T": torch.arange(len(new_T))})
     gradient_T, value, largest = torch.zeros_like(new_T), 0.0, 0.0
     sums: dict[str, Tensor] = {}
     for part in parts:
-        micro = batch.select(part).micro()
-        loss, gradient_R, metrics = evaluate(objective, micro, micro["new_T"], kl)
+        inputs = LossInputs.gather(batch.select(part))
+        loss, gradient_R, metrics = evaluate(objective, inputs, inputs.extra["new"], kl)
         value += loss
-        gradient_T[micro["place_T"]] = gradient_R
+        gradient_T[inputs.extra["place"]] = gradient_R
         sums = {key: sums.get(key, torch.zeros_like(total)) + total for key, total in metrics.sums.items()}
         largest = max(largest, metrics.maxima["ratio"].item())
     assert value == pytest.approx(whole[0], rel=1e-12)
@@ -102,40 +106,39 @@ def test_entropies_get_no_gradient(name):
         new_T[batch.trained_R].requires_grad_(),
         torch.ones(len(batch.trained_R), requires_grad=True),
     )
-    make_loss(OBJECTIVES[name])(logprobs_R, entropies_R, batch.micro()).value.backward()
+    make_loss(OBJECTIVES[name])(logprobs_R, entropies_R, LossInputs.gather(batch)).value.backward()
     assert logprobs_R.grad is not None
     assert entropies_R.grad is None
 
 
-def context_share(micro: Micro, rank: int, size: int) -> Tensor:
+def context_share(inputs: LossInputs, rank: int, size: int) -> Tensor:
     """Return which tokens of a row a rank holds, zig-zag; the last of three ranks holds none."""
     if size == 3:
-        return torch.arange(len(micro["weights_T"])) % 2 == rank
-    chunks = torch.arange(len(micro["weights_T"])) * 2 * size // len(micro["weights_T"])
+        return torch.arange(len(inputs.weights_R)) % 2 == rank
+    chunks = torch.arange(len(inputs.weights_R)) * 2 * size // len(inputs.weights_R)
     return (chunks == rank) | (chunks == 2 * size - 1 - rank)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_context_ranks_give_the_loss_and_gradient_of_one_rank(size):
     batch, new_T = batch_of([9, 4, 17, 12])
-    micros = {}
+    all_inputs = {}
     for name, objective in OBJECTIVES.items():
         columns = prepare(batch, objective, Correction(kind="mis", level="segment"), VOCABULARY)
-        micros[name] = batch.add(columns).micro()
+        all_inputs[name] = LossInputs.gather(batch.add(columns))
     new_R = new_T[batch.trained_R]
 
     def on_rank():
         results = {}
-        for name, micro in micros.items():
-            mine_R = context_share(micro, dist.get_rank(), size)
-            columns = {key: column[mine_R] for key, column in micro.columns.items()}
-            share = replace(micro, columns=columns, context_group=dist.group.WORLD)
+        for name, inputs in all_inputs.items():
+            mine_R = context_share(inputs, dist.get_rank(), size)
+            share = replace(inputs.map(itemgetter(mine_R)), context_group=dist.group.WORLD)
             results[name] = mine_R, *evaluate(OBJECTIVES[name], share, new_R[mine_R])
         return results
 
     ranks = run_ranks(on_rank, size)
-    for name, micro in micros.items():
-        value, gradient_R, metrics = evaluate(OBJECTIVES[name], micro, new_R)
+    for name, inputs in all_inputs.items():
+        value, gradient_R, metrics = evaluate(OBJECTIVES[name], inputs, new_R)
         merged_R = torch.zeros_like(gradient_R)
         for result in ranks:
             merged_R[result[name][0]] = result[name][2]
@@ -149,10 +152,10 @@ def test_a_micro_batch_without_trained_tokens_still_has_a_gradient_path():
     for name, objective in OBJECTIVES.items():
         batch, _ = batch_of([3, 4])
         batch = batch.add({"loss_mask_T": torch.zeros(7, dtype=torch.bool)})
-        micro = batch.add(prepare(batch, objective, vocabulary=VOCABULARY)).micro()
+        inputs = LossInputs.gather(batch.add(prepare(batch, objective, vocabulary=VOCABULARY)))
         parameter = torch.ones((), requires_grad=True)
         logprobs_R = parameter * torch.zeros(0)
-        loss = make_loss(objective)(logprobs_R, logprobs_R, micro)
+        loss = make_loss(objective)(logprobs_R, logprobs_R, inputs)
         loss.value.backward()
         assert loss.value.item() == 0, name
         assert parameter.grad is not None, name
@@ -166,8 +169,8 @@ def test_the_first_step_has_every_ratio_exactly_one_in_float32():
         columns = {key: column.float() for key, column in batch.columns.items() if column.dtype == torch.float64}
         columns["rollout_logprobs_T"] = columns["old_logprobs_T"]
         batch = batch.add(columns)
-        micro = batch.add(prepare(batch, objective, vocabulary=VOCABULARY)).micro()
-        values = summary(evaluate(objective, micro, micro["old_logprobs_T"])[2])
+        inputs = LossInputs.gather(batch.add(prepare(batch, objective, vocabulary=VOCABULARY)))
+        values = summary(evaluate(objective, inputs, inputs.old_logprobs_R)[2])
         assert values["ratio_mean"] == values["ratio_max"] == 1.0, name
         assert values["clipped_fraction"] == 0.0, name
 
@@ -212,8 +215,8 @@ def test_correction_weights_equal_the_formula(kind, level, reduction):
 def test_correction_multiplies_the_policy_term_and_not_the_kl():
     batch, new_T = batch_of([9, 4, 7])
     kl = ReferenceKL(coefficient=0.7)
-    plain = batch.add(prepare(batch, GRPO())).micro()
-    halved = replace(plain, columns={**plain.columns, "corrections_T": torch.full_like(plain["weights_T"], 0.5)})
+    plain = LossInputs.gather(batch.add(prepare(batch, GRPO())))
+    halved = replace(plain, corrections_R=torch.full_like(plain.weights_R, 0.5))
     new_R = new_T[batch.trained_R]
     policy = evaluate(GRPO(), plain, new_R)[0]
     both = evaluate(GRPO(), plain, new_R, kl)[0]
@@ -222,9 +225,9 @@ def test_correction_multiplies_the_policy_term_and_not_the_kl():
 
 def test_bypass_takes_the_rollout_log_probs_for_the_old_ones():
     batch, new_T = batch_of([9, 4, 7])
-    bypassed = batch.add(prepare(batch, GSPO(), Correction(kind="bypass"))).micro()
+    bypassed = LossInputs.gather(batch.add(prepare(batch, GSPO(), Correction(kind="bypass"))))
     moved = batch.add({"old_logprobs_T": batch["rollout_logprobs_T"]})
-    moved = moved.add(prepare(moved, GSPO())).micro()
+    moved = LossInputs.gather(moved.add(prepare(moved, GSPO())))
     new_R = new_T[batch.trained_R]
     assert evaluate(GSPO(), bypassed, new_R)[0] == evaluate(GSPO(), moved, new_R)[0]
 
@@ -251,9 +254,9 @@ def test_kl_without_a_reference_is_an_error():
     batch, new_T = batch_of([3, 4, 5])
     columns = {key: column for key, column in batch.columns.items() if key != "ref_logprobs_T"}
     batch = Batch(batch.lengths_B, columns)
-    micro = batch.add(prepare(batch, GRPO())).micro()
+    inputs = LossInputs.gather(batch.add(prepare(batch, GRPO())))
     with pytest.raises(ConfigError, match="needs ref_logprobs"):
-        evaluate(GRPO(), micro, new_T[batch.trained_R], ReferenceKL(coefficient=0.1))
+        evaluate(GRPO(), inputs, new_T[batch.trained_R], ReferenceKL(coefficient=0.1))
 
 
 def test_summary_forms_means_over_tokens_and_segments_over_responses():
@@ -267,8 +270,8 @@ def test_summary_forms_means_over_tokens_and_segments_over_responses():
     )
     batch = batch.add(prepare(batch, GRPO(), segment_ids_T=torch.tensor([0, 0, 1, 2, 0, 0, 0, 0])))
     shifts = torch.tensor([0.5, 0.5, 0.1, -0.1, 0.2, -0.2], dtype=torch.float64)
-    micro = batch.micro()
-    loss = make_loss(GRPO())(shifts - 2.0, torch.arange(6.0), micro)
+    inputs = LossInputs.gather(batch)
+    loss = make_loss(GRPO())(shifts - 2.0, torch.arange(6.0), inputs)
     values = summary(loss.metrics)
     ratios = [math.exp(x) for x in (0.5, 0.5, 0.1, -0.1, 0.0, 0.0)]
     assert values["tokens"] == 6
@@ -289,11 +292,11 @@ def test_gradient_fraction_is_the_share_of_tokens_with_a_gradient(name):
     batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
     batch = batch.add({"advantages_B": torch.tensor([1.0, -1.0, 0.5, 0.0, -0.3], dtype=torch.float64)})
     correction = Correction(kind="icepop", low=0.8, high=1.2)
-    batch = batch.add({**prepare(batch, OBJECTIVES[name], correction, VOCABULARY), "new_T": new_T})
+    batch = batch.add({**prepare(batch, OBJECTIVES[name], correction, VOCABULARY), "extra_new_T": new_T})
     left, counted = 0, 0.0
     for part in ([0, 1], [2, 3], [4]):
-        micro = batch.select(part).micro()
-        _, gradient_R, metrics = evaluate(OBJECTIVES[name], micro, micro["new_T"])
+        inputs = LossInputs.gather(batch.select(part))
+        _, gradient_R, metrics = evaluate(OBJECTIVES[name], inputs, inputs.extra["new"])
         left += int((gradient_R != 0).sum())
         counted += float(metrics.sums["trained"])
     assert 0 < left == counted < len(batch.trained_R)
@@ -302,8 +305,8 @@ def test_gradient_fraction_is_the_share_of_tokens_with_a_gradient(name):
 def test_capped_tokens_of_cispo_have_a_gradient_and_clipped_ones_of_grpo_have_none():
     batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
     for objective in (CISPO(clip_high=0.1), GRPO()):
-        micro = batch.add(prepare(batch, objective)).micro()
-        values = summary(evaluate(objective, micro, new_T[batch.trained_R])[2])
+        inputs = LossInputs.gather(batch.add(prepare(batch, objective)))
+        values = summary(evaluate(objective, inputs, new_T[batch.trained_R])[2])
         assert values["clipped_fraction"] > 0
         kept = 1.0 if isinstance(objective, CISPO) else 1 - values["clipped_fraction"]
         assert values["gradient_fraction"] == pytest.approx(kept, rel=1e-12)
@@ -313,18 +316,18 @@ def test_capped_tokens_of_cispo_have_a_gradient_and_clipped_ones_of_grpo_have_no
 def test_gradient_kept_is_one_on_policy_and_sums_over_any_split(name):
     batch, new_T = batch_of([9, 4, 7, 12, 5], step=0.5)
     batch = batch.add({"rollout_logprobs_T": batch["old_logprobs_T"]})
-    batch = batch.add({**prepare(batch, OBJECTIVES[name], vocabulary=VOCABULARY), "new_T": new_T})
-    whole = batch.micro()
-    same = summary(evaluate(OBJECTIVES[name], whole, whole["old_logprobs_T"])[2])
+    batch = batch.add({**prepare(batch, OBJECTIVES[name], vocabulary=VOCABULARY), "extra_new_T": new_T})
+    whole = LossInputs.gather(batch)
+    same = summary(evaluate(OBJECTIVES[name], whole, whole.old_logprobs_R)[2])
     assert same["gradient_kept"] == pytest.approx(1, rel=1e-12)
     kept, plain, absolute = 0.0, 0.0, 0.0
     for part in ([0, 1], [2, 3], [4]):
-        micro = batch.select(part).micro()
-        _, gradient_R, metrics = evaluate(OBJECTIVES[name], micro, micro["new_T"])
+        inputs = LossInputs.gather(batch.select(part))
+        _, gradient_R, metrics = evaluate(OBJECTIVES[name], inputs, inputs.extra["new"])
         kept, plain = kept + float(metrics.sums["gradient"]), plain + float(metrics.sums["plain_gradient"])
         absolute += float(gradient_R.abs().sum())
     assert kept == pytest.approx(absolute, rel=1e-12)
-    moved = summary(evaluate(OBJECTIVES[name], whole, whole["new_T"])[2])
+    moved = summary(evaluate(OBJECTIVES[name], whole, whole.extra["new"])[2])
     assert moved["gradient_kept"] == pytest.approx(kept / plain, rel=1e-12)
     assert moved["gradient_kept"] != pytest.approx(1, abs=0.01)
 
@@ -341,9 +344,11 @@ def test_mismatch_of_rollout_and_trainer():
     assert mismatch(Batch(batch.lengths_B, {"loss_mask_T": batch["loss_mask_T"]})) == {}
 
 
-def test_columns_stay_in_float32_or_wider():
+def test_columns_are_float32_or_wider():
     batch, _ = batch_of([9, 4, 7])
-    low = {name: batch[name].bfloat16() for name in ("old_logprobs_T", "old_entropies_T", "rollout_logprobs_T")}
+    low = {name: batch[name].float() for name in ("old_logprobs_T", "old_entropies_T", "rollout_logprobs_T")}
     for name, objective in OBJECTIVES.items():
         columns = prepare(batch.add(low), objective, vocabulary=VOCABULARY)
         assert {column.dtype for column in columns.values()} <= {torch.float32, torch.int64}, name
+    with pytest.raises(ConfigError, match="old_logprobs_T is bfloat16, expected float32 or float64"):
+        batch.add({"old_logprobs_T": batch["old_logprobs_T"].bfloat16()})

@@ -9,8 +9,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from megatron_rl.algorithms.loss import Correction, ReferenceKL, make_loss, prepare
-from megatron_rl.data.types import Micro
+from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.kl import ReferenceKL
+from megatron_rl.algorithms.loss import make_loss, prepare
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from tests.test_loss import OBJECTIVES, VOCABULARY, batch_of
 
@@ -19,14 +21,13 @@ from tests.test_loss import OBJECTIVES, VOCABULARY, batch_of
 def test_the_loss_and_its_gradient_look_at_no_value(name):
     batch, logprobs_T = batch_of([9, 4, 12, 7, 5])
     prepared = batch.add(prepare(batch, OBJECTIVES[name], Correction(kind="tis"), VOCABULARY))
-    micro = prepared.micro()
+    inputs = LossInputs.gather(prepared)
     loss = make_loss(OBJECTIVES[name], ReferenceKL(coefficient=0.1))
     new_R = logprobs_T[batch.trained_R]
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        columns = {key: mode.from_tensor(column) for key, column in micro.columns.items()}
         logprobs_R = mode.from_tensor(new_R).requires_grad_()
         entropies_R = mode.from_tensor(new_R).requires_grad_()
-        found = loss(logprobs_R, entropies_R, Micro(columns, micro.num_segments))
+        found = loss(logprobs_R, entropies_R, inputs.map(mode.from_tensor))
         found.value.backward()
         assert logprobs_R.grad is not None
         finite = logprobs_R.isfinite().all() & found.value.isfinite()  # as the policy asks, and reads later

@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from megatron_rl.data.types import Micro
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Granularity, Vocabulary
 from megatron_rl.distributed.collectives import sum_over
 from megatron_rl.errors import ConfigError
@@ -43,23 +43,23 @@ class Ratio:
         return torch.where(kept_R, self.log_R, 0).exp() * torch.exp(token_log_R - token_log_R.detach())
 
 
-def segment_ratio(token_log_R: Tensor, micro: Micro) -> Ratio:
+def segment_ratio(token_log_R: Tensor, inputs: LossInputs) -> Ratio:
     """Return the geometric mean of the token ratios over each segment, across all ranks that hold a part of the row.
 
-    One all-reduce of (sum, count) per segment, in float64, before the exponential. Without ``segment_ids_T`` every
+    One all-reduce of (sum, count) per segment, in float64, before the exponential. Without ``segment_ids_R`` every
     token is its own segment and nothing is sent.
 
     Args:
         token_log_R: log ratio of each trained token on this rank; float32 or float64.
-        micro: its ``segment_ids_T`` says which segment of the row each token belongs to.
+        inputs: its ``segment_ids_R`` say which segment of the row each token belongs to.
     """
     detached_R = token_log_R.detach()
-    if "segment_ids_T" not in micro:
+    if inputs.segment_ids_R is None:
         return Ratio(token_log_R, detached_R, torch.ones_like(detached_R, dtype=torch.float64))
-    sums = detached_R.new_zeros(2, micro.num_segments, dtype=torch.float64)
+    sums = detached_R.new_zeros(2, inputs.num_segments, dtype=torch.float64)
     values = torch.stack((detached_R.double(), torch.ones_like(detached_R, dtype=torch.float64)))
-    sums.index_add_(1, micro["segment_ids_T"], values)
-    totals, counts = sum_over(micro.context_group, sums)[:, micro["segment_ids_T"]]
+    sums.index_add_(1, inputs.segment_ids_R, values)
+    totals, counts = sum_over(inputs.context_group, sums)[:, inputs.segment_ids_R]
     return Ratio(token_log_R, (totals / counts).to(detached_R.dtype), 1 / counts)
 
 

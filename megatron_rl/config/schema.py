@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from megatron_rl.algorithms.loss import Correction, ReferenceKL
+from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
 from megatron_rl.config.section import InputPath, Section

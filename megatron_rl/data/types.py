@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from megatron_rl.data.columns import check_columns
+
 Columns = Mapping[str, Tensor]
 """Named columns. A name ends in ``_T`` (one entry a token) or ``_B`` (one entry a response)."""
 
@@ -93,19 +95,14 @@ class Batch:
 
     Attributes:
         lengths_B: int64, tokens of each sequence, prompt and response together.
-        columns: ``input_ids_T`` and ``loss_mask_T`` always; the others as they are added.
+        columns: ``input_ids_T`` and ``loss_mask_T``, and any others of ``data/columns.py``.
     """
 
     lengths_B: Tensor
     columns: Columns
 
     def __post_init__(self) -> None:
-        total = int(self.lengths_B.sum())
-        for name, column in self.columns.items():
-            expected = {"T": total, "B": len(self.lengths_B)}[name.rpartition("_")[2]]
-            assert column.shape[:1] == (expected,), (
-                f"{name} has shape {tuple(column.shape)}, expected [{expected}, ...]"
-            )
+        check_columns(self.lengths_B, self.columns)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -136,15 +133,6 @@ class Batch:
     def trained_R(self) -> Tensor:
         """Int64 [R]: the positions in T of the trained tokens."""
         return self["loss_mask_T"].nonzero().squeeze(1)
-
-    def micro(self) -> "Micro":
-        """Return the trained tokens of the whole batch as one micro-batch on one rank."""
-        trained_R = self.trained_R
-        columns = {name: column[trained_R] for name, column in self.columns.items() if name.endswith("_T")}
-        if "segment_ids_T" not in columns:
-            return Micro(columns, num_segments=0)
-        columns["segment_ids_T"], num_segments = dense_ids(columns["segment_ids_T"])
-        return Micro(columns, num_segments)
 
     def add(self, columns: Columns) -> "Batch":
         """Return the batch with more columns, or with some replaced."""
@@ -194,30 +182,6 @@ def fold_seed(parts: Iterable[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Micro:
-    """The trained tokens of one packed micro-batch that this rank holds: the view that a loss gets.
-
-    Every column ``x_T`` has one entry a trained token of this rank, nothing is masked or padded.
-
-    Attributes:
-        columns: per-token columns gathered at the trained positions.
-        num_segments: segments in the whole row; ``segment_ids_T`` lies in ``[0, num_segments)``. 0 without that column:
-            then every token is a segment of its own.
-        context_group: the ranks that hold the other tokens of the same row, or None.
-    """
-
-    columns: Columns
-    num_segments: int
-    context_group: torch.distributed.ProcessGroup | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.columns[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.columns
-
-
-@dataclass(frozen=True)
 class Metrics:
     """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means come at the very end.
 
@@ -225,7 +189,7 @@ class Metrics:
         sums: scalars.
         maxima: scalars.
         tokens: columns that the loss was asked to keep: of a micro-batch's trained tokens on one rank, like those of
-            ``Micro``; once added up, of all tokens of the mini-batch, 0 where untrained.
+            ``LossInputs``; once added up, of all tokens of the mini-batch, 0 where untrained.
     """
 
     sums: Columns = field(default_factory=dict)

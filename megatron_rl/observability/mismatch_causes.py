@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.loss import gap
+from megatron_rl.algorithms.correction import log_ratio_statistics
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.types import Batch
 
@@ -116,8 +116,8 @@ def diagnose(batch: Batch, version: int, settings: Settings, routing: Routing | 
     finite_R = batch["rollout_logprobs_T"][batch.trained_R].isfinite()
     versions_R = batch["weight_versions_T"][batch.trained_R]
     fresh_R = (versions_R == version) | (versions_R < 0)
-    whole = gap(log_R)
-    fresh = gap(log_R[fresh_R]) if bool(fresh_R.any()) else None
+    whole = log_ratio_statistics(log_R)
+    fresh = log_ratio_statistics(log_R[fresh_R]) if bool(fresh_R.any()) else None
     higher = float((log_R[fresh_R] < 0).double().mean()) if fresh else 0.0
     causes = {
         "not_finite": {"tokens": int((~finite_R).sum())},

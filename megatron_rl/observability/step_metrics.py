@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import zero_variance
-from megatron_rl.algorithms.loss import mismatch, summary
+from megatron_rl.algorithms.correction import mismatch
+from megatron_rl.algorithms.loss import summary
 from megatron_rl.data.types import Batch, Metrics
 from megatron_rl.observability.routing_statistics import missing_routes, routing
 from megatron_rl.policy.engine import StepReport

@@ -21,8 +21,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.config.schema import Run
+from megatron_rl.data.loss_inputs import LossFn
 from megatron_rl.data.pack import Row, RowRules, one_row, pack
-from megatron_rl.data.types import Batch, Columns, Loss, Metrics, Micro
+from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.distributed.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.distributed.mesh import World
 from megatron_rl.distributed.rng import rng_states, set_rng_states
@@ -39,9 +40,6 @@ from megatron_rl.policy.routing_replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.sharded_state import PER_RANK, load_sharded_state, rng_slices, state_slices
 from megatron_rl.policy.upstream import repair
-
-LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
-"""(log-probs, entropies, the tokens they belong to) -> the loss to minimise."""
 
 Result = TypeVar("Result")
 LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
@@ -167,7 +165,7 @@ class Policy:
             yield
 
     def forward_backward(
-        self, batch: Batch, loss_fn: LossFunction, whole_gradients: bool = False, *, in_one_row: bool = False
+        self, batch: Batch, loss_fn: LossFn, whole_gradients: bool = False, *, in_one_row: bool = False
     ) -> Metrics:
         """Compute the gradient of the loss over the mini-batch; return metrics summed over all tokens and ranks.
 
@@ -188,25 +186,23 @@ class Policy:
         return self._reduce(rows, [(row, loss.metrics) for row, (loss, _) in results])
 
     def run_backward(
-        self, rows: Sequence[Row], make_loss: LossFunction, whole_gradients: bool
+        self, rows: Sequence[Row], loss_fn: LossFn, whole_gradients: bool
     ) -> list[tuple[RankRow, tuple[Loss, Tensor]]]:
         """Set the gradients to those of these rows; return (loss, is it finite) of each row, as ``run_rows``."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             chunk.force_all_reduce = whole_gradients  # for buckets that are reduced while the backward pass goes on
         self.optimizer.zero_grad()
-        step = partial(_differentiable, make_loss)
+        step = partial(_differentiable, loss_fn)
         return self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
 
-    def _stop_at_nonfinite(
-        self, rows: Sequence[Row], finite: Sequence[Tensor], make_loss: LossFunction | None = None
-    ) -> None:
+    def _stop_at_nonfinite(self, rows: Sequence[Row], finite: Sequence[Tensor], loss_fn: LossFn | None = None) -> None:
         """Raise on all ranks if any has a row, or after a backward pass a gradient, with NaN or inf."""
         buffers = [*chain.from_iterable(chunk.buffers + chunk.expert_parallel_buffers for chunk in self.chunks)]
-        gradients = [buffer.grad_data for buffer in buffers] if make_loss else []
+        gradients = [buffer.grad_data for buffer in buffers] if loss_fn else []
         row, nonfinite = bad_row(self.mesh, finite, gradients, len(rows))
         if row is not None or nonfinite:
-            raise explain(self, rows, row, make_loss)
+            raise explain(self, rows, row, loss_fn)
 
     def optim_step(self) -> StepReport:
         """Clip the gradients, step the optimizer, advance the learning-rate schedule.
@@ -352,11 +348,10 @@ def _keep_output(row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Tenso
     return output_2K.sum(), NO_TOKENS, output_2K
 
 
-def _differentiable(
-    make_loss: LossFunction, row: RankRow, output_2K: Tensor
-) -> tuple[Tensor, Tensor, tuple[Loss, Tensor]]:
+def _differentiable(loss_fn: LossFn, row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, tuple[Loss, Tensor]]:
     logprobs_K, entropies_K = output_2K
-    loss = make_loss(logprobs_K, entropies_K, row.micro)
+    assert row.loss_inputs is not None, "the batch lacks the columns of algorithms.loss.prepare"
+    loss = loss_fn(logprobs_K, entropies_K, row.loss_inputs)
     finite = output_2K.isfinite().all() & loss.value.isfinite()
     return loss.value, NO_TOKENS, (Loss(loss.value.detach(), loss.metrics), finite)
 

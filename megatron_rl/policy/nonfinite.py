@@ -4,7 +4,7 @@
 collective. Legend: T tokens, K trained tokens of this rank, B responses.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,8 +14,9 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megatron_rl.data.loss_inputs import LossFn
 from megatron_rl.data.pack import Row, one_row
-from megatron_rl.data.types import Batch, Loss, Micro
+from megatron_rl.data.types import Batch
 from megatron_rl.distributed.collectives import broadcast_json, gather_json, group_rank, group_size, max_over
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import TrainingError
@@ -24,8 +25,6 @@ from megatron_rl.policy.rows import RankRow
 
 if TYPE_CHECKING:
     from megatron_rl.policy.engine import Policy
-
-LossFunction = Callable[[Tensor, Tensor, Micro], Loss]
 
 
 @dataclass(frozen=True)
@@ -93,15 +92,15 @@ def bad_row(
     return (num_rows - before_end if before_end else None), bool(gradient)
 
 
-def explain(policy: "Policy", rows: Sequence[Row], row: int | None, make_loss: LossFunction | None) -> NonFiniteError:
+def explain(policy: "Policy", rows: Sequence[Row], row: int | None, loss_fn: LossFn | None) -> NonFiniteError:
     """Return the error for a flag that is up: in this row's values, or without a row in the gradients."""
     if row is not None:
         batch = rows[row].batch.select(rows[row].sequences)
-        return NonFiniteError(_first(_forward(policy, batch, make_loss), _spoilt_weights(policy)), batch)
-    assert make_loss is not None, "gradients come from a loss"
+        return NonFiniteError(_first(_forward(policy, batch, loss_fn), _spoilt_weights(policy)), batch)
+    assert loss_fn is not None, "gradients come from a loss"
     for each in rows:
         batch = each.batch.select(each.sequences)
-        if len(batch) and (found := _backward(policy, batch, make_loss)):
+        if len(batch) and (found := _backward(policy, batch, loss_fn)):
             return NonFiniteError(_first(found, _spoilt_weights(policy)), batch)
     return NonFiniteError(Finding("none", ""), rows[0].batch.select(rows[0].sequences))
 
@@ -124,11 +123,11 @@ def _spoilt_weights(policy: "Policy") -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _forward(policy: "Policy", batch: Batch, make_loss: LossFunction | None) -> list[Finding]:
+def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[Finding]:
     """Run one micro-batch alone, forward only; return what each rank saw first, and what came out of it."""
     found: list[Finding] = []
     with _watched(policy, found):
-        step = partial(_inspect, policy, batch, make_loss, found)
+        step = partial(_inspect, policy, batch, loss_fn, found)
         policy.run_rows(one_row(batch, policy.row_rules), step, forward_only=True)
     return _gathered(policy, found)
 
@@ -179,7 +178,7 @@ NO_TOKENS = torch.zeros((), dtype=torch.int)
 def _inspect(
     policy: "Policy",
     batch: Batch,
-    make_loss: LossFunction | None,
+    loss_fn: LossFn | None,
     found: list[Finding],
     row: RankRow,
     output_2K: Tensor,
@@ -197,27 +196,29 @@ def _inspect(
 
     note("log-prob", "of the trained tokens", ~output_2K[0].isfinite(), 0)
     note("log-prob", "(their entropy) of the trained tokens", ~output_2K[1].isfinite(), 1)
-    if make_loss is not None:
-        value = make_loss(output_2K[0], output_2K[1], row.micro).value
-        for number, (name, column) in enumerate(sorted(row.micro.columns.items())):
+    if loss_fn is not None:
+        assert row.loss_inputs is not None, "the batch lacks the columns of algorithms.loss.prepare"
+        value = loss_fn(output_2K[0], output_2K[1], row.loss_inputs).value
+        columns = row.loss_inputs.columns()
+        for number, (name, column) in enumerate(sorted(columns.items())):
             note("loss column", name, ~column.isfinite(), 2 + number)
-        note("loss", "of the micro-batch", ~value.isfinite(), 2 + len(row.micro.columns))
+        note("loss", "of the micro-batch", ~value.isfinite(), 2 + len(columns))
     return output_2K.sum(), NO_TOKENS, None
 
 
-def _backward(policy: "Policy", batch: Batch, make_loss: LossFunction) -> list[Finding]:
+def _backward(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[Finding]:
     """Run one micro-batch alone, forward and backward; return each rank's gradients that are not finite."""
-    if not (found := _spoilt_gradients(policy, batch, make_loss)):
+    if not (found := _spoilt_gradients(policy, batch, loss_fn)):
         return []
     numbers = batch["sample_index_B"].tolist() if "sample_index_B" in batch else list(range(len(batch)))
     for response, number in enumerate(numbers):
-        if alone := _spoilt_gradients(policy, batch.select([response]), make_loss):
+        if alone := _spoilt_gradients(policy, batch.select([response]), loss_fn):
             return [replace(one, sample=number) for one in alone]
     return found
 
 
-def _spoilt_gradients(policy: "Policy", batch: Batch, make_loss: LossFunction) -> list[Finding]:
-    policy.run_backward(one_row(batch, policy.row_rules), make_loss, whole_gradients=True)
+def _spoilt_gradients(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[Finding]:
+    policy.run_backward(one_row(batch, policy.row_rules), loss_fn, whole_gradients=True)
     last = policy.family.num_layers
     found: list[Finding] = []
     shards = [shard for shard in shards_of(policy.chunks, policy.family, policy.mesh) if shard.is_trained]

@@ -10,8 +10,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.pack import Row
-from megatron_rl.data.types import Micro, token_positions
+from megatron_rl.data.types import token_positions
 from megatron_rl.distributed.collectives import group_rank, group_size
 from megatron_rl.distributed.mesh import Mesh
 
@@ -93,7 +94,7 @@ class RankRow:
         trained_K: which of the T positions predict a trained token.
         targets_K: the tokens that they predict.
         target_tokens_K: where in the mini-batch those tokens stand.
-        micro: the loss's view of the trained tokens.
+        loss_inputs: the loss's view of the trained tokens; None where only log-probs are computed.
         packed: how sequences attend.
     """
 
@@ -104,7 +105,7 @@ class RankRow:
     trained_K: Tensor
     targets_K: Tensor
     target_tokens_K: Tensor
-    micro: Micro
+    loss_inputs: LossInputs | None
     packed: PackedRow
 
 
@@ -128,7 +129,7 @@ def rank_row(row: Row, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
         trained_K=trained_K.to(device),
         targets_K=row.batch["input_ids_T"][target_tokens_K].to(device),
         target_tokens_K=target_tokens_K,
-        micro=_micro(row, target_tokens_K, mesh),
+        loss_inputs=_loss_inputs(row, target_tokens_K, mesh),
         packed=replace(_packed(row, lengths_N, local_T, mesh), qkv_format=qkv_format),
     )
 
@@ -150,22 +151,18 @@ def _with_filler(row: Row) -> Tensor:
     return torch.cat([row.padded_N, torch.tensor([filler])]) if filler else row.padded_N
 
 
-def _micro(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> Micro:
-    """Gather the columns at the trained tokens; segments are numbered within the row."""
-    device = mesh.world.device
-    columns = {
-        name: column[target_tokens_K].to(device)
-        for name, column in row.batch.columns.items()
-        if name.endswith("_T") and not name.endswith("routes_T")  # large, and no loss asks for them
-    }
-    num_segments = 0
-    if "segment_ids_T" in row.batch:
-        tokens_R = row.token_ids_R[row.token_ids_R >= 0]
-        segment_ids = row.batch["segment_ids_T"][tokens_R]
-        present = segment_ids[row.batch["loss_mask_T"][tokens_R]].unique()
-        num_segments = len(present)
-        columns["segment_ids_T"] = torch.searchsorted(present.to(device), columns["segment_ids_T"].contiguous())
-    return Micro(columns, num_segments, mesh.context if group_size(mesh.context) > 1 else None)
+def _loss_inputs(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> LossInputs | None:
+    """Return the loss's view of this rank's trained tokens, None before ``prepare`` has added the columns for it."""
+    if "weights_T" not in row.batch:
+        return None
+    tokens_R = row.token_ids_R[row.token_ids_R >= 0]
+    inputs = LossInputs.gather(
+        row.batch,
+        target_tokens_K,
+        row_positions_R=tokens_R[row.batch["loss_mask_T"][tokens_R]],
+        context_group=mesh.context if group_size(mesh.context) > 1 else None,
+    )
+    return inputs.map(lambda tensor: tensor.to(mesh.world.device))
 
 
 def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedRow:

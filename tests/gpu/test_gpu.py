@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.loss import ReferenceKL, make_loss, prepare
+from megatron_rl.algorithms.kl import ReferenceKL
+from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.distributed.mesh import lone_world, make_deterministic
 from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from megatron_rl.policy.attention import varying
@@ -144,13 +146,12 @@ def test_the_vocabulary_operation_on_a_gpu(backend: Backend, dtype: torch.dtype)
 @gpu_only
 def test_the_loss_waits_for_nothing() -> None:
     batch, logprobs_T = batch_of([9, 4, 12, 7, 5])
-    micro = batch.add(prepare(batch, ESPO(), None, VOCABULARY)).micro()
-    columns = {name: column.to(DEVICE) for name, column in micro.columns.items()}
+    inputs = LossInputs.gather(batch.add(prepare(batch, ESPO(), None, VOCABULARY))).map(lambda t: t.to(DEVICE))
     new_R = logprobs_T[batch.trained_R].to(DEVICE).requires_grad_()
     loss = make_loss(ESPO(), ReferenceKL(coefficient=0.1))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss(new_R, new_R.detach(), type(micro)(columns, micro.num_segments)).value.backward()
+        loss(new_R, new_R.detach(), inputs).value.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

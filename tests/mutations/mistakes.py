@@ -38,24 +38,24 @@ MISTAKES = (
     Mistake(
         "mean-of-micro-batch-means",
         "algorithms.loss",
-        'value = (micro["weights_T"] * values_R).sum()',
+        "value = (inputs.weights_R * values_R).sum()",
         "value = values_R.mean() if len(values_R) else values_R.sum()",
         (SPLIT,),
     ),
     Mistake(
         "segment-mean-of-one-rank",
         "algorithms.segments",
-        "sum_over(micro.context_group, sums)[:,",
+        "sum_over(inputs.context_group, sums)[:,",
         "sums[:,",
         (CONTEXT,),
     ),
     Mistake(
         "window-with-gradient",
         "algorithms.loss",
-        "        cost = objective.cost(logprobs_R, micro)\n",
-        "        live = {n: c * entropies_R / entropies_R.detach() for n, c in micro.columns.items() if 'clip' in n}\n"
-        "        micro = Micro({**micro.columns, **live}, micro.num_segments, micro.context_group)\n"
-        "        cost = objective.cost(logprobs_R, micro)\n",
+        "        cost = objective.cost(logprobs_R, inputs)\n",
+        "        live = {n: getattr(inputs, n) for n in ('clip_low_R', 'clip_high_R')}\n"
+        "        live = {n: c * entropies_R / entropies_R.detach() for n, c in live.items() if c is not None}\n"
+        "        cost = objective.cost(logprobs_R, __import__('dataclasses').replace(inputs, **live))\n",
         (DETACHED,),
     ),
     Mistake(

@@ -68,7 +68,7 @@ def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
     logs_TV = torch.cat([torch.cat([own[:1] * 0, torch.log_softmax(own[:-1], dim=-1)]) for own in logits])
     chosen_T = logs_TV.gather(1, batch["input_ids_T"][:, None])[:, 0] * batch["loss_mask_T"]
     entropies_T = -(logs_TV.exp() * logs_TV).sum(-1) * batch["loss_mask_T"]
-    ((batch["weights_T"] * chosen_T).sum() + (batch["entropy_weights_T"] * entropies_T).sum()).backward()
+    ((batch["weights_T"] * chosen_T).sum() + (batch["extra_entropy_weights_T"] * entropies_T).sum()).backward()
     gradients: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

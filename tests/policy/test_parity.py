@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.data.types import Batch, Loss, Metrics, Micro
+from megatron_rl.data.loss_inputs import LossInputs
+from megatron_rl.data.types import Batch, Loss, Metrics
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.tiny import by_transformers, case, lonely_case, run_of, save_model
@@ -27,12 +28,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 }
 
 
-def weighted(logprobs_R: Tensor, entropies_R: Tensor, micro: Micro) -> Loss:
+def weighted(logprobs_R: Tensor, entropies_R: Tensor, inputs: LossInputs) -> Loss:
     """Return a loss in which every log-prob and entropy has a weight of its own."""
-    value = (micro["weights_T"].to(logprobs_R) * logprobs_R).sum()
-    value = value + (micro["entropy_weights_T"].to(logprobs_R) * entropies_R).sum()
+    value = (inputs.weights_R.to(logprobs_R) * logprobs_R).sum()
+    value = value + (inputs.extra["entropy_weights"].to(logprobs_R) * entropies_R).sum()
     largest = logprobs_R.detach().amax() if len(logprobs_R) else torch.tensor(-1e9)
-    kept = {"kept_logprobs_T": logprobs_R.detach(), "kept_places_T": micro["places_T"]}
+    kept = {"kept_logprobs_T": logprobs_R.detach(), "kept_places_T": inputs.extra["places"]}
     return Loss(value, Metrics({"loss": value.detach()}, {"logprob": largest}, kept))
 
 
@@ -92,7 +93,7 @@ def test_what_a_loss_keeps_of_tokens_comes_back_in_their_places(model: Path, lay
 
     ours = step_under(model, layout)
 
-    assert ours["kept_places_T"].tolist() == (batch["places_T"] * trained_T).tolist()
+    assert ours["kept_places_T"].tolist() == (batch["extra_places_T"] * trained_T).tolist()
     # The forward pass that trains is the one that scored, and what is not trained has no log-prob.
     assert torch.equal(ours["kept_logprobs_T"], ours["logprobs_T"])
     assert not ours["kept_logprobs_T"][~trained_T].any()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from megatron_rl.data.types import Batch, Loss, Metrics, Micro
+from megatron_rl.data.loss_inputs import LossInputs
+from megatron_rl.data.types import Batch, Loss, Metrics
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.test_parity import weighted
@@ -118,9 +119,9 @@ def test_the_report_counts_layers_and_replays_nothing(model: Path, alone: dict[s
     assert share == pytest.approx(27 / 28, abs=0.03)
 
 
-def distance(logprobs_R: Tensor, _entropies_R: Tensor, micro: Micro) -> Loss:
+def distance(logprobs_R: Tensor, _entropies_R: Tensor, inputs: LossInputs) -> Loss:
     """A loss that measures how far the log-probs of the training pass are from those of the scoring pass."""
-    apart = (logprobs_R - micro["old_logprobs_T"].to(logprobs_R)).abs()
+    apart = (logprobs_R - inputs.old_logprobs_R.to(logprobs_R)).abs()
     return Loss(logprobs_R.sum(), Metrics({}, {"apart": apart.detach().amax() if len(apart) else apart.sum()}))
 
 

@@ -55,13 +55,13 @@ def case() -> Batch:
     batch = make_batch(VOCABULARY, seed=3)
     generator = torch.Generator().manual_seed(5)
     total = int(batch.lengths_B.sum())
-    return batch.add(
-        {
-            "weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
-            "places_T": torch.arange(total),
-            "entropy_weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
-        }
-    )
+    columns = {
+        "weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
+        "extra_places_T": torch.arange(total),
+        "extra_entropy_weights_T": torch.randn(total, generator=generator, dtype=torch.float64),
+    }
+    unused = dict.fromkeys(("old_logprobs_T", "advantages_T", "response_shares_T"), torch.zeros(total))
+    return batch.add({**columns, **unused})
 
 
 def lonely_case() -> Batch:
@@ -87,7 +87,11 @@ def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
         entropy = -(logs.exp() * logs).sum(-1) * mask
         place = slice(start + 1, start + length)
         logprobs_T[place], entropies_T[place] = chosen.detach(), entropy.detach()
-        loss = loss + (batch["weights_T"][place] * chosen).sum() + (batch["entropy_weights_T"][place] * entropy).sum()
+        loss = (
+            loss
+            + (batch["weights_T"][place] * chosen).sum()
+            + (batch["extra_entropy_weights_T"][place] * entropy).sum()
+        )
     loss.backward()
     gradients = {f"gradient.{name}": value for name, value in _on_disk(dict(model.named_parameters())).items()}
     return {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "loss": loss.detach(), **gradients}

@@ -13,6 +13,7 @@ from megatron_rl.algorithms.objectives import Objective
 from megatron_rl.cli import _parser
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch
 from megatron_rl.models.hf_mapping.rules import Family
 from tests.oracle.objectives import Row, framed, weight
@@ -98,8 +99,8 @@ def test_the_objective_of_the_guide_is_its_formula():
         "advantages_B": torch.tensor([1.0, -0.5]),
     }
     batch = Batch(torch.tensor([5, 8]), columns)
-    micro = batch.add(objective.prepare(batch)).micro()
-    loss = (objective.cost(new_T[mask_T], micro).values_R * micro["weights_T"]).sum()
+    inputs = LossInputs.gather(batch.add(objective.prepare(batch)))
+    loss = (objective.cost(new_T[mask_T], inputs).values_R * inputs.weights_R).sum()
     spread: dict[str, Any] = {"framed": framed, "weight": weight, "Result": tuple}
     exec(compile(oracle, "add-objective.md", "exec", dont_inherit=True), spread)
     new, old = new_T.tolist(), old_T.tolist()

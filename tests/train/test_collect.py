@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.loss import Correction, prepare
+from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.loss import prepare
 from megatron_rl.algorithms.objectives import GRPO
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run

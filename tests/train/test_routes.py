@@ -82,7 +82,7 @@ def test_no_record_at_all_says_what_to_start() -> None:
 
 def test_differences_are_shares_of_tokens_and_layers() -> None:
     columns = route_columns([response(3, known=True)], [5], SHAPE)
-    batch = Batch(torch.tensor([5]), {**columns, "routing_differs_T": torch.tensor([0, 2, 1, 0, 0])})
+    batch = Batch(torch.tensor([5]), {**columns, "routing_differs_T": torch.tensor([0, 2, 1, 0, 0], dtype=torch.int32)})
     found = routing(batch)
     assert found is not None
     assert (found.tokens, found.layers) == (0.5, 3 / 8)

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.algorithms.objectives.base import Objective
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch, Group, Prompt, Response
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
@@ -66,9 +67,9 @@ def trained(name: str) -> tuple[Batch, dict[str, float]]:
     batch = batch.add({"old_logprobs_T": scores[0], "rollout_logprobs_T": scores[0], "old_entropies_T": -scores[1]})
     objective = objective_of(name)
     prepared = batch.add(prepare(batch, objective, vocabulary=WORDS))
-    micro = prepared.micro()
+    inputs = LossInputs.gather(prepared)
     new_R = (scores[0] + 0.3 * torch.randn(total, generator=generator))[prepared.trained_R]
-    loss = make_loss(objective, keep_tokens=True)(new_R, torch.ones_like(new_R), micro)
+    loss = make_loss(objective, keep_tokens=True)(new_R, torch.ones_like(new_R), inputs)
     columns = {}
     for column, values_R in loss.metrics.tokens.items():
         columns[column] = torch.zeros(total, dtype=torch.float64)
@@ -182,7 +183,7 @@ def test_a_step_whose_last_mini_batch_trains_nothing_is_recorded_too():
 )
 def test_both_signs_are_shown_where_there_are_both(advantages, picked):
     masks = torch.ones(6, dtype=torch.bool)
-    columns = {"loss_mask_T": masks, "input_ids_T": torch.arange(6), "advantages_B": torch.tensor(advantages)}
+    columns = {"loss_mask_T": masks, "input_ids_T": torch.arange(6), "advantages_B": torch.tensor(advantages).double()}
     assert chosen(Batch(torch.ones(6, dtype=torch.int64), columns), 4) == picked
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_rl.algorithms.segments import Ratio, joint_ids, segment_ratio
 from megatron_rl.config.section import Section
-from megatron_rl.data.types import Batch, Columns, Micro
+from megatron_rl.data.loss_inputs import LossInputs
+from megatron_rl.data.types import Batch, Columns
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 
@@ -126,7 +127,7 @@ class Objective(Section):
         """Return ``weights_T`` and what else ``cost`` reads, at the trained tokens."""
         raise NotImplementedError
 
-    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+    def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return what each trained token costs, from its log-probability under the current weights (with gradient)."""
         raise NotImplementedError
 
@@ -169,13 +170,13 @@ class Clipped(Objective):
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Largest ratio that counts where the advantage is negative (the c of dual-clip PPO, 1912.09729); none: off."""
 
-    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+    def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return the clipped cost; tokens outside the window cost the constant bound and get no gradient."""
-        return clipped(self.ratio(logprobs_R, micro), micro, self.dual_clip)
+        return clipped(self.ratio(logprobs_R, inputs), inputs, self.dual_clip)
 
-    def ratio(self, logprobs_R: Tensor, micro: Micro) -> Ratio:
+    def ratio(self, logprobs_R: Tensor, inputs: LossInputs) -> Ratio:
         """Return the ratio to the policy at the start of the rollout batch, geometric mean over each segment."""
-        return segment_ratio(logprobs_R - micro["old_logprobs_T"], micro)
+        return segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
 
 
 class FixedWindow(Clipped, Aggregated):
@@ -205,13 +206,13 @@ class FixedWindow(Clipped, Aggregated):
         return tokens.constant(self.clip_low), tokens.constant(self.clip_high)
 
 
-def clipped(ratio: Ratio, micro: Micro, dual_clip: float | None = None) -> Cost:
+def clipped(ratio: Ratio, inputs: LossInputs, dual_clip: float | None = None) -> Cost:
     """Return -min(s A, clip(s) A) for every token, written so that nothing infinite meets a zero.
 
     The gradient with respect to the log-probability is -A s inside the window (bounds included) and 0 outside.
     """
-    advantages_R, ratio_R = micro["advantages_T"], ratio.value_R
-    lower_R, upper_R = 1 - micro["clip_low_T"], 1 + micro["clip_high_T"]
+    advantages_R, ratio_R = inputs.advantages_R, ratio.value_R
+    lower_R, upper_R = 1 - inputs.require("clip_low_R"), 1 + inputs.require("clip_high_R")
     rises_R, falls_R = advantages_R > 0, advantages_R < 0
     kept_R = (rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))
     bound_R = torch.where(rises_R, upper_R, lower_R)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.objectives.base import Aggregated, Aggregation, Cost, NonNegative, Tokens
 from megatron_rl.algorithms.segments import segment_ratio
-from megatron_rl.data.types import Micro
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
 
@@ -27,9 +27,9 @@ class CISPO(Aggregated):
         self._refuse_segments(segment_ids_R)
         return {"weights_T": self.weights(tokens)}
 
-    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+    def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -sg[min(r, 1 + clip_high)] A l; capped tokens are reported as clipped although they train."""
-        ratio = segment_ratio(logprobs_R - micro["old_logprobs_T"], micro)
+        ratio = segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
         cap = 1 + self.clip_high
         capped_R = ratio.value_R.clamp(max=cap)
-        return Cost(-capped_R * micro["advantages_T"] * logprobs_R, ratio.value_R > cap, ratio)
+        return Cost(-capped_R * inputs.advantages_R * logprobs_R, ratio.value_R > cap, ratio)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.objectives.base import Aggregated, Aggregation, Cost, Positive, Tokens
 from megatron_rl.algorithms.segments import segment_ratio
-from megatron_rl.data.types import Micro
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 
@@ -39,10 +39,10 @@ class DPPO(Aggregated):
             raise ConfigError("dppo is anchored at the rollout policy: the batch has no rollout_logprobs; give them")
         return {"weights_T": self.weights(tokens)}
 
-    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+    def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -M sg[min(r, cap)] A l."""
-        advantages_R, anchor_R = micro["advantages_T"], micro["rollout_logprobs_T"].to(logprobs_R.dtype)
-        ratio = segment_ratio(logprobs_R - anchor_R, micro)
+        advantages_R, anchor_R = inputs.advantages_R, inputs.require("rollout_logprobs_R").to(logprobs_R.dtype)
+        ratio = segment_ratio(logprobs_R - anchor_R, inputs)
         far_R = self._divergence(logprobs_R.detach(), anchor_R) > (self.delta or DELTAS[self.divergence])
         away_R = ((advantages_R > 0) & (ratio.log_R > 0)) | ((advantages_R < 0) & (ratio.log_R < 0))
         masked_R = far_R & away_R

@@ -21,7 +21,7 @@ from megatron_rl.algorithms.segments import (
     segment_means,
     segments_per_response,
 )
-from megatron_rl.data.types import Micro
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -83,9 +83,9 @@ class ESPO(Clipped):
             "weights_T": weights_R,
         }
 
-    def ratio(self, logprobs_R: Tensor, micro: Micro) -> Ratio:
+    def ratio(self, logprobs_R: Tensor, inputs: LossInputs) -> Ratio:
         """Return s_k; printed literally, equation (9) has the value s_k * r_t."""
-        ratio = super().ratio(logprobs_R, micro)
+        ratio = super().ratio(logprobs_R, inputs)
         if self.ratio_form == "detached":
             return ratio
         return Ratio(ratio.token_log_R, ratio.log_R + ratio.token_log_R.detach(), ratio.shares_R)

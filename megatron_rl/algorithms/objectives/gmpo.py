@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.objectives.base import Cost, NonNegative, Objective, Tokens
 from megatron_rl.algorithms.segments import segment_ratio
-from megatron_rl.data.types import Micro
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
 
@@ -29,11 +29,11 @@ class GMPO(Objective):
         ids_R = tokens.responses_R if segment_ids_R is None else segment_ids_R
         return {"weights_T": 1 / (tokens.num_responses * tokens.counts_R.double()), "segment_ids_T": ids_R}
 
-    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+    def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -s A, where s is the geometric mean of the clipped token ratios."""
-        advantages_R = micro["advantages_T"]
-        log_R = logprobs_R - micro["old_logprobs_T"]
+        advantages_R = inputs.advantages_R
+        log_R = logprobs_R - inputs.old_logprobs_R
         clipped_log_R = torch.where(advantages_R > 0, log_R.clamp(max=self.clip_high), log_R.clamp(min=-self.clip_low))
-        ratio = segment_ratio(clipped_log_R, micro)
+        ratio = segment_ratio(clipped_log_R, inputs)
         clipped_R = (clipped_log_R != log_R) & (advantages_R != 0)
         return Cost(-advantages_R * ratio.live(torch.ones_like(clipped_R)), clipped_R, ratio)

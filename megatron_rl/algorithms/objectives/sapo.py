@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.objectives.base import Aggregated, Cost, Positive, Tokens
 from megatron_rl.algorithms.segments import segment_ratio
-from megatron_rl.data.types import Micro
+from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
 LARGEST_LOG_RATIO = 80.0
@@ -32,10 +32,10 @@ class SAPO(Aggregated):
         self._refuse_segments(segment_ids_R)
         return {"weights_T": self.weights(tokens)}
 
-    def cost(self, logprobs_R: Tensor, micro: Micro) -> Cost:
+    def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -f(r) A; no token is ever clipped."""
-        advantages_R = micro["advantages_T"]
-        ratio = segment_ratio(logprobs_R - micro["old_logprobs_T"], micro)
+        advantages_R = inputs.advantages_R
+        ratio = segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
         tau_R = torch.full_like(logprobs_R, self.tau_negative).masked_fill(advantages_R > 0, self.tau_positive)
         ratio_R = ratio.token_log_R.clamp(max=LARGEST_LOG_RATIO).exp()
         gate_R = torch.sigmoid(tau_R * (ratio_R - 1)) * 4 / tau_R

@@ -1,0 +1,102 @@
+"""Weights and gates against the mismatch between the rollout engine and the trainer, and a measure of that mismatch.
+
+Legend: T all tokens of a mini-batch, R trained tokens of a mini-batch.
+"""
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megatron_rl.algorithms.kl import k3
+from megatron_rl.algorithms.objectives.base import Tokens
+from megatron_rl.algorithms.segments import segment_means
+from megatron_rl.config.section import Section
+from megatron_rl.data.types import Batch, Columns
+
+CAPS = {"tis": 2.0, "mis": 2.0, "icepop": 5.0}
+"""Default of ``Correction.high`` per kind."""
+
+
+class Correction(Section):
+    """Weights against the mismatch between the rollout engine and the trainer: w = exp(old - rollout log-prob).
+
+    The weight multiplies the objective's cost, not the KL term; it has no gradient, and denominators keep the original
+    counts.
+    """
+
+    kind: Literal["none", "tis", "mis", "icepop", "bypass"] = "none"
+    """``tis``: min(w, high); ``mis``: w where low <= w <= high, else 0; ``icepop``: 1 where low <= w <= high, else 0;
+    ``bypass``: no weight, the rollout engine's log-probs are used as the old policy's."""
+    level: Literal["token", "segment", "sequence"] = "token"
+    """What shares a weight: a token, a segment of the objective, or a response."""
+    reduction: Literal["product", "geometric"] = "product"
+    """How token weights make the weight of a segment or sequence: their product, or their geometric mean."""
+    low: Annotated[float, Field(gt=0)] = 0.5
+    """Smallest accepted weight of ``mis`` and ``icepop``."""
+    high: Annotated[float, Field(gt=0)] | None = None
+    """Largest weight; none: 2 for ``tis`` and ``mis``, 5 for ``icepop``."""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if self.kind in ("mis", "icepop") and self.low > self.cap:
+            raise ValueError(f"low = {self.low} exceeds high = {self.cap}: every token would be dropped; raise high")
+        return self
+
+    @property
+    def cap(self) -> float:
+        """The largest weight, with the default of the kind applied."""
+        return CAPS.get(self.kind, 1.0) if self.high is None else self.high
+
+    def columns(self, tokens: Tokens) -> Columns:
+        """Return ``corrections_T``, or nothing for a kind without weights.
+
+        ``level = "segment"`` means a weight per token where the objective has no segments.
+        """
+        if self.kind in ("none", "bypass"):
+            return {}
+        log_R = tokens["old_logprobs_T"].double() - tokens["rollout_logprobs_T"].double()
+        ids_R = tokens.responses_R
+        if self.level == "segment" and "segment_ids_T" in tokens.batch:
+            ids_R = tokens["segment_ids_T"]
+        elif self.level == "segment":
+            ids_R = torch.arange(len(tokens))
+        if self.level != "token":
+            means_R, sizes_R = segment_means(log_R, ids_R)
+            log_R = means_R if self.reduction == "geometric" else means_R * sizes_R
+        weights_R = log_R.clamp(max=torch.tensor(self.cap).double().log().item()).exp()
+        if self.kind != "tis":
+            inside_R = (log_R.exp() >= self.low) & (log_R.exp() <= self.cap)
+            weights_R = torch.where(inside_R, weights_R if self.kind == "mis" else 1.0, 0.0)
+        return {"corrections_T": tokens.spread(weights_R)}
+
+
+def mismatch(batch: Batch) -> dict[str, float]:
+    """Return how far the rollout engine's log-probs are from the trainer's, over the trained tokens of a batch.
+
+    The keys are those of ``log_ratio_statistics``, each after ``mismatch_``. Empty without rollout log-probs, without
+    old log-probs, or without trained tokens.
+    """
+    tokens = Tokens.of(batch)
+    if "rollout_logprobs_T" not in batch or "old_logprobs_T" not in batch or not len(tokens):
+        return {}
+    log_R = tokens["old_logprobs_T"].double() - tokens["rollout_logprobs_T"].double()
+    return {f"mismatch_{name}": value for name, value in log_ratio_statistics(log_R).items()}
+
+
+def log_ratio_statistics(log_R: Tensor) -> dict[str, float]:
+    """Return statistics of the log ratios old / rollout of at least one token.
+
+    ``kl``: mean k3 estimate of KL(rollout || old), nats per token; ``abs_mean``, ``abs_p50``, ``abs_p90``, ``abs_p99``
+    and ``abs_max``: absolute difference in nats.
+    """
+    # By sorting: torch.quantile refuses more than 16 million values.
+    ordered_R = log_R.abs().sort().values
+    last = len(ordered_R) - 1
+    return {
+        "kl": float(k3(log_R).mean()),
+        "abs_mean": float(ordered_R.mean()),
+        **{f"abs_p{percent}": float(ordered_R[round(percent / 100 * last)]) for percent in (50, 90, 99)},
+        "abs_max": float(ordered_R[last]),
+    }

@@ -1,0 +1,292 @@
+"""The schema of a batch: every per-token and per-response column, with its dtype, its writer and its readers.
+
+``Batch`` refuses a column that is not listed here, so a new column starts with a line in ``COLUMNS``. An objective may
+add columns for its own use without a line here: ``extra_NAME_T``, floating point or integer, read only by its own cost.
+
+Legend: T all tokens of the batch, prompts included, B responses, L layers with experts, K experts per token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import ConfigError
+
+FLOAT = (torch.float32, torch.float64)
+INTEGER = (torch.int64,)
+BOOLEAN = (torch.bool,)
+ROUTES = (torch.uint8, torch.int16)
+
+EXTRA = "extra_"
+"""Prefix of an objective's own columns: ``extra_NAME_T`` reaches its cost as ``LossInputs.extra["NAME"]``."""
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """One column of a batch.
+
+    Attributes:
+        name: ends in ``_T`` (one entry per token) or ``_B`` (one entry per response).
+        dtypes: the accepted dtypes.
+        writer: module, below ``megatron_rl``, that writes the column.
+        readers: modules that read it, from the batch or as a field of ``LossInputs``.
+        meaning: values and unit.
+        missing: what to do where a run needs the column and lacks it.
+        trailing: dimensions after the first, such as ``("L", "K")``.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    writer: str
+    readers: tuple[str, ...]
+    meaning: str
+    missing: str = ""
+    trailing: tuple[str, ...] = ()
+
+
+COLUMNS: Mapping[str, ColumnSpec] = {
+    column.name: column
+    for column in (
+        # Written from the sampled responses.
+        ColumnSpec(
+            "input_ids_T",
+            INTEGER,
+            "rollout.collect",
+            ("policy.rows", "observability.token_record", "algorithms.objectives.sspo"),
+            "token ids of prompts and responses",
+            "rollouts write it",
+        ),
+        ColumnSpec(
+            "loss_mask_T",
+            BOOLEAN,
+            "rollout.collect",
+            ("data.types", "policy.rows", "observability.step_metrics"),
+            "True on trained tokens: those that the policy sampled",
+        ),
+        ColumnSpec(
+            "rollout_logprobs_T",
+            FLOAT,
+            "rollout.collect",
+            ("algorithms.loss", "algorithms.objectives.dppo", "observability.mismatch_causes"),
+            "log-probability that the rollout engine reported, in nats; 0 on prompts",
+            "rollouts write it; policy_loss takes it as rollout_logprobs",
+        ),
+        ColumnSpec(
+            "weight_versions_T",
+            INTEGER,
+            "rollout.collect",
+            ("observability.step_metrics", "observability.mismatch_causes"),
+            "version of the weights that sampled the token, -1 where it was not sampled",
+        ),
+        ColumnSpec(
+            "rollout_routes_T",
+            ROUTES,
+            "rollout.routes",
+            ("policy.routing_replay", "observability.routing_statistics"),
+            "experts that the rollout engine chose",
+            trailing=("L", "K"),
+        ),
+        ColumnSpec(
+            "rollout_routed_T",
+            BOOLEAN,
+            "rollout.routes",
+            ("policy.routing_replay", "observability.routing_statistics"),
+            "True where the rollout engine reported its experts",
+        ),
+        ColumnSpec(
+            "sample_index_B",
+            INTEGER,
+            "rollout.collect",
+            ("observability.token_record", "observability.mismatch_report", "policy.nonfinite"),
+            "index of the response among all of the step, as in rollouts.jsonl",
+        ),
+        ColumnSpec(
+            "rewards_B",
+            FLOAT,
+            "rollout.collect",
+            ("observability.step_metrics", "observability.token_record"),
+            "reward; 0 where the verifier gave none",
+        ),
+        ColumnSpec(
+            "verified_B",
+            BOOLEAN,
+            "rollout.collect",
+            ("observability.step_metrics", "observability.token_record"),
+            "True where the verifier gave a reward",
+        ),
+        ColumnSpec(
+            "truncated_B",
+            BOOLEAN,
+            "rollout.collect",
+            ("observability.step_metrics",),
+            "True where the response reached the token limit",
+        ),
+        ColumnSpec(
+            "group_ids_B",
+            INTEGER,
+            "rollout.collect",
+            ("train.sampler", "observability.step_metrics"),
+            "index of the response's prompt among those of the step",
+        ),
+        ColumnSpec(
+            "advantages_B",
+            FLOAT,
+            "rollout.collect",
+            ("algorithms.objectives.base", "observability.token_record"),
+            "advantage of the response",
+            "rollouts write it; policy_loss takes it as advantages",
+        ),
+        # Written by the policy's forward pass before the update.
+        ColumnSpec(
+            "old_logprobs_T",
+            FLOAT,
+            "policy.engine",
+            ("algorithms.loss", "algorithms.objectives.base", "observability.mismatch_causes"),
+            "log-probability under the policy before the update, in nats; 0 where not trained",
+            "the policy writes it when it computes log-probs; policy_loss takes it as old_logprobs",
+        ),
+        ColumnSpec(
+            "old_entropies_T",
+            FLOAT,
+            "policy.engine",
+            ("algorithms.objectives.base", "observability.step_metrics", "observability.token_record"),
+            "entropy of the policy before the update, in nats; 0 where not trained",
+            "the policy writes it when it computes log-probs; policy_loss takes it as entropies",
+        ),
+        ColumnSpec(
+            "ref_logprobs_T",
+            FLOAT,
+            "policy.engine",
+            ("algorithms.loss",),
+            "log-probability under the frozen reference policy, in nats; 0 where not trained",
+            "the policy writes it if kl.coefficient is above 0; policy_loss takes it as ref_logprobs",
+        ),
+        ColumnSpec(
+            "routes_T",
+            ROUTES,
+            "policy.routing_replay",
+            ("policy.routing_replay",),
+            "experts that the policy chose when it computed log-probs (routing_replay r2)",
+            trailing=("L", "K"),
+        ),
+        ColumnSpec(
+            "routing_differs_T",
+            (torch.int32,),
+            "policy.routing_replay",
+            ("observability.routing_statistics",),
+            "layers in which policy and rollout engine chose different experts",
+        ),
+        # Written by ``prepare``: independent of the current weights.
+        ColumnSpec(
+            "advantages_T",
+            FLOAT,
+            "algorithms.objectives.base",
+            ("algorithms.loss", "algorithms.objectives.base"),
+            "advantage of the token's response",
+            "Objective.prepare writes it from advantages_B",
+        ),
+        ColumnSpec(
+            "response_shares_T",
+            FLOAT,
+            "algorithms.objectives.base",
+            ("algorithms.loss",),
+            "1 / trained tokens of the response",
+            "Objective.prepare writes it",
+        ),
+        ColumnSpec(
+            "weights_T",
+            FLOAT,
+            "algorithms.objectives.base",
+            ("algorithms.loss",),
+            "weight of the token in the loss, from global counts",
+            "the objective's columns() must return it; algorithms.loss.prepare adds it to a batch",
+        ),
+        ColumnSpec(
+            "segment_ids_T",
+            INTEGER,
+            "algorithms.objectives.base",
+            ("algorithms.segments", "algorithms.loss", "observability.token_record"),
+            "tokens with the same id share an importance ratio; -1 where not trained",
+            "the objective's columns() may return it; policy_loss takes it as segment_ids",
+        ),
+        ColumnSpec(
+            "clip_low_T",
+            FLOAT,
+            "algorithms.objectives.base",
+            ("algorithms.objectives.base", "observability.token_record"),
+            "the ratio may fall to 1 - clip_low",
+            "the objective's columns() must return it",
+        ),
+        ColumnSpec(
+            "clip_high_T",
+            FLOAT,
+            "algorithms.objectives.base",
+            ("algorithms.objectives.base", "observability.token_record"),
+            "the ratio may rise to 1 + clip_high",
+            "the objective's columns() must return it",
+        ),
+        ColumnSpec(
+            "corrections_T",
+            FLOAT,
+            "algorithms.loss",
+            ("algorithms.loss",),
+            "weight against the mismatch of rollout engine and trainer",
+            "algorithms.loss.prepare writes it if correction.kind is not none",
+        ),
+        # Written by the loss for the record of tokens.
+        ColumnSpec(
+            "new_logprobs_T",
+            FLOAT,
+            "algorithms.loss",
+            ("observability.token_record",),
+            "log-probability under the weights of the update, in nats",
+        ),
+        ColumnSpec(
+            "log_ratios_T",
+            FLOAT,
+            "algorithms.loss",
+            ("observability.token_record",),
+            "log importance ratio of the token's segment",
+        ),
+        ColumnSpec(
+            "clipped_T",
+            FLOAT,
+            "algorithms.loss",
+            ("observability.token_record",),
+            "1 where the trust region took the token out of the gradient, else 0",
+        ),
+        # Written by ``prove``.
+        ColumnSpec(
+            "noise_T",
+            FLOAT,
+            "prove.case",
+            ("prove.case",),
+            "what moves the old log-probs, so that ratios differ from 1",
+        ),
+    )
+}
+
+
+def check_columns(lengths_B: Tensor, columns: Mapping[str, Tensor]) -> None:
+    """Check names, dtypes and shapes of a batch's columns.
+
+    Raises:
+        ConfigError: a column is not in the schema, or is not what the schema says.
+    """
+    sizes = {"T": int(lengths_B.sum()), "B": len(lengths_B)}
+    for name, tensor in columns.items():
+        column = COLUMNS.get(name)
+        if column is None and not (name.startswith(EXTRA) and name.endswith("_T")):
+            raise ConfigError(
+                f"a batch has no column {name}: an objective's own column is named {EXTRA}NAME_T, every other one is"
+                " listed in megatron_rl/data/columns.py"
+            )
+        size, trailing = sizes[name.rpartition("_")[2]], () if column is None else column.trailing
+        if tensor.shape[:1] != (size,) or tensor.dim() != 1 + len(trailing):
+            expected = ", ".join([str(size), *trailing])
+            raise ConfigError(f"the column {name} has shape {list(tensor.shape)}, expected [{expected}]")
+        if column is not None and tensor.dtype not in column.dtypes:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in column.dtypes)
+            raise ConfigError(f"the column {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {expected}")

@@ -1,0 +1,139 @@
+"""The tensors that a loss reads: one value per trained token of a packed row.
+
+Legend: T all tokens of the mini-batch, R trained tokens of one row that this rank holds.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rl.data.columns import COLUMNS, EXTRA
+from megatron_rl.data.types import Batch, Loss
+from megatron_rl.errors import ConfigError
+
+OptionalInput = Literal[
+    "segment_ids_R",
+    "clip_low_R",
+    "clip_high_R",
+    "corrections_R",
+    "rollout_logprobs_R",
+    "ref_logprobs_R",
+    "old_entropies_R",
+]
+"""Fields of ``LossInputs`` that a run may lack."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Everything that a loss reads about the trained tokens of one row, without padding or masked slots.
+
+    The tensor ``x_R`` holds the values of the batch column ``x_T`` at those tokens; none has a gradient. Floating point
+    columns are float32, or float64 if the log-probabilities are.
+    """
+
+    old_logprobs_R: Tensor
+    """Log-probability under the policy before the update, in nats. Written by ``Policy.compute_logprobs``, or by the
+    caller of ``policy_loss``; read by every importance ratio."""
+    advantages_R: Tensor
+    """Advantage of the token's response. Written by ``Objective.prepare``; read by every cost."""
+    weights_R: Tensor
+    """Weight of the token in the loss, from global counts. Written by ``Objective.columns``; read by ``make_loss``."""
+    response_shares_R: Tensor
+    """1 / trained tokens of the response, so that the sum counts responses. Written by ``Objective.prepare``; read by
+    the metrics."""
+    segment_ids_R: Tensor | None = None
+    """int64 in [0, num_segments): tokens with the same id share an importance ratio; None: every token is a segment.
+    Written by ``Objective.columns``, renumbered by ``gather``; read by ``segment_ratio``."""
+    clip_low_R: Tensor | None = None
+    """The ratio may fall to 1 - clip_low. Written by ``Objective.columns``; read by ``clipped``."""
+    clip_high_R: Tensor | None = None
+    """The ratio may rise to 1 + clip_high. Written by ``Objective.columns``; read by ``clipped``."""
+    corrections_R: Tensor | None = None
+    """Weight against the mismatch of rollout engine and trainer. Written by ``Correction``; read by ``make_loss``."""
+    rollout_logprobs_R: Tensor | None = None
+    """Log-probability that the rollout engine reported, in nats. Written by ``collect``; read by dppo."""
+    ref_logprobs_R: Tensor | None = None
+    """Log-probability under the frozen reference policy, in nats. Written by the reference pass of the policy; read by
+    ``ReferenceKL``."""
+    old_entropies_R: Tensor | None = None
+    """Entropy of the policy before the update, in nats. Written by ``Policy.compute_logprobs``; the built-in objectives
+    read it from the batch, in ``Objective.columns``."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """The objective's own columns by name. Written by its ``columns`` as ``extra_NAME_T``; read by its ``cost``."""
+    num_segments: int = 0
+    """Segments of the whole row; 0 without ``segment_ids_R``."""
+    context_group: ProcessGroup | None = None
+    """The ranks that hold the other tokens of the row; None: this rank holds all of them."""
+
+    @classmethod
+    def gather(
+        cls,
+        batch: Batch,
+        positions_R: Tensor | None = None,
+        *,
+        row_positions_R: Tensor | None = None,
+        context_group: ProcessGroup | None = None,
+    ) -> "LossInputs":
+        """Return the inputs at some trained tokens of a batch that ``prepare`` has completed.
+
+        Args:
+            batch: the mini-batch.
+            positions_R: int64, positions in T of this rank's tokens; None: all trained tokens.
+            row_positions_R: int64, positions in T of the trained tokens of the whole row, over which segments are
+                numbered; None: ``positions_R``.
+            context_group: the ranks that share the row.
+
+        Raises:
+            ConfigError: the batch lacks a column that every loss needs.
+        """
+        positions_R = batch.trained_R if positions_R is None else positions_R
+        columns: dict[str, Any] = {}
+        for field_name, column_name in TENSORS.items():
+            if column_name in batch:
+                columns[field_name] = batch[column_name][positions_R]
+            elif field_name not in get_args(OptionalInput):
+                missing = COLUMNS[column_name].missing
+                raise ConfigError(f"the loss needs the column {column_name}, which the batch lacks: {missing}")
+        own = [name for name in batch.columns if name.startswith(EXTRA)]
+        extra = {name.removeprefix(EXTRA).removesuffix("_T"): batch[name][positions_R] for name in own}
+        num_segments = 0
+        if "segment_ids_R" in columns:
+            present = batch["segment_ids_T"][positions_R if row_positions_R is None else row_positions_R].unique()
+            columns["segment_ids_R"] = torch.searchsorted(present, columns["segment_ids_R"].contiguous())
+            num_segments = len(present)
+        return cls(**columns, extra=extra, num_segments=num_segments, context_group=context_group)
+
+    def require(self, name: OptionalInput) -> Tensor:
+        """Return an optional input.
+
+        Raises:
+            ConfigError: the batch has no such column.
+        """
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            missing = COLUMNS[TENSORS[name]].missing
+            raise ConfigError(f"the objective reads {name}, which the batch lacks: {missing}")
+        return value
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return every tensor by the name of the batch column that it was gathered from."""
+        found = {column_name: getattr(self, field_name) for field_name, column_name in TENSORS.items()}
+        extra = {f"{EXTRA}{name}_T": tensor for name, tensor in self.extra.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None} | extra
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LossInputs":
+        """Return the inputs with ``function`` applied to every tensor, such as a copy to a device or a selection."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        mapped = {name: function(tensor) for name, tensor in found.items() if tensor is not None}
+        return replace(self, **mapped, extra={name: function(tensor) for name, tensor in self.extra.items()})
+
+
+TENSORS = {entry.name: f"{entry.name.removesuffix('_R')}_T" for entry in fields(LossInputs) if entry.name[-2:] == "_R"}
+"""Field of ``LossInputs`` -> column of the batch."""
+
+LossFn = Callable[[Tensor, Tensor, LossInputs], Loss]
+"""(logprobs_R with gradient, entropies_R, inputs) -> Loss."""
