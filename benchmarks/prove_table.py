@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (("logprobs", "loss", "gradient", "norm"), ("logprobs", "gradient"))
+COLUMNS = (("logprobs", "loss", "gradient"), ("logprobs", "gradient"))
 """Differences that the page shows of the first and of the second file."""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "prove.md"
 HEAD = """# Proof of layouts
@@ -20,8 +20,8 @@ This page shows that every layout gives the loss and gradient of one rank, by `m
 
 One training step of a Qwen3-MoE (4 layers, hidden 48, 8 experts, random weights) under each layout, compared with one
 rank in float64: the largest difference over all objectives. Log-probs in nats (relative above 1), loss relative to
-max(|loss|, 1), gradient: the worst parameter's norm of the difference over its norm, norm: Megatron's gradient norm.
-Entropies and ratios are checked too. {date}, 2 CPU cores, gloo.
+max(|loss|, 1), gradient: the worst parameter's norm of the difference over its norm. Entropies, ratios and Megatron's
+gradient norm are checked too. {date}, 2 CPU cores, gloo.
 """
 
 

@@ -70,26 +70,14 @@ def memory() -> str:
 
 def work() -> str:
     """Return the cost per step of each shipped config."""
-    head = (
-        "config",
-        "tokens per step",
-        "log-probs",
-        "training",
-        "generation",
-        "log-probs and training",
-        "tokens/s",
-        "bubble",
-        "weights",
-    )
+    head = ("config", "tokens per step", "operations", "log-probs and training", "tokens/s", "bubble", "weights")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, run, estimate in shipped():
         cost, idle = estimate.cost, pipeline_bubble(estimate.layout, estimate.microbatches)
         assert run.cluster.gpu_tflops is not None
         rate = estimate.layout.ranks * run.cluster.gpu_tflops * 1e12 * run.cluster.mfu
         seconds = (cost.logprob_flops + cost.train_flops) / rate / (1 - idle)
-        operations = " | ".join(
-            f"{count / 1e15:,.0f}" for count in (cost.logprob_flops, cost.train_flops, cost.generate_flops)
-        )
+        operations = f"{(cost.logprob_flops + cost.train_flops) / 1e15:,.0f}"
         times = f"{seconds:,.0f} s | {cost.tokens / seconds:,.0f} | {idle:.1%}"
         lines.append(f"| {name} | {cost.tokens:,} | {operations} | {times} | {cost.weight_bytes / GIB:,.0f} GiB |")
     return "\n".join(lines)

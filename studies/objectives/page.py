@@ -1,7 +1,7 @@
 """Fills the tables of docs/study.md and draws its pictures from the results."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_rl.report.plot import Series, curves
@@ -129,27 +129,13 @@ MEASURES = {"final": "accuracy", "training": "in training", "tokens": "tokens ke
 
 def variants(found: Grouped) -> list[str]:
     """Each variant minus its objective at the safe rate."""
-    return _variants(found, REFERENCE, {**ABLATIONS, **WINDOWS}, tuple(MEASURES))
-
-
-def variants_hot(found: Grouped) -> list[str]:
-    """The windows and temperatures minus their objective at the hot rate, and the collapsed runs."""
-    cells = found.get(ROUGH, {})
-    lines = _variants(found, ROUGH, WINDOWS, ("final", "tokens"))
-    counts = ["collapsed", "---", *(_collapsed(cells[variant]) for variant in WINDOWS if variant in cells)]
-    return [
-        f"{line}{count}|" if count == "---" else f"{line} {count} |" for line, count in zip(lines, counts, strict=True)
-    ]
-
-
-def _variants(found: Grouped, condition: Condition, changed: Iterable[str], names: Sequence[str]) -> list[str]:
-    cells = found.get(condition, {})
+    cells = found.get(REFERENCE, {})
     rows = [
-        [variant, *(_difference(cells[variant], cells.get(variant.partition(",")[0]), name) for name in names)]
-        for variant in changed
+        [variant, *(_difference(cells[variant], cells.get(variant.partition(",")[0]), name) for name in MEASURES)]
+        for variant in (*ABLATIONS, *WINDOWS)
         if variant in cells
     ]
-    return table(["variant", *(MEASURES[name] for name in names)], rows)
+    return table(["variant", *MEASURES.values()], rows)
 
 
 TABLES: Mapping[str, Callable[[Grouped], list[str]]] = {
@@ -159,7 +145,6 @@ TABLES: Mapping[str, Callable[[Grouped], list[str]]] = {
     "collapse": collapse,
     "reuse": reuse,
     "variants": variants,
-    "variants, hot": variants_hot,
 }
 """Name in the page -> table."""
 
