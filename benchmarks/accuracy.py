@@ -1,9 +1,9 @@
-"""The demo under each objective and several seeds: accuracy on held-out prompts against rollout batches.
+"""Trains the demo with each objective and several seeds; tabulates held-out accuracy by rollout batch.
 
     python benchmarks/accuracy.py [--seeds 3] [--steps 60] [--out docs/accuracy]
 
-Runs `megatron-rl train configs/demo.toml configs/objective/NAME.toml train.seed=S` one after the other, skips runs that
-are finished already, and writes OUT.json (every accuracy) and OUT.md (the table).
+Runs `megatron-rl train configs/demo.toml configs/objective/NAME.toml train.seed=S` one after the other, skips finished
+runs, and writes OUT.json (every accuracy) and OUT.md (the table).
 """
 
 import argparse
@@ -15,12 +15,13 @@ import sys
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common import ROOT, table
+
 OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo")
 
 
 def run(objective: str, seed: int, steps: int, runs: Path) -> dict[int, float]:
-    """Return accuracy by rollout batches; trains unless the run is there."""
+    """Return the accuracy after each number of rollout batches; train first unless the run is finished."""
     folder = runs / f"{objective}-{seed}"
     if not (folder / "export").is_dir():
         settings = [f"train.seed={seed}", f"train.steps={steps}", f"log.path={folder}", "log.rollouts=false"]
@@ -32,17 +33,15 @@ def run(objective: str, seed: int, steps: int, runs: Path) -> dict[int, float]:
     return {line["step"]: line["accuracy"] for line in lines if line.get("accuracy") is not None}
 
 
-def table(results: dict[str, list[dict[int, float]]]) -> list[str]:
-    """Return mean and range over seeds for each objective."""
+def accuracies(results: dict[str, list[dict[int, float]]]) -> str:
+    """Return a table of the mean and range over seeds, one row per objective and one column per step."""
     steps = sorted(next(iter(results.values()))[0])
-    lines = ["| objective | " + " | ".join(f"{step}" for step in steps) + " |", "|---" * (len(steps) + 1) + "|"]
+    rows = []
     for objective, curves in results.items():
-        cells = []
-        for step in steps:
-            values = [curve[step] for curve in curves]
-            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
-        lines.append(f"| {objective} | " + " | ".join(cells) + " |")
-    return lines
+        columns = [[curve[step] for curve in curves] for step in steps]
+        cells = [f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" for values in columns]
+        rows.append([objective, *cells])
+    return table(["objective", *map(str, steps)], rows)
 
 
 def main() -> None:
@@ -69,7 +68,7 @@ def main() -> None:
         "and 4 optimizer steps per",
         "rollout batch, learning rate 2e-4, the papers' windows (`configs/objective/`).",
         "",
-        *table(results),
+        accuracies(results),
         "",
         f"Made by `benchmarks/accuracy.py`, {date.today()}, {platform.machine()}, Python {platform.python_version()}.",
     ]

@@ -1,11 +1,11 @@
-"""How much of the time trainer and fleet each have work, by rollout.max_lag, with a few very long responses.
+"""The share of time that trainer and fleet are busy, by rollout.max_lag, when a few responses are very long.
 
-    python benchmarks/async_share.py                  # clockwork: servers and a trainer that sleep, real fleet and HTTP
+    python benchmarks/async_share.py                  # simulation: servers and trainer sleep; real fleet and HTTP
     python benchmarks/async_share.py --run RUN ...    # the same shares of finished runs, from their metrics.jsonl
 
-Clockwork shows the schedule alone, whatever else the machine does: two servers answer a group when its longest response
-is done (lengths are lognormal, drawn from each response's seed), a step of training is a sleep. Everything between them
-is the product: stream, buffer, fleet, client, pauses and pushes.
+The simulation measures the schedule alone, independent of the load of the machine: two servers answer a group when its
+longest response is done (lengths are lognormal, drawn from each response's seed), and a training step is a sleep.
+Everything between them is real: stream, buffer, fleet, client, pauses and weight pushes.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from benchmarks.common import table
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import Generated
@@ -33,7 +34,7 @@ from tests.fleet.fake import FakeServer, serving
 TOKEN_SECONDS = 0.0005
 MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 250, 0.9, 4000
 TRAIN_SECONDS = (1.0, 0.4)
-"""Of a step: longer, and shorter, than the fleet takes for most of a batch."""
+"""Training time per step: longer and shorter than the fleet needs for most of a batch."""
 SERVERS, PROMPTS, GROUP, STEPS = 2, 16, 4, 16
 
 
@@ -43,7 +44,7 @@ def tokens_of(seed: int) -> int:
 
 
 class SleepyServer(FakeServer):
-    """Answers when the longest response of a request is done; a token takes as long whatever the company."""
+    """Answers when the longest response of a request is done; the time per token does not depend on the batch size."""
 
     async def generate(self, body: dict[str, Any]) -> web.Response:
         """Sleep, then answer."""
@@ -52,24 +53,24 @@ class SleepyServer(FakeServer):
         return await super().generate(body)
 
     def sample(self, rid: str, input_ids: list[int], params: dict[str, Any]) -> dict[str, Any]:
-        """Return a short answer: the length is in the time."""
+        """Return a short answer: the simulated length only sets the delay."""
         return super().sample(rid, input_ids, {**params, "max_new_tokens": 1})
 
 
 class AnyAnswer:
-    """A task with a verdict for everything."""
+    """A task that accepts every response."""
 
     def prompts(self, split: str, seed: int) -> Generated:
-        """Return prompts without end."""
+        """Return an endless stream of prompts."""
         return Generated(lambda position: Prompt(f"p{position}", (1, 2), "", ""))
 
     def verify(self, prompt: Prompt, response: Response) -> Verdict:
-        """Return a reward that differs within the group."""
+        """Return a reward that differs between the responses of a group."""
         return Verdict(float(response.index), True)
 
 
-def clockwork(max_lag: int, train_seconds: float) -> dict[str, float]:
-    """Return seconds a step, and the share of them that trainer and fleet had work."""
+def simulate(max_lag: int, train_seconds: float) -> dict[str, float]:
+    """Return the seconds per step and the shares of time that trainer and fleet were busy."""
     sizes = [f"train.steps={STEPS}", f"train.prompts_per_step={PROMPTS}", f"train.group_size={GROUP}"]
     lag = [f"rollout.max_lag={max_lag}", "rollout.sampling.max_new_tokens=1"]
     run = load(Run, [], ["model.path=none", *sizes, *lag]).run
@@ -91,7 +92,7 @@ def clockwork(max_lag: int, train_seconds: float) -> dict[str, float]:
 
 
 def finished(folder: Path, first: int = 2) -> dict[str, float]:
-    """Return the same of a run, without its first steps, its evaluations and its last line."""
+    """Return the same numbers for a finished run, without its first steps, evaluations and last line."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line["seconds"] for line in lines if line["step"] >= first and "loss" in line]
     total = sum(step["total"] - step.get("evaluate", 0.0) for step in steps)
@@ -109,18 +110,19 @@ def main() -> None:
     parser.add_argument("--run", type=Path, nargs="*", default=[])
     folders = parser.parse_args().run
     if folders:
-        table("run", {str(folder): finished(folder) for folder in folders})
+        print_shares("run", {str(folder): finished(folder) for folder in folders})
     for seconds in () if folders else TRAIN_SECONDS:
-        table(f"max_lag, training {seconds:g} s", {f"{lag}": clockwork(lag, seconds) for lag in range(3)})
+        print_shares(f"max_lag, training {seconds:g} s", {f"{lag}": simulate(lag, seconds) for lag in range(3)})
 
 
-def table(head: str, rows: dict[str, dict[str, float]]) -> None:
-    """Print rows, with their time a step against the first one's."""
-    print(f"| {head} | seconds a step | of the first row | trainer has work | fleet has work |\n|---|---|---|---|---|")
-    base = next(iter(rows.values()))["seconds"]
-    for name, row in rows.items():
-        shares = f"{row['trainer']:.0%} | {row['fleet']:.0%}"
-        print(f"| {name} | {row['seconds']:.2f} | {row['seconds'] / base:.2f} | {shares} |")
+def print_shares(head: str, results: dict[str, dict[str, float]]) -> None:
+    """Print a table of the results; the third column is the time per step relative to the first row."""
+    base = next(iter(results.values()))["seconds"]
+    rows = [
+        [name, f"{r['seconds']:.2f}", f"{r['seconds'] / base:.2f}", f"{r['trainer']:.0%}", f"{r['fleet']:.0%}"]
+        for name, r in results.items()
+    ]
+    print(table([head, "seconds per step", "relative to the first row", "trainer busy", "fleet busy"], rows))
 
 
 if __name__ == "__main__":

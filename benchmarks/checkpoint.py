@@ -1,12 +1,13 @@
-"""How long training waits for a checkpoint, next to `cp` of the same bytes: python benchmarks/checkpoint.py [--saves 5]
+"""How long training waits for a checkpoint, compared with `cp` of the same bytes.
 
-A random Qwen3-MoE of 20 M parameters is trained on synthetic rows and saved again and again, on one rank; then it is
-loaded, under the layout that wrote it and under another. Every time is the median; every ratio is to `cp` with fsync.
+    python benchmarks/checkpoint.py [--saves 5]
+
+A random Qwen3-MoE of 20 M parameters is trained on synthetic rows and saved repeatedly on one rank; then it is loaded
+with the layout that wrote it and with another one. Times are medians; ratios are to `cp` with fsync.
 """
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -17,7 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common import run_on_ranks, table
+
 VOCABULARY = 4096
 
 
@@ -42,14 +44,14 @@ def save_model(folder: Path) -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long the work takes."""
+    """Return how long one call takes, in seconds."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def copied(source: Path, target: Path) -> None:
-    """Copy a folder as `cp` does, until it is on the disk."""
+    """Copy a folder with `cp` and flush it to disk."""
     from megatron_rl.util.atomic import flush_to_disk
 
     subprocess.run(["cp", "-r", source, target], check=True)
@@ -58,12 +60,12 @@ def copied(source: Path, target: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has had."""
+    """Return the largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]]) -> int:
-    """Be a rank: train and save, or load if there is a checkpoint; the main rank writes what it measured."""
+    """Run one rank: train and save, or load if there is a checkpoint; the main rank writes the measurements."""
     import torch
 
     from megatron_rl.config.schema import Run
@@ -111,16 +113,13 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
 
 
 def launch(folder: Path, ranks: int, saves: int, **settings: Mapping[str, object]) -> dict[str, list[float]]:
-    """Run the ranks and return what they measured."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    words = [str(Path(__file__)), "--rank", str(folder), str(saves), json.dumps(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*launcher, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+    """Run the ranks and return their measurements."""
+    run_on_ranks(__file__, ranks, [str(folder), str(saves), json.dumps(settings)])
     return json.loads((folder / "found.json").read_text())
 
 
 def measure(folder: Path, saves: int) -> list[tuple[str, float, float]]:
-    """Return (what, seconds, ratio to cp)."""
+    """Return rows of (operation, seconds, ratio to cp)."""
     save_model(folder / "model")
     later = launch(folder, 1, saves, checkpoint={"keep": 1, "asynchronous": True})
     (checkpoint,) = (folder / "run" / "checkpoints").glob("step_*")
@@ -131,35 +130,33 @@ def measure(folder: Path, saves: int) -> list[tuple[str, float, float]]:
     shutil.rmtree(folder / "run")
     waited = launch(folder, 1, saves, checkpoint={"keep": 1, "asynchronous": False})
     middle = {name: statistics.median(values[1:] or values) for name, values in later.items() if values}
-    print(
-        f"{size / 1e6:.0f} MB; cp with fsync {cp:.2f} s, {size / cp / 1e6:.0f} MB/s; an update {middle['update']:.2f} s"
-    )
-    print(f"loading: {same['load peak'][0] / size:.2f} and {other['load peak'][0] / size:.2f} of its size in memory")
+    print(f"{size / 1e6:.0f} MB; cp with fsync {cp:.2f} s, {size / cp / 1e6:.0f} MB/s")
+    print(f"one update: {middle['update']:.2f} s")
+    memory = [f"{loaded['load peak'][0] / size:.2f}" for loaded in (same, other)]
+    print(f"peak memory of loading, as a multiple of the checkpoint's size: {memory[0]}, other layout {memory[1]}")
     rows = [
         ("cp and fsync", cp),
-        ("save, `asynchronous`: training waits", middle["stall"]),
-        ("the first one (it gets the memory)", later["stall"][0]),
-        ("until it is complete", middle["complete"]),
-        ("save, not `asynchronous`: training waits", statistics.median(waited["stall"][1:])),
+        ("asynchronous save: training waits", middle["stall"]),
+        ("first asynchronous save (allocates its buffers)", later["stall"][0]),
+        ("asynchronous save: until it is complete", middle["complete"]),
+        ("synchronous save: training waits", statistics.median(waited["stall"][1:])),
         ("load, same layout", same["load"][0]),
         ("load on tensor=2 expert=2", other["load"][0]),
     ]
     slower = statistics.median(later["update while writing"] or [middle["update"]]) / middle["update"]
-    print(f"an update while a checkpoint is written takes {slower:.2f} times as long")
+    print(f"an update during a write takes {slower:.2f} times as long")
     return [(what, value, value / cp) for what, value in rows]
 
 
 def main() -> int:
-    """Measure and print the table, or be a rank."""
+    """Measure and print the table; with ``--rank``, run one rank."""
     if sys.argv[1:2] == ["--rank"]:
         return rank(Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=5)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), parser.parse_args().saves)
-    print("| | seconds | of `cp` |\n|---|---|---|")
-    for what, value, ratio in rows:
-        print(f"| {what} | {value:.3f} | {ratio:.2f} |")
+    print(table(["operation", "seconds", "ratio to `cp`"], [[w, f"{s:.3f}", f"{r:.2f}"] for w, s, r in rows]))
     return 0
 
 

@@ -1,13 +1,12 @@
-"""What share of a demo step is spent in collectives: python benchmarks/communication.py [--steps 12]
+"""The share of a demo step that is spent in collectives: python benchmarks/communication.py [--steps 12]
 
-Runs the demo on one rank and on two (tensor 2, expert 2) with every function of torch.distributed timed, and prints a
-table of the main rank's phases, each in its fastest step. The time of a collective includes waiting for the other rank.
+Runs the demo on one rank and on two (tensor 2, expert 2) with timers around the functions of torch.distributed, and
+prints the phases of the main rank, each from its fastest step. A collective's time includes waiting for the other rank.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common import run_on_ranks, table
+
 LAYOUTS = {
     "one rank": (1, ["parallel.tensor=1", "parallel.expert=1"]),
     "tensor=2 expert=2": (2, ["parallel.tensor=2", "parallel.expert=2"]),
@@ -35,17 +35,17 @@ FUNCTIONS = (
     "recv",
 )
 PHASES = ("score", "train", "weights")
-"""Not rollout: there the other ranks wait for the main rank, which waits for the server."""
+"""The rollout phase is left out: there the other ranks wait for the main rank, which waits for the server."""
 
 
 class Clock:
-    """Seconds and calls of collectives since it was last read."""
+    """Counts seconds and calls of collectives since the last reading."""
 
     def __init__(self) -> None:
         self.seconds, self.calls, self._depth = 0.0, 0, 0
 
     def timed(self, function: Callable[..., object], counts: int) -> Callable[..., object]:
-        """Return the function with its time added; a collective inside another counts once."""
+        """Return the function with a timer around it; a collective inside another one counts once."""
 
         def run(*args: object, **options: object) -> object:
             began = time.perf_counter()
@@ -61,26 +61,26 @@ class Clock:
         return run
 
     def read(self) -> tuple[float, int]:
-        """Return seconds and calls, and start again."""
+        """Return seconds and calls, and reset both."""
         found = (self.seconds, self.calls)
         self.seconds, self.calls = 0.0, 0
         return found
 
 
 def replace(owner: object, name: str, function: Callable[..., object]) -> None:
-    """Put a function in the place of another: a benchmark may look where the package must not."""
+    """Replace an attribute; the package itself may not patch others, a benchmark may."""
     setattr(owner, name, function)
 
 
 def rank(out: Path, words: list[str]) -> int:
-    """Be a trainer rank whose collectives are timed; the main rank writes (phase, seconds, in collectives, calls)."""
+    """Run one trainer rank with timed collectives; the main rank writes (phase, seconds, in collectives, calls)."""
     import torch.distributed as dist
 
     clock, lines = Clock(), list[tuple[str, float, float, int]]()
     for module in (dist, dist.distributed_c10d):
         for name in FUNCTIONS:
             replace(module, name, clock.timed(getattr(module, name), 1))
-    replace(dist.Work, "wait", clock.timed(dist.Work.wait, 0))  # what was started without waiting
+    replace(dist.Work, "wait", clock.timed(dist.Work.wait, 0))  # asynchronous collectives
 
     from megatron_rl.cli import main
     from megatron_rl.observability.recorder import RunRecorder
@@ -103,34 +103,32 @@ def rank(out: Path, words: list[str]) -> int:
 
 
 def measure(ranks: int, settings: list[str], steps: int, folder: Path) -> dict[str, tuple[float, float, float]]:
-    """Return (seconds, seconds in collectives, calls) of each phase: of the step where it was fastest."""
+    """Return (seconds, seconds in collectives, calls) per phase, each from the step in which it was fastest."""
     out = folder / "phases.json"
     run = ["train", "configs/demo.toml", f"train.steps={steps}", "evaluate.every=0", f"log.path={folder / 'run'}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    command = [*launcher, str(Path(__file__)), "--rank", str(out), *run, *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    run_on_ranks(__file__, ranks, [str(out), *run, *settings])
     found: dict[str, list[list[float]]] = defaultdict(list)
     for name, *numbers in json.loads(out.read_text()):
         found[name].append(numbers)
 
-    # The first two steps warm up; what else runs on the machine slows the others more or less.
+    # The first two steps are warm-up. Other load on the machine slows some of the rest, hence the minimum.
     fastest = {name: min(lines[2:]) for name, lines in found.items() if name in PHASES}
     return {name: (seconds, inside, calls) for name, (seconds, inside, calls) in fastest.items()}
 
 
 def main() -> int:
-    """Measure both layouts and print the table, or be a rank."""
+    """Measure both layouts and print the table; with ``--rank``, run one rank."""
     if sys.argv[1:2] == ["--rank"]:
         return rank(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     steps = parser.parse_args().steps
-    print("| layout | phase | seconds | in collectives | share | calls |\n|---|---|---|---|---|---|")
+    rows = []
     for name, (ranks, settings) in LAYOUTS.items():
         with tempfile.TemporaryDirectory() as folder:
             for phase, (seconds, inside, calls) in measure(ranks, settings, steps, Path(folder)).items():
-                print(f"| {name} | {phase} | {seconds:.3f} | {inside:.3f} | {inside / seconds:.0%} | {calls:.0f} |")
+                rows.append([name, phase, f"{seconds:.3f}", f"{inside:.3f}", f"{inside / seconds:.0%}", f"{calls:.0f}"])
+    print(table(["layout", "phase", "seconds", "in collectives", "share", "calls"], rows))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""How fast checkpoints are converted, and in how much memory: python benchmarks/convert.py [--gigabytes 2]
+"""Time and memory of checkpoint conversion: python benchmarks/convert.py [--gigabytes 2]
 
-A random Qwen3-MoE of about that size in bfloat16 is written, then copied with ``cp``, converted both ways, verified,
-and loaded and written by mbridge where that is installed, each in a process of its own. Printed are the time as a ratio
-to that of ``cp``, and the most memory above what it held after its imports; the page cache is warm for all. Results:
+A random Qwen3-MoE of about that size in bfloat16 is written, copied with ``cp``, converted in both directions,
+verified, and loaded and written by mbridge where that is installed, each in a separate process. Prints the time as a
+ratio to that of ``cp`` and the peak memory above the level after the imports. The page cache is warm. Results:
 docs/families.md.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.common import ROOT
 from megatron_rl.models.hf_mapping import family_of
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -47,7 +47,7 @@ from pathlib import Path
 {imports}
 def kilobytes(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak after the imports
 before, begun = kilobytes("VmRSS"), time.perf_counter()
 {work}
 print(json.dumps([time.perf_counter() - begun, 1024 * (kilobytes("VmHWM") - before)]))
@@ -100,14 +100,14 @@ def main() -> None:
             except subprocess.CalledProcessError as error:
                 print(f"{name}: did not run: {error.stderr.strip().splitlines()[-1]}")
                 continue
-            seconds, most = min(seconds for seconds, _ in results), min(most for _, most in results)
+            seconds, peak = min(seconds for seconds, _ in results), min(peak for _, peak in results)
             base = base or seconds
-            memory = f", {most / 1e6:,.0f} MB" if name != "cp" else ""
+            memory = f", peak {peak / 1e6:,.0f} MB" if name != "cp" else ""
             print(f"{name}: {size / seconds / 1e9:.2f} GB/s, {seconds / base:.1f} x the time of cp{memory}", flush=True)
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """Write the random model, a file a layer; return its bytes."""
+    """Write the random model, one file per layer, and return its bytes."""
     config = {**SHAPE, "num_hidden_layers": max(layers, 1)}
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def copied(folder: Path) -> tuple[float, float]:
-    """Return seconds of a plain copy, flushed as ours are."""
+    """Return the seconds of a plain copy, flushed to disk as the converter does."""
     shutil.rmtree(folder / "copy", ignore_errors=True)
     begun = time.perf_counter()
     subprocess.run(["cp", "-r", folder / "hf", folder / "copy"], check=True)
@@ -133,13 +133,13 @@ def copied(folder: Path) -> tuple[float, float]:
 
 
 def ours(target: Path, *command: object) -> tuple[float, float]:
-    """Return seconds and bytes of a command of the converter."""
+    """Return seconds and peak bytes of a converter command."""
     shutil.rmtree(target, ignore_errors=True)
     return measured(OURS, "main(sys.argv[1:])", *command)
 
 
 def mbridge(folder: Path, load: str, save: str = "") -> tuple[float, float]:
-    """Return seconds and bytes of mbridge filling a model on one rank, or writing it."""
+    """Return seconds and peak bytes of mbridge loading a model on one rank, or saving it."""
     shutil.rmtree(folder / "mbridge", ignore_errors=True)
     imports = MBRIDGE + (load if save else "")
     work = "bridge.save_weights([view], target)" if save else load
@@ -147,12 +147,12 @@ def mbridge(folder: Path, load: str, save: str = "") -> tuple[float, float]:
 
 
 def measured(imports: str, work: str, *arguments: object) -> tuple[float, float]:
-    """Return what a program took from after its imports to its end."""
+    """Return the seconds and peak bytes of a program after its imports."""
     program = MEASURED.format(imports=imports, work=work)
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    seconds, most = json.loads(done.stdout.splitlines()[-1])
-    return seconds, most
+    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    return seconds, peak
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of docs/families.md: every family against transformers, under every layout of the tests.
+"""The table of docs/families.md: every model family against transformers, with every layout of the tests.
 
 python benchmarks/family_table.py
 """
@@ -33,7 +33,7 @@ def main() -> None:
             pairs = [differences(folder, layout) for layout in layouts]
             logits, gradient = (max(values) for values in zip(*pairs, strict=True))
             count = len(load_file(folder / "model.safetensors"))
-            same = sum(comes_back(name, Path(place), dtype, fused) for dtype, fused in FORMS)
+            same = sum(round_trip_is_exact(name, Path(place), dtype, fused) for dtype, fused in FORMS)
             print(f"| {name} | {count} | {logits:.1e} | {gradient:.1e} | {same} of {len(FORMS)} |", flush=True)
 
 
@@ -41,7 +41,7 @@ FORMS = [(dtype, fused) for dtype in (torch.float32, torch.bfloat16) for fused i
 
 
 def differences(folder: Path, layout: str) -> tuple[float, float]:
-    """Return the largest difference of a logit, and of a gradient over the largest gradient."""
+    """Return the largest difference of a logit, and of a gradient relative to the largest gradient."""
     truth = by_transformers(folder, case())
     ranks, parallel = LAYOUTS[layout]
     ours: dict[str, torch.Tensor] = {}
@@ -57,8 +57,8 @@ def differences(folder: Path, layout: str) -> tuple[float, float]:
     return logits, max(float((ours[key].double() - truth[key]).abs().max()) for key in keys) / largest
 
 
-def comes_back(name: str, place: Path, dtype: torch.dtype, fused: bool) -> bool:
-    """Return whether the file is the same, byte for byte, after both conversions."""
+def round_trip_is_exact(name: str, place: Path, dtype: torch.dtype, fused: bool) -> bool:
+    """Return whether converting to megatron-core and back gives the same file, byte for byte."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         source = families.save(name, Path(folder) / "hf", dtype, fused=fused)
         to_megatron.convert(source, Path(folder) / "m", 1, QUIET)

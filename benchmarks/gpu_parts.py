@@ -1,50 +1,34 @@
-"""The parts beside the model, each against its limit: matrix products, copies, segment sums, a push between processes.
+"""Parts around the model, each compared with its limit: matrix products, copies, segment sums, CUDA IPC.
 
     python benchmarks/gpu_parts.py limit OUT.json        # bf16 products, copies on the device and to it
     python benchmarks/gpu_parts.py segments OUT.json     # the loss over 65,536 packed tokens, by objective
-    python benchmarks/gpu_parts.py push OUT.json         # CUDA IPC: another process copies this one's tensors
-    ... --device cpu --tiny                              # the same code, end to end (push: shared memory)
+    python benchmarks/gpu_parts.py push OUT.json         # CUDA IPC: another process copies this process's tensors
+    ... --device cpu --tiny                              # the same code on a CPU (push: shared memory)
 
-A push here is only the copy through a handle: the bound of any push between two processes of one GPU.
+The push measures only the copy through a handle: an upper bound for any push between two processes on one GPU.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from benchmarks.common import median_seconds
 from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO, GRPO, GSPO
 from megatron_rl.data.loss_inputs import LossFn, LossInputs
 from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 
-REPEATS = 10
-
 
 def seconds_of(operation: Callable[[], object], device: str) -> float:
-    """Return the median of seconds, after two calls that are not counted."""
-    seconds = []
-    for number in range(REPEATS + 2):
-        _wait(device)
-        start = time.perf_counter()
-        operation()
-        _wait(device)
-        if number >= 2:
-            seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """Return the median of ten calls in seconds, after two calls that do not count."""
+    return median_seconds(operation, device, repeats=10, warm_up=2)
 
 
 def limit(device: str, tiny: bool) -> dict[str, object]:
@@ -64,7 +48,6 @@ def limit(device: str, tiny: bool) -> dict[str, object]:
 
 def segments(device: str, tiny: bool) -> dict[str, object]:
     """Return seconds of the loss and its gradient, by objective, over one row of many tokens."""
-
     tokens, length = (4096, 256) if tiny else (65_536, 2048)
     torch.manual_seed(0)
     old_T = -torch.rand(tokens)
@@ -101,7 +84,7 @@ def _copier(tensors: "multiprocessing.Queue[Tensor]", answers: "multiprocessing.
 
 
 def push(device: str, tiny: bool) -> dict[str, object]:
-    """Return GB/s at which another process copies a tensor of this one, which sends no more than a handle."""
+    """Return GB/s at which another process copies a tensor of which it only received a handle."""
     context = multiprocessing.get_context("spawn")
     tensors, answers = context.Queue(), context.Queue()
     child = context.Process(target=_copier, args=(tensors, answers, device))
@@ -115,7 +98,7 @@ def push(device: str, tiny: bool) -> dict[str, object]:
 
 
 def main(parts: Mapping[str, Callable[[str, bool], dict[str, object]]], description: str | None) -> None:
-    """Run the part that the command line names, print what it found and write it to a file."""
+    """Run the part that the command line names, print the result and write it to a file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=tuple(parts))
     parser.add_argument("output", type=Path)

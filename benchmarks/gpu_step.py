@@ -3,25 +3,25 @@
     python benchmarks/gpu_step.py OUT.json --size 1.5B --tokens 8192 --limit LIMIT.json
     python benchmarks/gpu_step.py OUT.json --device cpu --tiny           # the same code, end to end, in a minute
 
-Random weights, made on the device: no checkpoint is written. A step is ``--rows`` packed rows forward and backward, and
-an optimizer step where its state fits (``--no-step`` leaves it out: 18 bytes a parameter are 180 GB at 10B).
-FLOPs are those of the matrices that a token meets, times 2 forward and 6 for a step, and of causal attention; what is
-computed twice (recomputation, logits in the backward pass) counts once. Times are medians of ``--repeats``.
+Weights are random and made on the device; no checkpoint is written. A step is forward and backward over ``--rows``
+packed rows and an optimizer step if its state fits (``--no-step`` leaves it out: 18 bytes per parameter are 180 GB at
+10B). FLOPs count the matrices that a token passes through, times 2 for the forward pass and 6 for a step, and causal
+attention; what is computed twice (recomputation, logits in the backward pass) counts once. Times are medians of
+``--repeats``.
 """
 
 import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
 
+from benchmarks.common import median_seconds, synchronize
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.planning.layout import layout_of
 from megatron_rl.launch.planning.memory import stage_memory
@@ -31,7 +31,7 @@ from megatron_rl.models.hf_mapping.rules import Family
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen3-MoE by its shape."""
+    """The sizes of a Qwen3-MoE."""
 
     hidden: int
     layers: int
@@ -72,13 +72,13 @@ class Size:
 
     @property
     def active(self) -> int:
-        """Elements of the matrices that a token meets, the output layer included, the embedding not."""
+        """Elements of the matrices that a token passes through, with the output layer and without the embedding."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
         experts = self.chosen * 3 * self.hidden * self.width + self.hidden * self.experts
         return self.layers * (attention + experts) + self.hidden * self.vocabulary
 
     def flops(self, tokens: int, length: int) -> float:
-        """Return those of a forward pass over sequences of ``length``; a training step has three times as many."""
+        """Return the FLOPs of a forward pass over sequences of ``length``; a training step has three times as many."""
         scores = 2 * 2 * self.heads * self.head_dim * length / 2
         return tokens * (2 * self.active + self.layers * scores)
 
@@ -91,7 +91,7 @@ SIZES = {
 
 
 def fill(chunks: list[nn.Module], *_: object) -> None:
-    """Draw matrices from a normal distribution, set vectors to 1: in place of loading a checkpoint."""
+    """Fill matrices from a normal distribution and vectors with 1, instead of loading a checkpoint."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
@@ -99,7 +99,7 @@ def fill(chunks: list[nn.Module], *_: object) -> None:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, object]:
-    """Measure, and return what is to be written."""
+    """Measure and return the results."""
     os.environ["MEGATRON_RL_DEVICE"] = arguments.device
     from megatron_rl.algorithms.loss import make_loss, prepare
     from megatron_rl.algorithms.objectives import GRPO
@@ -147,7 +147,7 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
     limit = json.loads(arguments.limit.read_text())["bf16 TFLOP/s"] if arguments.limit else None
     work = {"score": (lambda: policy.compute_logprobs(batch), 1), "step": (step, 3)}
     for name, (operation, passes) in work.items():
-        seconds = timed(operation, arguments.repeats, world.device)
+        seconds = median_seconds(operation, world.device.type, arguments.repeats)
         tera = passes * size.flops(total, arguments.length) / seconds / 1e12
         shares = {"share of limit": tera / limit} if limit else {}
         measured = {"seconds": seconds, "tokens/s": total / seconds, "TFLOP/s": tera, "peak": memory(peak=True)}
@@ -160,7 +160,7 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def planned(run: Run, family: Family, arguments: argparse.Namespace) -> dict[str, int]:
-    """Return the bytes that the plan of ``megatron-rl check`` expects of this device, without what it only assumes."""
+    """Return the bytes that the plan of ``megatron-rl check`` predicts for this device, without its reserve."""
     layout = layout_of(run.parallel, 1, run.model.megatron)
     work = full_microbatch(run, layout, arguments.length, fused=arguments.device == "cuda")
     (rank,) = stage_memory(run, family, layout, work, arguments.rows)
@@ -169,7 +169,7 @@ def planned(run: Run, family: Family, arguments: argparse.Namespace) -> dict[str
 
 
 def memory(*, peak: bool = False) -> int | None:
-    """Return bytes of the device's memory in tensors, now or at most since the last call; None on a CPU."""
+    """Return the bytes of tensors on the device, now or the peak since the last call; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
@@ -177,33 +177,14 @@ def memory(*, peak: bool = False) -> int | None:
     return used
 
 
-def timed(operation: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Return the median of seconds, after one call that is not counted."""
-    operation()
-    seconds = []
-    for _ in range(repeats):
-        wait(device)
-        start = time.perf_counter()
-        operation()
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def wait(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def profiled(operation: Callable[[], object], device: torch.device) -> list[dict[str, object]]:
-    """Return the operations that take most of the device's time, most first."""
+    """Return the 20 operations that take most of the device's time, slowest first."""
     from torch.profiler import ProfilerActivity, profile
 
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as watched:
         operation()
-        wait(device)
+        synchronize(device.type)
     field = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     events = sorted(watched.key_averages(), key=lambda event: -getattr(event, field))
     whole = sum(getattr(event, field) for event in events) or 1
@@ -216,18 +197,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a model and rows that a CPU computes at once")
+    parser.add_argument("--tiny", action="store_true", help="a model and rows that a CPU computes in seconds")
     parser.add_argument("--size", choices=tuple(SIZES), default="1.5B")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a packed row")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per packed row")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--no-step", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--limit", type=Path, help="what gpu_parts.py wrote about the matrix limit")
+    parser.add_argument("--limit", type=Path, help="the file of `gpu_parts.py limit`")
     given = parser.parse_args()
     if given.tiny:
         given.tokens, given.length, given.repeats = 256, 64, 1

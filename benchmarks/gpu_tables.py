@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import table
+
 GIB = 1 << 30
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
-
-
 def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
-    """Return the line of one file of gpu_step.py."""
+    """Return the row for one file of gpu_step.py."""
     settings = found["settings"]
     cells = [name, settings["tokens"], settings["recompute"], settings["plain"] or "-"]
     for part in ("score", "step"):
@@ -27,7 +24,7 @@ def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def run_row(metrics: Path) -> list[str]:
-    """Return the line of one run of the trainer; times are of all steps but the first two."""
+    """Return the row for one training run; the first two steps do not count in the times."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
     columns = [f"{accuracies[at]:.3f}" for at in (0, -1)] if accuracies else ["-", "-"]
@@ -46,7 +43,7 @@ def run_row(metrics: Path) -> list[str]:
 
 
 def report(folder: Path) -> str:
-    """Return all tables that the folder has files for."""
+    """Return the tables for all files of the folder."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     steps = {name: found for name, found in files.items() if name.startswith("step-")}
     parts = []

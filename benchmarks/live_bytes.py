@@ -1,4 +1,4 @@
-"""Counts the memory that operators make and that is still held, on any device, without asking an allocator."""
+"""Counts the memory of live tensors, on any device, independent of the allocator."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the memory of every tensor that an operator returns, from there until it is let go.
+    """Tracks the storage of every tensor that an operator returns, until the storage is freed.
 
-    What came in is not new, whatever view of it comes out; what a kernel takes and gives back within one call is not
+    Views of an operator's inputs do not count as new. Memory that a kernel allocates and frees within one call is not
     seen.
 
     Attributes:
-        live: bytes that are still held.
-        peak: the most there were at any one time.
+        live: bytes in use now.
+        peak: largest value of ``live`` so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._followed: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._tracked: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self,
@@ -32,23 +32,23 @@ class LiveBytes(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Run an operator and follow what it returns."""
+        """Run an operator and track the tensors that it returns."""
         old = {value.untyped_storage()._cdata for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)}
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in old:
-                self._follow(value.untyped_storage())
+                self._track(value.untyped_storage())
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._followed:
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._tracked:
             return
 
-        def gone(_: object) -> None:
+        def freed(_: object) -> None:
             self.live -= size
-            del self._followed[place]
+            del self._tracked[key]
 
-        self._followed[place] = weakref.ref(storage, gone)
+        self._tracked[key] = weakref.ref(storage, freed)
         self.live += size
         self.peak = max(self.peak, self.live)

@@ -1,15 +1,14 @@
-"""The plan's memory against measured peaks: python benchmarks/memory_plan.py [--case WORDS] [--write FILE]
+"""The plan's memory compared with measured peaks: python benchmarks/memory_plan.py [--case WORDS] [--write FILE]
 
-Builds the real policy on one or more ranks, runs a scoring pass, a backward pass over full rows and an optimizer step,
-and counts bytes by category. On a CPU every tensor that an operator returns is followed until it is let go
-(benchmarks/live_bytes.py); on a GPU torch's allocator is asked. Activations are the most that was held at any one time
-besides what stood there before. Under torchrun each process is a rank of the one ``--case``.
+Builds the real policy on one or more ranks, runs a log-prob pass, a backward pass over full rows and an optimizer step,
+and counts bytes by category. On a CPU the storage of every tensor is tracked (benchmarks/live_bytes.py); on a GPU
+torch's allocator counts. Activations are the peak above the memory in use before the pass. Under torchrun each process
+is a rank of the one ``--case``.
 """
 
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +20,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.live_bytes import LiveBytes  # noqa: E402
-from megatron_rl.config.schema import Run  # noqa: E402
-from megatron_rl.data.types import Batch  # noqa: E402
-from megatron_rl.launch.planning.layout import layout_of  # noqa: E402
-from megatron_rl.launch.planning.memory import RankMemory, stage_memory  # noqa: E402
-from megatron_rl.launch.planning.microbatch import full_microbatch  # noqa: E402
-from megatron_rl.models.hf_mapping import family_of, read_hf_config  # noqa: E402
-from tests.ranks import run_ranks  # noqa: E402
+from benchmarks.common import table
+from benchmarks.live_bytes import LiveBytes
+from megatron_rl.config.schema import Run
+from megatron_rl.data.types import Batch
+from megatron_rl.launch.planning.layout import layout_of
+from megatron_rl.launch.planning.memory import RankMemory, stage_memory
+from megatron_rl.launch.planning.microbatch import full_microbatch
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
     from megatron_rl.policy.engine import Policy
@@ -70,15 +67,15 @@ MODELS: Mapping[str, Mapping[str, object]] = {
         "topk_group": 1,
     },
 }
-"""Small models whose widths all differ, so that no term of the plan can stand for another."""
+"""Small models whose widths all differ, so that no term of the plan can be mistaken for another."""
 
 LENGTHS = (128,) * 8
-"""Sequences of a row: a full one."""
+"""Sequence lengths of one full row."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: a model, settings, ranks."""
+    """A model, its settings, and the number of ranks."""
 
     model: str
     words: tuple[str, ...] = ()
@@ -86,7 +83,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Its row in the table."""
+        """The name of its row in the table."""
         return " ".join([self.model, *(word.partition(".")[2] for word in self.words)])
 
 
@@ -115,17 +112,17 @@ class Measured:
     optimizer: int = 0
     activations: int = 0
     reduction: int = 0
-    """What the reduction of gradients takes besides; nothing where it works in place."""
+    """Additional bytes of the gradient reduction; 0 where it works in place."""
 
 
-def held_bytes(tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of memory behind tensors, once where they share it."""
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of the tensors' storages; a shared storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 class Meter:
-    """The most bytes that were held, since the start or the last reading, besides what stood there at the start."""
+    """Measures the peak bytes since the start or the last reading, above the level at the start."""
 
     def __init__(self) -> None:
         self._live = None if torch.cuda.is_available() else LiveBytes()
@@ -133,7 +130,7 @@ class Meter:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count within a ``with`` block."""
+        """Count during a ``with`` block."""
         if self._live is None:
             self._base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -143,7 +140,7 @@ class Meter:
                 yield
 
     def read(self) -> int:
-        """Return the peak since the last reading, and count anew from what is held now."""
+        """Return the peak since the last reading and restart from the current level."""
         if self._live is None:
             peak = torch.cuda.max_memory_allocated() - self._base
             torch.cuda.reset_peak_memory_stats()
@@ -153,7 +150,7 @@ class Meter:
 
 
 def full_batch(run: Run, lengths: Sequence[int], rows: int) -> Batch:
-    """Return rows of sequences of these lengths, whose tokens are all trained but the first of each."""
+    """Return rows of sequences of these lengths; all tokens except the first of each sequence are trained."""
     lengths_B = torch.tensor([*lengths] * rows)
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(0, 64, (int(lengths_B.sum()),), generator=generator)
@@ -165,7 +162,7 @@ def full_batch(run: Run, lengths: Sequence[int], rows: int) -> Batch:
 
 
 def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
-    """Return what this rank holds and needs for a step over so many rows of sequences of these lengths."""
+    """Return the memory of this rank for a step over ``rows`` rows of sequences of these lengths."""
     from megatron_rl.data.loss_inputs import LossInputs
     from megatron_rl.data.types import Loss, Metrics
     from megatron_rl.distributed.mesh import start_world
@@ -180,22 +177,22 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
     parameters = [parameter for module in policy.chunks for parameter in module.parameters()]
     buffers = [*chain.from_iterable(module.buffers + module.expert_parallel_buffers for module in policy.chunks)]
     gradients = [buffer.grad_data for buffer in buffers]
-    measured = Measured(held_bytes(parameters), held_bytes(gradients))
-    policy.compute_logprobs(batch)  # what is made once, on first use, is no activation
+    measured = Measured(storage_bytes(parameters), storage_bytes(gradients))
+    policy.compute_logprobs(batch)  # allocations of the first use are not activations
     meter = Meter()
     config = policy.chunks[0].config
     reduce_gradients = config.finalize_model_grads_func
 
-    def reduce_apart(*arguments: object, **options: object) -> None:
+    def measured_reduction(*arguments: object, **options: object) -> None:
         measured.activations = meter.read()
         reduce_gradients(*arguments, **options)
         measured.reduction = meter.read()
 
-    config.finalize_model_grads_func = reduce_apart
+    config.finalize_model_grads_func = measured_reduction
     with meter.running():
         policy.forward_backward(batch, loss_fn)
     policy.optim_step()
-    measured.optimizer = held_bytes(_optimizer_tensors(policy))
+    measured.optimizer = storage_bytes(_optimizer_tensors(policy))
     return measured
 
 
@@ -209,7 +206,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "activations")
 
 
 def compare(case: Case) -> list[tuple[Measured, Measured]]:
-    """Return (plan, measured) of every rank of a case."""
+    """Return (plan, measured) for every rank of a case."""
     with tempfile.TemporaryDirectory() as folder:
         run = _run_of(case, Path(folder))
         layout = layout_of(run.parallel, case.ranks)
@@ -228,7 +225,7 @@ def _measure_words(run: str, rows: int) -> Measured:
 
 
 def _run_of(case: Case, folder: Path) -> Run:
-    """Return the run of a case, on random weights written to the folder."""
+    """Return the run of a case, with random weights that are written to the folder."""
     from megatron_rl.config.load import load
     from megatron_rl.prove.case import make_model
 
@@ -243,7 +240,7 @@ def _run_of(case: Case, folder: Path) -> Run:
 
 
 def _planned(run: Run, rows: int) -> list[Measured]:
-    """Return the plan of every rank, in rank order."""
+    """Return the plan for every rank, in rank order."""
     layout = layout_of(run.parallel, run.parallel.ranks)
     family = family_of(read_hf_config(Path(run.model.path)))
     work = full_microbatch(run, layout, max(LENGTHS), fused=torch.cuda.is_available())
@@ -257,26 +254,26 @@ def _as_measured(memory: RankMemory) -> Measured:
     return Measured(memory.parameters, memory.gradients, memory.optimizer, memory.activations.total, memory.reduction)
 
 
-def table(results: Mapping[str, list[tuple[Measured, Measured]]]) -> str:
+def comparison(results: Mapping[str, list[tuple[Measured, Measured]]]) -> str:
     """Return the rank of each case with the most activations as Markdown: plan / measured in MB, one value if equal."""
-    lines = [f"| case | {' | '.join(CATEGORIES)} | plan / measured |", "|---|" + "---|" * (len(CATEGORIES) + 1)]
+    rows = []
     for name, pairs in results.items():
         plan, seen = max(pairs, key=lambda pair: pair[1].activations)
         amounts = [[f"{getattr(each, c) / 1e6:.2f}" for each in (plan, seen)] for c in CATEGORIES]
         cells = [" / ".join(dict.fromkeys(pair)) for pair in amounts]
-        lines.append(f"| {name} | {' | '.join(cells)} | {plan.activations / seen.activations:.3f} |")
-    return "\n".join(lines)
+        rows.append([name, *cells, f"{plan.activations / seen.activations:.3f}"])
+    return table(["case", *CATEGORIES, "plan / measured"], rows)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", default="", help="only those whose name holds this")
-    parser.add_argument("--write", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--write", type=Path, help="write the numbers here, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = {case.name: compare(case) for case in CASES if options.case in case.name}
-    print(table(results))
+    print(comparison(results))
     if options.write is not None:
         figures = {name: [[asdict(one) for one in pair] for pair in pairs] for name, pairs in results.items()}
         options.write.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""Are the tests and ``megatron-rl prove`` able to fail? Plants known mistakes one by one and shows what notices each.
+"""Mutation check: plants known mistakes one by one and shows which test or ``prove`` run detects each.
 
     python benchmarks/mutations.py [NAME ...] [--output docs/mutations.md --date 2026-11-21]
 
-Each mistake is one line of the package, changed in memory of a subprocess (``tests/mutations``). First everything runs
-without a mistake and must pass. Exit status 1 if a mistake survives, 2 if a check fails without one.
+Each mistake changes one line of the package in the memory of a subprocess (``tests/mutations``). First all checks run
+without a mistake and must pass. The exit status is 1 if a mistake survives and 2 if a check fails without one.
 """
 
 import argparse
@@ -16,36 +16,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.common import ROOT
+from tests.mutations.mistakes import MISTAKES, Mistake
+
 PLANTER = ROOT / "tests" / "mutations"
-sys.path.insert(0, str(ROOT))
-
-from tests.mutations.mistakes import MISTAKES, Mistake  # noqa: E402 (tests are no installed package)
-
 PURPOSE = (
-    "This page lists mistakes that were planted in the package one by one, and the first check that noticed each: a "
+    "This page lists mistakes that were planted in the package one by one, and the first check that detected each: a "
     "test, or\n`megatron-rl prove`."
 )
 PROVE = ("configs/demo.toml", "--shrink", "layers=2,hidden=64")
-
-
 BROKEN = r"\b(Name|Attribute|Import|ModuleNotFound|Syntax|Type)Error"
-"""Complaints that say that a mistake does not fit the code any more, not that somebody noticed it."""
+"""Errors which mean that a mistake no longer fits the code, not that a check detected it."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a check said.
+    """The result of a check.
 
     Attributes:
-        passed: whether it found nothing wrong.
-        failed: whether it found something wrong, as opposed to not running at all.
-        words: the first thing that it complained about.
+        passed: whether the check passed.
+        failed: whether the check ran and failed; False if it could not run.
+        message: the first failure, or the end of the output.
     """
 
     passed: bool
     failed: bool
-    words: str
+    message: str
 
 
 def run_check(check: str, mistake: str) -> Result:
@@ -54,7 +50,7 @@ def run_check(check: str, mistake: str) -> Result:
 
 
 def run_checks(checks: Sequence[str], mistake: str) -> Result:
-    """Run checks of one kind, pytest's or ``prove``'s, in one process."""
+    """Run checks of one kind (pytest or ``prove``) in one process."""
     path = os.pathsep.join([str(PLANTER), str(ROOT)])
     environment = os.environ | {"MEGATRON_RL_MISTAKE": mistake, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400", "MEGATRON_RL_DEVICE": "cpu"}
@@ -62,60 +58,60 @@ def run_checks(checks: Sequence[str], mistake: str) -> Result:
     if proves:
         layouts, objectives = (dict.fromkeys(check.split()[place] for check in checks) for place in (1, 2))
         options = [f"--layout={layout}" for layout in layouts] + [f"--objective={name}" for name in objectives]
-        words = ["megatron_rl", "prove", *PROVE, *options]
-        complaint = r"FAILS: \W*(.*)"
+        arguments = ["megatron_rl", "prove", *PROVE, *options]
+        failure = r"FAILS: \W*(.*)"
     else:
-        words = ["pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", *checks]
-        complaint = r"^FAILED \S*?::(\w+.*)$"
-    command = [sys.executable, "-m", *words]
+        arguments = ["pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", *checks]
+        failure = r"^FAILED \S*?::(\w+.*)$"
+    command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    found = re.search(complaint, done.stdout, re.MULTILINE)
+    found = re.search(failure, done.stdout, re.MULTILINE)
     if done.returncode == 1 and found and not re.search(BROKEN, found[1]):
         return Result(False, True, found[1])
     return Result(done.returncode == 0, False, (done.stdout + done.stderr)[-2000:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all; print the table and write it."""
+    """Run the checks and print the results; write the page if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="mistakes; none: all")
-    parser.add_argument("--output", type=Path, help="write the table here")
-    parser.add_argument("--date", default="", help="of the table")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mistakes to plant (default: all)")
+    parser.add_argument("--output", type=Path, help="write the page here")
+    parser.add_argument("--date", default="", help="date for the page")
     options = parser.parse_args(argv)
-    chosen = [mistake for mistake in MISTAKES if not options.names or mistake.name in options.names]
+    mistakes = [mistake for mistake in MISTAKES if not options.names or mistake.name in options.names]
     began = time.perf_counter()
-    checks = list(dict.fromkeys(check for mistake in chosen for check in mistake.checks))
+    checks = list(dict.fromkeys(check for mistake in mistakes for check in mistake.checks))
     for proves in (False, True):
-        some = [check for check in checks if check.startswith("prove ") == proves]
-        if some and not (control := run_checks(some, "")).passed:
-            sys.stderr.write(f"without any mistake, {', '.join(some)} fails:\n{control.words}\n")
+        selected = [check for check in checks if check.startswith("prove ") == proves]
+        if selected and not (control := run_checks(selected, "")).passed:
+            sys.stderr.write(f"without any mistake, {', '.join(selected)} fails:\n{control.message}\n")
             return 2
-        print(f"control: {len(some)} checks pass without a mistake", flush=True)
-    rows = [row(mistake) for mistake in chosen]
-    caught = sum(noticed for noticed, _ in rows)
-    summary = f"{caught} of {len(rows)} mistakes noticed, {time.perf_counter() - began:.0f} s"
+        print(f"control: {len(selected)} checks pass without a mistake", flush=True)
+    rows = [row(mistake) for mistake in mistakes]
+    detected = sum(found for found, _ in rows)
+    summary = f"{detected} of {len(rows)} mistakes detected, {time.perf_counter() - began:.0f} s"
     print(summary)
     if options.output:
         options.output.write_text(document([line for _, line in rows], summary, options.date), encoding="utf-8")
-    return 0 if caught == len(rows) else 1
+    return 0 if detected == len(rows) else 1
 
 
 def row(mistake: Mistake) -> tuple[bool, str]:
-    """Return whether a mistake was noticed, and its line of the table."""
+    """Return whether a mistake was detected, and its row of the table."""
     broken = ""
     for check in mistake.checks:
         result = run_check(mistake=mistake.name, check=check)
         if result.failed:
-            print(f"{mistake.name}: noticed by {check}: {result.words}", flush=True)
+            print(f"{mistake.name}: detected by {check}: {result.message}", flush=True)
             return True, f"| {mistake.name} | `{mistake.module}` | `{check}` |"
-        broken = "" if result.passed else f" (did not run: {result.words[-300:]!r})"
+        broken = "" if result.passed else f" (did not run: {result.message[-300:]!r})"
     print(f"{mistake.name}: SURVIVED{broken}", flush=True)
     return False, f"| {mistake.name} | `{mistake.module}` | nothing: **SURVIVED**{broken} |"
 
 
 def document(lines: Sequence[str], summary: str, date: str) -> str:
-    """Return the page."""
-    table = "\n".join(["| mistake | module | noticed by |", "|---|---|---|", *lines])
+    """Return the page in Markdown."""
+    table = "\n".join(["| mistake | module | detected by |", "|---|---|---|", *lines])
     proven = f"`prove LAYOUT OBJECTIVE` is `megatron-rl prove {' '.join(PROVE)} --layout LAYOUT --objective OBJECTIVE`."
     end = f"{summary} (2 CPU cores, {date}). Made by `python benchmarks/mutations.py --output docs/mutations.md`."
     return f"# Mutation check\n\n{PURPOSE}\n\n{table}\n\n{proven}\n\n{end}\n"

@@ -1,10 +1,11 @@
-"""Loss values and gradients of trl and verl on random batches, kept for `tests/peers/test_losses.py` to compare with.
+"""Writes loss values and gradients of trl and verl on random batches, which `tests/peers/test_losses.py` compares with.
 
     tools/peer-env FOLDER && FOLDER/bin/python benchmarks/peer_losses.py tests/peers/losses.safetensors
 
-Runs in their environment and calls their own code on given log-probs: trl's `GRPOTrainer._compute_loss`, the model's
-answer put in its place, and verl's `core_algos` functions. The file has each batch and, under `PEER/CASE/BATCH`, the
-loss in float32 and in float64 and the float64 gradient to the log-probs; its header has the versions.
+Runs in the environment of trl and verl and calls their code with fixed log-probs: trl's `GRPOTrainer._compute_loss`,
+with the model's outputs replaced, and verl's `core_algos` functions. The file has each batch and, under
+`PEER/CASE/BATCH`, the loss in float32 and in float64 and the float64 gradient to the log-probs; its metadata has the
+versions.
 """
 
 import sys
@@ -24,20 +25,24 @@ from verl.workers.config import ActorConfig
 
 ROWS, LONGEST = 8, 24
 SPREADS = (1e-4, 1e-2, 0.1, 0.5, 1.0)
-"""Standard deviation of the log ratios of each batch: from nearly on-policy to mostly clipped."""
+"""Standard deviation of the log ratios per batch: from nearly on-policy to mostly clipped."""
 
 TRL: Mapping[str, Mapping[str, Any]] = {
     "grpo": {"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2},
     "dapo": {"loss_type": "dapo", "epsilon_low": 0.2, "epsilon_high": 0.28},
     "gspo": {"loss_type": "grpo", "level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
     "sapo": {"loss_type": "sapo"},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.3},  # to trl the largest weight itself
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.3},  # trl takes the largest weight itself
 }
-NEVER = 1e6
-"""A bound that nothing reaches: where verl has one that the objective has not."""
+UNREACHABLE = 1e6
+"""An unreachable bound, where verl has a clip that the objective does not have."""
 VERL: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "grpo": ("vanilla", "seq-mean-token-mean", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": NEVER}),
-    "dapo": ("vanilla", "token-mean", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": NEVER}),
+    "grpo": (
+        "vanilla",
+        "seq-mean-token-mean",
+        {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": UNREACHABLE},
+    ),
+    "dapo": ("vanilla", "token-mean", {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": UNREACHABLE}),
     "gspo": ("gspo", "seq-mean-token-mean", {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}),
     "sapo": ("sapo", "seq-mean-token-mean", {"tau_pos": 1.0, "tau_neg": 1.05}),
     "cispo": ("cispo", "token-mean", {"clip_ratio_low": 1.0, "clip_ratio_high": 0.3}),
@@ -45,21 +50,21 @@ VERL: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Given:
-    """One batch: log-probs [B, S], advantages [B], mask [B, S] of the response tokens."""
+class PeerBatch:
+    """A batch: log-probs [B, S], advantages [B], mask [B, S] of the response tokens."""
 
     logprobs: Tensor
     old_logprobs: Tensor
     advantages: Tensor
     mask: Tensor
 
-    def to(self, dtype: torch.dtype) -> "Given":
-        """Return the batch in another type, the log-probs as a leaf that wants a gradient."""
+    def to(self, dtype: torch.dtype) -> "PeerBatch":
+        """Return the batch in another dtype; its log-probs are a leaf that requires a gradient."""
         logprobs = self.logprobs.to(dtype).detach().requires_grad_()
-        return Given(logprobs, self.old_logprobs.to(dtype), self.advantages.to(dtype), self.mask)
+        return PeerBatch(logprobs, self.old_logprobs.to(dtype), self.advantages.to(dtype), self.mask)
 
 
-def batch_of(seed: int, spread: float) -> Given:
+def batch_of(seed: int, spread: float) -> PeerBatch:
     """Return a random batch with responses of 1 to S tokens, of two prompt groups with advantages of both signs."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, LONGEST + 1, (ROWS, 1), generator=generator)
@@ -68,20 +73,20 @@ def batch_of(seed: int, spread: float) -> Given:
     rewards = torch.rand(2, ROWS // 2, generator=generator)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
     mask = torch.arange(LONGEST) < lengths
-    return Given(torch.where(mask, new, 0), torch.where(mask, old, 0), advantages.flatten(), mask)
+    return PeerBatch(torch.where(mask, new, 0), torch.where(mask, old, 0), advantages.flatten(), mask)
 
 
-def trl_loss(given: Given, loss_type: str, level: str = "token", **epsilons: float) -> Tensor:
+def trl_loss(batch: PeerBatch, loss_type: str, level: str = "token", **epsilons: float) -> Tensor:
     """Return the loss of trl's trainer for these log-probs."""
 
-    def answer(*_: object, **__: object) -> tuple[Tensor, Tensor, None]:
-        return given.logprobs, torch.zeros_like(given.logprobs), None
+    def model_outputs(*_: object, **__: object) -> tuple[Tensor, Tensor, None]:
+        return batch.logprobs, torch.zeros_like(batch.logprobs), None
 
-    def of_one_process(tensor: Tensor, reduction: str = "sum") -> Tensor:
+    def identity(tensor: Tensor, reduction: str = "sum") -> Tensor:
         return tensor
 
-    itself = SimpleNamespace(
-        _get_per_token_logps_and_entropies=answer,
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=model_outputs,
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -95,29 +100,29 @@ def trl_loss(given: Given, loss_type: str, level: str = "token", **epsilons: flo
         current_gradient_accumulation_steps=1,
         _entropy_bonus_enabled=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
-        accelerator=SimpleNamespace(num_processes=1, gather=of_one_process, reduce=of_one_process),
+        accelerator=SimpleNamespace(num_processes=1, gather=identity, reduce=identity),
     )
-    mask = given.mask.long()
+    mask = batch.mask.long()
     inputs = {
         "prompt_ids": torch.zeros(ROWS, 1, dtype=torch.long),
         "prompt_mask": torch.ones(ROWS, 1, dtype=torch.long),
         "completion_ids": torch.zeros_like(mask),
         "completion_mask": mask,
-        "advantages": given.advantages,
-        "old_per_token_logps": given.old_logprobs,
+        "advantages": batch.advantages,
+        "old_per_token_logps": batch.old_logprobs,
         "num_items_in_batch": mask.sum(),
     }
-    return GRPOTrainer._compute_loss(itself, None, inputs)
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
-def verl_loss(given: Given, function: str, aggregation: str, options: Mapping[str, Any]) -> Tensor:
+def verl_loss(batch: PeerBatch, function: str, aggregation: str, options: Mapping[str, Any]) -> Tensor:
     """Return the loss of verl's function for these log-probs."""
     config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **options)
     loss, _ = get_policy_loss_fn(function)(
-        old_log_prob=given.old_logprobs,
-        log_prob=given.logprobs,
-        advantages=given.advantages[:, None].expand(given.mask.shape),
-        response_mask=given.mask.to(given.logprobs.dtype),
+        old_log_prob=batch.old_logprobs,
+        log_prob=batch.logprobs,
+        advantages=batch.advantages[:, None].expand(batch.mask.shape),
+        response_mask=batch.mask.to(batch.logprobs.dtype),
         loss_agg_mode=aggregation,
         config=config,
     )
@@ -125,12 +130,12 @@ def verl_loss(given: Given, function: str, aggregation: str, options: Mapping[st
 
 
 def main() -> None:
-    """Compute and write."""
-    calls: dict[str, Callable[[Given], Tensor]] = {}
+    """Compute all losses and write the file."""
+    calls: dict[str, Callable[[PeerBatch], Tensor]] = {}
     for case, options in TRL.items():
-        calls[f"trl/{case}"] = lambda given, options=options: trl_loss(given, **options)
+        calls[f"trl/{case}"] = lambda batch, options=options: trl_loss(batch, **options)
     for case, (function, aggregation, options) in VERL.items():
-        calls[f"verl/{case}"] = lambda given, f=function, a=aggregation, o=options: verl_loss(given, f, a, o)
+        calls[f"verl/{case}"] = lambda batch, f=function, a=aggregation, o=options: verl_loss(batch, f, a, o)
     tensors: dict[str, Tensor] = {}
     for number, spread in enumerate(SPREADS):
         batch = batch_of(number, spread)

@@ -1,11 +1,11 @@
-"""trl's GRPOTrainer and this package on the same work: tokens a second, time by phase, CPU time, memory, accuracy.
+"""trl's GRPOTrainer and this package on the same work: tokens per second, time by phase, CPU time, memory, accuracy.
 
-    tools/peer-env FOLDER                         # trl and verl, in an environment of their own
+    tools/peer-env FOLDER                         # an environment with trl and verl
     python benchmarks/peers.py --peers FOLDER     # writes docs/peers.json and the tables of docs/peers.md
 
 Both train the demo's model on the same prompts with the same settings, in turns (A B A B), each as one job whose
-processes are all bound to the same cores. Both are measured in the same way, from outside: wall time and CPU time of
-all processes of the job between two of its lines of metrics, and the largest memory of each process.
+processes are bound to the same cores. Both are measured from outside: wall time and CPU time of all processes of the
+job between two of its metrics lines, and the peak memory of each process.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common import ROOT
+
 SETTINGS: dict[str, Any] = {
     "prompts_per_step": 32,
     "group_size": 8,
@@ -39,20 +40,20 @@ SETTINGS: dict[str, Any] = {
     "clip_grad": 1.0,
 }
 WARM_UP = 2
-"""Rollout batches at the start that are left out: imports and first calls."""
+"""Rollout batches at the start that do not count: imports and first calls."""
 PHASES = ("generate", "rollout", "score", "train", "weights", "total")
-"""trl's "generate" is our "rollout", which has the rewards too."""
+"""trl's "generate" corresponds to our "rollout", which includes the rewards."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How many cores both jobs get, and what each makes of them."""
+    """The cores that both jobs get, and the processes and threads that each uses."""
 
     name: str
     cores: int
     ranks: int
     servers: int
-    """Ours, of one thread each, like our ranks: models of this size gain nothing from a second thread."""
+    """Our servers have one thread each, like our ranks: a second thread does not speed up models of this size."""
     peer_threads: int
 
 
@@ -65,21 +66,21 @@ SETUPS = (
 
 @dataclass
 class Measured:
-    """One job: its lines of metrics, and what its processes took for those after the warm-up."""
+    """One job: its metrics lines, and the time and memory of its processes after the warm-up."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_bytes: dict[int, int] = field(default_factory=dict)
-    """Largest resident memory of each process; pages that processes share count for each of them."""
+    """Peak resident memory per process; shared pages count in every process."""
 
     @property
     def timed(self) -> list[dict[str, Any]]:
-        """The lines that are measured."""
+        """The metrics lines after the warm-up."""
         return self.lines[WARM_UP:]
 
     def numbers(self) -> dict[str, Any]:
-        """Return what docs/peers.json keeps of the job."""
+        """Return the job's entry in docs/peers.json."""
         tokens, batches = sum(line["tokens"] for line in self.timed), len(self.timed)
         seconds = {phase: [line["seconds"].get(phase, 0.0) for line in self.timed] for phase in PHASES}
         seconds["generate"] = [max(pair) for pair in zip(seconds["generate"], seconds.pop("rollout"), strict=True)]
@@ -97,7 +98,7 @@ class Measured:
 
 
 def prompts_of(seed: int, count: int) -> list[tuple[str, str]]:
-    """Return the first training prompts of our run, with their answers."""
+    """Return the first training prompts of our run and their answers."""
     from transformers import AutoTokenizer
 
     from megatron_rl.config.schema import ChainedArithmeticTask
@@ -151,7 +152,7 @@ def trl_command(setup: Setup, seed: int, steps: int, folder: Path, peers: Path) 
 
 
 def measure(command: Sequence[str], threads: int, setup: Setup, folder: Path, steps: int) -> Measured:
-    """Run a job on the setup's cores and watch it from outside."""
+    """Run a job on the setup's cores and measure it from outside."""
     cores = sorted(os.sched_getaffinity(0))[: setup.cores]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     measured = Measured()
@@ -170,7 +171,7 @@ def measure(command: Sequence[str], threads: int, setup: Setup, folder: Path, st
         while job.poll() is None:
             done = _lines(folder / "metrics.jsonl")
             if done in (WARM_UP, steps) and done not in marks:
-                marks[done] = time.monotonic(), _look(root, measured)
+                marks[done] = time.monotonic(), _measure_processes(root, measured)
             time.sleep(0.02)
     if job.returncode or set(marks) != {WARM_UP, steps}:
         sys.exit(f"{folder}: exit code {job.returncode} after {time.monotonic() - began:.0f} s; see {folder}/output")
@@ -184,8 +185,8 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _look(root: psutil.Process, measured: Measured) -> float:
-    """Return the CPU seconds of the job's processes so far, and note the largest memory of each."""
+def _measure_processes(root: psutil.Process, measured: Measured) -> float:
+    """Return the CPU seconds of the job's processes so far, and record the peak memory of each."""
     total = 0.0
     for process in [root, *root.children(recursive=True)]:
         try:
@@ -214,7 +215,7 @@ def run(side: str, setup: Setup, seed: int, options: argparse.Namespace) -> dict
     numbers = measure(command, threads, setup, folder, options.steps).numbers()
     print(
         f"{side:5} {setup.name:16} seed {seed}: {numbers['tokens_per_second']:7,.0f} tokens/s, "
-        f"{numbers['tokens_per_cpu_second']:7,.0f} a CPU second",
+        f"{numbers['tokens_per_cpu_second']:7,.0f} per CPU second",
         flush=True,
     )
     return numbers
@@ -255,7 +256,7 @@ def speed_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str
 
 
 def accuracy_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
-    """Return the mean reward of the samples of five rollout batches, over all seeds of the first setup."""
+    """Return a table of the mean reward per five rollout batches, over all seeds of the first setup."""
     sides = next(iter(results.values()))
     steps = len(sides["ours"][0]["rewards"])
     blocks = [range(first, first + 5) for first in range(0, steps - 4, 5)]
@@ -270,7 +271,7 @@ def accuracy_table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[
 
 
 def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """Write OUT.json, and put the tables between the marks of OUT.md."""
+    """Write OUT.json and replace the tables between the markers of OUT.md."""
     conditions = {
         "date": str(date.today()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -300,20 +301,20 @@ MARKS = ("<!-- tables: made by benchmarks/peers.py -->", "<!-- end of tables -->
 
 
 def main() -> None:
-    """Run everything in turns and write the results."""
+    """Run all jobs in turns and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True, help="the folder that tools/peer-env made")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder made by tools/peer-env")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--setups", default="", help="parts of names of setups, comma-separated; all without it")
+    parser.add_argument("--setups", default="", help="parts of setup names, comma-separated (default: all)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "peers")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "peers")
     options = parser.parse_args()
     options.peers = options.peers.absolute()
     options.runs = options.runs.absolute()
-    wanted = [part.strip() for part in options.setups.split(",")]
+    parts = [part.strip() for part in options.setups.split(",")]
     cores = len(os.sched_getaffinity(0))
-    setups = [s for s in SETUPS if s.cores <= cores and any(part in s.name for part in wanted)]
+    setups = [s for s in SETUPS if s.cores <= cores and any(part in s.name for part in parts)]
     results: dict[str, dict[str, list[dict[str, Any]]]] = {s.name: {side: [] for side in SIDES} for s in setups}
     for seed in range(options.seeds):
         for setup in setups:

@@ -1,9 +1,9 @@
-"""trl's side of `benchmarks/peers.py`: its GRPOTrainer on prompts and settings from a file, in trl's own environment.
+"""trl's job of `benchmarks/peers.py`: GRPOTrainer with prompts and settings from a file, in trl's environment.
 
     python benchmarks/trl_job.py JOB.json
 
-One JSON line a rollout batch goes to the job's `metrics`: tokens, mean reward, seconds by phase. Nothing of trl is
-changed: the subclass only takes times.
+Writes one JSON line per rollout batch to the job's `metrics`: tokens, mean reward, seconds by phase. The subclass only
+adds timers to trl.
 """
 
 import json
@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 
-class Timed(GRPOTrainer):
-    """Takes the times of what trl does."""
+class TimedTrainer(GRPOTrainer):
+    """A GRPOTrainer that measures the time of each phase."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -32,7 +32,7 @@ class Timed(GRPOTrainer):
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time of a ``with`` block to the phase of this name."""
+        """Add the time of a ``with`` block to a phase."""
         began = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - began
@@ -44,7 +44,7 @@ class Timed(GRPOTrainer):
         answer: Sequence[str],
         **_: object,
     ) -> list[float]:
-        """Return 1 for a response that ended by itself with the right number after its last #, else 0."""
+        """Return 1 for a response that ended with EOS and has the right number after its last #, else 0."""
         eos = self.processing_class.eos_token_id
         self.rewards = [
             float(ids[-1] == eos and text.rpartition("#")[1:] == ("#", right))
@@ -66,27 +66,27 @@ class Timed(GRPOTrainer):
         with self.timed("rollout"):  # generate, rewards, advantages, score
             batch = super()._generate_and_score_completions(inputs)
         responses, prompts = batch["completion_mask"].sum(), batch["prompt_mask"].sum()
-        own = torch.stack([responses, prompts + responses, torch.tensor(sum(self.rewards))])
-        response_tokens, tokens, rewards = self.accelerator.gather(own[None]).sum(0).tolist()
+        counts = torch.stack([responses, prompts + responses, torch.tensor(sum(self.rewards))])
+        response_tokens, tokens, rewards = self.accelerator.gather(counts[None]).sum(0).tolist()
         rows = len(self.rewards) * self.accelerator.num_processes
         self.counts = {"tokens": tokens, "response_tokens": response_tokens, "reward_mean": rewards / rows}
         return batch
 
 
-class Lines(TrainerCallback):
-    """Writes a line when the last update of a rollout batch is done."""
+class MetricsWriter(TrainerCallback):
+    """Writes a metrics line after the last update of each rollout batch."""
 
     def __init__(self, path: Path, updates: int) -> None:
         self.path, self.updates = path, updates
-        self.trainer: Timed | None = None
+        self.trainer: TimedTrainer | None = None
         self.began = 0.0
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        """Begin to time the first batch."""
+        """Start the timer of the first batch."""
         self.began = time.perf_counter()
 
     def on_step_end(self, args: object, state: Any, control: object, **_: object) -> None:
-        """End an update."""
+        """Write the line if this was the last update of a batch."""
         trainer = self.trainer
         assert trainer is not None
         if state.global_step % self.updates:
@@ -103,11 +103,11 @@ class Lines(TrainerCallback):
 
 
 def main() -> None:
-    """Train as the job says."""
+    """Train with the settings of the job."""
     job = json.loads(Path(sys.argv[1]).read_text())
     settings = job["settings"]
     updates, samples = settings["updates_per_step"], settings["prompts_per_step"] * settings["group_size"]
-    lines = Lines(Path(job["metrics"]), updates)
+    writer = MetricsWriter(Path(job["metrics"]), updates)
     config = GRPOConfig(
         output_dir=job["folder"],
         use_cpu=True,
@@ -143,8 +143,8 @@ def main() -> None:
         model_init_kwargs={"dtype": "float32"},
     )
     rows = Dataset.from_list([{"prompt": prompt, "answer": answer} for prompt, answer in job["prompts"]])
-    trainer = Timed(model=job["model"], args=config, train_dataset=rows, callbacks=[lines])
-    lines.trainer = trainer
+    trainer = TimedTrainer(model=job["model"], args=config, train_dataset=rows, callbacks=[writer])
+    writer.trainer = trainer
     trainer.train()
 
 

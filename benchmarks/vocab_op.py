@@ -1,21 +1,22 @@
-"""The vocabulary operation against its limit and its peers: time, peak memory, error. CPU or one CUDA device.
+"""The vocabulary operation compared with its limit and its peers: time, peak memory, error. CPU or one CUDA device.
 
     python benchmarks/vocab_op.py                                  # CPU: 4,096 tokens, 151,936 ids, hidden 512, bf16
     python benchmarks/vocab_op.py --device cuda --rows 16384 --hidden 2048 --variants
 
-Each line is one forward and one backward pass of (u log p + v H) summed, to hidden and weight.
-limit: the bare products alone. On a CPU one in float32 and three in bfloat16 (float32 inputs: four in float32), into
-    tiles that are reused, and a second line with all four in bfloat16; on a GPU four in the inputs' type, each over
-    the whole vocabulary at once.
-time: on a CPU of a child process, after a first call on a small slice that compiles; with ``--time processor`` its
-    processor seconds per thread, which a busy machine disturbs less. On a GPU the median of five.
-peak: above what inputs take, in multiples of one float32 logits tensor; the larger of that of the forward pass alone,
-    and that of both less the weight gradient that is returned.
-    On a CPU from the kernel's high-water mark of resident memory, reset before it; on a GPU from torch's allocator.
-error: largest of 32 rows of log-prob and entropy, and of the gradient to hidden relative to its norm, to float64.
+Each row is one forward and one backward pass of sum(u log p + v H), with gradients to hidden and weight.
+limit: the matrix products alone. On a CPU one in float32 and three in bfloat16 (float32 inputs: four in float32), into
+    tiles that are reused, and a second row with all four in bfloat16; on a GPU four in the dtype of the inputs, each
+    over the whole vocabulary at once.
+time: on a CPU, one call in a child process after a first call on a small slice that compiles; ``--time processor``
+    gives processor seconds per thread, which depend less on the load of the machine. On a GPU the median of five.
+peak: memory above the inputs, in multiples of one float32 logits tensor; the larger of the peak of the forward pass and
+    the peak of both passes minus the weight gradient. On a CPU from the kernel's high-water mark of resident memory,
+    which is reset before; on a GPU from torch's allocator.
+error: the largest difference from float64 over 32 rows, of log-prob and entropy, and of the gradient to hidden relative
+    to its norm.
 
-Peers come from PyPI without their dependencies, into a folder of their own (``--peers``); their functions are read from
-their files, past package imports that want servers and trainers. What cannot run is skipped, with the reason.
+Peers are installed from PyPI without their dependencies into a separate folder (``--peers``). Their functions are read
+from their files, without importing their packages. Peers that cannot run are skipped, with the reason.
 """
 
 import argparse
@@ -38,11 +39,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from megatron_rl.ops.head import TILE_COLUMNS, HeadLogprobs, VocabShard, head_logprobs_entropies  # noqa: E402
-from megatron_rl.ops.tiles import compiled_passes, eager_passes  # noqa: E402
+from megatron_rl.ops.head import TILE_COLUMNS, HeadLogprobs, VocabShard, head_logprobs_entropies
+from megatron_rl.ops.tiles import compiled_passes, eager_passes
 
 PEERS = ("trl==1.16.0", "verl==0.9.1", "liger-kernel==0.8.5")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -52,7 +50,7 @@ Operation = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """The sizes and options of a measurement."""
 
     device: str
     rows: int
@@ -66,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the table; or why there is none."""
+    """A row of the table, or the reason why it is missing."""
 
     name: str
     forward_seconds: float = 0.0
@@ -92,7 +90,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def megatron(peers: Path) -> Operation:
-    """megatron-core's loss, which overwrites its logits, and verl's entropy for it, from a copy of them."""
+    """Return megatron-core's loss, which overwrites the logits, with verl's entropy from a copy of them."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -114,25 +112,27 @@ def megatron(peers: Path) -> Operation:
 
 
 def bare_package(name: str, folder: Path) -> None:
-    """Make a package importable by its files alone, without running its __init__."""
+    """Make the files of a package importable without running its ``__init__``."""
     module = types.ModuleType(name)
     module.__path__ = [str(folder)]
     sys.modules[name] = module
 
 
 class NoLiger(importlib.abc.MetaPathFinder):
-    """Says of liger-kernel what Python says of a package that is not installed: its import would want Triton."""
+    """Makes liger-kernel look as if it were not installed, because its import needs Triton."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         """Raise for liger-kernel; find nothing else."""
         if fullname.split(".")[0] == "liger_kernel":
-            raise ModuleNotFoundError("not for this line", name="liger_kernel")
+            raise ModuleNotFoundError("hidden by this benchmark", name="liger_kernel")
 
 
 def definitions_of(file: Path, names: Iterable[str], namespace: dict[str, object]) -> dict[str, object]:
-    """Return a namespace in which only these functions and classes of a file were executed."""
-    wanted = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    body: list[ast.stmt] = [node for node in wanted if node.name in names]
+    """Execute only these functions and classes of a file and return their namespace."""
+    definitions = [
+        node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    body: list[ast.stmt] = [node for node in definitions if node.name in names]
     exec(compile(ast.Module(body, []), str(file), "exec"), namespace)
     return namespace
 
@@ -168,7 +168,7 @@ def verl_plain(peers: Path) -> Operation:
 
 
 def verl_fused(peers: Path) -> Operation:
-    """verl's own chunks of rows; on a GPU it would call liger-kernel, which has a line of its own."""
+    """Return verl's chunked implementation; on a GPU verl would call liger-kernel, which has its own row."""
     for name in ("verl", "verl.utils"):
         bare_package(name, peers / name.replace(".", "/"))
     sys.meta_path.insert(0, NoLiger())
@@ -201,9 +201,9 @@ def liger(peers: Path) -> Operation:
 
 
 def operation(name: str, peers: Path) -> Operation:
-    """Return what a line of the table names."""
+    """Return the operation of a row of the table."""
     sys.path.append(str(peers))
-    others: dict[str, Callable[[], Operation]] = {
+    operations: dict[str, Callable[[], Operation]] = {
         "this package": lambda: head_logprobs_entropies,
         "this package, eager": lambda: lambda h, w, t: head_logprobs_entropies(h, w, t, backend="tiles"),
         "naive log-softmax": lambda: naive,
@@ -215,8 +215,8 @@ def operation(name: str, peers: Path) -> Operation:
         "verl, kernel": lambda: verl_kernel(peers),
         "liger-kernel, fused linear": lambda: liger(peers),
     }
-    if name in others:
-        return others[name]()
+    if name in operations:
+        return operations[name]()
     columns, mode, logits = name.split(" ")[1:4]
     return tiles(int(columns), mode == "compiled", logits == "shifted")
 
@@ -242,7 +242,7 @@ VARIANTS = tuple(
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return hidden, weight, targets and the upstream [2, R]; logits have a standard deviation of 3."""
+    """Return hidden, weight, targets and the upstream gradient [2, R]; logits have a standard deviation of 3."""
     generator = torch.Generator(case.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -261,14 +261,14 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def clock(case: Case) -> float:
-    """Return seconds: when all is done on a GPU, of the clock or of the processor per thread on a CPU."""
+    """Return seconds: after synchronization on a GPU; wall or processor time per thread on a CPU."""
     if case.device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() / case.threads if case.time == "processor" else time.perf_counter()
 
 
 def reset_peak(device: str) -> int:
-    """Return the bytes in use, from which the peak counts from now on."""
+    """Reset the peak and return the bytes in use."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -290,13 +290,13 @@ def status_bytes(field: str) -> int:
 
 
 def measure(name: str, case: Case) -> Measured:
-    """Return one line of the table."""
+    """Return one row of the table."""
     hidden, weight, targets, upstream = inputs(case)
     call = operation(name, Path(case.peers))
     few = min(64, case.rows)
 
     def run(rows: int, columns: int) -> tuple[Tensor, Tensor, float, float, int]:
-        # Leaves: a slice would copy its gradient.
+        # Leaves, because the gradient of a slice would be a copy.
         leaves = [part.detach().requires_grad_() for part in (hidden[:rows], weight[:columns])]
         start = clock(case)
         outputs = call(leaves[0], leaves[1], targets[:rows] % columns)
@@ -329,20 +329,20 @@ def measure(name: str, case: Case) -> Measured:
     )
 
 
-def errors(values: Tensor, gradient: Tensor, given: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Return the largest error of the values, and the relative one of the gradient to hidden, of the first rows."""
-    hidden, weight, targets, upstream = given
+def errors(values: Tensor, gradient: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """Return the largest error of the values and the relative error of the gradient to hidden, over the first rows."""
+    hidden, weight, targets, upstream = tensors
     rows = min(32, len(targets))
     leaf = hidden[:rows].detach().double().requires_grad_()
     logs = torch.log_softmax(leaf @ weight.detach().double().T, -1)
-    wanted = torch.stack((logs.gather(1, targets[:rows, None])[:, 0], -(logs.exp() * logs).sum(1)))
-    (wanted_gradient,) = torch.autograd.grad((wanted * upstream[:, :rows]).sum(), leaf)
-    difference = (gradient[:rows] - wanted_gradient).norm() / wanted_gradient.norm()
-    return (values[:, :rows] - wanted).abs().max().item(), difference.item()
+    exact = torch.stack((logs.gather(1, targets[:rows, None])[:, 0], -(logs.exp() * logs).sum(1)))
+    (exact_gradient,) = torch.autograd.grad((exact * upstream[:, :rows]).sum(), leaf)
+    difference = (gradient[:rows] - exact_gradient).norm() / exact_gradient.norm()
+    return (values[:, :rows] - exact).abs().max().item(), difference.item()
 
 
 def limit(name: str, case: Case) -> Measured:
-    """Return the time of the bare products: on a CPU the first in float32, or all in the inputs' type."""
+    """Return the time of the matrix products: on a CPU the first in float32, or all in the dtype of the inputs."""
     hidden, weight, _, _ = inputs(case)
     hidden, weight = hidden.detach(), weight.detach()
     columns = case.vocabulary if case.device == "cuda" else TILE_COLUMNS["cpu"]
@@ -373,10 +373,10 @@ def limit(name: str, case: Case) -> Measured:
 
 
 def guarded(name: str, case: Case) -> Measured:
-    """Return a line, or the reason why there is none."""
+    """Return a row, or the reason why it is missing."""
     try:
         return limit(name, case) if name in (LIMIT, NARROW_LIMIT) else measure(name, case)
-    except Exception as error:  # a peer may fail in any way, and the table goes on
+    except Exception as error:  # a peer may fail in any way; the table continues
         return Measured(
             name,
             reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:150],
@@ -384,7 +384,7 @@ def guarded(name: str, case: Case) -> Measured:
 
 
 def line(name: str, case: Case) -> Measured:
-    """Return a line; on a CPU measured in a process of its own, so that peaks of resident memory do not mix."""
+    """Return a row; on a CPU from a separate process, so that peaks of resident memory do not mix."""
     if case.device == "cuda":
         return guarded(name, case)
     command = [sys.executable, __file__, "--child", name, json.dumps(asdict(case))]
@@ -396,7 +396,7 @@ def line(name: str, case: Case) -> Measured:
 
 
 def install_peers(folder: Path) -> None:
-    """Install what is missing, each package by itself: one that cannot be had does not stop the others."""
+    """Install missing peers one by one; one that fails does not stop the others."""
     for peer in PEERS:
         module = peer.split("==")[0].replace("-", "_")
         if not (folder / module).exists():
@@ -406,7 +406,7 @@ def install_peers(folder: Path) -> None:
 
 
 def hardware(device: str, threads: int) -> str:
-    """Return the machine in words."""
+    """Return a description of the machine."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -431,26 +431,33 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[512])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[151936])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--time", choices=("clock", "processor"), default="clock")
     parser.add_argument("--variants", action="store_true", help="tile sizes, compiled or not, logits shifted or wide")
-    parser.add_argument("--only", nargs="*", help="lines to measure; the limit is always one")
+    parser.add_argument("--only", nargs="*", help="rows to measure, in addition to the limit")
     parser.add_argument("--peers", default=str(Path(tempfile.gettempdir(), "vocab_op_peers")))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child:
-        case = Case(**json.loads(asked.child[1]))
+    options = parser.parse_args()
+    if options.child:
+        case = Case(**json.loads(options.child[1]))
         torch.set_num_threads(case.threads)
-        print(json.dumps(asdict(guarded(asked.child[0], case))))
+        print(json.dumps(asdict(guarded(options.child[0], case))))
         return
-    names = asked.only if asked.only is not None else ["this package", "this package, eager", *PEER_NAMES]
+    names = options.only if options.only is not None else ["this package", "this package, eager", *PEER_NAMES]
     if set(names) & set(PEER_NAMES):
-        install_peers(Path(asked.peers))
-    names = [*names, *(VARIANTS if asked.variants else ())]
-    for vocabulary in asked.vocabulary:
-        for hidden in asked.hidden:
+        install_peers(Path(options.peers))
+    names = [*names, *(VARIANTS if options.variants else ())]
+    for vocabulary in options.vocabulary:
+        for hidden in options.hidden:
             case = Case(
-                asked.device, asked.rows, hidden, vocabulary, asked.dtype, asked.threads, asked.time, asked.peers
+                options.device,
+                options.rows,
+                hidden,
+                vocabulary,
+                options.dtype,
+                options.threads,
+                options.time,
+                options.peers,
             )
             table(case, names)
 
@@ -468,7 +475,7 @@ def table(case: Case, names: list[str]) -> None:
         print(line_of(line(name, case), bare.seconds), flush=True)
     if case.device == "cuda" and bare.seconds:
         rate = 8 * case.rows * case.hidden * case.vocabulary / bare.seconds / 1e12
-        print(f"\nlimit: {rate:.0f} TFLOP/s; a line's share of it is one over its third column")
+        print(f"\nlimit: {rate:.0f} TFLOP/s; the third column of a row is its time relative to the limit")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Seconds and bytes of a weight push, by carrier and model size, against a plain copy of the same bytes.
+"""Time of a weight push by transport and model size, compared with a plain copy of the same bytes.
 
     python benchmarks/weight_push.py [--megabytes 5 50] [--repeats 3]
 
-Real embedded servers on this machine, random Qwen3-MoE models in float32. A plain copy is the same file read and
-written once more through memory. Each time is the best of the repeats; the carriers take turns. A push includes pausing
-(no request runs), checksums on both sides, naming the version and flushing.
+Real embedded servers on this machine, random Qwen3-MoE models in float32. The plain copy reads the model's file and
+writes it once. Times are the best of the repeats; transports take turns. A push includes pausing (no request runs),
+checksums on both sides, setting the version, and flushing.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.common import table
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.fleet.process import embedded_server
@@ -36,7 +37,7 @@ def make_model(folder: Path, megabytes: int) -> dict[str, Tensor]:
     """Write a random model of about this size; return its tensors."""
     torch.manual_seed(0)
     hidden, layers, experts = 256, 4, 8
-    # 3 matrices an expert, 4 bytes a number
+    # 3 matrices per expert, 4 bytes per number
     width = max(32, megabytes * (1 << 20) // (layers * experts * 3 * hidden * 4) // 32 * 32)
     config = Qwen3MoeConfig(
         vocab_size=1024,
@@ -55,8 +56,8 @@ def make_model(folder: Path, megabytes: int) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def carriers(folder: Path, model: Path) -> dict[str, WeightTransport]:
-    """Return one of each kind."""
+def transports(folder: Path, model: Path) -> dict[str, WeightTransport]:
+    """Return one transport of each kind."""
     return {
         "tensor": TensorTransport(BUCKET_BYTES),
         "disk": DiskTransport(BUCKET_BYTES, folder / "weights", model),
@@ -66,26 +67,26 @@ def carriers(folder: Path, model: Path) -> dict[str, WeightTransport]:
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Return the time of a plain copy of the model's file."""
+    """Return the seconds of a plain copy of the model's file."""
     begun = time.perf_counter()
     shutil.copyfile(source, target)
     return time.perf_counter() - begun
 
 
 def measure(megabytes: int, servers: int, repeats: int, folder: Path) -> dict[str, object]:
-    """Return the best times of one model size."""
+    """Return the best times for one model size."""
     model = folder / f"model-{megabytes}"
     tensors = make_model(model, megabytes)
     processes = [embedded_server(str(model), folder / f"log-{megabytes}-{n}") for n in range(servers)]
-    kinds = carriers(folder, model)
+    kinds = transports(folder, model)
     best: dict[str, float] = dict.fromkeys([*kinds, "plain copy"], float("inf"))
     with Fleet(processes, kinds["tensor"], Timeouts(), keep_weights=False) as fleet:
         version = 0
         for _ in range(repeats):
             best["plain copy"] = min(best["plain copy"], copy_seconds(model / "model.safetensors", folder / "copy"))
-            for name, carrier in kinds.items():
+            for name, transport in kinds.items():
                 version += 1
-                fleet.sync.carrier = carrier
+                fleet.sync.carrier = transport
                 begun = time.perf_counter()
                 report = fleet.update(fresh(tensors.items()), version)
                 best[name] = min(best[name], time.perf_counter() - begun)
@@ -95,7 +96,7 @@ def measure(megabytes: int, servers: int, repeats: int, folder: Path) -> dict[st
 
 
 def fresh(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Yield copies, as a trainer's export does."""
+    """Yield copies of the tensors, as a trainer's export does."""
     for name, tensor in tensors:
         yield name, tensor.clone()
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = []
-    print("| MB | servers | carrier | seconds | of a plain copy |\n|---|---|---|---|---|")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for megabytes in args.megabytes:
             for servers in args.servers:
@@ -117,12 +118,10 @@ def main() -> None:
                 results.append(found)
                 seconds = found["seconds"]
                 assert isinstance(seconds, dict)
+                size = f"{int(str(found['bytes'])) / 1e6:.1f}"
                 for name, value in seconds.items():
-                    share = f"{value / seconds['plain copy']:.1f}"
-                    print(
-                        f"| {int(str(found['bytes'])) / 1e6:.1f} | {servers} | {name} | {value:.3f} | {share} |",
-                        flush=True,
-                    )
+                    rows.append([size, str(servers), name, f"{value:.3f}", f"{value / seconds['plain copy']:.1f}"])
+    print(table(["MB", "servers", "transport", "seconds", "ratio to a plain copy"], rows))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

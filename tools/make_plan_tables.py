@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory_plan import Measured, table  # noqa: E402
+from benchmarks.memory_plan import Measured, comparison  # noqa: E402
 from megatron_rl.config.load import load  # noqa: E402
 from megatron_rl.config.schema import Run  # noqa: E402
 from megatron_rl.launch.planning.estimate import RunEstimate, estimate_run  # noqa: E402
@@ -86,7 +86,7 @@ def work() -> str:
 def measured() -> str:
     """Return planned and measured memory of each case."""
     figures = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return table({name: [(Measured(**a), Measured(**b)) for a, b in pairs] for name, pairs in figures.items()})
+    return comparison({name: [(Measured(**a), Measured(**b)) for a, b in pairs] for name, pairs in figures.items()})
 
 
 TABLES: dict[str, Callable[[], str]] = {"memory": memory, "work": work, "measured": measured}

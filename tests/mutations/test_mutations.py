@@ -26,6 +26,6 @@ def test_names_are_unique():
 
 def test_a_check_fails_with_a_mistake_planted():
     """The benchmark itself shows that all pass without one; to do so here as well would take twice as long."""
-    with_one = run_check("tests/test_policy_loss.py::test_bounds_are_inclusive", "clip-bounds-exclusive")
-    assert (with_one.passed, with_one.failed) == (False, True)
-    assert "test_bounds_are_inclusive" in with_one.words
+    result = run_check("tests/test_policy_loss.py::test_bounds_are_inclusive", "clip-bounds-exclusive")
+    assert (result.passed, result.failed) == (False, True)
+    assert "test_bounds_are_inclusive" in result.message
