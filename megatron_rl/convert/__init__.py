@@ -1,1 +1,1 @@
-"""Checkpoints from Hugging Face's form to megatron-core's and back, a tensor at a time, on the CPU alone."""
+"""Conversion of checkpoints between Hugging Face and megatron-core formats, one tensor at a time, on the CPU."""

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, from its headers alone."""
+"""Summary of a checkpoint folder from its file headers."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,32 +13,33 @@ from megatron_rl.models.torch_dist_reader import TorchDistReader
 
 
 def describe(folder: Path, console: Console) -> None:
-    """Print kind, family, sizes and dtypes of a checkpoint, and whether it fits its config.json.
+    """Print format, family, sizes and dtypes of a checkpoint, and whether its tensors match config.json.
 
     Raises:
-        ConfigError: a family that is not known.
-        DataError: a file cannot be read, or the tensors do not fit config.json.
+        ConfigError: the model family is unknown.
+        DataError: a file cannot be read, or the tensors do not match config.json.
     """
     hf = read_hf_config(folder)
     family = family_of(hf)
-    source = open_checkpoint(folder, family)
+    reader = open_checkpoint(folder, family)
     kind = (
-        "megatron-core distributed checkpoint (torch_dist)" if isinstance(source, TorchDistReader) else "Hugging Face"
+        "megatron-core distributed checkpoint (torch_dist)" if isinstance(reader, TorchDistReader) else "Hugging Face"
     )
-    own = {name: spec for name, spec in source.specs.items() if not source.is_passthrough(name, family)}
-    elements = sum(spec.num_bytes // spec.dtype.itemsize for spec in own.values())
-    dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in own.values())
+    specs = {name: spec for name, spec in reader.specs.items() if not reader.is_passthrough(name, family)}
+    elements = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values())
+    dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
     console.print(f"{folder}: {kind}")
     console.print(f"  model_type {hf['model_type']}, {family.num_layers} layers, {family.num_experts or 'no'} experts")
-    console.print(f"  {len(own)} tensors, {elements:,} parameters, {', '.join(f'{n} {d}' for d, n in dtypes.items())}")
-    along = len(source.specs) - len(own)
-    if along:
-        console.print(f"  {along} tensors that only go along")
+    console.print(
+        f"  {len(specs)} tensors, {elements:,} parameters, {', '.join(f'{n} {d}' for d, n in dtypes.items())}"
+    )
+    if passthrough := len(reader.specs) - len(specs):
+        console.print(f"  {passthrough} tensors that the model does not use and conversion copies")
     if block := fp8_block(hf):
         console.print(f"  FP8 in blocks of {block[0]} x {block[1]}, read as bfloat16")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")])
     console.print(f"  {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
     if manifest := read_manifest(folder):
         console.print(f"  manifest of {manifest.conversion}, {len(manifest.tensors)} tensors")
-    source.check(family)
-    console.print("  every tensor that config.json asks for is there, and no other")
+    reader.check(family)
+    console.print("  the tensors are exactly those of config.json")

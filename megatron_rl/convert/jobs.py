@@ -1,6 +1,6 @@
-"""Work in jobs that survive a kill: each leaves its record on disk, and a second run does only what is missing.
+"""Resumable conversion jobs: each job records its result on disk, and a later run does only the missing jobs.
 
-Everything is written to a folder beside the target, which gets the target's name when all jobs are done and no sooner.
+Files are written to a staging folder next to the target, which is renamed to the target when all jobs are done.
 """
 
 import fcntl
@@ -22,19 +22,19 @@ from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.util.atomic import commit_folder, flush_to_disk, replaced
 
 ProgressFn = Callable[[int], None]
-"""Told of bytes as they are done."""
+"""Called with the number of bytes that were processed since the last call."""
 
 _JOBS, _PLAN = ".jobs", "plan.json"
 
 
 @dataclass(frozen=True)
 class FileJob:
-    """A piece of work that writes one file.
+    """A job that writes one file.
 
     Attributes:
-        file: its name, in the target.
-        num_bytes: what ``ProgressFn`` will have been told at the end.
-        work: writes to the open file, and returns the record.
+        file: name of the file in the target folder.
+        num_bytes: sum of the arguments of the ``ProgressFn`` calls of the job.
+        work: writes to the open file and returns the record.
     """
 
     file: str
@@ -43,62 +43,66 @@ class FileJob:
 
 
 class _FinishedJob(BaseModel):
-    """A job's record, and the size of its file."""
+    """The record of a job, and the size of its file."""
 
     bytes: int
     record: FileRecord
 
 
-class Staging:
-    """The folder beside the target."""
+class StagingFolder:
+    """The folder that conversion writes to, next to the target.
+
+    Raises:
+        ConfigError: the target exists, or another conversion to it is running.
+    """
 
     def __init__(self, target: Path, plan: Mapping[str, object]) -> None:
         if target.exists():
-            raise ConfigError(f"{target} is there already; remove it, or give another folder")
+            raise ConfigError(f"{target} exists; remove it, or give another folder")
         self.target = target
         self.folder = target.with_name(f".{target.name}.part")
-        self._records = self.folder / _JOBS
-        self._records.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._records / "lock").open("w")
+        self._jobs_folder = self.folder / _JOBS
+        self._jobs_folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._jobs_folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another conversion is writing {self.folder}; wait for it, or end it") from None
         text = json.dumps(plan, sort_keys=True)
-        if not (self._records / _PLAN).is_file() or (self._records / _PLAN).read_text() != text:
-            self._forget()
-            _write_durably(self._records / _PLAN, text)
+        if not (self._jobs_folder / _PLAN).is_file() or (self._jobs_folder / _PLAN).read_text() != text:
+            self._clear()
+            _write_durably(self._jobs_folder / _PLAN, text)
 
-    def _forget(self) -> None:
-        """Remove what another plan has left."""
+    def _clear(self) -> None:
+        """Remove the files of a conversion with another plan."""
         for path in self.folder.iterdir():
-            if path != self._records:
+            if path != self._jobs_folder:
                 path.unlink()
-        for path in self._records.iterdir():
+        for path in self._jobs_folder.iterdir():
             if path.name != "lock":
                 path.unlink()
 
     def record(self, job: FileJob) -> FileRecord | None:
-        """Return what a finished job has left; None if it is to be done."""
-        path, data = self._records / f"{job.file}.json", self.folder / job.file
+        """Return the record of a finished job; None if the job must run."""
+        path, data = self._jobs_folder / f"{job.file}.json", self.folder / job.file
         if not path.is_file() or not data.is_file():
             return None
         entry = _FinishedJob.model_validate_json(path.read_bytes())
         return entry.record if entry.bytes == data.stat().st_size else None
 
-    def do(self, job: FileJob, report: ProgressFn) -> FileRecord:
-        """Do a job, and leave its record once its file is on disk."""
+    def run(self, job: FileJob, report: ProgressFn) -> FileRecord:
+        """Run a job, and write its record when its file is on disk."""
         data = self.folder / job.file
         with data.open("wb") as file:
             record = job.work(file, report)
         flush_to_disk(data)
         entry = _FinishedJob(bytes=data.stat().st_size, record=record)
-        _write_durably(self._records / f"{job.file}.json", entry.model_dump_json())
+        _write_durably(self._jobs_folder / f"{job.file}.json", entry.model_dump_json())
         return record
 
     def publish(self) -> None:
-        """Give the folder its final name."""
-        shutil.rmtree(self._records)
+        """Rename the folder to the target."""
+        shutil.rmtree(self._jobs_folder)
         commit_folder(self.folder, self.target)
         self._lock.close()
 
@@ -108,20 +112,20 @@ def _write_durably(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def run_jobs(staging: Staging, jobs: Sequence[FileJob], threads: int, console: Console) -> list[FileRecord]:
-    """Do all jobs that are not done, several at once, under a progress bar; return all records in order.
+def run_jobs(staging: StagingFolder, jobs: Sequence[FileJob], threads: int, console: Console) -> list[FileRecord]:
+    """Run the unfinished jobs in parallel, with a progress bar; return the records of all jobs in order.
 
     Raises:
-        DataError: of the first job that failed; the others' files stay for the next run.
+        DataError: a job failed; finished jobs are kept for the next run.
     """
     records = {job.file: record for job in jobs if (record := staging.record(job)) is not None}
     if records:
-        console.print(f"{len(records)} of {len(jobs)} files are there from an earlier run")
+        console.print(f"{len(records)} of {len(jobs)} files are finished from an earlier run")
     with progress_bar(console, sum(job.num_bytes for job in jobs)) as report:
         for job in jobs:
             report(job.num_bytes if job.file in records else 0)
         with ThreadPoolExecutor(threads) as pool:
-            futures = {pool.submit(staging.do, job, report): job for job in jobs if job.file not in records}
+            futures = {pool.submit(staging.run, job, report): job for job in jobs if job.file not in records}
             done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
             for future in waiting:
                 future.cancel()
@@ -132,15 +136,19 @@ def run_jobs(staging: Staging, jobs: Sequence[FileJob], threads: int, console: C
 
 @contextmanager
 def progress_bar(console: Console, total: int) -> Iterator[ProgressFn]:
-    """Show bytes done, speed and time left while the block runs; off a terminal, nothing."""
+    """Show bytes done, speed and time left while the block runs. Without a terminal, show nothing."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         yield lambda count: progress.advance(task, count)
 
 
-def enough_room(folder: Path, needed: int) -> None:
-    """Raise a DataError if the file system that a folder will be on has less room than that."""
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Check that the file system of a folder, which need not exist yet, has ``needed`` bytes free.
+
+    Raises:
+        DataError: it has less.
+    """
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -1,4 +1,4 @@
-"""The command line of the converter."""
+"""Command line of the checkpoint converter."""
 
 import argparse
 import os
@@ -14,11 +14,12 @@ from megatron_rl.convert.inspect import describe
 from megatron_rl.convert.verify import compare
 from megatron_rl.errors import MegatronRLError
 
-SHOWN = 20
+MAX_LINES = 20
+"""Differences that ``verify`` prints."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 1 if checkpoints differ, 2 if something is wrong with one."""
+    """Run a command and return its exit code: 1 if checkpoints differ, 2 for an error."""
     args = _parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -34,55 +35,70 @@ def _parser() -> argparse.ArgumentParser:
     threads = min(4, os.cpu_count() or 1)
 
     def command(name: str, run: object, text: str, *folders: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.set_defaults(run=run)
         for folder in folders:
-            added.add_argument(folder, type=Path)
-        return added
+            subparser.add_argument(folder, type=Path)
+        return subparser
 
-    there = command("hf-to-megatron", _to_megatron, "write a distributed checkpoint (torch_dist)", "source", "target")
-    back = command("megatron-to-hf", _to_hf, "write safetensors files", "source", "target")
-    back.add_argument("--fp8", action="store_true", help="quantise matrices to FP8 in blocks of 128 x 128")
-    back.add_argument("--apart", action="store_true", help="write each expert apart, even if they came fused")
-    check = command("verify", _verify, "compare two checkpoints of any kind, tensor by tensor", "first", "second")
-    check.add_argument("--logits", metavar="PROMPT", help="compare outputs too, on a text or token numbers 3,1,4")
-    check.add_argument("--tolerance", type=float, default=1e-4, help="of log-probs, in nats (default %(default)s)")
-    command("inspect", _inspect, "show what a checkpoint holds, from its headers", "folder")
-    for added in (there, back, check):
-        added.add_argument("--threads", type=int, default=threads, help="files at a time (default %(default)s)")
+    to_megatron_parser = command(
+        "hf-to-megatron", _to_megatron, "write a distributed checkpoint (torch_dist)", "source", "target"
+    )
+    to_hf_parser = command("megatron-to-hf", _to_hf, "write safetensors files", "source", "target")
+    to_hf_parser.add_argument("--fp8", action="store_true", help="quantize matrices to FP8 in blocks of 128 x 128")
+    to_hf_parser.add_argument(
+        "--split-experts", action="store_true", help="write one tensor per expert, even if the source had them fused"
+    )
+    verify_parser = command(
+        "verify", _verify, "compare two checkpoints of any format, tensor by tensor", "first", "second"
+    )
+    verify_parser.add_argument(
+        "--logits", metavar="PROMPT", help="also compare the log-probs of a prompt, text or token ids 3,1,4"
+    )
+    verify_parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest allowed difference of log-probs, nats (default %(default)s)",
+    )
+    command("inspect", _inspect, "summarize a checkpoint from its headers", "folder")
+    for parallel in (to_megatron_parser, to_hf_parser, verify_parser):
+        parallel.add_argument(
+            "--threads", type=int, default=threads, help="files to process in parallel (default %(default)s)"
+        )
     return parser
 
 
 def _to_megatron(args: argparse.Namespace, console: Console) -> int:
-    begun = time.perf_counter()
+    began = time.perf_counter()
     manifest = to_megatron.convert(args.source, args.target, max(args.threads, 1), console)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - began
     console.print(f"{args.target}: {len(manifest.tensors)} tensors in {seconds:.1f} s", markup=False)
     return 0
 
 
 def _to_hf(args: argparse.Namespace, console: Console) -> int:
-    begun = time.perf_counter()
-    output_format = to_hf.OutputFormat(fp8=args.fp8, apart=args.apart)
+    began = time.perf_counter()
+    output_format = to_hf.OutputFormat(fp8=args.fp8, split_experts=args.split_experts)
     manifest, unchanged = to_hf.convert(args.source, args.target, output_format, max(args.threads, 1), console)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - began
     console.print(f"{args.target}: {len(manifest.tensors)} tensors in {seconds:.1f} s", markup=False)
     if unchanged:
-        console.print(f"{unchanged} of them have the bytes of the checkpoint that the weights once came from")
+        console.print(f"{unchanged} of them have the same bytes as in the original Hugging Face checkpoint")
     return 0
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
-    found = compare(args.first, args.second, max(args.threads, 1), console)
-    lines = [f"{name}: only in {folder}" for name, folder in found.only.items()]
-    lines += [f"{name}: {words}" for name, words in found.differing.items()]
-    for line in lines[:SHOWN]:
+    comparison = compare(args.first, args.second, max(args.threads, 1), console)
+    lines = [f"{name}: only in {folder}" for name, folder in comparison.missing.items()]
+    lines += [f"{name}: {difference}" for name, difference in comparison.differing.items()]
+    for line in lines[:MAX_LINES]:
         console.print(line, markup=False)
-    if len(lines) > SHOWN:
-        console.print(f"and {len(lines) - SHOWN} more")
-    console.print(f"{found.equal} tensors are the same, byte for byte; {len(lines)} are not")
+    if len(lines) > MAX_LINES:
+        console.print(f"and {len(lines) - MAX_LINES} more")
+    console.print(f"{comparison.num_equal} tensors are equal byte for byte; {len(lines)} are not")
     same_outputs = args.logits is None or _same_outputs(args, console)
-    return 0 if found.is_same and same_outputs else 1
+    return 0 if comparison.is_same and same_outputs else 1
 
 
 def _same_outputs(args: argparse.Namespace, console: Console) -> bool:

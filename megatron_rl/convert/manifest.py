@@ -1,4 +1,4 @@
-"""The manifest of a converted checkpoint: every tensor, where it went, shape, dtype and SHA-256 of its bytes."""
+"""The manifest of a converted checkpoint: name, file, shape, dtype and SHA-256 of each Hugging Face tensor."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ManifestEntry(BaseModel):
-    """A tensor of the Hugging Face side."""
+    """A tensor of the Hugging Face checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,11 +28,11 @@ class ManifestEntry(BaseModel):
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     to: tuple[str, ...] = ()
-    """Keys of the distributed checkpoint that hold it."""
+    """Keys of the distributed checkpoint that hold its values."""
 
 
 class Manifest(BaseModel):
-    """What a conversion did."""
+    """The tensors and settings of a conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,7 +44,7 @@ class Manifest(BaseModel):
 
 
 class TensorChunks(BaseModel):
-    """A tensor of the distributed checkpoint, or the parts of it that a job has written."""
+    """A tensor of the distributed checkpoint, with the chunks that one job has written."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,7 +52,7 @@ class TensorChunks(BaseModel):
 
 
 class FileRecord(BaseModel):
-    """What a job has done."""
+    """Result of a job: manifest entries and, for a distributed checkpoint, the tensors in its file."""
 
     rows: tuple[ManifestEntry, ...]
     tensors: dict[str, TensorChunks] = {}
@@ -64,14 +64,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype that safetensors files call so."""
+    """Return the dtype with this name in safetensors files."""
     return DTYPES[name]
 
 
 def write_manifest(
     folder: Path,
     hf: HFConfig,
-    rows: Sequence[ManifestEntry],
+    entries: Sequence[ManifestEntry],
     conversion: str,
     fp8_block: tuple[int, int] | None = None,
 ) -> Manifest:
@@ -81,9 +81,9 @@ def write_manifest(
         conversion=conversion,
         model_type=hf["model_type"],
         fp8_block=fp8_block,
-        tensors=tuple(rows),
+        tensors=tuple(entries),
     )
-    lines = ",\n  ".join(row.model_dump_json() for row in manifest.tensors)
+    lines = ",\n  ".join(entry.model_dump_json() for entry in manifest.tensors)
     head = json.dumps(manifest.model_dump(exclude={"tensors"}))[:-1]
     (folder / MANIFEST).write_text(f'{head}, "tensors": [\n  {lines}\n]}}\n', encoding="utf-8")
     return manifest
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a folder; None if it has none.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the manifest is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -101,4 +101,6 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise DataError(f"{path} is not a manifest: {error.errors()[0]['msg']}; remove it to do without") from error
+        raise DataError(
+            f"{path} is not a manifest: {error.errors()[0]['msg']}; remove it to convert without"
+        ) from error

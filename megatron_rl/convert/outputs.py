@@ -1,4 +1,4 @@
-"""The outputs of two checkpoints on a prompt: each by the program that its form is made for.
+"""Log-probs of a prompt under a checkpoint: by transformers for Hugging Face files, else by megatron-core.
 
 Legend: T tokens of the prompt.
 """
@@ -19,10 +19,10 @@ from megatron_rl.policy.process_groups import leave_mesh
 
 
 def prompt_tokens(folder: Path, prompt: str) -> Tensor:
-    """Return the tokens of a prompt: text for the folder's tokenizer, or numbers with commas between.
+    """Return the token ids [T] of a prompt, given as text or as comma-separated token ids.
 
     Raises:
-        ConfigError: text without a tokenizer, or fewer than two tokens.
+        ConfigError: the prompt is text and the folder has no tokenizer, or it has fewer than two tokens.
     """
     words = prompt.split(",")
     if all(word.strip().isdigit() for word in words):
@@ -30,16 +30,16 @@ def prompt_tokens(folder: Path, prompt: str) -> Tensor:
     elif (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         ids = AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]
     else:
-        raise ConfigError(f"{folder} has no tokenizer; give the prompt as token numbers: --prompt 3,1,4,1,5")
+        raise ConfigError(f"{folder} has no tokenizer; give the prompt as token ids: --logits 3,1,4,1,5")
     if len(ids) < 2:
         raise ConfigError(f"the prompt {prompt!r} has {len(ids)} tokens; two or more are needed")
     return torch.tensor(ids)
 
 
 def logprobs(folder: Path, tokens_T: Tensor) -> Tensor:
-    """Return the log-probs of the prompt's tokens after the first, in float32, on one rank."""
+    """Return the float32 log-probs [T - 1] of the prompt's tokens after the first, computed on one rank."""
     if not is_torch_dist(folder):
-        # eager experts, because the batched form is 20 to 50 times slower on a CPU
+        # eager experts: the batched implementation is 20 to 50 times slower on a CPU
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
         with torch.no_grad():
             logs = torch.log_softmax(model(tokens_T[None]).logits[0, :-1].float(), dim=-1)

@@ -1,4 +1,4 @@
-"""megatron-core -> Hugging Face: safetensors files, as the weights once came if a manifest tells."""
+"""Conversion from megatron-core to Hugging Face safetensors, in the original file layout if there is a manifest."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megatron_rl.convert.jobs import FileJob, ProgressFn, Staging, enough_room, run_jobs
+from megatron_rl.convert.jobs import FileJob, ProgressFn, StagingFolder, check_disk_space, run_jobs
 from megatron_rl.convert.manifest import (
     FileRecord,
     Manifest,
@@ -34,6 +34,7 @@ from megatron_rl.models.torch_dist import METADATA, is_torch_dist
 from megatron_rl.models.torch_dist_reader import TorchDistReader
 
 SHARD_BYTES = 4 << 30
+"""Size limit of a safetensors file."""
 FP8_BLOCK = (128, 128)
 
 
@@ -42,8 +43,12 @@ class OutputTensor:
     """A tensor to write.
 
     Attributes:
-        parts: tensors of the source whose bytes, one after the other, are its own.
-        block: of FP8, for its values, or for its scales if it is named like them; None: as it is.
+        name: Hugging Face name.
+        file: file to write it to.
+        dtype: dtype in the file.
+        shape: shape in the file.
+        parts: tensors of the source whose concatenated bytes are its content.
+        block: FP8 block size, of a quantized matrix or of its scales; None if the tensor is not quantized.
     """
 
     name: str
@@ -58,8 +63,8 @@ class OutputTensor:
         """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pieces(self, source: TorchDistReader) -> Iterator[Tensor]:
-        """Yield the tensor, in pieces that follow each other."""
+    def read_parts(self, source: TorchDistReader) -> Iterator[Tensor]:
+        """Yield the consecutive parts of the tensor."""
         if self.block is None:
             yield from (source.read(part) for part in self.parts)
             return
@@ -69,61 +74,66 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What the files shall be like: FP8 or not, experts always apart or as they once came."""
+    """Options of the files to write.
+
+    Attributes:
+        fp8: quantize matrices to FP8.
+        split_experts: write one tensor per expert, even if the original checkpoint had them fused.
+    """
 
     fp8: bool = False
-    apart: bool = False
+    split_experts: bool = False
 
 
 def convert(
     source_folder: Path, target: Path, output_format: OutputFormat, threads: int, console: Console
 ) -> tuple[Manifest, int]:
-    """Write ``target``, a Hugging Face folder, from a distributed checkpoint.
+    """Write a distributed checkpoint to ``target`` as a Hugging Face folder.
 
     Returns:
-        the manifest, and how many tensors have the same bytes as in the checkpoint that the weights once came from.
+        the manifest, and the number of tensors with the same bytes as in the original Hugging Face checkpoint.
 
     Raises:
-        ConfigError: a family that is not known, or a target that is there.
-        DataError: a tensor is missing, extra or misshapen, or a file is damaged.
+        ConfigError: the model family is unknown, or the target exists.
+        DataError: a tensor is missing, unexpected or has the wrong shape, or a file is damaged.
     """
     if not is_torch_dist(source_folder):
         raise DataError(f"{source_folder} holds no distributed checkpoint: there is no {METADATA}")
     hf = read_hf_config(source_folder)
     family = family_of(hf)
-    if family.stacked_names and (output_format.fp8 or output_format.apart):
+    if family.stacked_names and (output_format.fp8 or output_format.split_experts):
         raise ConfigError(
-            f"model_type {hf['model_type']!r} has the experts of a layer in one tensor only: they cannot be written "
-            "apart, nor in FP8, which is for single matrices; leave out --apart and --fp8"
+            f"model_type {hf['model_type']!r} has the experts of a layer in one tensor only: they cannot be "
+            "split, nor quantized to FP8, which needs single matrices; leave out --split-experts and --fp8"
         )
     source = TorchDistReader(source_folder, family)
     source.check(family)
-    came = read_manifest(source_folder)
-    outs = _planned(source, family, came, output_format)
+    original = read_manifest(source_folder)
+    tensors = _output_tensors(source, family, original, output_format)
     files: dict[str, list[OutputTensor]] = {}
-    for out in outs:
-        files.setdefault(out.file, []).append(out)
+    for tensor in tensors:
+        files.setdefault(tensor.file, []).append(tensor)
     jobs = [
-        FileJob(file, sum(out.num_bytes for out in own), partial(_write_file, source, own))
-        for file, own in files.items()
+        FileJob(file, sum(tensor.num_bytes for tensor in content), partial(_write_file, source, content))
+        for file, content in files.items()
     ]
     stamp = (source_folder / METADATA).stat()
     plan = {
         "to": "hf",
-        "wanted": [output_format.fp8, output_format.apart],
+        "wanted": [output_format.fp8, output_format.split_experts],
         "source": [stamp.st_size, stamp.st_mtime_ns],
     }
-    staging = Staging(target, plan)
-    enough_room(target.parent, sum(out.num_bytes for out in outs))
+    staging = StagingFolder(target, plan)
+    check_disk_space(target.parent, sum(tensor.num_bytes for tensor in tensors))
     records = run_jobs(staging, jobs, threads, console)
     copy_companions(source_folder, staging.folder)
-    block = next((out.block for out in outs if out.block), None)
-    _write_json_files(staging.folder, outs, {**hf, **_quantization(block)})
-    rows = [row for record in records for row in record.rows]
-    manifest = write_manifest(staging.folder, hf, rows, "megatron-to-hf", fp8_block=block)
+    block = next((tensor.block for tensor in tensors if tensor.block), None)
+    _write_json_files(staging.folder, tensors, {**hf, **_quantization(block)})
+    entries = [entry for record in records for entry in record.rows]
+    manifest = write_manifest(staging.folder, hf, entries, "megatron-to-hf", fp8_block=block)
     staging.publish()
-    before = {row.name: row.sha256 for row in came.tensors} if came else {}
-    return manifest, sum(before.get(row.name) == row.sha256 for row in manifest.tensors)
+    before = {entry.name: entry.sha256 for entry in original.tensors} if original else {}
+    return manifest, sum(before.get(entry.name) == entry.sha256 for entry in manifest.tensors)
 
 
 def _quantization(block: tuple[int, int] | None) -> HFConfig:
@@ -133,27 +143,35 @@ def _quantization(block: tuple[int, int] | None) -> HFConfig:
     return {QUANTIZATION_CONFIG: settings}
 
 
-def _planned(
-    source: TorchDistReader, family: Family, came: Manifest | None, output_format: OutputFormat
+def _output_tensors(
+    source: TorchDistReader, family: Family, original: Manifest | None, output_format: OutputFormat
 ) -> list[OutputTensor]:
-    """Return all tensors to write: those that the weights came as, or one for each name of the table."""
-    if came is not None and came.conversion == "hf-to-megatron":
-        block = came.fp8_block or FP8_BLOCK
-        joined = family.fused_parts()
-        outs = [out for row in came.tensors for out in _as_it_came(row, source, joined, output_format, block)]
-        given = {part for out in outs for part in out.parts}
-        if lost := [name for name in source.specs if name not in given and not name.endswith(SCALE_SUFFIX)]:
-            raise DataError(f"the manifest in {source.folder} does not account for {lost[0]}; remove it to do without")
-        return outs
-    matrices = _matrices(family) if output_format.fp8 else frozenset()
-    quantised_or_not = [
-        part for out in _plain(source, family) for part in _in_fp8(out, FP8_BLOCK if out.name in matrices else None)
+    """Return the tensors to write: those of the original checkpoint, or one for each name of the model family."""
+    if original is not None and original.conversion == "hf-to-megatron":
+        block = original.fp8_block or FP8_BLOCK
+        fused = family.fused_parts()
+        tensors = [
+            tensor
+            for entry in original.tensors
+            for tensor in _as_in_original(entry, source, fused, output_format, block)
+        ]
+        used = {part for tensor in tensors for part in tensor.parts}
+        if lost := [name for name in source.specs if name not in used and not name.endswith(SCALE_SUFFIX)]:
+            raise DataError(
+                f"the manifest in {source.folder} does not account for {lost[0]}; remove it to convert without"
+            )
+        return tensors
+    matrices = fp8_matrices(family) if output_format.fp8 else frozenset()
+    quantized = [
+        part
+        for tensor in _unfused(source, family)
+        for part in _in_fp8(tensor, FP8_BLOCK if tensor.name in matrices else None)
     ]
-    return _in_files(quantised_or_not)
+    return _assign_files(quantized)
 
 
-def _plain(source: TorchDistReader, family: Family) -> Iterator[OutputTensor]:
-    """Yield the tensors of the table; in place of the first of those that only come stacked, the stack."""
+def _unfused(source: TorchDistReader, family: Family) -> Iterator[OutputTensor]:
+    """Yield one tensor per name of the model family; experts that Hugging Face only has stacked become one tensor."""
     stacks = family.fused_parts(required=True)
     firsts = {parts[0]: (stack, parts) for stack, parts in stacks.items()}
     others = {part for parts in stacks.values() for part in parts[1:]}
@@ -165,44 +183,47 @@ def _plain(source: TorchDistReader, family: Family) -> Iterator[OutputTensor]:
             yield OutputTensor(name, "", spec.dtype, spec.shape, (name,))
 
 
-def _as_it_came(
-    row: ManifestEntry,
+def _as_in_original(
+    entry: ManifestEntry,
     source: TorchDistReader,
-    joined: Mapping[str, tuple[str, ...]],
+    fused: Mapping[str, tuple[str, ...]],
     output_format: OutputFormat,
     block: tuple[int, int],
 ) -> Iterator[OutputTensor]:
-    if row.name.removesuffix(SCALE_SUFFIX) in source.specs and row.name.endswith(SCALE_SUFFIX):
-        return  # it comes with its matrix, or not at all
-    if row.name.endswith(SCALES_SUFFIX) and row.name.removesuffix(SCALES_SUFFIX) in joined:
+    if entry.name.removesuffix(SCALE_SUFFIX) in source.specs and entry.name.endswith(SCALE_SUFFIX):
+        return  # written with its matrix, if at all
+    if entry.name.endswith(SCALES_SUFFIX) and entry.name.removesuffix(SCALES_SUFFIX) in fused:
         return
-    if row.name.endswith(BLOCKS_SUFFIX) and (stem := row.name.removesuffix(BLOCKS_SUFFIX)) in joined:
-        row = row.model_copy(update={"name": stem, "shape": MXFP4Format().shape(row.shape)})  # written as it was read
-    parts = joined.get(row.name, (row.name,))
+    if entry.name.endswith(BLOCKS_SUFFIX) and (stem := entry.name.removesuffix(BLOCKS_SUFFIX)) in fused:
+        # MXFP4 is written in bfloat16.
+        entry = entry.model_copy(update={"name": stem, "shape": MXFP4Format().shape(entry.shape)})
+    parts = fused.get(entry.name, (entry.name,))
     if unknown := [part for part in parts if part not in source.specs]:
-        raise DataError(f"the manifest in {source.folder} names {unknown[0]}, which the checkpoint does not have")
+        raise DataError(f"the manifest in {source.folder} names {unknown[0]}, which is not in the checkpoint")
     specs = [source.specs[part] for part in parts]
-    if output_format.apart:
+    if output_format.split_experts:
         for part, spec in zip(parts, specs, strict=True):
-            yield OutputTensor(part, row.file, spec.dtype, spec.shape, (part,))
+            yield OutputTensor(part, entry.file, spec.dtype, spec.shape, (part,))
         return
-    out = OutputTensor(row.name, row.file, specs[0].dtype, row.shape, parts)
-    if sum(spec.num_bytes for spec in specs) != out.num_bytes:
-        raise DataError(f"the manifest in {source.folder} says {row.name} is {list(row.shape)}; its parts differ")
-    yield from _in_fp8(out, block if output_format.fp8 and dtype_of(row.dtype) is torch.float8_e4m3fn else None)
+    tensor = OutputTensor(entry.name, entry.file, specs[0].dtype, entry.shape, parts)
+    if sum(spec.num_bytes for spec in specs) != tensor.num_bytes:
+        raise DataError(
+            f"the manifest in {source.folder} says that {entry.name} has shape {list(entry.shape)}; its parts do not"
+        )
+    yield from _in_fp8(tensor, block if output_format.fp8 and dtype_of(entry.dtype) is torch.float8_e4m3fn else None)
 
 
-def _in_fp8(out: OutputTensor, block: tuple[int, int] | None) -> Iterator[OutputTensor]:
+def _in_fp8(tensor: OutputTensor, block: tuple[int, int] | None) -> Iterator[OutputTensor]:
     if block is None:
-        yield out
+        yield tensor
         return
-    yield replace(out, dtype=torch.float8_e4m3fn, block=block)
-    shape = scales_shape(out.shape, block)
-    yield replace(out, name=out.name + SCALE_SUFFIX, dtype=torch.float32, shape=shape, block=block)
+    yield replace(tensor, dtype=torch.float8_e4m3fn, block=block)
+    shape = scales_shape(tensor.shape, block)
+    yield replace(tensor, name=tensor.name + SCALE_SUFFIX, dtype=torch.float32, shape=shape, block=block)
 
 
-def _matrices(family: Family) -> frozenset[str]:
-    """Return the tensors that FP8 is for: all matrices but embedding, head and routers."""
+def fp8_matrices(family: Family) -> frozenset[str]:
+    """Return the names of the tensors to quantize: all matrices except embedding, output head and routers."""
     return frozenset(
         hf_name
         for name in family.mappings
@@ -212,63 +233,63 @@ def _matrices(family: Family) -> frozenset[str]:
     )
 
 
-def _in_files(outs: Sequence[OutputTensor]) -> list[OutputTensor]:
-    """Return the tensors spread over files of at most ``SHARD_BYTES``."""
+def _assign_files(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """Return the tensors with their files, of at most ``SHARD_BYTES`` each, assigned in order."""
     numbers: list[int] = []
     used, number = 0, 1
-    for out in outs:
-        if used and used + out.num_bytes > SHARD_BYTES:
+    for tensor in tensors:
+        if used and used + tensor.num_bytes > SHARD_BYTES:
             number, used = number + 1, 0
         numbers.append(number)
-        used += out.num_bytes
+        used += tensor.num_bytes
     if number == 1:
-        return [replace(out, file="model.safetensors") for out in outs]
-    pairs = zip(outs, numbers, strict=True)
-    return [replace(out, file=f"model-{own:05}-of-{number:05}.safetensors") for out, own in pairs]
+        return [replace(tensor, file="model.safetensors") for tensor in tensors]
+    pairs = zip(tensors, numbers, strict=True)
+    return [replace(tensor, file=f"model-{index:05}-of-{number:05}.safetensors") for tensor, index in pairs]
 
 
 def _write_file(
-    source: TorchDistReader, outs: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn
+    source: TorchDistReader, tensors: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn
 ) -> FileRecord:
-    """Write one safetensors file; return the rows of the manifest."""
+    """Write one safetensors file and return its manifest entries."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for out in outs:
-        header[out.name] = {
-            "dtype": dtype_name(out.dtype),
-            "shape": out.shape,
-            "data_offsets": [end, end + out.num_bytes],
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": dtype_name(tensor.dtype),
+            "shape": tensor.shape,
+            "data_offsets": [end, end + tensor.num_bytes],
         }
-        end += out.num_bytes
+        end += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     output.write(len(text).to_bytes(8, "little") + text)
     reader = source.for_thread()
-    rows: list[ManifestEntry] = []
-    for out in outs:
+    entries: list[ManifestEntry] = []
+    for tensor in tensors:
         digest = hashlib.sha256()
-        for piece in out.pieces(reader):
+        for piece in tensor.read_parts(reader):
             content = piece.contiguous().flatten().view(torch.uint8).numpy().data
             digest.update(content)
             output.write(content)
             report(len(content))
-        row = ManifestEntry(
-            name=out.name,
-            file=out.file,
-            dtype=dtype_name(out.dtype),
-            shape=out.shape,
+        entry = ManifestEntry(
+            name=tensor.name,
+            file=tensor.file,
+            dtype=dtype_name(tensor.dtype),
+            shape=tensor.shape,
             sha256=digest.hexdigest(),
-            to=out.parts,
+            to=tensor.parts,
         )
-        rows.append(row)
-    return FileRecord(rows=tuple(rows))
+        entries.append(entry)
+    return FileRecord(rows=tuple(entries))
 
 
-def _write_json_files(folder: Path, outs: Sequence[OutputTensor], hf: HFConfig) -> None:
-    """Write the index, where there are several files, and config.json, where it has changed."""
-    if len({out.file for out in outs}) > 1 or outs[0].file != "model.safetensors":
-        weight_map = {out.name: out.file for out in sorted(outs, key=lambda out: out.name)}
-        index = {"metadata": {"total_size": sum(out.num_bytes for out in outs)}, "weight_map": weight_map}
+def _write_json_files(folder: Path, tensors: Sequence[OutputTensor], hf: HFConfig) -> None:
+    """Write the index if there are several files, and config.json if it has changed."""
+    if len({tensor.file for tensor in tensors}) > 1 or tensors[0].file != "model.safetensors":
+        weight_map = {tensor.name: tensor.file for tensor in sorted(tensors, key=lambda tensor: tensor.name)}
+        index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if QUANTIZATION_CONFIG in hf:
         write_hf_config(folder, hf)

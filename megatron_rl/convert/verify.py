@@ -1,4 +1,4 @@
-"""Two checkpoints of any kind compared, tensor by tensor."""
+"""Comparison of two checkpoints of any format, tensor by tensor."""
 
 import math
 from collections.abc import Mapping
@@ -19,57 +19,58 @@ from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
 @dataclass
 class CheckpointComparison:
-    """What two checkpoints have in common.
+    """Result of a comparison.
 
     Attributes:
-        equal: how many tensors have the same dtype, shape and bytes.
-        differing: name -> what differs, in words.
-        only: name -> the folder that alone has it.
+        num_equal: number of tensors with the same dtype, shape and bytes.
+        differing: tensor name -> description of the difference.
+        missing: tensor name -> the only folder that has it.
     """
 
-    equal: int = 0
+    num_equal: int = 0
     differing: dict[str, str] = field(default_factory=dict)
-    only: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_same(self) -> bool:
-        """True if nothing differs."""
-        return not self.differing and not self.only
+        """Whether the checkpoints are equal."""
+        return not self.differing and not self.missing
 
 
 def compare(first: Path, second: Path, threads: int, console: Console) -> CheckpointComparison:
-    """Compare all tensors under their Hugging Face names, FP8 by its values; a few are in memory at a time.
+    """Compare all tensors by Hugging Face name, FP8 after dequantization, with a few tensors in memory at a time.
 
     Raises:
-        DataError: a folder that cannot be read, or that does not fit its own config.json.
+        DataError: a folder cannot be read, or its tensors do not match its config.json.
     """
-    sources = [_opened(folder) for folder in (first, second)]
-    specs = [_compared(source) for source in sources]
-    found = CheckpointComparison()
-    for own, other, folder in ((*specs, first), (specs[1], specs[0], second)):
-        found.only |= {name: str(folder) for name in own if name not in other}
-    names = [name for name in specs[0] if name in specs[1]]
-    total = sum(specs[0][name] for name in names)
+    readers = [_open(folder) for folder in (first, second)]
+    sizes = [_tensor_bytes(reader) for reader in readers]
+    comparison = CheckpointComparison()
+    for these, others, folder in ((*sizes, first), (sizes[1], sizes[0], second)):
+        comparison.missing |= {name: str(folder) for name in these if name not in others}
+    names = [name for name in sizes[0] if name in sizes[1]]
+    total = sum(sizes[0][name] for name in names)
     with progress_bar(console, total) as report, ThreadPoolExecutor(threads) as pool:
-        size = math.ceil(len(names) / threads) or 1  # neighbours are parts of one tensor: a thread has a run of them
-        lists = [names[start : start + size] for start in range(0, len(names), size)]
+        # Consecutive names can be parts of one stored tensor, so each thread gets a contiguous range.
+        count = math.ceil(len(names) / threads) or 1
+        ranges = [names[start : start + count] for start in range(0, len(names), count)]
 
-        def compare_some(some: list[str]) -> dict[str, str]:
-            one, two = (source.for_thread() for source in sources)
-            words = {}
-            for name in some:
-                if word := _difference(one, two, name):
-                    words[name] = word
-                report(specs[0][name])
-            return words
+        def compare_range(some_names: list[str]) -> dict[str, str]:
+            one, two = (reader.for_thread() for reader in readers)
+            differing = {}
+            for name in some_names:
+                if difference := _describe_difference(one, two, name):
+                    differing[name] = difference
+                report(sizes[0][name])
+            return differing
 
-        for words in pool.map(compare_some, lists):
-            found.differing |= words
-    found.equal = len(names) - len(found.differing)
-    return found
+        for differing in pool.map(compare_range, ranges):
+            comparison.differing |= differing
+    comparison.num_equal = len(names) - len(comparison.differing)
+    return comparison
 
 
-def _opened(folder: Path) -> CheckpointReader:
+def _open(folder: Path) -> CheckpointReader:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     family = family_of(read_hf_config(folder))
@@ -78,8 +79,8 @@ def _opened(folder: Path) -> CheckpointReader:
     return source
 
 
-def _compared(source: CheckpointReader) -> Mapping[str, int]:
-    """Return the tensors to compare and their bytes; scales count with the matrix that they belong to."""
+def _tensor_bytes(source: CheckpointReader) -> Mapping[str, int]:
+    """Return the size in bytes of each tensor to compare; FP8 scales are compared with their matrix."""
     return {
         name: spec.num_bytes
         for name, spec in source.specs.items()
@@ -87,8 +88,8 @@ def _compared(source: CheckpointReader) -> Mapping[str, int]:
     }
 
 
-def _difference(first: CheckpointReader, second: CheckpointReader, name: str) -> str:
-    """Return in words how a tensor differs; empty if it does not."""
+def _describe_difference(first: CheckpointReader, second: CheckpointReader, name: str) -> str:
+    """Return how a tensor differs; empty if it is equal."""
     one, two = first.read(name), second.read(name)
     if one.shape != two.shape:
         return f"{list(one.shape)} and {list(two.shape)}"

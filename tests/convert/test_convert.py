@@ -1,4 +1,4 @@
-"""Conversion: bytes survive it, megatron-core reads what it writes, a kill costs nothing, bad input is one error."""
+"""Conversion: round trips, reading by megatron-core, resuming after a kill, errors of bad input."""
 
 import json
 import multiprocessing
@@ -34,14 +34,14 @@ from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
 
 CONSOLE = Console(quiet=True)
-FORMS = {"apart, float32": (False, torch.float32), "fused, bfloat16": (True, torch.bfloat16)}
+FORMATS = {"split, float32": (False, torch.float32), "fused, bfloat16": (True, torch.bfloat16)}
 
 
-def there(source: Path, target: Path):
+def to_core(source: Path, target: Path):
     return to_megatron.convert(source, target, 2, CONSOLE)
 
 
-def back(source: Path, target: Path, **output_format: bool):
+def to_hugging_face(source: Path, target: Path, **output_format: bool):
     return to_hf.convert(source, target, OutputFormat(**output_format), 2, CONSOLE)
 
 
@@ -50,38 +50,38 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return families.save("deepseek_v3", tmp_path_factory.mktemp("demo"))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_gives_the_same_file(tmp_path: Path, name: str, form: str) -> None:
-    fused, dtype = FORMS[form]
+def test_a_round_trip_gives_the_same_file(tmp_path: Path, name: str, format_: str) -> None:
+    fused, dtype = FORMATS[format_]
     source = families.save(name, tmp_path / "hf", dtype, fused=fused)
 
-    manifest = there(source, tmp_path / "megatron")
-    _, unchanged = back(tmp_path / "megatron", tmp_path / "again")
+    manifest = to_core(source, tmp_path / "megatron")
+    _, unchanged = to_hugging_face(tmp_path / "megatron", tmp_path / "again")
 
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert unchanged == len(manifest.tensors) == len(load_file(source / "model.safetensors"))
     assert (tmp_path / "again" / "config.json").read_bytes() == (source / "config.json").read_bytes()
     for one, two in ((source, "megatron"), (tmp_path / "megatron", "again")):
-        found = compare(one, tmp_path / two, 2, CONSOLE)
-        assert found.is_same
-        assert found.equal >= unchanged
+        result = compare(one, tmp_path / two, 2, CONSOLE)
+        assert result.is_same
+        assert result.num_equal >= unchanged
 
 
-def test_fused_experts_can_be_written_apart(tmp_path: Path) -> None:
+def test_fused_experts_can_be_split(tmp_path: Path) -> None:
     fused = families.save("mixtral", tmp_path / "fused", fused=True)
-    apart = families.save("mixtral", tmp_path / "apart")
-    there(fused, tmp_path / "megatron")
+    split = families.save("mixtral", tmp_path / "split")
+    to_core(fused, tmp_path / "megatron")
 
-    back(tmp_path / "megatron", tmp_path / "again", apart=True)
+    to_hugging_face(tmp_path / "megatron", tmp_path / "again", split_experts=True)
 
-    expected, found = load_file(apart / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, result = load_file(split / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert expected.keys() == result.keys()
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
 
 
 def read_by_megatron(folder: str, parallel: dict[str, object]) -> list[str]:
-    """Load the checkpoint by megatron-core's own reader; return the parameters that are not those of our own."""
+    """Load the checkpoint by megatron-core's reader; return the parameters that differ from ours."""
     policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
     (chunk,) = policy.chunks
     shards = shards_of(policy.chunks, policy.family, policy.mesh)
@@ -109,9 +109,9 @@ def _keys(folder: Path) -> set[str]:
 def test_megatron_reads_it_under_any_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parallel: dict[str, object]
 ) -> None:
-    monkeypatch.setenv(PLAIN_VARIABLE, "experts")  # megatron-core's own experts; ours leave its checkpoints to convert
+    monkeypatch.setenv(PLAIN_VARIABLE, "experts")  # megatron-core's experts: ours cannot load its checkpoints
     parallel = parallel if name != "llama" or not parallel else {"tensor": 2}
-    there(families.save(name, tmp_path / "hf"), tmp_path / "megatron")
+    to_core(families.save(name, tmp_path / "hf"), tmp_path / "megatron")
 
     for different in run_ranks(
         read_by_megatron, 2 if parallel else 1, str(tmp_path / "megatron"), parallel, initialize=False
@@ -120,7 +120,7 @@ def test_megatron_reads_it_under_any_layout(
 
 
 def save_by_megatron(folder: str, target: str, parallel: dict[str, object]) -> None:
-    """Save the model by megatron-core's own writer, with the layers of a dense model stacked."""
+    """Save the model by megatron-core's writer, which stacks the layers of a dense model."""
     policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
     state = policy.chunks[0].module.sharded_state_dict(metadata={"dp_cp_group": policy.mesh.data})
     Path(target).mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def save_by_megatron(folder: str, target: str, parallel: dict[str, object]) -> N
 @pytest.mark.parametrize(
     ("name", "parallel"), [("llama", {"tensor": 2}), ("qwen2_moe", {"tensor": 2, "expert": 2}), ("deepseek_v3", {})]
 )
-def test_what_megatron_saves_is_read(tmp_path: Path, name: str, parallel: dict[str, object]) -> None:
+def test_checkpoints_of_megatron_can_be_read(tmp_path: Path, name: str, parallel: dict[str, object]) -> None:
     folder, target = families.save(name, tmp_path / "hf"), tmp_path / "megatron"
     ranks = 2 if parallel else 1
 
@@ -144,7 +144,7 @@ def test_what_megatron_saves_is_read(tmp_path: Path, name: str, parallel: dict[s
     assert compare(folder, target, 1, CONSOLE).is_same
 
 
-SLOWLY = """
+SLOW_READER = """
 import sys, time
 from megatron_rl.models import hf_reader
 read = hf_reader.HFCheckpointReader.read
@@ -154,22 +154,22 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_killed_conversion_leaves_nothing_half_done_and_goes_on(demo: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_can_be_resumed(demo: Path, tmp_path: Path) -> None:
     target, part = tmp_path / "megatron", tmp_path / ".megatron.part"
-    command = [sys.executable, "-c", SLOWLY, "hf-to-megatron", str(demo), str(target), "--threads", "1"]
+    command = [sys.executable, "-c", SLOW_READER, "hf-to-megatron", str(demo), str(target), "--threads", "1"]
     with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 120
         while not list(part.glob(".jobs/__1_*.json")) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     assert not target.exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in part.glob("*.distcp") if _is_recorded(path)}
-    assert kept
+    finished = {path.name: path.stat().st_mtime_ns for path in part.glob("*.distcp") if _is_recorded(path)}
+    assert finished
 
-    there(demo, target)
+    to_core(demo, target)
 
     assert not part.exists()
-    assert {name: (target / name).stat().st_mtime_ns for name in kept} == kept  # done once
+    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished  # not written again
     assert compare(demo, target, 1, CONSOLE).is_same
 
 
@@ -177,7 +177,7 @@ def _is_recorded(path: Path) -> bool:
     return (path.parent / ".jobs" / f"{path.name}.json").is_file()
 
 
-def test_a_changed_source_starts_anew(demo: Path, tmp_path: Path) -> None:
+def test_a_changed_source_restarts_the_conversion(demo: Path, tmp_path: Path) -> None:
     source = tmp_path / "hf"
     shutil.copytree(demo, source)
     stale = tmp_path / ".megatron.part"
@@ -186,30 +186,30 @@ def test_a_changed_source_starts_anew(demo: Path, tmp_path: Path) -> None:
     (stale / "__0_0.distcp").write_bytes(b"old")
     (stale / ".jobs" / "__0_0.distcp.json").write_text('{"bytes": 3, "record": {"rows": [], "tensors": {}}}')
 
-    there(source, tmp_path / "megatron")
+    to_core(source, tmp_path / "megatron")
 
     assert compare(source, tmp_path / "megatron", 1, CONSOLE).is_same
 
 
-def test_layers_for_multi_token_prediction_go_along(tmp_path: Path) -> None:
+def test_multi_token_prediction_layers_are_copied(tmp_path: Path) -> None:
     source = families.save("glm4_moe", tmp_path / "hf")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
     extra = {"model.layers.4.eh_proj.weight": torch.randn(64, 128), "model.layers.4.enorm.weight": torch.randn(64)}
     save_file(load_file(source / "model.safetensors") | extra, source / "model.safetensors", {"format": "pt"})
 
-    there(source, tmp_path / "megatron")
-    back(tmp_path / "megatron", tmp_path / "again")
+    to_core(source, tmp_path / "megatron")
+    to_hugging_face(tmp_path / "megatron", tmp_path / "again")
 
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
-def test_a_target_that_is_there_is_left_alone(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is there already"):
-        there(demo, tmp_path)
+def test_an_existing_target_is_an_error(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists; remove it"):
+        to_core(demo, tmp_path)
 
 
-def test_verify_names_what_differs(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_the_differing_tensors(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(demo, tmp_path / "other")
     tensors = load_file(demo / "model.safetensors")
     tensors["model.norm.weight"][3] += 0.5
@@ -222,7 +222,7 @@ def test_verify_names_what_differs(demo: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_outputs_are_compared_on_a_prompt(demo: Path, tmp_path: Path) -> None:
-    there(demo, tmp_path / "megatron")
+    to_core(demo, tmp_path / "megatron")
     folders = [str(demo), str(tmp_path / "megatron")]
     command = [sys.executable, "-m", "megatron_rl.convert.main", "verify", *folders, "--logits", "3,1,4,1,5,9"]
 
@@ -245,7 +245,7 @@ def test_outputs_are_compared_on_a_prompt(demo: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(demo, tmp_path: Path, change, message) -> None:
+def test_wrong_tensors_are_named_and_nothing_is_written(demo, tmp_path: Path, change, message) -> None:
     source = tmp_path / "hf"
     shutil.copytree(demo, source)
     tensors = load_file(source / "model.safetensors")
@@ -253,6 +253,6 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(demo, tmp_path
     save_file(tensors, source / "model.safetensors")
 
     with pytest.raises(DataError, match=message):
-        there(source, tmp_path / "megatron")
+        to_core(source, tmp_path / "megatron")
 
     assert not (tmp_path / "megatron").exists()

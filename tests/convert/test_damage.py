@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints end in one clear error: never a crash, never a half-written result."""
+"""Damaged and malicious checkpoints: one clear error, no crash, no partial result."""
 
 import json
 import pickle
@@ -75,7 +75,7 @@ def test_a_file_with_changed_or_lost_bytes_is_read_or_refused(tmp_path: Path, da
         read_all(path)
     except MegatronRLError:
         return
-    assert length == len(content)  # nothing of a shortened file is ever taken for whole
+    assert length == len(content)  # a truncated file is never read as complete
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_tensor_in_two_files_is_refused(source: Path, tmp_path: Path) -> None:
         hf_tensors(tmp_path / "hf")
 
 
-def test_fused_and_apart_at_once_is_refused(tmp_path: Path) -> None:
+def test_fused_and_split_experts_together_are_an_error(tmp_path: Path) -> None:
     source = families.save("mixtral", tmp_path / "hf", fused=True)
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"

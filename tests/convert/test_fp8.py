@@ -23,7 +23,7 @@ BLOCK = (128, 128)
 
 
 def in_float64(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the product block by block, in scalars' order and float64."""
+    """Return the product of values and scales, block by block, in float64."""
     result = torch.zeros(values.shape, dtype=torch.float64)
     for row in range(0, values.shape[0], block[0]):
         for column in range(0, values.shape[1], block[1]):
@@ -33,7 +33,7 @@ def in_float64(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (200, 300), (1, 5), (129, 127)])
-def test_dequantisation_is_the_product_rounded_once(shape: tuple[int, int]) -> None:
+def test_dequantization_is_the_product_rounded_once(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     values, scales = quantize(torch.randn(shape) * torch.logspace(-6, 3, shape[1]), BLOCK)
 
@@ -46,7 +46,7 @@ def test_dequantisation_is_the_product_rounded_once(shape: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (200, 300)])
-def test_quantisation_keeps_three_bits_of_every_value_that_float8_can_hold(shape: tuple[int, int]) -> None:
+def test_quantization_keeps_three_bits_of_every_value_that_float8_can_hold(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
 
@@ -58,7 +58,7 @@ def test_quantisation_keeps_three_bits_of_every_value_that_float8_can_hold(shape
     assert bool((error <= torch.maximum(weight.double().abs() * 2**-4, torch.tensor(largest / 448 * 2**-10))).all())
 
 
-def test_a_block_that_has_not_changed_comes_out_as_it_was() -> None:
+def test_unchanged_blocks_keep_their_bytes() -> None:
     torch.manual_seed(0)
     values, scales = quantize(torch.randn(300, 200), BLOCK)
     weight = dequantize(values, scales, BLOCK)
@@ -73,10 +73,10 @@ def test_a_block_that_has_not_changed_comes_out_as_it_was() -> None:
 
 
 def save_fp8(folder: Path, block: int = 32) -> Path:
-    """Write a DeepSeek-V3 whose matrices are FP8, in smaller blocks than the real one's, and return its folder."""
+    """Write a DeepSeek-V3 model with FP8 matrices, in smaller blocks than usual, and return its folder."""
     families.save("deepseek_v3", folder, torch.bfloat16)
     family = family_of(read_hf_config(folder))
-    matrices = to_hf._matrices(family)
+    matrices = to_hf.fp8_matrices(family)
     tensors: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         tensors[name] = tensor
@@ -91,7 +91,7 @@ def save_fp8(folder: Path, block: int = 32) -> Path:
 
 def test_an_fp8_checkpoint_becomes_bfloat16_and_is_written_back_byte_for_byte(tmp_path: Path) -> None:
     source = save_fp8(tmp_path / "fp8")
-    came = load_file(source / "model.safetensors")
+    original = load_file(source / "model.safetensors")
 
     to_megatron.convert(source, tmp_path / "megatron", 1, CONSOLE)
     to_hf.convert(tmp_path / "megatron", tmp_path / "plain", OutputFormat(), 1, CONSOLE)
@@ -99,12 +99,12 @@ def test_an_fp8_checkpoint_becomes_bfloat16_and_is_written_back_byte_for_byte(tm
 
     plain, again = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    expected = in_float64(came[name], came[name + "_scale_inv"], (32, 32))
+    expected = in_float64(original[name], original[name + "_scale_inv"], (32, 32))
     assert torch.equal(plain[name], expected.float().bfloat16())
     assert not any(name.endswith("_scale_inv") for name in plain)
     assert "quantization_config" not in read_hf_config(tmp_path / "plain")
-    assert again.keys() == came.keys()
-    for name, tensor in came.items():
+    assert again.keys() == original.keys()
+    for name, tensor in original.items():
         assert torch.equal(again[name].view(torch.uint8), tensor.view(torch.uint8)), name
     assert read_hf_config(tmp_path / "again")["quantization_config"]["weight_block_size"] == [32, 32]
 
@@ -138,7 +138,7 @@ def test_scales_that_do_not_fit_are_named(tmp_path: Path, change: str) -> None:
         to_megatron.convert(source, tmp_path / "megatron", 1, CONSOLE)
 
 
-def test_another_quantisation_is_refused(tmp_path: Path) -> None:
+def test_other_quantization_methods_are_errors(tmp_path: Path) -> None:
     source = families.save("llama", tmp_path / "hf")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))

@@ -21,7 +21,7 @@ from megatron_rl.models.mxfp4 import MXFP4Format
 from tests.policy import families
 
 CONSOLE = Console(quiet=True)
-QUANTISED = ("gate_up_proj", "down_proj")
+QUANTIZED = ("gate_up_proj", "down_proj")
 
 
 def number(pattern: int) -> float:
@@ -63,33 +63,33 @@ def test_it_is_what_transformers_reads() -> None:
 
 def published(folder: Path) -> tuple[Path, Path]:
     """Return a tiny gpt-oss with random blocks, and the same with what transformers makes of them in bfloat16."""
-    plain, quantised = families.save("gpt_oss", folder / "plain", torch.bfloat16), folder / "quantised"
-    quantised.mkdir()
+    plain, quantized = families.save("gpt_oss", folder / "plain", torch.bfloat16), folder / "quantized"
+    quantized.mkdir()
     tensors = load_file(plain / "model.safetensors")
     stored = dict(tensors)
     for name, tensor in tensors.items():
-        if name.endswith(QUANTISED):
+        if name.endswith(QUANTIZED):
             del stored[name]
             experts, rows, columns = tensor.shape
             stored[f"{name}_blocks"], stored[f"{name}_scales"] = random_blocks(experts, columns, rows // 32)
             tensors[name] = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
-    save_file(stored, quantised / "model.safetensors", {"format": "pt"})
+    save_file(stored, quantized / "model.safetensors", {"format": "pt"})
     hf = json.loads((plain / "config.json").read_text())
     hf["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    (quantised / "config.json").write_text(json.dumps(hf))
-    return quantised, plain
+    (quantized / "config.json").write_text(json.dumps(hf))
+    return quantized, plain
 
 
 def test_a_published_checkpoint_is_read_and_comes_back_in_bfloat16(tmp_path: Path) -> None:
-    quantised, plain = published(tmp_path)
+    quantized, plain = published(tmp_path)
 
-    manifest = to_megatron.convert(quantised, tmp_path / "megatron", 2, CONSOLE)
+    manifest = to_megatron.convert(quantized, tmp_path / "megatron", 2, CONSOLE)
     to_hf.convert(tmp_path / "megatron", tmp_path / "again", OutputFormat(), 2, CONSOLE)
 
-    assert {row.name for row in manifest.tensors} == load_file(quantised / "model.safetensors").keys()
+    assert {row.name for row in manifest.tensors} == load_file(quantized / "model.safetensors").keys()
     for folder in (tmp_path / "megatron", tmp_path / "again"):
-        assert compare(quantised, folder, 1, CONSOLE).is_same
+        assert compare(quantized, folder, 1, CONSOLE).is_same
         assert "quantization_config" not in read_hf_config(folder)
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "again"))
     assert expected.keys() == found.keys()
@@ -106,19 +106,19 @@ def test_without_a_manifest_the_experts_of_a_layer_are_one_tensor_still(tmp_path
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "again"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(ConfigError, match=r"one tensor only.*--apart"):
-        to_hf.convert(tmp_path / "megatron", tmp_path / "apart", OutputFormat(apart=True), 1, CONSOLE)
+    with pytest.raises(ConfigError, match=r"one tensor only.*--split-experts"):
+        to_hf.convert(tmp_path / "megatron", tmp_path / "split", OutputFormat(split_experts=True), 1, CONSOLE)
 
 
 @pytest.mark.parametrize("damage", ["no scales", "misshapen"])
 def test_blocks_without_the_scales_that_they_need_are_one_error(tmp_path: Path, damage: str) -> None:
-    quantised, _ = published(tmp_path)
-    tensors = load_file(quantised / "model.safetensors")
+    quantized, _ = published(tmp_path)
+    tensors = load_file(quantized / "model.safetensors")
     name = "model.layers.1.mlp.experts.down_proj_scales"
     scales = tensors.pop(name)
     if damage == "misshapen":
         tensors[name] = scales[:, :, :-1].contiguous()
-    save_file(tensors, quantised / "model.safetensors")
+    save_file(tensors, quantized / "model.safetensors")
 
     with pytest.raises(DataError, match=r"down_proj_blocks.*down_proj_scales is"):
-        open_checkpoint(quantised, family_of(read_hf_config(quantised)))
+        open_checkpoint(quantized, family_of(read_hf_config(quantized)))

@@ -1,4 +1,4 @@
-"""A real model through everything: SmolLM2-135M-Instruct, and the mixture of four experts that equals it.
+"""End-to-end test with a real model: SmolLM2-135M-Instruct, and the equivalent mixture of four experts.
 
 Slow, and only where the package gguf is installed: python -m pytest -m slow tests/convert/test_real.py. Needs 8 GB of
 memory and, for its last part, .venv-sglang (tools/sglang-cpu).

@@ -1,4 +1,4 @@
-"""Upcycling a tiny dense model: an exact mixture with a head of its own, which every engine reads."""
+"""Upcycling of a tiny dense model: an exactly equivalent mixture with an untied output head."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def upcycle(source: Path, target: Path, *options: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_a_mixture_equals_the_dense_model_and_has_a_head_of_its_own(tmp_path, name):
+def test_a_mixture_equals_the_dense_model_and_has_an_untied_head(tmp_path, name):
     source = families.save(name, tmp_path / "dense")
     tied = json.loads((source / "config.json").read_text())["tie_word_embeddings"]
 
