@@ -25,11 +25,16 @@ INTERNAL = {"replay-rank", "preflight", "fleet", "replay"}
 """Verbs that people do not type."""
 
 
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of every command."""
+    (choices,) = [action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(choices)
+
+
 def test_every_command_has_a_section_with_an_example():
-    (verbs,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
     text = (DOCS / "commands.md").read_text()
     headings = re.findall(r"^## (\S+)$", text, re.MULTILINE)
-    assert set(verbs.choices) - INTERNAL <= set(headings)
+    assert set(commands()) - INTERNAL <= set(headings)
     assert [verb for verb in headings if f"    megatron-rl {verb} " not in text] == []
 
 
@@ -50,6 +55,19 @@ def test_paths_exist(page):
     written_by_the_reader = {"mine", "mine.py", "mistral.py", "chunk.py", "chunk.toml"}
     missing = {path for path in paths if not (ROOT / path).exists() and not (ROOT / "megatron_rl" / path).exists()}
     assert {path for path in missing if Path(path).name not in written_by_the_reader} == set()
+
+
+@by_page
+def test_commands_and_their_options_exist(page):
+    text = page.read_text().replace("\\\n", "")
+    for verb, words in re.findall(r"(?:megatron-rl|-m megatron_rl) ([a-z-]+)([^\n`]*)", text):
+        if verb in commands():
+            options = commands()[verb]._option_string_actions
+            assert [
+                word for word in re.findall(r"(?<!\S)--[a-z-]+", words.partition(" #")[0]) if word not in options
+            ] == []
+        else:
+            assert f"\n## {verb}\n" in (DOCS / "commands.md").read_text(), verb
 
 
 @by_page
