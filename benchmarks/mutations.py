@@ -59,7 +59,7 @@ def run_checks(checks: Sequence[str], mistake: str) -> Result:
         layouts, objectives = (dict.fromkeys(check.split()[place] for check in checks) for place in (1, 2))
         options = [f"--layout={layout}" for layout in layouts] + [f"--objective={name}" for name in objectives]
         arguments = ["megatron_rl", "prove", *PROVE, *options]
-        failure = r"FAILS: \W*(.*)"
+        failure = r"FAIL: \W*(.*)"
     else:
         arguments = ["pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", *checks]
         failure = r"^FAILED \S*?::(\w+.*)$"

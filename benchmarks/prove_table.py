@@ -26,12 +26,12 @@ gradient norm are checked too. {date}, 2 CPU cores, gloo.
 
 
 def summary(proven: dict[str, Any]) -> str:
-    """Return how many results of a file hold, and their tolerance."""
+    """Return the number of results of a file that pass, and their tolerance."""
     results = proven["results"]
     objectives = ", ".join(sorted({result["objective"] for result in results}))
     tolerance = ", ".join(f"{name} {bound:.0e}" for name, bound in proven["tolerance"].items())
-    held = sum(result["holds"] for result in results)
-    return f"* {proven['dtype']}: {held} of {len(results)} hold ({objectives}); tolerance: {tolerance}."
+    passed = sum(result["holds"] for result in results)
+    return f"* {proven['dtype']}: {passed} of {len(results)} pass ({objectives}); tolerance: {tolerance}."
 
 
 def table(files: list[dict[str, Any]]) -> list[str]:
@@ -45,7 +45,7 @@ def table(files: list[dict[str, Any]]) -> list[str]:
             for results, keys in zip(of_layout, COLUMNS, strict=False)
             for key in keys
         ]
-        failed = "" if all(result["holds"] for results in of_layout for result in results) else " **FAILS**"
+        failed = "" if all(result["holds"] for results in of_layout for result in results) else " **FAIL**"
         lines.append(f"| `{layout}`{failed} | {of_layout[0][0]['ranks']} | " + " | ".join(worst) + " |")
     return lines
 

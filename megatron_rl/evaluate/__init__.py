@@ -1,1 +1,1 @@
-"""Evaluation: many samples a prompt, figures with intervals, two results compared."""
+"""Evaluation: many samples per prompt, metrics with confidence intervals, comparison of two results."""

@@ -1,4 +1,4 @@
-"""``megatron-rl eval``: asks held-out prompts many times, writes every sample, and tells the figures."""
+"""``megatron-rl eval``: samples responses to held-out prompts, writes every sample, and prints metrics."""
 
 import json
 from collections.abc import Sequence
@@ -27,10 +27,15 @@ from megatron_rl.util.atomic import replace_text
 
 
 def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None = None) -> int:
-    """Evaluate every target of the command line, one after the other; return 0.
+    """Evaluate all targets of the command line, one after the other; return 0.
+
+    Args:
+        words: configuration files and folders.
+        settings: ``key=value`` arguments.
+        output: folder of the results.
 
     Raises:
-        ConfigError, DataError: something cannot work; found before any server starts.
+        ConfigError, DataError: an evaluation cannot run; raised before any server starts.
     """
     console = make_console()
     targets = find_targets(words, settings, output)
@@ -42,39 +47,42 @@ def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None 
 
 
 def evaluate_one(target: Target, console: Console) -> None:
-    """Answer what is not answered yet, write the figures and show them."""
+    """Sample the missing responses, write the metrics and print them."""
     run = target.run
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     task = make_task(run.task, tokenizer)
     prompts = heldout_prompts(run, task)
-    asked = describe_evaluation(run, target.step, prompts)
-    folder = ResultFolder(target.output, asked, prompts)
+    description = describe_evaluation(run, target.step, prompts)
+    folder = ResultFolder(target.output, description, prompts)
     missing = folder.missing()
     if missing:
-        begun = f", {len(prompts) - len(missing)} of them answered already" if len(missing) < len(prompts) else ""
-        each = "one sample" if run.evaluate.samples == 1 else f"{run.evaluate.samples} samples"
-        said = f"{run.model.path}: {len(prompts)} prompts{begun}, {each} each"
-        console.print(f"{said}, temperature {run.evaluate.temperature:g}", markup=False)
+        finished = f" ({len(prompts) - len(missing)} answered before)" if len(missing) < len(prompts) else ""
+        samples = "1 sample" if run.evaluate.samples == 1 else f"{run.evaluate.samples} samples"
+        console.print(
+            f"{run.model.path}: {len(prompts)} prompts{finished}, {samples} per prompt, temperature"
+            f" {run.evaluate.temperature:g}",
+            markup=False,
+        )
         try:
-            _answer(target, prompts, folder, tokenizer, console)
+            _sample(target, prompts, folder, tokenizer, console)
         except BaseException:
             left = len(folder.missing())
             console.print(f"{len(prompts) - left} of {len(prompts)} prompts are in {target.output}", markup=False)
-            console.print("to go on: the same command again")
+            console.print("run the same command again to continue")
             raise
-    found = all_metrics(folder.finish())
-    result = {"asked": asked, "method": METHOD, "figures": [row.record() for row in found]}
+    metrics = all_metrics(folder.finish())
+    result = {"asked": description, "method": METHOD, "figures": [row.record() for row in metrics]}
     replace_text(target.output / RESULT, json.dumps(result, indent=2) + "\n")
-    console.print(table(found))
-    for line in notes(found):
+    console.print(table(metrics))
+    for line in notes(metrics):
         console.print(line, markup=False)
     console.print(f"{target.output}: {RESULT}, {SAMPLES}", markup=False)
 
 
-def _answer(
+def _sample(
     target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: Chat, console: Console
 ) -> None:
-    """Ask for what is missing, and write each request's samples as soon as they have come."""
+    """Sample and verify the missing responses, and write them as they arrive."""
     run, missing = target.run, folder.missing()
     with (
         serving(run, tokenizer, target.output) as fleet,
@@ -83,16 +91,16 @@ def _answer(
     ):
         bar = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
         versions = range(VERSION, VERSION + 1)
-        asked = fleet.submit(
+        requests = fleet.submit(
             *question(run, prompts, target.step), versions, wanted=missing, routes=requested_routes(run)
         )
-        places = {verify_groups(pending, verifier): first for first, pending in asked}
+        first_index = {verify_groups(pending, verifier): first for first, pending in requests}
         try:
-            for future in as_completed(places):
-                for place, (group, verdicts) in enumerate(future.result(), start=places[future]):
-                    if place in missing:
+            for future in as_completed(first_index):
+                for index, (group, verdicts) in enumerate(future.result(), start=first_index[future]):
+                    if index in missing:
                         folder.add(group, verdicts, run.task.name)
                         progress.advance(bar)
         finally:
-            for _, pending in asked:
+            for _, pending in requests:
                 pending.cancel()

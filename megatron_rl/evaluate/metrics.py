@@ -1,4 +1,4 @@
-"""From samples to figures: over all prompts, by task, and by task and difficulty."""
+"""Metrics of an evaluation: for all prompts, per task, and per task and difficulty."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """The samples of a prompt, counted."""
+    """Counts of the samples of one prompt."""
 
     prompt_id: str
     task: str
@@ -28,11 +28,11 @@ class PromptCounts:
     truncated: int
     tokens: int
     wrong_votes: tuple[int, ...]
-    """Samples of each wrong answer, in any order."""
+    """Number of samples with each wrong answer, sorted."""
     blank: int
-    """Samples that voted for nothing."""
+    """Number of samples without an answer."""
     votes_known: bool
-    """The verifier said of at least one sample what it answers."""
+    """Whether the verifier extracted an answer from at least one sample."""
 
     @property
     def mean(self) -> float:
@@ -42,7 +42,7 @@ class PromptCounts:
 
 @dataclass(frozen=True)
 class EvaluationMetrics:
-    """What is told of a set of prompts."""
+    """Metrics of a set of prompts; ``task`` and ``difficulty`` are None if they cover all."""
 
     task: str | None
     difficulty: str | None
@@ -53,27 +53,27 @@ class EvaluationMetrics:
     tokens_mean: float
     pass_at: Mapping[int, Estimate] = field(default_factory=dict)
     majority_at: Mapping[int, Estimate] = field(default_factory=dict)
-    """Empty if no verifier says what a response answers."""
+    """Empty if the verifier does not extract answers."""
 
     def record(self) -> dict[str, object]:
-        """Return it as JSON."""
+        """Return the metrics as JSON."""
         return {
             **{name: value for name, value in vars(self).items() if name not in ("pass_at", "majority_at")},
-            **{f"pass@{k}": asdict(found) for k, found in self.pass_at.items()},
-            **{f"majority@{k}": asdict(found) for k, found in self.majority_at.items()},
+            **{f"pass@{k}": asdict(estimate) for k, estimate in self.pass_at.items()},
+            **{f"majority@{k}": asdict(estimate) for k, estimate in self.majority_at.items()},
         }
 
 
 def count_by_prompt(samples: Iterable[EvaluatedSample]) -> list[PromptCounts]:
-    """Return the samples counted by prompt, in order."""
+    """Return the counts of each prompt, in the order of first samples."""
     grouped: dict[str, list[EvaluatedSample]] = {}
     for sample in samples:
         grouped.setdefault(sample.prompt_id, []).append(sample)
-    return [_tally(group) for group in grouped.values()]
+    return [_count(group) for group in grouped.values()]
 
 
-def _tally(samples: Sequence[EvaluatedSample]) -> PromptCounts:
-    wrong = Counter(s.read for s in samples if not s.correct and s.read is not None)
+def _count(samples: Sequence[EvaluatedSample]) -> PromptCounts:
+    wrong = Counter(s.answer_read for s in samples if not s.correct and s.answer_read is not None)
     correct = sum(s.correct for s in samples)
     return PromptCounts(
         prompt_id=samples[0].prompt_id,
@@ -86,61 +86,61 @@ def _tally(samples: Sequence[EvaluatedSample]) -> PromptCounts:
         tokens=sum(s.tokens for s in samples),
         wrong_votes=tuple(sorted(wrong.values())),
         blank=len(samples) - correct - wrong.total(),
-        votes_known=any(s.read is not None for s in samples),
+        votes_known=any(s.answer_read is not None for s in samples),
     )
 
 
-def subsets(counted: Sequence[PromptCounts]) -> list[tuple[str | None, str | None, list[PromptCounts]]]:
-    """Return all prompts, then those of each task, then those of each difficulty: what there is more than one of."""
-    found: list[tuple[str | None, str | None, list[PromptCounts]]] = [(None, None, list(counted))]
-    tasks = sorted({tally.task for tally in counted})
+def subsets(prompts: Sequence[PromptCounts]) -> list[tuple[str | None, str | None, list[PromptCounts]]]:
+    """Return (task, difficulty, prompts) for all prompts, each task and each difficulty, where there are several."""
+    found: list[tuple[str | None, str | None, list[PromptCounts]]] = [(None, None, list(prompts))]
+    tasks = sorted({prompt.task for prompt in prompts})
     for task in tasks:
-        own = [tally for tally in counted if tally.task == task]
+        of_task = [prompt for prompt in prompts if prompt.task == task]
         if len(tasks) > 1:
-            found.append((task, None, own))
-        levels = sorted({tally.difficulty for tally in own}, key=_by_number)
+            found.append((task, None, of_task))
+        levels = sorted({prompt.difficulty for prompt in of_task}, key=_numeric_key)
         if len(levels) > 1:
-            found += [(task, level, [tally for tally in own if tally.difficulty == level]) for level in levels]
+            found += [(task, level, [prompt for prompt in of_task if prompt.difficulty == level]) for level in levels]
     return found
 
 
-def _by_number(text: str) -> list[tuple[int, float, str]]:
-    """Return a key that puts 9 before 10."""
+def _numeric_key(text: str) -> list[tuple[int, float, str]]:
+    """Return a sort key by which 9 comes before 10."""
     parts = re.findall(r"\d+(?:\.\d+)?|[^\d]+", text)
     return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
 
 
-def sizes(samples: int) -> list[int]:
-    """Return the k to tell: 1, 2, 4, ... and the number of samples."""
+def reported_k(samples: int) -> list[int]:
+    """Return the values of k to report: 1, 2, 4, ... and the number of samples."""
     return sorted({1 << power for power in range(samples.bit_length())} | {samples})
 
 
 def compute_metrics(
-    counted: Sequence[PromptCounts], task: str | None = None, difficulty: str | None = None
+    prompts: Sequence[PromptCounts], task: str | None = None, difficulty: str | None = None
 ) -> EvaluationMetrics:
-    """Return the figures of some prompts, which all have as many samples."""
-    n = counted[0].samples
-    pass_at = {k: interval([pass_at_k(n, tally.correct, k) for tally in counted]) for k in sizes(n)}
-    voted = n > 1 and any(tally.votes_known for tally in counted)
+    """Return the metrics of prompts with equal numbers of samples."""
+    n = prompts[0].samples
+    pass_at = {k: interval([pass_at_k(n, prompt.correct, k) for prompt in prompts]) for k in reported_k(n)}
+    voted = n > 1 and any(prompt.votes_known for prompt in prompts)
     majority_at = {
-        k: interval([majority_at_k(tally.correct, tally.wrong_votes, tally.blank, k) for tally in counted])
-        for k in (sizes(n)[1:] if voted else ())
+        k: interval([majority_at_k(prompt.correct, prompt.wrong_votes, prompt.blank, k) for prompt in prompts])
+        for k in (reported_k(n)[1:] if voted else ())
     }
     return EvaluationMetrics(
         task=task,
         difficulty=difficulty,
-        prompts=len(counted),
-        samples=n * len(counted),
-        unverified=sum(tally.unverified for tally in counted),
-        truncated=sum(tally.truncated for tally in counted),
-        tokens_mean=fmean(tally.tokens / n for tally in counted),
+        prompts=len(prompts),
+        samples=n * len(prompts),
+        unverified=sum(prompt.unverified for prompt in prompts),
+        truncated=sum(prompt.truncated for prompt in prompts),
+        tokens_mean=fmean(prompt.tokens / n for prompt in prompts),
         pass_at=pass_at,
         majority_at=majority_at,
     )
 
 
 def all_metrics(samples: Iterable[EvaluatedSample]) -> list[EvaluationMetrics]:
-    """Return the figures of all prompts, of each task and of each difficulty."""
+    """Return the metrics of all prompts, of each task and of each difficulty."""
     return [
-        compute_metrics(counted, task, difficulty) for task, difficulty, counted in subsets(count_by_prompt(samples))
+        compute_metrics(prompts, task, difficulty) for task, difficulty, prompts in subsets(count_by_prompt(samples))
     ]

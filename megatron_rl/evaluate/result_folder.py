@@ -1,8 +1,8 @@
-"""The folder of a result: what was asked, every sample as soon as it is verified, and the figures at the end.
+"""The folder of an evaluation. An interrupted evaluation continues in its folder.
 
-evaluation.json   weights, task, sampling, prompts: two commands with the same are one evaluation, which goes on
-samples.jsonl     one JSON object a sample; in the order of the prompts once all are there
-result.json       the figures
+evaluation.json   description: weights, task, sampling, prompts; commands with equal descriptions continue each other
+samples.jsonl     one JSON object per sample, written when it is verified; at the end in the order of the prompts
+result.json       the metrics
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Json = Mapping[str, object]
 
 @dataclass(frozen=True)
 class EvaluatedSample:
-    """What the figures need of a sample."""
+    """The part of a sample that metrics use."""
 
     prompt_id: str
     index: int
@@ -37,14 +37,14 @@ class EvaluatedSample:
     difficulty: str
     correct: bool
     verified: bool
-    read: str | None
-    """The answer that it votes for."""
+    answer_read: str | None
+    """The answer that was extracted from the response, for majority votes."""
     truncated: bool
     tokens: int
 
 
 def describe_evaluation(run: Run, step: int, prompts: Sequence[Prompt]) -> Json:
-    """Return what decides the result of an evaluation, as JSON."""
+    """Return the description of an evaluation, everything that determines its result, as JSON."""
     sampling = run.rollout.sampling.model_dump(mode="json") | {"temperature": run.evaluate.temperature}
     return {
         "weights": {"path": run.model.path, "step": step, "files": _files(Path(run.model.path))},
@@ -67,81 +67,83 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _files(folder: Path) -> dict[str, list[int]]:
-    """Return size and time of change of the files with weights: cheaper than a checksum of hundreds of gigabytes."""
-    kinds = ("*.safetensors", "*.distcp", ".metadata")
-    found = sorted(path for kind in kinds for path in folder.glob(kind))
+    """Return size and modification time of the weight files, which is cheaper than a checksum."""
+    patterns = ("*.safetensors", "*.distcp", ".metadata")
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
 
 
 class ResultFolder:
-    """The folder of one result, new or begun."""
+    """The folder of one evaluation, new or to be continued."""
 
-    def __init__(self, folder: Path, asked: Json, prompts: Sequence[Prompt]) -> None:
-        """Make the folder, or go on in it.
+    def __init__(self, folder: Path, description: Json, prompts: Sequence[Prompt]) -> None:
+        """Create the folder, or read what a previous command wrote to it.
 
         Raises:
-            ConfigError: it holds another evaluation's result, or it cannot be written.
-            DataError: two prompts have one id.
+            ConfigError: the folder has the result of another evaluation, or cannot be written.
+            DataError: two prompts have the same id.
         """
         self.folder, self.prompts = folder, {prompt.id: number for number, prompt in enumerate(prompts)}
-        self.samples_each = int(str(asked["samples"]))
+        self.samples_per_prompt = int(str(description["samples"]))
         if len(self.prompts) < len(prompts):
-            twice = next(prompt.id for number, prompt in enumerate(prompts) if self.prompts[prompt.id] != number)
-            raise DataError(f"two held-out prompts have the id {twice!r}; a task must give each prompt its own")
-        begun = read_description(folder) if (folder / EVALUATION).is_file() else None
-        if begun is not None and begun != json.loads(json.dumps(asked)):
-            changes = "; ".join(differences(begun, asked))
-            raise ConfigError(f"{folder} holds another evaluation ({changes}); write another --output, or delete it")
+            repeated = next(prompt.id for number, prompt in enumerate(prompts) if self.prompts[prompt.id] != number)
+            raise DataError(f"two held-out prompts have the id {repeated!r}; ids must be unique")
+        existing = read_description(folder) if (folder / EVALUATION).is_file() else None
+        if existing is not None and existing != json.loads(json.dumps(description)):
+            changes = "; ".join(differences(existing, description))
+            raise ConfigError(f"{folder} has another evaluation ({changes}); give another --output, or delete it")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            replace_text(folder / EVALUATION, json.dumps(asked, indent=2) + "\n")
-            self.done = self._keep_whole()
+            replace_text(folder / EVALUATION, json.dumps(description, indent=2) + "\n")
+            self.finished = self._drop_incomplete()
         except OSError as error:
-            raise ConfigError(f"cannot write results to {folder}: {error.strerror}; write another --output") from error
+            raise ConfigError(f"cannot write results to {folder}: {error.strerror}; give another --output") from error
 
     def missing(self) -> set[int]:
-        """Return the places of the prompts whose samples are not all there."""
-        return {place for prompt_id, place in self.prompts.items() if prompt_id not in self.done}
+        """Return the indices of the prompts without all samples."""
+        return {index for prompt_id, index in self.prompts.items() if prompt_id not in self.finished}
 
     def add(self, group: Group, verdicts: Sequence[Verdict], task: str) -> None:
-        """Write the samples of a prompt."""
+        """Append the samples of a prompt."""
         prompt = group.prompt
-        kind = {"task": prompt.metadata.get("task", task), "difficulty": prompt.metadata.get("difficulty", "")}
+        labels = {"task": prompt.metadata.get("task", task), "difficulty": prompt.metadata.get("difficulty", "")}
         lines = [
-            {"index": response.index, **kind, **sample_record(prompt, response, verdict), "read": verdict.answer}
+            {"index": response.index, **labels, **sample_record(prompt, response, verdict), "read": verdict.answer}
             for response, verdict in zip(group.responses, verdicts, strict=True)
         ]
         with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
-        self.done.add(prompt.id)
+            file.write("".join(json.dumps(_null_if_not_finite(line), allow_nan=False) + "\n" for line in lines))
+        self.finished.add(prompt.id)
 
     def finish(self) -> list[EvaluatedSample]:
-        """Put the samples in the order of the prompts; return them."""
-        rows = sorted(_rows(self.folder / SAMPLES), key=lambda row: (self.prompts[str(row["prompt_id"])], row["index"]))
+        """Sort the samples by prompt; return them."""
+        rows = sorted(
+            _read_rows(self.folder / SAMPLES), key=lambda row: (self.prompts[str(row["prompt_id"])], row["index"])
+        )
         self._write(rows)
         return read_samples(self.folder)
 
-    def _keep_whole(self) -> set[str]:
-        """Drop the samples of prompts that were cut off; return the prompts that are whole."""
-        rows = _rows(self.folder / SAMPLES)
+    def _drop_incomplete(self) -> set[str]:
+        """Drop the samples of prompts that lack some; return the ids of the complete prompts."""
+        rows = _read_rows(self.folder / SAMPLES)
         counts: dict[str, int] = {}
         for row in rows:
             counts[str(row["prompt_id"])] = counts.get(str(row["prompt_id"]), 0) + 1
-        whole = {prompt_id for prompt_id, count in counts.items() if count == self.samples_each}
-        self._write(row for row in rows if row["prompt_id"] in whole)
-        return whole
+        complete = {prompt_id for prompt_id, count in counts.items() if count == self.samples_per_prompt}
+        self._write(row for row in rows if row["prompt_id"] in complete)
+        return complete
 
     def _write(self, rows: Iterable[Json]) -> None:
         replace_text(self.folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _finite(line: dict[str, object]) -> dict[str, object]:
+def _null_if_not_finite(line: dict[str, object]) -> dict[str, object]:
     reward = line["reward"]
     return line if not isinstance(reward, float) or math.isfinite(reward) else {**line, "reward": None}
 
 
-def _rows(file: Path) -> list[dict[str, object]]:
-    """Return the whole lines of a file of samples; a last one that was cut off is left out."""
+def _read_rows(file: Path) -> list[dict[str, object]]:
+    """Return the lines of a file of samples, except for an incomplete last line."""
     if not file.is_file():
         return []
     lines = file.read_bytes().splitlines(keepends=True)
@@ -152,22 +154,22 @@ def _rows(file: Path) -> list[dict[str, object]]:
 
 
 def read_description(folder: Path) -> Json:
-    """Return what an evaluation asked.
+    """Return the description of the evaluation in a folder.
 
     Raises:
-        DataError: the folder holds no evaluation.
+        DataError: the folder has no evaluation.
     """
     file = folder / EVALUATION
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{folder} holds no result: no {EVALUATION}; give a folder that eval has written") from error
+        raise DataError(f"{folder} has no result: no {EVALUATION}; give a folder that eval has written") from error
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}; delete the folder and evaluate again") from error
 
 
 def read_samples(folder: Path) -> list[EvaluatedSample]:
-    """Return the samples of a result."""
+    """Return the samples of an evaluation."""
     return [
         EvaluatedSample(
             prompt_id=str(row["prompt_id"]),
@@ -178,19 +180,19 @@ def read_samples(folder: Path) -> list[EvaluatedSample]:
             difficulty=str(row["difficulty"]),
             correct=row["correct"] is True,
             verified=row["reward"] is not None,
-            read=None if row["read"] is None else str(row["read"]),
+            answer_read=None if row["read"] is None else str(row["read"]),
             truncated=row["finish_reason"] == "length",
             tokens=int(str(row["tokens"])),
         )
-        for row in _rows(folder / SAMPLES)
+        for row in _read_rows(folder / SAMPLES)
     ]
 
 
-def differences(one: Json, other: Json, prefix: str = "") -> list[str]:
-    """Return the entries in which two descriptions differ, in words; of the weights' files only that they do."""
+def differences(first: Json, second: Json, prefix: str = "") -> list[str]:
+    """Return the differences of two descriptions as text, such as ``sampling.top_k: 0 -> 20``."""
     found: list[str] = []
-    for name in dict.fromkeys([*one, *other]):
-        before, after = one.get(name), other.get(name)
+    for name in dict.fromkeys([*first, *second]):
+        before, after = first.get(name), second.get(name)
         if before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping) and name != "files":

@@ -1,4 +1,4 @@
-"""The fleet that answers: servers of our own on the weights, or running ones that are given them first."""
+"""The fleet of an evaluation: new servers with the weights, or running servers that receive the weights first."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,26 +17,29 @@ from megatron_rl.rollout.fleet_setup import Chat, open_fleet, weights_folder
 from megatron_rl.train.export import write_hf
 
 VERSION = 0
-"""Of the weights, at every server."""
+"""Version of the weights at every server."""
 
 
 @contextmanager
 def serving(run: Run, tokenizer: Chat, scratch: Path) -> Iterator[Fleet]:
-    """Give a fleet whose servers have the weights of ``model.path``, whatever kind of checkpoint that is.
+    """Yield a fleet whose servers have the weights of ``model.path``, a checkpoint of any format.
 
-    Servers that ran already keep the weights. ``scratch`` takes logs, and copies of the weights while they are needed.
+    Args:
+        run: the configuration. Servers that it names keep running afterward, with the weights.
+        tokenizer: tokenizer of the model.
+        scratch: folder for logs and temporary copies of the weights.
     """
     log = run.log.model_copy(update={"path": str(scratch)})
-    rollout = run.rollout.model_copy(update={"max_lag": 0})  # servers of ours repeat bit for bit without one
+    rollout = run.rollout.model_copy(update={"max_lag": 0})  # without lag, embedded servers are deterministic
     run = run.model_copy(update={"log": log, "rollout": rollout})
-    ours = not run.rollout.urls and not run.rollout.registry
+    starts_servers = not run.rollout.urls and not run.rollout.registry
     copied = scratch / "model"
-    if ours and run.rollout.engine != "embedded" and not holds_hf_files(Path(run.model.path)):
+    if starts_servers and run.rollout.engine != "embedded" and not holds_hf_files(Path(run.model.path)):
         write_hf(weights_of(run), Path(run.model.path), copied)
         run = run.model_copy(update={"model": run.model.model_copy(update={"path": str(copied)})})
     try:
         with open_fleet(run, World(0, 1, torch.device("cpu")), tokenizer) as fleet:
-            if not ours:
+            if not starts_servers:
                 fleet.update(weights_of(run), VERSION)
             yield fleet
     finally:
@@ -45,7 +48,7 @@ def serving(run: Run, tokenizer: Chat, scratch: Path) -> Iterator[Fleet]:
 
 
 def weights_of(run: Run) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of ``model.path`` under Hugging Face names, in ``model.dtype``, one at a time."""
+    """Yield the Hugging Face names and tensors of ``model.path``, in ``model.dtype``."""
     folder = Path(run.model.path)
     family = family_of(read_hf_config(folder))
     source = open_checkpoint(folder, family)

@@ -1,6 +1,8 @@
-"""The statistics of an evaluation, on plain numbers. Prompts are drawn at random; the samples of one belong together.
+"""Statistics of an evaluation. Prompts are random draws; the samples of a prompt are correlated (a cluster).
 
-Legend: n samples of a prompt, c correct ones, k samples that are drawn from them without putting back, P prompts.
+n samples of a prompt, c of them correct, k samples drawn from them without replacement.
+
+Legend: P prompts.
 """
 
 from collections import Counter
@@ -16,15 +18,15 @@ from megatron_rl.errors import DataError
 
 CONFIDENCE = 0.95
 BOOTSTRAPS = 10_000
-LEAST_P = 1e-12
-"""Below this, rounding decides."""
-MOST_FLIPPED = 1 << 22
-"""Largest sum of differences, in the smallest unit, for which all sign flips are counted."""
+MIN_P = 1e-12
+"""Smallest p-value that is reported; smaller values are dominated by rounding."""
+MAX_SIGN_FLIP_UNITS = 1 << 22
+"""Largest sum of absolute differences, in units, for which the sign-flip test is exact."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its interval of ``CONFIDENCE``."""
+    """A mean over prompts and its confidence interval of level ``CONFIDENCE``."""
 
     mean: float
     low: float
@@ -32,54 +34,64 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the chance that one of k samples is correct: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1)."""
+    """Return the probability that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k).
+
+    Source: arXiv 2107.03374, equation 1.
+    """
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 @lru_cache(maxsize=1 << 16)
 def majority_at_k(right: int, wrong: tuple[int, ...], blank: int, k: int) -> float:
-    """Return the chance that the most frequent answer of k samples is right; where several lead, each wins as often.
+    """Return the probability that the most frequent answer of k samples is right; ties are broken at random.
 
     Args:
-        right: samples with the right answer.
-        wrong: samples of each wrong answer.
-        blank: samples without an answer: they take part and have no vote.
-        k: samples drawn.
+        right: number of samples with the right answer.
+        wrong: number of samples with each wrong answer.
+        blank: number of samples without an answer, which can be drawn but do not vote.
+        k: number of samples drawn.
     """
-    won = 0.0
+    favorable = 0.0
     for votes in range(1, min(right, k) + 1):
-        # (samples taken, wrong answers with as many votes) -> ways, for wrong answers with at most as many votes
+        # (samples drawn, wrong answers with equally many votes) -> number of ways, if no wrong answer has more votes
         ways: Counter[tuple[int, int]] = Counter({(votes, 0): comb(right, votes)})
         for count in wrong:
-            following: Counter[tuple[int, int]] = Counter()
-            for (taken, ties), number in ways.items():
-                for more in range(min(count, votes, k - taken) + 1):
-                    following[taken + more, ties + (more == votes)] += number * comb(count, more)
-            ways = following
-        won += sum(number * comb(blank, k - taken) / (1 + ties) for (taken, ties), number in ways.items())
-    return won / comb(right + sum(wrong) + blank, k)
+            extended: Counter[tuple[int, int]] = Counter()
+            for (drawn, ties), number in ways.items():
+                for added in range(min(count, votes, k - drawn) + 1):
+                    extended[drawn + added, ties + (added == votes)] += number * comb(count, added)
+            ways = extended
+        favorable += sum(number * comb(blank, k - drawn) / (1 + ties) for (drawn, ties), number in ways.items())
+    return favorable / comb(right + sum(wrong) + blank, k)
 
 
 def interval(values_P: Sequence[float]) -> Estimate:
-    """Return the mean of the prompts' values in [0, 1] with a Wilson interval, clustered by prompt.
+    """Return the mean of values in [0, 1] with a Wilson interval, clustered by prompt.
 
-    The prompts count as so many independent yes-or-no answers as would give the mean its variance: P p (1 - p) / s^2,
-    where s^2 is taken as if one prompt more had had the whole p (1 - p), since few prompts may show too little of it.
-    The quantile is Student's. With one sample a prompt this is Wilson's interval for (almost) P answers.
+    The effective sample size is the number of independent binary outcomes whose mean has the observed variance:
+    P p (1 - p) / s^2. The variance s^2 is estimated as if one more prompt had contributed p (1 - p), because few
+    prompts may show too little variance. The quantile is Student's. With one sample per prompt this is nearly
+    Wilson's interval for P outcomes.
+
+    Args:
+        values_P: mean of the samples of each prompt.
     """
     count, mean = len(values_P), min(1.0, max(0.0, fmean(values_P)))
     if count == 1:
         return Estimate(mean, 0.0, 1.0)
-    whole = mean * (1 - mean)
-    share = (variance(values_P) / whole * count + 1) / (count + 1) if whole else 1.0
-    effective, t = count / share, student_quantile(count - 1)
-    centre = (mean + t * t / (2 * effective)) / (1 + t * t / effective)
-    half = t / (1 + t * t / effective) * sqrt(whole / effective + t * t / (4 * effective**2))
-    return Estimate(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
+    binary_variance = mean * (1 - mean)
+    ratio = (variance(values_P) / binary_variance * count + 1) / (count + 1) if binary_variance else 1.0
+    effective, t = count / ratio, student_quantile(count - 1)
+    center = (mean + t * t / (2 * effective)) / (1 + t * t / effective)
+    half = t / (1 + t * t / effective) * sqrt(binary_variance / effective + t * t / (4 * effective**2))
+    return Estimate(mean, max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half)))
 
 
 def student_quantile(freedom: int) -> float:
-    """Return the two-sided quantile of Student's distribution, to 1 % from 3 degrees of freedom on (Cornish-Fisher)."""
+    """Return the two-sided quantile of Student's distribution at level ``CONFIDENCE``.
+
+    Uses the Cornish-Fisher expansion, which is accurate to 1 % for 3 or more degrees of freedom.
+    """
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     terms = (
         (z**3 + z) / 4,
@@ -90,7 +102,12 @@ def student_quantile(freedom: int) -> float:
 
 
 def paired_interval(differences_P: Sequence[float], seed: int = 0) -> Estimate:
-    """Return the mean of the prompts' differences with a bootstrap interval: whole prompts are drawn, P at a time."""
+    """Return the mean of per-prompt differences with a bootstrap interval that resamples prompts.
+
+    Args:
+        differences_P: difference of the means of a prompt's samples.
+        seed: seed of the resampling.
+    """
     values, counts = np.unique(np.asarray(differences_P, dtype=np.float64), return_counts=True)
     total = int(counts.sum())
     draws = np.random.default_rng(seed).multinomial(total, counts / total, size=BOOTSTRAPS) @ values / total
@@ -101,17 +118,23 @@ def paired_interval(differences_P: Sequence[float], seed: int = 0) -> Estimate:
 def sign_flip_p(differences_P: Sequence[int]) -> float:
     """Return the two-sided p-value of the exact sign-flip permutation test that the differences have mean 0.
 
-    Each prompt's difference, in whole units, might as well have had the other sign. With differences of -1, 0 and 1,
-    that is with one sample a prompt, this is McNemar's exact test. All flips are counted at once: the distribution of
-    their sum is the Fourier transform of a product of cosines, exact to ``LEAST_P``: what is smaller is told as that.
+    Under the null hypothesis each difference has either sign with probability 1/2. With differences of -1, 0 and 1, as
+    with one sample per prompt, this is McNemar's exact test. The distribution of the sum over all sign flips is the
+    Fourier transform of a product of cosines. P-values below ``MIN_P`` are returned as ``MIN_P``.
+
+    Args:
+        differences_P: differences in integer units.
+
+    Raises:
+        DataError: the sum of absolute differences exceeds ``MAX_SIGN_FLIP_UNITS``.
     """
     observed = abs(sum(differences_P))
     sizes = Counter(abs(difference) for difference in differences_P if difference)
     total = sum(size * count for size, count in sizes.items())
-    if total > MOST_FLIPPED:
+    if total > MAX_SIGN_FLIP_UNITS:
         raise DataError(
-            f"the differences are {total} units of 1 / (samples of a prompt) in all, more than {MOST_FLIPPED} can be"
-            " flipped; evaluate both with the same evaluate.samples"
+            f"the absolute differences sum to {total} units of 1 / (samples per prompt); the exact sign-flip test takes"
+            f" at most {MAX_SIGN_FLIP_UNITS}; evaluate both with the same evaluate.samples"
         )
     if not total:
         return 1.0
@@ -120,15 +143,15 @@ def sign_flip_p(differences_P: Sequence[int]) -> float:
     waves = np.ones(points)
     for size, count in sizes.items():
         waves *= np.cos(size * angles) ** count
-    chances = np.fft.fft(waves).real / points  # of sum s at index s modulo the number of points
-    tail = chances[observed : total + 1].sum()
-    return float(min(1.0, max(LEAST_P, 2 * tail if observed else 1.0)))
+    probabilities = np.fft.fft(waves).real / points  # index: sum modulo the number of points
+    tail = probabilities[observed : total + 1].sum()
+    return float(min(1.0, max(MIN_P, 2 * tail if observed else 1.0)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values of tests made together, after Holm: one below 0.05 is not chance alone at that level."""
+    """Return p-values adjusted for multiple tests by Holm's method (family-wise error rate)."""
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
     return adjusted

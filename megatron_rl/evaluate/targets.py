@@ -1,8 +1,8 @@
-"""From the words of the command line to what is evaluated: weights, the settings to ask with, and where results go.
+"""Targets of an evaluation from the command line: weights, settings, and folder of results.
 
-RUN                            a run folder: its newest weights, its own settings
-RUN/checkpoints/step_00000020  a training checkpoint, RUN/exports/step_... and RUN/export likewise
-FOLDER                         a checkpoint of any other kind, with the settings of the config files given
+RUN                            a run folder: its newest weights and its settings
+RUN/checkpoints/step_00000020  a training checkpoint, with the settings of its run; likewise exports/step_..., export
+FOLDER                         any other checkpoint, with the settings of the given configuration files
 """
 
 import json
@@ -18,7 +18,7 @@ from megatron_rl.models.training_checkpoint import step_of, valid_checkpoints
 from megatron_rl.observability.run_folder import CONFIG
 
 RESULTS = "eval"
-"""Folder of results: in the run folder, or where the command runs."""
+"""Folder of results in the run folder or, without one, in the working directory."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class WeightsLocation:
     """Weights on disk.
 
     Attributes:
-        weights: the folder that holds them.
-        step: rollout batches they were trained on; 0 where nobody says.
-        run: the run folder that they are of, if they are of one.
+        weights: folder of the weights.
+        step: number of rollout batches that they were trained on; 0 if unknown.
+        run: run folder that they belong to; None if there is none.
     """
 
     weights: Path
@@ -41,9 +41,9 @@ class Target:
     """One set of weights to evaluate.
 
     Attributes:
-        loaded: the settings; ``model.path`` is where the weights are.
-        step: rollout batches they were trained on.
-        output: the folder of results.
+        loaded: the configuration; ``model.path`` is the folder of the weights.
+        step: number of rollout batches that they were trained on.
+        output: folder of the results.
     """
 
     loaded: Loaded[Run]
@@ -52,21 +52,22 @@ class Target:
 
     @property
     def run(self) -> Run:
-        """The settings."""
+        """The configuration."""
         return self.loaded.run
 
 
 def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | None) -> list[Target]:
-    """Return what to evaluate: each folder, or without any the ``model.path`` of the config files.
+    """Return a target for each folder or, without folders, one for ``model.path`` of the configuration files.
 
     Args:
-        words: config files and folders.
-        settings: ``key=value`` words.
-        output: the folder of results, or with several targets the folder that theirs are in; None: beside the weights.
+        words: configuration files and folders.
+        settings: ``key=value`` arguments.
+        output: folder of results; with several targets, the parent of their folders. None: in the run folder, or in the
+            working directory.
 
     Raises:
-        ConfigError: nothing to evaluate, or two results would go to one folder.
-        DataError: a folder holds no weights.
+        ConfigError: there is nothing to evaluate, or two results would go to the same folder.
+        DataError: a folder has no weights.
     """
     folders = list(dict.fromkeys(Path(word) for word in words if Path(word).is_dir()))
     files = [word for word in words if not Path(word).is_dir()]
@@ -74,24 +75,24 @@ def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | N
         loaded = load(Run, files, settings)
         path = Path(loaded.run.model.path)
         return [Target(loaded, 0, output or Path(RESULTS) / path.name)]
-    places = [find_weights(folder) for folder in folders]
+    locations = [find_weights(folder) for folder in folders]
     targets = [
-        Target(_load(place, files, settings), place.step, _output(place, output, alone=len(places) == 1))
-        for place in places
+        Target(_load(location, files, settings), location.step, _output(location, output, single=len(locations) == 1))
+        for location in locations
     ]
     for number, target in enumerate(targets):
         if any(target.output == other.output for other in targets[:number]):
             raise ConfigError(
-                f"the results of two folders would go to {target.output}; evaluate them apart, each with its --output"
+                f"the results of two folders would go to {target.output}; evaluate each of them with its own --output"
             )
     return targets
 
 
 def find_weights(folder: Path) -> WeightsLocation:
-    """Return the weights that a folder names.
+    """Return the weights in a folder, or the newest weights of a run folder.
 
     Raises:
-        DataError: a run folder without weights.
+        DataError: a run folder has no weights.
     """
     if is_run(folder):
         return _newest(folder)
@@ -103,17 +104,17 @@ def find_weights(folder: Path) -> WeightsLocation:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run's: its ``config.json`` is ours and no model's."""
+    """Return whether a folder is a run folder: its ``config.json`` is a run configuration, not a model's."""
     file = folder / CONFIG
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError:
         return False
-    return isinstance(found, dict) and {"model", "task", "train"} <= set(found)
+    return isinstance(config, dict) and {"model", "task", "train"} <= set(config)
 
 
 def _newest(run: Path) -> WeightsLocation:
-    """Return the newest weights of a run: as Hugging Face files, which every engine can read, where there are some."""
+    """Return the newest weights of a run, preferring Hugging Face files, which every engine can read."""
     checkpoints = valid_checkpoints(run / "checkpoints")
     exports = {step_of(path): path for path in (run / "exports").glob("step_*") if path.name[5:].isdigit()}
     final = run / "export"
@@ -121,7 +122,7 @@ def _newest(run: Path) -> WeightsLocation:
     if final.is_dir() and newest in (None, _steps(run)):
         return WeightsLocation(final, _steps(run), run)
     if newest is None:
-        raise DataError(f"{run} holds no weights yet: no checkpoint, no export; give another folder")
+        raise DataError(f"{run} has no weights yet: no checkpoint, no export; give another folder")
     return WeightsLocation(exports.get(newest, run / "checkpoints" / f"step_{newest:08}"), newest, run)
 
 
@@ -129,21 +130,21 @@ def _steps(run: Path) -> int:
     return int(json.loads((run / CONFIG).read_text(encoding="utf-8"))["train"]["steps"])
 
 
-def _load(place: WeightsLocation, files: Sequence[str], settings: Sequence[str]) -> Loaded[Run]:
-    """Return the settings: the run's own, config files over them, words over those."""
-    base = place.run / CONFIG if place.run else None
-    own = [f"model.path={json.dumps(str(place.weights.absolute()))}"]
+def _load(location: WeightsLocation, files: Sequence[str], settings: Sequence[str]) -> Loaded[Run]:
+    """Return the settings of the run, overridden by configuration files, overridden by ``settings``."""
+    base = location.run / CONFIG if location.run else None
+    model_path = f"model.path={json.dumps(str(location.weights.absolute()))}"
     if clash := [word for word in settings if word.partition("=")[0].strip() == "model.path"]:
-        raise ConfigError(f"{clash[0]} (command line), but {place.weights} is to be evaluated; leave one out")
-    loaded = load(Run, [*([str(base)] if base else []), *files], [*settings, *own])
+        raise ConfigError(f"{clash[0]} (command line), but {location.weights} is to be evaluated; leave one out")
+    loaded = load(Run, [*([str(base)] if base else []), *files], [*settings, model_path])
     run = loaded.run
-    if loaded.origin("rollout.registry") == str(base):  # of a Slurm job's servers, which ended with it
+    if loaded.origin("rollout.registry") == str(base):  # servers of a Slurm job, which has ended
         run = run.model_copy(update={"rollout": run.rollout.model_copy(update={"registry": ""})})
     return Loaded(run, loaded.origins)
 
 
-def _output(place: WeightsLocation, output: Path | None, *, alone: bool) -> Path:
-    name = f"step_{place.step:08}" if place.run else place.weights.absolute().name
+def _output(location: WeightsLocation, output: Path | None, *, single: bool) -> Path:
+    name = f"step_{location.step:08}" if location.run else location.weights.absolute().name
     if output is not None:
-        return output if alone else output / name
-    return (place.run or Path()) / RESULTS / name
+        return output if single else output / name
+    return (location.run or Path()) / RESULTS / name

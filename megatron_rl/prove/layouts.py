@@ -1,4 +1,4 @@
-"""Layouts to prove: what a user writes as ``--layout tensor=2,expert=2``, and the default set."""
+"""Layouts to prove, as in ``--layout tensor=2,expert=2``, and the default set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 
-PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "ranks")
-WORDS: Mapping[str, tuple[str, str, type]] = {
-    **{name: ("parallel", name, int) for name in PARALLEL},
+PARALLEL_SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "ranks")
+SETTINGS: Mapping[str, tuple[str, str, type]] = {
+    **{name: ("parallel", name, int) for name in PARALLEL_SIZES},
     "data": ("parallel", "data", int),
     "sequence": ("parallel", "sequence", bool),
     "distributed_optimizer": ("parallel", "distributed_optimizer", bool),
@@ -18,7 +18,7 @@ WORDS: Mapping[str, tuple[str, str, type]] = {
     "recompute": ("model", "recompute", str),
     "dtype": ("model", "dtype", str),
 }
-"""Word of a layout -> section, key and type of the setting that it changes."""
+"""Key of a layout -> section, key and type of the setting that it changes."""
 
 DEFAULT: tuple[str, ...] = (
     "tokens=4096",
@@ -57,32 +57,32 @@ DEFAULT: tuple[str, ...] = (
     "context=4",
     "data=4,tokens=64",
 )
-"""Every axis alone, and the pairs, as far as four ranks and a small model carry them."""
+"""Each axis and pairs of axes, as far as four ranks and a small model allow."""
 
 
 @dataclass(frozen=True)
 class LayoutRun:
-    """One layout as written, and the run with it."""
+    """A layout as written, and the run configuration with it."""
 
     text: str
     run: Run
     ranks: int
 
 
-def trial(run: Run, text: str) -> LayoutRun:
-    """Return the run under a layout; sizes that the layout does not name are 1.
+def layout_run(run: Run, text: str) -> LayoutRun:
+    """Return the run with a layout. Sizes that the layout does not name are 1.
 
     Raises:
-        ConfigError: an unknown word or a value of another type.
+        ConfigError: a key is unknown, or a value has the wrong type.
     """
     changes: dict[str, dict[str, object]] = {"parallel": {}, "train": {"deterministic": True}, "model": {}}
     for word in text.split(","):
         key, equals, value = word.partition("=")
-        if key not in WORDS or not equals:
-            raise ConfigError(f"--layout {text!r}: {word!r} is not a setting of a layout; write {', '.join(WORDS)}")
-        section, name, kind = WORDS[key]
+        if key not in SETTINGS or not equals:
+            raise ConfigError(f"--layout {text!r}: {word!r} is not a setting of a layout; write {', '.join(SETTINGS)}")
+        section, name, kind = SETTINGS[key]
         changes[section][name] = _value(text, word, value, kind)
-    parallel = {**dict.fromkeys(PARALLEL[:5], 1), "expert_tensor": None, "sequence": None, **changes["parallel"]}
+    parallel = {**dict.fromkeys(PARALLEL_SIZES[:5], 1), "expert_tensor": None, "sequence": None, **changes["parallel"]}
     data = parallel.pop("data", 1)
     shards = [int(str(parallel[name])) for name in ("tensor", "pipeline", "context")]
     dense = shards[0] * shards[1] * shards[2] * int(str(data))
@@ -91,7 +91,7 @@ def trial(run: Run, text: str) -> LayoutRun:
     tree = run.model_dump()
     for section, settings in (changes | {"parallel": parallel | {"ranks": ranks}}).items():
         tree[section] |= settings
-    if tree["model"]["dtype"] == "float64":  # what megatron-core's optimizers refuse in float64
+    if tree["model"]["dtype"] == "float64":  # megatron-core's optimizers do not support these in float64
         tree["parallel"]["distributed_optimizer"] = False
         tree["optimizer"]["clip_grad"] = 0.0
     return LayoutRun(text, Run.model_validate(tree), ranks)
@@ -108,10 +108,10 @@ def _value(text: str, word: str, value: str, kind: type) -> object:
 
 
 def reference(run: Run) -> LayoutRun:
-    """Return the one-rank float64 run, one sequence a row, nothing recomputed."""
-    return trial(run, "packing=false,dtype=float64,recompute=none")
+    """Return the reference: one rank, float64, one sequence per row, no recomputation."""
+    return layout_run(run, "packing=false,dtype=float64,recompute=none")
 
 
 def layout_runs(run: Run, texts: Sequence[str]) -> list[LayoutRun]:
-    """Return the trials of these layouts."""
-    return [trial(run, text) for text in texts]
+    """Return the runs with these layouts."""
+    return [layout_run(run, text) for text in texts]

@@ -1,4 +1,4 @@
-"""``megatron-rl prove``: one real training step under many layouts, each compared with one rank in float64."""
+"""``megatron-rl prove``: one real training step in many layouts, each compared with one rank in float64."""
 
 import json
 import tempfile
@@ -22,7 +22,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.layout import check_layout, layout_of
 from megatron_rl.launch.planning.model_sizes import model_sizes
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.prove.case import CASE, RESULT, RUNS, SizeOverrides, make_batch, make_model, moved_scores
+from megatron_rl.prove.case import CASE, RESULT, RUNS, SizeOverrides, make_batch, make_model, perturbed_logprobs
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, LayoutRun, layout_runs, reference
 from megatron_rl.prove.ranks import run_forked
@@ -36,68 +36,68 @@ def prove(
     shrink: str | None = None,
     objectives: Sequence[str] = (),
     output: Path | None = None,
-    most_ranks: int = 4,
+    max_ranks: int = 4,
 ) -> int:
-    """Print the table; return 0 if every difference is rounding, else 1.
+    """Print the table of differences; return 0 if all are within the tolerance, else 1.
 
     Args:
-        loaded: the configuration whose model, precision and objective are proven.
-        layouts: such as ``tensor=2,expert=2``; none: the default set, as far as the model divides.
+        loaded: the configuration, whose model, precision and objective are used.
+        layouts: layouts such as ``tensor=2,expert=2``; if empty, those of the default set that the model supports.
         shrink: sizes of a smaller model with random weights, such as ``layers=2,hidden=64``.
-        objectives: names; none: the configuration's own.
-        output: where ``prove.json`` goes.
-        most_ranks: of a layout of the default set.
+        objectives: names of objectives; if empty, the one of the configuration.
+        output: file to write the results to, as JSON.
+        max_ranks: largest number of ranks of a layout of the default set.
     """
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=150)
-    with tempfile.TemporaryDirectory(prefix="megatron-rl-prove-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="megatron-rl-prove-") as temporary:
+        folder = Path(temporary)
         model = make_model(loaded.run, None if shrink is None else SizeOverrides.parse(shrink), folder / "model")
         run = with_model(loaded.run, model)
         family = family_of(read_hf_config(Path(model)))
-        trials, skipped = _possible(loaded, run, layouts, most_ranks)
+        selected, skipped = _select_layouts(loaded, run, layouts, max_ranks)
         case = folder / CASE
         save_batch(make_batch(family.vocab_size, seed=run.train.seed), case)
-        runs_of = _objectives(run, objectives)
-        names = [each.objective.name for each in runs_of]
+        objective_runs = _with_objectives(run, objectives)
+        names = [each.objective.name for each in objective_runs]
         console.print(f"reference: one rank, float64; {family.num_layers} layers, {', '.join(names)}")
-        truth = _run(reference(run), runs_of, case, folder / "reference")
-        _use_scores(case, truth)
-        table = Table("layout", "ranks", "objective", *HEADS, "verdict")
+        expected = _run(reference(run), objective_runs, case, folder / "reference")
+        _add_old_logprobs(case, expected)
+        table = Table("layout", "ranks", "objective", *COLUMNS, "verdict")
         records: list[dict[str, object]] = []
-        for number, trial in enumerate(trials):
+        for number, layout in enumerate(selected):
             began = time.perf_counter()
-            results = _run(trial, runs_of, case, folder / f"layout_{number}")
-            tolerance = TOLERANCES[trial.run.model.dtype]
+            results = _run(layout, objective_runs, case, folder / f"layout_{number}")
+            tolerance = TOLERANCES[layout.run.model.dtype]
             for name in names:
-                found = differences(results, truth, name, tolerance)
-                records.append({"layout": trial.text, "ranks": trial.ranks, "objective": name} | found.record())
-                table.add_row(*_cells(trial, name, found))
-            failed = [r for r in records if r["layout"] == trial.text and not r["holds"]]
-            verdict = "ok" if not failed else "FAILS: " + "; ".join(str(r["reasons"]) for r in failed)
-            console.print(f"  {trial.text}: {verdict} ({time.perf_counter() - began:.0f} s)", markup=False)
+                found = differences(results, expected, name, tolerance)
+                records.append({"layout": layout.text, "ranks": layout.ranks, "objective": name} | found.record())
+                table.add_row(*_cells(layout, name, found))
+            failed = [r for r in records if r["layout"] == layout.text and not r["holds"]]
+            verdict = "pass" if not failed else "FAIL: " + "; ".join(str(r["reasons"]) for r in failed)
+            console.print(f"  {layout.text}: {verdict} ({time.perf_counter() - began:.0f} s)", markup=False)
     console.print(table)
-    for text, why in skipped.items():
-        console.print(f"not tried: {text}: {why}", markup=False, style="dim")
+    for text, reason in skipped.items():
+        console.print(f"skipped: {text}: {reason}", markup=False, style="dim")
     bad = [record for record in records if not record["holds"]]
-    console.print(f"{len(records) - len(bad)} of {len(records)} hold within the tolerance of {run.model.dtype}")
+    console.print(f"{len(records) - len(bad)} of {len(records)} pass with the tolerance of {run.model.dtype}")
     if output is not None:
-        described = {"dtype": run.model.dtype, "tolerance": vars(TOLERANCES[run.model.dtype]), "results": records}
-        output.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        report = {"dtype": run.model.dtype, "tolerance": vars(TOLERANCES[run.model.dtype]), "results": records}
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 1 if bad else 0
 
 
-HEADS = ("log-prob", "entropy", "loss", "gradient", "worst gradient", "norm", "ratio")
+COLUMNS = ("log-prob", "entropy", "loss", "gradient", "worst gradient", "norm", "ratio")
 
 
-def _cells(trial: LayoutRun, name: str, found: Differences) -> list[str]:
+def _cells(layout: LayoutRun, name: str, found: Differences) -> list[str]:
     numbers = [found.logprobs, found.entropies, found.loss, found.gradient]
     tail = [found.norm, found.ratio]
     shorter = found.worst.replace("model.layers.", "").removesuffix(".weight")
-    verdict = "holds" if found.holds else "FAILS"
+    verdict = "pass" if found.passed else "FAIL"
     return [
-        trial.text,
-        str(trial.ranks),
+        layout.text,
+        str(layout.ranks),
         name,
         *(f"{n:.1e}" for n in numbers),
         shorter,
@@ -107,56 +107,62 @@ def _cells(trial: LayoutRun, name: str, found: Differences) -> list[str]:
 
 
 def with_model(run: Run, path: str) -> Run:
-    """Return the run with another model folder."""
+    """Return the run configuration with another model folder."""
     return run.model_copy(update={"model": run.model.model_copy(update={"path": path})})
 
 
-def _possible(
-    loaded: Loaded[Run], run: Run, layouts: Sequence[str], most_ranks: int
+def _select_layouts(
+    loaded: Loaded[Run], run: Run, layouts: Sequence[str], max_ranks: int
 ) -> tuple[list[LayoutRun], dict[str, str]]:
-    """Return the layouts that the model divides, and why not for the others; a user's own must all be possible."""
+    """Return the layouts that the model supports, and for the others the reason why not.
+
+    Raises:
+        ConfigError: a layout of ``layouts`` is not supported.
+    """
     shape = model_sizes(family_of(read_hf_config(Path(run.model.path))))
-    possible: list[LayoutRun] = []
+    selected: list[LayoutRun] = []
     skipped: dict[str, str] = {}
-    for trial in layout_runs(run, layouts or DEFAULT):
-        layout = layout_of(trial.run.parallel, trial.ranks, trial.run.model.megatron)
-        changed = Loaded(trial.run, dict.fromkeys(loaded.origins, f"--layout {trial.text}"))
-        problems = check_layout(changed, layout, shape, on_gloo=not torch.cuda.is_available())
+    for layout in layout_runs(run, layouts or DEFAULT):
+        parallel = layout_of(layout.run.parallel, layout.ranks, layout.run.model.megatron)
+        changed = Loaded(layout.run, dict.fromkeys(loaded.origins, f"--layout {layout.text}"))
+        problems = check_layout(changed, parallel, shape, on_gloo=not torch.cuda.is_available())
         if layouts and problems:
-            raise ConfigError(f"--layout {trial.text}: " + "; ".join(problems))
-        if trial.ranks > most_ranks and not layouts:
-            problems = [f"needs {trial.ranks} ranks, more than --ranks {most_ranks}"]
+            raise ConfigError(f"--layout {layout.text}: " + "; ".join(problems))
+        if layout.ranks > max_ranks and not layouts:
+            problems = [f"needs {layout.ranks} ranks, more than --ranks {max_ranks}"]
         if problems:
-            skipped[trial.text] = "; ".join(problems)
+            skipped[layout.text] = "; ".join(problems)
         else:
-            possible.append(trial)
-    return possible, skipped
+            selected.append(layout)
+    return selected, skipped
 
 
-def _objectives(run: Run, names: Sequence[str]) -> list[Run]:
-    """Return the run with each objective; the ones that are not its own get defaults, wide enough to clip only some."""
+def _with_objectives(run: Run, names: Sequence[str]) -> list[Run]:
+    """Return the run configuration with each named objective and its default settings; without names, unchanged."""
     if not names:
         return [run]
     chosen = ALL_OBJECTIVES if "all" in names else names
     if unknown := [name for name in chosen if name not in ALL_OBJECTIVES]:
-        raise ConfigError(f"--objective {', '.join(unknown)} is none of {', '.join(ALL_OBJECTIVES)}")
+        raise ConfigError(f"--objective {', '.join(unknown)} is not one of {', '.join(ALL_OBJECTIVES)}")
     adapter: TypeAdapter[AnyObjective] = TypeAdapter(AnyObjective)
     return [run.model_copy(update={"objective": adapter.validate_python({"name": name})}) for name in chosen]
 
 
-def _run(trial: LayoutRun, runs_of: Sequence[Run], case: Path, folder: Path) -> dict[str, Tensor]:
-    """Run all ranks of a layout and return what the main rank wrote."""
+def _run(layout: LayoutRun, objective_runs: Sequence[Run], case: Path, folder: Path) -> dict[str, Tensor]:
+    """Run all ranks of a layout and return the results of the main rank."""
     folder.mkdir()
     (folder / CASE).symlink_to(case)
-    runs = [trial.run.model_copy(update={"objective": each.objective}).model_dump(mode="json") for each in runs_of]
+    runs = [
+        layout.run.model_copy(update={"objective": each.objective}).model_dump(mode="json") for each in objective_runs
+    ]
     (folder / RUNS).write_text(json.dumps({"runs": runs}), encoding="utf-8")
-    run_forked(folder, trial.ranks, trial.text)
+    run_forked(folder, layout.ranks, layout.text)
     return load_file(folder / RESULT)
 
 
-def _use_scores(case: Path, truth: dict[str, Tensor]) -> None:
-    """Give every layout the reference's scores as the old policy's, so that all form the same ratios and segments."""
+def _add_old_logprobs(case: Path, scores: dict[str, Tensor]) -> None:
+    """Add the log-probs of the reference, plus noise, as old log-probs: all layouts then use the same ratios."""
     batch = load_batch(case)
-    scored = {"old_logprobs_T": truth["logprobs_T"], "old_entropies_T": truth["entropies_T"]}
+    scored = {"old_logprobs_T": scores["logprobs_T"], "old_entropies_T": scores["entropies_T"]}
     case.unlink()
-    save_batch(batch.add(moved_scores(batch, scored)), case)
+    save_batch(batch.add(perturbed_logprobs(batch, scored)), case)

@@ -1,9 +1,9 @@
-"""Imported once by the process that forks the ranks: what they need, megatron-core first of all, is then in memory."""
+"""Imports of the ranks, preloaded once by the process that forks them."""
 
 from megatron_rl.launch.quiet import quiet_upstream
 
 quiet_upstream()
 
-from megatron_rl.prove import rank  # noqa: E402 (after the filters)
+from megatron_rl.prove import rank  # noqa: E402 (after the warning filters)
 
 __all__ = ["rank"]

@@ -1,4 +1,4 @@
-"""One rank of one layout: the real scoring, loss, backward and optimizer step, written down for comparison."""
+"""One rank of a layout: scoring, loss, backward pass and optimizer step, with the results saved for comparison."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.prove.case import CASE, RESULT, RUNS, moved_scores
+from megatron_rl.prove.case import CASE, RESULT, RUNS, perturbed_logprobs
 
 
 def main(folder: Path) -> int:
-    """Do the step that ``folder`` describes, for each of its objectives; the main rank writes the result there."""
+    """Run the step described in ``folder`` for each objective. The main rank writes the results to ``folder``."""
     described = json.loads((folder / RUNS).read_text(encoding="utf-8"))
     runs = [Run.model_validate(run) for run in described["runs"]]
     world = start_world(runs[0].train.step_timeout_seconds, deterministic=True)
@@ -28,9 +28,9 @@ def main(folder: Path) -> int:
     batch = load_batch(folder / CASE)
     scored = policy.compute_logprobs(batch)
     tensors: dict[str, Tensor] = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T}
-    if "old_logprobs_T" not in batch:  # the reference: all layouts use its scores, moved by the noise of the case
-        batch = batch.add(moved_scores(batch, scored.as_old()))
-    # Random tokens have no text: every seventh ends a sentence, so that segments of all lengths come up.
+    if "old_logprobs_T" not in batch:  # the reference run: all layouts use its log-probs plus noise
+        batch = batch.add(perturbed_logprobs(batch, scored.as_old()))
+    # Random tokens have no text: let every seventh token end a sentence, which gives segments of all lengths.
     size = policy.family.vocab_size
     vocabulary = Vocabulary(size, tuple(b"." if token % 7 == 0 else b"a" for token in range(size)))
     for run in runs:
@@ -43,7 +43,7 @@ def main(folder: Path) -> int:
 
 
 def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Return loss, metrics, gradient norm and every parameter's gradient of one objective; weights stay as they are."""
+    """Return loss, metrics, gradient norm and gradients of one objective. Weights are restored."""
     objective: AnyObjective = run.objective
     prepared = batch.add(prepare(batch, objective, run.correction, vocabulary))
     metrics = summary(policy.forward_backward(prepared, make_loss(objective), whole_gradients=True))

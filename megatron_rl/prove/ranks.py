@@ -1,4 +1,4 @@
-"""The ranks of a layout, forked from a process that has imported everything: a layout then takes seconds, not tens."""
+"""Ranks of a layout, forked from a process that has imported everything, which saves tens of seconds per layout."""
 
 import multiprocessing
 import os
@@ -14,12 +14,12 @@ from megatron_rl.util.ports import free_port
 
 
 def run_forked(folder: Path, count: int, layout: str) -> None:
-    """Run ``count`` ranks of ``prove.rank`` on ``folder``; all are gone when this returns.
+    """Run ``count`` ranks of ``prove.rank`` on ``folder`` and wait until all have ended.
 
     Raises:
-        TrainingError: a rank failed; its message is on stderr.
+        TrainingError: a rank failed. Its message is on stderr.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models do not profit from more threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_rl.prove.preload"])
     port = free_port()
@@ -48,7 +48,7 @@ def _wait(ranks: Sequence[BaseProcess], layout: str) -> None:
 
 
 def _rank(folder: Path, rank: int, count: int, port: int) -> None:
-    end_with_parent()  # the fork server, which itself ends with the process that started it
+    end_with_parent()  # the parent is the fork server, which ends with the main process
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(count),

@@ -1,4 +1,4 @@
-"""Evaluations without servers: what is written, what goes on after an interrupt, what is told, what is compared."""
+"""Evaluations without servers: files, resuming after an interrupt, metrics, comparisons."""
 
 import json
 import os
@@ -23,15 +23,15 @@ DEMO = str(ROOT / "configs" / "demo.toml")
 
 
 class Exam:
-    """Twelve prompts of two tasks in two difficulties; the response is a digit, which is right if it is the answer."""
+    """Twelve prompts of two tasks in two difficulties; a response is a digit, right if it equals the answer."""
 
     def __init__(self, size=12):
         self.size = size
 
     def prompts(self, split, seed):
         assert split == "heldout"
-        made = [self.prompt(number) for number in range(self.size)]
-        return Shuffled(made, seed)
+        prompts_ = [self.prompt(number) for number in range(self.size)]
+        return Shuffled(prompts_, seed)
 
     @staticmethod
     def prompt(number):
@@ -46,13 +46,13 @@ class Exam:
 
 
 class Answers:
-    """A fleet that answers at once, from the seeds alone: 0, 1, 2 or 9; four prompts a request."""
+    """A fleet that answers immediately with 0, 1, 2 or 9, determined by the seeds; four prompts per request."""
 
     skill = 0
-    asked: Counter[str]
+    requested: Counter[str]
 
     def __init__(self):
-        self.asked = Counter()
+        self.requested = Counter()
 
     def submit(self, prompts, group_size, sampling, seed, versions, *, wanted, routes):
         chunks = []
@@ -61,7 +61,7 @@ class Answers:
                 part = prompts[first : first + 4]
                 future = Future()
                 future.set_result([self.group(prompt, group_size, seed) for prompt in part])
-                self.asked.update(prompt.id for prompt in part)
+                self.requested.update(prompt.id for prompt in part)
                 chunks.append((first, future))
         return chunks
 
@@ -85,7 +85,7 @@ def fleet(monkeypatch):
 
     monkeypatch.setattr(evaluation, "serving", serving)
     monkeypatch.setattr(evaluation, "make_task", lambda options, tokenizer: Exam())
-    monkeypatch.setattr(evaluation, "open_verifier", lambda run: InlineVerifier(lambda *asked: Exam.verify(*asked)))
+    monkeypatch.setattr(evaluation, "open_verifier", lambda run: InlineVerifier(lambda *pair: Exam.verify(*pair)))
     return answers
 
 
@@ -97,10 +97,10 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_figures_are_told_for_all_by_task_and_by_difficulty(fleet, tmp_path, capsys):
+def test_metrics_are_reported_for_all_prompts_tasks_and_difficulties(fleet, tmp_path, capsys):
     assert evaluate(tmp_path / "a") == 0
-    found = result(tmp_path / "a")
-    rows = [(row["task"], row["difficulty"], row["prompts"]) for row in found["figures"]]
+    parsed = result(tmp_path / "a")
+    rows = [(row["task"], row["difficulty"], row["prompts"]) for row in parsed["figures"]]
     assert rows == [
         (None, None, 12),
         ("odd one", None, 6),
@@ -111,7 +111,7 @@ def test_figures_are_told_for_all_by_task_and_by_difficulty(fleet, tmp_path, cap
         ("sums", "10", 3),
     ]
     lines = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
-    everything = found["figures"][0]
+    everything = parsed["figures"][0]
     assert everything["samples"] == len(lines) == 48
     assert everything["unverified"] == sum(line["reward"] is None for line in lines) > 0
     assert everything["truncated"] == sum(line["finish_reason"] == "length" for line in lines) > 0
@@ -119,12 +119,12 @@ def test_figures_are_told_for_all_by_task_and_by_difficulty(fleet, tmp_path, cap
     solved = {line["prompt_id"] for line in lines if line["correct"]}
     assert everything["pass@4"]["mean"] == pytest.approx(len(solved) / 12)
     assert {"pass@2", "majority@2", "majority@4"} <= set(everything)
-    said = capsys.readouterr().out
-    assert "majority@4" in said
-    assert "without a verdict counts as wrong" in said
+    output_ = capsys.readouterr().out
+    assert "majority@4" in output_
+    assert "without a verdict counts as wrong" in output_
 
 
-def test_the_same_command_is_the_same_result(fleet, tmp_path):
+def test_the_same_command_gives_the_same_result(fleet, tmp_path):
     assert evaluate(tmp_path / "a") == evaluate(tmp_path / "b") == 0
     for name in ("samples.jsonl", "result.json", "evaluation.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -132,7 +132,7 @@ def test_the_same_command_is_the_same_result(fleet, tmp_path):
     assert (tmp_path / "a" / "samples.jsonl").read_bytes() != (tmp_path / "c" / "samples.jsonl").read_bytes()
 
 
-def test_an_interrupt_costs_no_sample_that_was_written(fleet, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_evaluation_keeps_its_samples(fleet, tmp_path, monkeypatch, capsys):
     evaluate(tmp_path / "whole")
     add = ResultFolder.add
     calls: list[Group] = []
@@ -148,32 +148,32 @@ def test_an_interrupt_costs_no_sample_that_was_written(fleet, tmp_path, monkeypa
     assert "5 of 12 prompts are in" in capsys.readouterr().out
     written = (tmp_path / "cut" / "samples.jsonl").read_bytes()
     assert len(written.splitlines()) == 20
-    with (tmp_path / "cut" / "samples.jsonl").open("ab") as file:  # as kill -9 may leave it
+    with (tmp_path / "cut" / "samples.jsonl").open("ab") as file:  # an incomplete line, as after kill -9
         file.write(written.splitlines(keepends=True)[0].replace(b'"p', b'"p1')[:40])
     monkeypatch.setattr(ResultFolder, "add", add)
-    fleet.asked.clear()
+    fleet.requested.clear()
     assert evaluate(tmp_path / "cut") == 0
-    assert len(fleet.asked) == 8  # the first request is not asked again
+    assert len(fleet.requested) == 8  # the first request is not sent again
     assert (tmp_path / "cut" / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
     assert (tmp_path / "cut" / "result.json").read_bytes() == (tmp_path / "whole" / "result.json").read_bytes()
 
 
-def test_a_finished_result_is_told_again_without_asking(fleet, tmp_path):
+def test_a_finished_result_is_printed_again_without_requests(fleet, tmp_path):
     evaluate(tmp_path / "a")
-    fleet.asked.clear()
+    fleet.requested.clear()
     assert evaluate(tmp_path / "a") == 0
-    assert not fleet.asked
+    assert not fleet.requested
 
 
-def test_a_folder_takes_one_evaluation_only(fleet, tmp_path, capsys):
+def test_a_folder_holds_one_evaluation(fleet, tmp_path, capsys):
     evaluate(tmp_path / "a")
     assert evaluate(tmp_path / "a", "evaluate.temperature=0.5") == 2
-    said = capsys.readouterr().err
-    assert "sampling.temperature: 1.0 -> 0.5" in said
-    assert "--output" in said
+    output_ = capsys.readouterr().err
+    assert "sampling.temperature: 1.0 -> 0.5" in output_
+    assert "--output" in output_
 
 
-def test_greedy_answers_are_asked_for_once(fleet, tmp_path, capsys):
+def test_greedy_decoding_needs_one_sample(fleet, tmp_path, capsys):
     assert evaluate(tmp_path / "a", "evaluate.temperature=0") == 2
     assert "write samples = 1" in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ def test_without_known_votes_there_is_no_majority(fleet, tmp_path, monkeypatch, 
     assert "no majority votes" in capsys.readouterr().out
 
 
-def compared(capsys, *folders, output=None):
+def compare_results(capsys, *folders, output=None):
     extra = [f"--output={output}"] if output else []
     status = main(["eval", "--compare", *map(str, folders), *extra])
     captured = capsys.readouterr()
@@ -196,9 +196,9 @@ def test_two_results_are_compared_prompt_by_prompt(fleet, tmp_path, capsys):
     evaluate(tmp_path / "weak")
     fleet.skill = 6
     evaluate(tmp_path / "strong", "evaluate.temperature=0.9")
-    status, said = compared(capsys, tmp_path / "weak", tmp_path / "strong", output=tmp_path / "both.json")
+    status, output_ = compare_results(capsys, tmp_path / "weak", tmp_path / "strong", output=tmp_path / "both.json")
     assert status == 0
-    assert "sampling.temperature: 1.0 -> 0.9" in said
+    assert "sampling.temperature: 1.0 -> 0.9" in output_
     rows = json.loads((tmp_path / "both.json").read_text())["comparisons"]
     first = rows[0]
     assert first["prompts"] == 12
@@ -207,7 +207,7 @@ def test_two_results_are_compared_prompt_by_prompt(fleet, tmp_path, capsys):
     assert first["difference"]["low"] > 0.2
     assert first["p"] < 0.01
     assert all(row["p_holm"] >= row["p"] for row in rows[1:])
-    status, _ = compared(capsys, tmp_path / "weak", tmp_path / "weak", output=tmp_path / "same.json")
+    status, _ = compare_results(capsys, tmp_path / "weak", tmp_path / "weak", output=tmp_path / "same.json")
     assert status == 0
     assert json.loads((tmp_path / "same.json").read_text())["comparisons"][0]["p"] == 1.0
 
@@ -216,11 +216,11 @@ def test_other_prompts_are_not_compared(fleet, tmp_path, capsys, monkeypatch):
     evaluate(tmp_path / "a")
     monkeypatch.setattr(evaluation, "make_task", lambda options, tokenizer: Exam(10))
     evaluate(tmp_path / "b")
-    status, said = compared(capsys, tmp_path / "a", tmp_path / "b")
+    status, output_ = compare_results(capsys, tmp_path / "a", tmp_path / "b")
     assert status == 2
-    assert "not the same prompts" in said
-    assert "has 12" in said
-    assert "10 have the same id" in said
+    assert "the prompts differ" in output_
+    assert "has 12" in output_
+    assert "10 have the same id" in output_
 
 
 def test_unfinished_results_are_not_compared(fleet, tmp_path, capsys):
@@ -228,16 +228,16 @@ def test_unfinished_results_are_not_compared(fleet, tmp_path, capsys):
     evaluate(tmp_path / "b")
     lines = (tmp_path / "b" / "samples.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "b" / "samples.jsonl").write_bytes(b"".join(lines[:-1]))
-    status, said = compared(capsys, tmp_path / "a", tmp_path / "b")
+    status, output_ = compare_results(capsys, tmp_path / "a", tmp_path / "b")
     assert status == 2
-    assert "11 of 12 prompts are answered" in said
-    status, said = compared(capsys, tmp_path / "a", tmp_path)
+    assert "11 of 12 prompts are answered" in output_
+    status, output_ = compare_results(capsys, tmp_path / "a", tmp_path)
     assert status == 2
-    assert "holds no result" in said
+    assert "has no result" in output_
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "nothing to evaluate"),
         (["--compare", "a", "b", "c.toml"], "leave c.toml out"),
@@ -246,10 +246,10 @@ def test_unfinished_results_are_not_compared(fleet, tmp_path, capsys):
         ([str(ROOT / "configs" / "demo-model"), "model.path=x"], "leave one out"),
     ],
 )
-def test_what_cannot_work_is_one_message(words, told, capsys, tmp_path, monkeypatch):
+def test_invalid_commands_are_one_error_message(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["eval", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert os.listdir() == []
 
 

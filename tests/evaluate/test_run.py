@@ -1,4 +1,4 @@
-"""A run of the demo, and its checkpoints evaluated: every kind of folder, our own servers and running ones."""
+"""Evaluation of a demo run and its checkpoints: all kinds of folders, new servers and running servers."""
 
 import json
 import shutil
@@ -25,17 +25,23 @@ SETTINGS = ("evaluate.prompts=24", "evaluate.samples=2")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of two steps that were evaluated before each and after the last."""
+    """The folder of a run of two steps, with evaluations before each step and after the last."""
     folder = tmp_path_factory.mktemp("eval") / "run"
-    kept = ("train.steps=2", "evaluate.every=1", "checkpoint.every=1", "checkpoint.export=true", "optimizer.lr=1e-3")
-    with Job(folder, *ONE_RANK, *SETTINGS, *kept) as job:
+    settings = (
+        "train.steps=2",
+        "evaluate.every=1",
+        "checkpoint.every=1",
+        "checkpoint.export=true",
+        "optimizer.lr=1e-3",
+    )
+    with Job(folder, *ONE_RANK, *SETTINGS, *settings) as job:
         assert job.end() == 0, job.output()
     return folder
 
 
 @pytest.fixture(scope="module")
 def newest(run) -> Path:
-    """The result of the run's newest weights."""
+    """The evaluation of the newest weights of the run."""
     assert main(["eval", str(run)]) == 0
     return run / "eval" / "step_00000002"
 
@@ -53,32 +59,32 @@ def samples(result: Path) -> bytes:
     return (result / "samples.jsonl").read_bytes()
 
 
-def test_a_run_is_evaluated_as_it_evaluated_itself(run, newest):
-    asked = json.loads((newest / "evaluation.json").read_text())
-    assert asked["weights"]["path"] == str(run / "export")
-    assert (asked["prompts"], asked["samples"]) == (24, 2)
+def test_eval_of_a_run_equals_its_last_evaluation(run, newest):
+    description = json.loads((newest / "evaluation.json").read_text())
+    assert description["weights"]["path"] == str(run / "export")
+    assert (description["prompts"], description["samples"]) == (24, 2)
     assert pass_at_1(newest) == accuracies(run)[-1]
 
 
-def test_a_training_checkpoint_on_the_way_likewise(run):
+def test_eval_of_a_training_checkpoint_equals_the_evaluation_of_its_step(run):
     checkpoint = run / "checkpoints" / "step_00000001"
     assert main(["eval", str(checkpoint)]) == 0
     assert pass_at_1(run / "eval" / checkpoint.name) == accuracies(run)[1]
     assert accuracies(run)[1] != accuracies(run)[0] or accuracies(run)[1] != accuracies(run)[2]
 
 
-def test_a_megatron_checkpoint_answers_like_the_files_it_came_from(run, newest, tmp_path):
+def test_a_converted_checkpoint_gives_the_same_samples(run, newest, tmp_path):
     other = tmp_path / "other"
     to_megatron.convert(run / "export", other / "exports" / "step_00000002", 1, Console(quiet=True))
     shutil.copyfile(run / "config.json", other / "config.json")
     assert main(["eval", str(other)]) == 0
     result = other / "eval" / newest.name
-    asked = json.loads((result / "evaluation.json").read_text())
-    assert is_torch_dist(Path(asked["weights"]["path"]))
+    description = json.loads((result / "evaluation.json").read_text())
+    assert is_torch_dist(Path(description["weights"]["path"]))
     assert samples(result) == samples(newest)
 
 
-def test_running_servers_get_the_weights_first(run, newest, tmp_path):
+def test_running_servers_receive_the_weights_first(run, newest, tmp_path):
     server = embedded_server(str(ROOT / "configs" / "demo-model"), tmp_path / "server.log")
     server.start()
     try:
@@ -89,7 +95,7 @@ def test_running_servers_get_the_weights_first(run, newest, tmp_path):
     assert samples(tmp_path / "result") == samples(newest)
 
 
-def test_the_start_is_compared_with_the_end(run, newest, tmp_path, capsys):
+def test_first_and_last_weights_are_compared(run, newest, tmp_path, capsys):
     start = str(ROOT / "configs" / "demo-model")
     words = [str(run / "config.json"), start, f"--output={tmp_path / 'start'}"]
     assert main(["eval", *words]) == 0
@@ -101,8 +107,8 @@ def test_an_engine_that_cannot_read_a_checkpoint_gets_a_copy(run, tmp_path, monk
     seen: list[Path] = []
 
     @contextmanager
-    def open_fleet(asked, world, tokenizer):
-        folder = Path(asked.model.path)
+    def open_fleet(description, world, tokenizer):
+        folder = Path(description.model.path)
         assert holds_hf_files(folder)
         family = family_of(read_hf_config(folder))
         copy, export = (open_checkpoint(place, family) for place in (folder, run / "export"))

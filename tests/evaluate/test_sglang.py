@@ -1,4 +1,4 @@
-"""The real SGLang answers an evaluation of several turns, greedily, as our own engine does; tools/check-sglang."""
+"""Greedy multi-turn evaluation on SGLang gives the responses of the embedded server; see tools/check-sglang."""
 
 import json
 import re
@@ -24,7 +24,7 @@ CONFIGS = [str(ROOT / "configs" / name) for name in ("demo.toml", "environment/c
 ENGINE = str(ROOT / "configs" / "engine" / "sglang-cpu.toml")
 GREEDY = ["evaluate.temperature=0", "evaluate.prompts=48"]
 SAME = 46
-"""Of 48 responses: rounding may choose another token where two are as likely. None did when this was written."""
+"""Responses of 48 that must be equal; rounding can change the choice between equally likely tokens."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,13 +34,13 @@ def _installed() -> None:
 
 
 def evaluated(output: Path, *words: str) -> list[str]:
-    """Return the responses."""
+    """Evaluate greedily and return the responses."""
     assert main(["eval", *words, *CONFIGS, *GREEDY, f"--output={output}"]) == 0
-    compute_metrics = json.loads((output / "result.json").read_text())["figures"][0]
-    assert (compute_metrics["prompts"], compute_metrics["samples"], compute_metrics["unverified"]) == (48, 48, 0)
-    assert "pass@2" not in compute_metrics
+    metrics = json.loads((output / "result.json").read_text())["figures"][0]
+    assert (metrics["prompts"], metrics["samples"], metrics["unverified"]) == (48, 48, 0)
+    assert "pass@2" not in metrics
     lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-    assert compute_metrics["pass@1"]["mean"] == pytest.approx(sum(line["correct"] for line in lines) / 48)
+    assert metrics["pass@1"]["mean"] == pytest.approx(sum(line["correct"] for line in lines) / 48)
     responses = [line["response"] for line in lines]
     steps = [step for response in responses for step in re.findall(r"(\d)([+*-])(\d)=(\d);", response)]
     assert len(steps) > 48
@@ -52,11 +52,11 @@ def same(some: list[str], others: list[str]) -> int:
     return sum(a == b for a, b in zip(some, others, strict=True))
 
 
-def test_a_hugging_face_checkpoint_at_a_server_of_our_own(tmp_path):
+def test_a_hugging_face_checkpoint_on_a_new_server(tmp_path):
     assert same(evaluated(tmp_path / "sglang", ENGINE), evaluated(tmp_path / "ours")) >= SAME
 
 
-def test_a_megatron_checkpoint_of_other_weights_at_a_running_server(tmp_path):
+def test_a_megatron_checkpoint_with_other_weights_on_a_running_server(tmp_path):
     shutil.copytree(MODEL, tmp_path / "hf")
     weights = load_file(MODEL / "model.safetensors")
     noise = torch.Generator().manual_seed(0)

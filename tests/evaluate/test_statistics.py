@@ -1,4 +1,4 @@
-"""The statistics against answers that are known, brute force, and simulation."""
+"""Statistics against known values, brute force and simulation."""
 
 from itertools import combinations, product
 from math import comb
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.errors import DataError
 from megatron_rl.evaluate.statistics import (
-    LEAST_P,
+    MIN_P,
     Estimate,
     holm,
     interval,
@@ -46,7 +46,7 @@ def majority_by_hand(samples, k):
 
 
 @given(st.lists(st.sampled_from(["right", "a", "b", "c", ""]), min_size=1, max_size=8), st.data())
-def test_majority_is_the_share_of_all_draws_that_the_right_answer_leads(samples, data):
+def test_majority_is_the_share_of_draws_won_by_the_right_answer(samples, data):
     k = data.draw(st.integers(1, len(samples)))
     wrong = tuple(count for answer in "abc" if (count := samples.count(answer)))
     found = majority_at_k(samples.count("right"), wrong, samples.count(""), k)
@@ -57,13 +57,13 @@ def test_majority_of_one_is_pass_at_one():
     assert majority_at_k(3, (2, 1), 4, 1) == pytest.approx(pass_at_k(10, 3, 1), abs=1e-15)
 
 
-def test_students_quantile_is_the_tables():
+def test_students_quantile_matches_tables():
     table = {3: 3.1824, 5: 2.5706, 10: 2.2281, 24: 2.0639, 60: 2.0003}
     assert [student_quantile(freedom) for freedom in table] == pytest.approx(list(table.values()), rel=0.01)
     assert student_quantile(24) == pytest.approx(2.0639, abs=1e-4)
 
 
-def test_one_sample_a_prompt_gives_wilsons_interval():
+def test_one_sample_per_prompt_gives_wilsons_interval():
     # 40 of 50: the textbook has 0.670 to 0.888 with the normal quantile, Student's with 49 and n - 1 are 3.5 % wider
     found = interval([1.0] * 40 + [0.0] * 10)
     assert (found.mean, found.low, found.high) == pytest.approx((0.8, 0.670, 0.888), abs=7e-3)
@@ -75,7 +75,7 @@ def test_one_sample_a_prompt_gives_wilsons_interval():
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=30))
-def test_an_interval_holds_its_mean_and_stays_between_0_and_1(values):
+def test_an_interval_contains_its_mean_and_stays_between_0_and_1(values):
     found = interval(values)
     assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
     assert found.low < found.high
@@ -85,7 +85,7 @@ def test_an_interval_holds_its_mean_and_stays_between_0_and_1(values):
 @pytest.mark.parametrize("prompts", [10, 25, 100])
 @pytest.mark.parametrize("difficulty", [(1.0, 1.0), (0.3, 0.1), (8.0, 8.0), (0.2, 4.0)])
 def test_the_interval_covers_the_truth(samples, prompts, difficulty):
-    """Prompts from a beta distribution: uniform, mostly easy and split, all alike, mostly hopeless."""
+    """Prompts from beta distributions: uniform, U-shaped, all similar, mostly hard."""
     rng = np.random.default_rng(1)
     truth = difficulty[0] / sum(difficulty)
     rounds = 1000
@@ -96,7 +96,7 @@ def test_the_interval_covers_the_truth(samples, prompts, difficulty):
     assert covered / rounds >= 0.925
 
 
-def test_an_interval_that_took_samples_for_prompts_would_not_cover():
+def test_an_interval_without_clustering_would_not_cover():
     rng = np.random.default_rng(2)
     hits = 0
     for _ in range(400):
@@ -123,25 +123,25 @@ def test_the_permutation_test_counts_every_flip(differences):
 def test_with_one_sample_it_is_mcnemars_exact_test(wins, losses):
     discordant = wins + losses
     tail = sum(comb(discordant, i) for i in range(min(wins, losses) + 1)) / 2**discordant
-    expected = min(1.0, max(LEAST_P, 2 * tail))
+    expected = min(1.0, max(MIN_P, 2 * tail))
     assert sign_flip_p([1] * wins + [-1] * losses + [0] * 50) == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_rounding_decides_is_not_told():
-    assert sign_flip_p([1] * 2000) == sign_flip_p([3] * 5000) == LEAST_P
+def test_p_values_below_rounding_error_are_bounded():
+    assert sign_flip_p([1] * 2000) == sign_flip_p([3] * 5000) == MIN_P
 
 
-def test_no_difference_is_no_evidence():
+def test_no_difference_gives_p_value_one():
     assert sign_flip_p([0, 0, 0]) == 1.0
     assert sign_flip_p([2, -2]) == 1.0
 
 
-def test_too_many_units_are_refused():
+def test_too_many_units_are_an_error():
     with pytest.raises(DataError, match="same evaluate"):
         sign_flip_p([1 << 22, 1])
 
 
-def test_the_test_raises_few_false_alarms_and_finds_what_is_there():
+def test_level_and_power_of_the_permutation_test():
     rng = np.random.default_rng(3)
 
     def alarms(shift):
@@ -156,7 +156,7 @@ def test_the_test_raises_few_false_alarms_and_finds_what_is_there():
     assert alarms(0.15) > 0.8
 
 
-def test_the_paired_interval_covers_the_truth_and_repeats():
+def test_the_paired_interval_covers_the_truth_and_is_deterministic():
     rng = np.random.default_rng(4)
     covered = 0
     for _ in range(300):
@@ -168,6 +168,6 @@ def test_the_paired_interval_covers_the_truth_and_repeats():
     assert paired_interval([0.0, 0.5, 1.0], 7) == paired_interval([0.0, 0.5, 1.0], 7)
 
 
-def test_holm_is_what_the_textbook_says():
+def test_holm_matches_a_textbook_example():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Any layout gives one rank's loss and gradient, for every objective: a fast subset of ``megatron-rl prove``."""
+"""Loss and gradient do not depend on the layout, for every objective: a fast subset of ``megatron-rl prove``."""
 
 from pathlib import Path
 
@@ -24,17 +24,17 @@ FAST = (
 
 
 @pytest.mark.timeout(1200)
-def test_fast_layouts_give_one_rank_s_gradient_for_every_objective(tmp_path: Path) -> None:
+def test_fast_layouts_give_the_gradient_of_one_rank_for_every_objective(tmp_path: Path) -> None:
     loaded = load(Run, [str(DEMO)], [])
 
     assert prove(loaded, FAST, shrink="layers=4,hidden=48", objectives=["all"], output=tmp_path / "prove.json") == 0
 
 
 @pytest.mark.timeout(1200)
-def test_the_load_balancing_loss_has_one_gradient_under_every_axis(tmp_path: Path) -> None:
+def test_the_load_balancing_loss_has_the_same_gradient_in_every_layout(tmp_path: Path) -> None:
     aux = "model.megatron={moe_router_load_balancing_type = 'aux_loss', moe_aux_loss_coeff = 0.1}"
     loaded = load(Run, [str(DEMO)], [aux])
-    # One sequence a row: the balance of a row is not a sum over tokens, so rows must be the same everywhere.
+    # One sequence per row: the loss of a row is not a sum over tokens, so all layouts must have equal rows.
     axes = ("tensor=2,expert=2", "context=2", "pipeline=2", "data=2")
     layouts = [f"{axis},packing=false" for axis in axes]
 
@@ -44,7 +44,7 @@ def test_the_load_balancing_loss_has_one_gradient_under_every_axis(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_default_set_holds(tmp_path: Path, dtype: str) -> None:
+def test_the_default_set_passes(tmp_path: Path, dtype: str) -> None:
     plain = ["parallel.distributed_optimizer=false", "optimizer.clip_grad=0"] if dtype == "float64" else []
     loaded = load(Run, [str(DEMO)], [f"model.dtype={dtype}", *plain])
 

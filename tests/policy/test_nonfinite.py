@@ -15,7 +15,7 @@ from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.nonfinite import NonFiniteError
-from megatron_rl.prove.case import RESPONSES, make_batch
+from megatron_rl.prove.case import NUM_RESPONSES, make_batch
 from megatron_rl.train.nonfinite_dump import (
     REPLAY_RUN,
     REPLAYED,
@@ -44,7 +44,7 @@ def build(words):
 
 def mini_batch(policy):
     batch = make_batch(policy.family.vocab_size, seed=1)
-    index_B = 100 + torch.arange(RESPONSES)
+    index_B = 100 + torch.arange(NUM_RESPONSES)
     zeros_T = torch.zeros(len(batch["loss_mask_T"]))
     return batch.add({"sample_index_B": index_B, "old_logprobs_T": zeros_T - 1.0})
 
@@ -121,8 +121,8 @@ def test_a_spoilt_weight_is_found_in_its_layer_and_by_its_name(found, stage):
     assert (finding["kind"], finding["layer"]) == ("output", 1)
     assert finding["name"] == "of self_attention.linear_proj"
     assert finding["weights"] == ("model.layers.1.self_attn.o_proj.weight",)
-    assert 100 <= finding["sample"] < 100 + RESPONSES
-    assert 0 < finding["responses"] < RESPONSES
+    assert 100 <= finding["sample"] < 100 + NUM_RESPONSES
+    assert 0 < finding["responses"] < NUM_RESPONSES
     assert "layer 1, rank" in finding["message"]
 
 

@@ -17,7 +17,7 @@ from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.observability.token_record import TokenRecord, chosen, token_texts
 from megatron_rl.policy.engine import Policy
-from megatron_rl.prove.case import make_batch, moved_scores
+from megatron_rl.prove.case import make_batch, perturbed_logprobs
 from tests.policy.tiny import VOCABULARY, run_of, save_model
 from tests.ranks import run_ranks
 
@@ -214,7 +214,7 @@ def one_line(folder: str, parallel: dict[str, object], name: str) -> dict[str, o
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
     batch = rewarded(make_batch(VOCABULARY, seed=3))
-    batch = batch.add(moved_scores(batch, policy.compute_logprobs(batch).as_old()))
+    batch = batch.add(perturbed_logprobs(batch, policy.compute_logprobs(batch).as_old()))
     objective = objective_of(name)
     prepared = batch.add(prepare(batch, objective, vocabulary=WORDS))
     summed = policy.forward_backward(prepared, make_loss(objective, keep_tokens=True))
