@@ -86,7 +86,7 @@ def measure(megabytes: int, servers: int, repeats: int, folder: Path) -> dict[st
             best["plain copy"] = min(best["plain copy"], copy_seconds(model / "model.safetensors", folder / "copy"))
             for name, transport in kinds.items():
                 version += 1
-                fleet.sync.carrier = transport
+                fleet.sync.transport = transport
                 begun = time.perf_counter()
                 report = fleet.update(fresh(tensors.items()), version)
                 best[name] = min(best[name], time.perf_counter() - begun)

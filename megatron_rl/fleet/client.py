@@ -17,12 +17,12 @@ from megatron_rl.fleet.protocol import (
     SampleRequest,
     ServerSilent,
     ServerUnreachable,
-    TensorHeader,
     generate_body,
     parse_json,
     parse_samples,
 )
-from megatron_rl.weights.shared_memory import Handle, Place, TensorPiece
+from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
+from megatron_rl.weights.transport import TensorHeader
 
 _RETRY_SECONDS = 0.2
 
@@ -127,14 +127,19 @@ class Client:
         """Make the server forget a group."""
         await self._control(Path.LEAVE_GROUP, {"group_name": name}, retries=0)
 
-    async def place(self) -> Place | None:
-        """Return where the server runs; None if it takes no weights through shared memory."""
-        place = (await self.server_info()).get("place")
-        return None if place is None else _read_place(place, self.url)
+    async def memory_location(self) -> MemoryLocation | None:
+        """Return where the server runs; None if it does not receive weights through shared memory."""
+        location = (await self.server_info()).get("memory_location")
+        if location is None:
+            return None
+        try:
+            return TypeAdapter(MemoryLocation).validate_python(location)
+        except ValidationError as error:
+            raise BadAnswer(f"{self.url}{Path.SERVER_INFO}: memory_location is {str(location)[:80]}") from error
 
-    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
-        """Make the server copy pieces of tensors out of a shared buffer."""
-        body = {"handle": asdict(handle), "pieces": [asdict(piece) for piece in pieces]}
+    async def update_from_handle(self, handle: Handle, slices: Sequence[TensorSlice]) -> None:
+        """Make the server copy slices of tensors from a shared buffer."""
+        body = {"handle": asdict(handle), "slices": [asdict(entry) for entry in slices]}
         await self._control(Path.UPDATE_FROM_HANDLE, body, retries=0)
 
     async def end_update(self) -> None:
@@ -209,10 +214,3 @@ class Client:
                 f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
             )
         return raw
-
-
-def _read_place(entry: object, url: str) -> Place:
-    try:
-        return TypeAdapter(Place).validate_python(entry)
-    except ValidationError as error:
-        raise BadAnswer(f"{url}{Path.SERVER_INFO}: place is {str(entry)[:80]}") from error

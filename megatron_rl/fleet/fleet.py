@@ -33,8 +33,9 @@ from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
 from megatron_rl.fleet.request_plan import Chunk, groups, plan, sampling_params
 from megatron_rl.fleet.router import Router
-from megatron_rl.fleet.sync import NamedTensors, Report, WeightSync, WeightTransport
+from megatron_rl.fleet.sync import WeightSync
 from megatron_rl.fleet.turns import Turns
+from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightTransport
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Fleet:
     def __init__(
         self,
         servers: Sequence[ServerProcess | str],
-        carrier: WeightTransport,
+        transport: WeightTransport,
         patience: Timeouts | None = None,
         rows_per_request: int = 256,
         requests_per_server: float = 2,
@@ -60,7 +61,7 @@ class Fleet:
 
         Args:
             servers: processes to start and stop, or the urls of running servers.
-            carrier: takes weights to servers.
+            transport: brings weights to the servers.
             patience: timeouts and retries.
             rows_per_request: sequences in one request; whole groups, at least one.
             requests_per_server: requests that a server works on at once.
@@ -73,7 +74,7 @@ class Fleet:
         self.requests_per_server = requests_per_server
         self.keep_weights = keep_weights
         self.decode = decode
-        self.sync = WeightSync(carrier, self.patience, "retract" if decode is None else "abort")
+        self.sync = WeightSync(transport, self.patience, "retract" if decode is None else "abort")
         self.members = [self._member(server) for server in servers]
         self.router: Router | None = None
         self.turns: Turns | None = None
@@ -173,23 +174,23 @@ class Fleet:
         answers = self._loop.call(together([self._ask(chunk, versions) for chunk in chunks]))
         return [sample.input_logprobs for samples in answers for sample in samples]
 
-    def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> Report:
+    def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
         """Give all servers these weights, named as in a checkpoint; a server that fails leaves the fleet.
 
         The tensors are taken from the iterable in the calling thread, bucket by bucket: it may use collectives.
         """
-        kept: list[NamedTensors] = []
+        copy: list[NamedTensors] = []
         try:
-            carrier = self.sync.carrier
-            push = self._loop.call(self.sync.begin(self.members, version))
-            carrier.open()
-            for bucket in carrier.buckets(named_tensors):
-                self._loop.call(push.send(bucket))
+            transport = self.sync.transport
+            update = self._loop.call(self.sync.begin(self.members, version))
+            transport.open()
+            for bucket in transport.buckets(named_tensors):
+                self._loop.call(update.send(bucket))
                 if self.keep_weights:
-                    kept.append([(name, tensor.clone()) for name, tensor in bucket])
+                    copy.append([(name, tensor.clone()) for name, tensor in bucket])
                 bucket.clear()
-            carrier.join(push)
-            return self._loop.call(self.sync.end(push, version, kept))
+            transport.join(update)
+            return self._loop.call(self.sync.end(update, version, copy))
         finally:
             self._loop.call(self.sync.release())
 
@@ -244,7 +245,7 @@ class Fleet:
 
     async def _require(self, versions: range) -> None:
         """See that every ready server has the weights of the fleet; raise if those are not among the versions."""
-        await self.sync.settled()
+        await self.sync.wait_until_idle()
         wanted = self.sync.version or str(versions[0])
         if int(wanted) not in versions:
             wanted = str(versions[-1])  # which nobody has: the error says so
@@ -302,7 +303,7 @@ class Fleet:
         """Return the router if it may be used, else a ready server as soon as one has room; none during a push."""
         lonely_since = time.monotonic()
         while True:
-            await self.sync.settled()
+            await self.sync.wait_until_idle()
             ready = [m for m in self.members if m.ready and (versions is None or m.version in versions)]
             if router is not None:
                 await router.follow([member.url for member in ready])

@@ -47,7 +47,7 @@ class Member:
     ready: bool = False
     version: str = ""
     """Of the weights it has, as far as the fleet knows."""
-    waits: bool = False
+    waits_for_push: bool = False
     """It is well, but has old weights, and gets new ones with the next push only."""
     reason: str = "not asked yet"
     """Why it is not ready."""
@@ -93,7 +93,7 @@ class Member:
     def join(self) -> None:
         """Let it take requests."""
         log.info("%s is in the fleet with weights %s", self.url, self.version)
-        self.ready, self.reason, self.missed, self.waits = True, "", 0, False
+        self.ready, self.reason, self.missed, self.waits_for_push = True, "", 0, False
 
     async def generate(self, requests: Sequence[SampleRequest], version: Collection[str] | None) -> list[Sample]:
         """Ask it; ServerUnreachable if it is taken out of the fleet meanwhile."""

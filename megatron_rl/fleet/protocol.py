@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -99,25 +99,6 @@ class Sample:
     weight_versions: tuple[tuple[str, int, int], ...]
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
     """The experts that each token but the last took, as of ``RouteShape.decode``; None: the server did not say."""
-
-
-class TensorHeader(Protocol):
-    """What is known of a tensor before it comes; see ``megatron_rl.weights``, which this package does not import."""
-
-    @property
-    def name(self) -> str:
-        """In the checkpoint."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """As torch names it."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes."""
-        ...
 
 
 def generate_body(requests: Sequence[SampleRequest]) -> Json:

@@ -4,7 +4,6 @@ Checkpoints name each expert's matrices one by one while the model in memory hol
 parameter a checkpoint tensor is, is found by sending element numbers through transformers' own save conversion.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from megatron_rl.inference_server.requests import BadRequest
 from megatron_rl.inference_server.routes import RouteRecorder
 from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.weights.checksum import sums64
+from megatron_rl.weights.checksum import sha256, sums64
 
 
 class ServedModel:
@@ -106,7 +105,7 @@ class ServedModel:
 
     def checksums(self) -> dict[str, str]:
         """Return the sha256 of each tensor's bytes, little-endian, row-major, in the type it is served in."""
-        return {name: checksum(tensor) for name, tensor in self.tensors.items()}
+        return {name: sha256(tensor) for name, tensor in self.tensors.items()}
 
     def sums64(self) -> dict[str, str]:
         """Return another checksum of each tensor, which the device computes."""
@@ -134,11 +133,6 @@ def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
-
-
-def checksum(tensor: Tensor) -> str:
-    """Return the sha256 of the tensor's bytes."""
-    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:

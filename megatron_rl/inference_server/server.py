@@ -18,10 +18,10 @@ from megatron_rl.inference_server.answers import answer_of
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.inference_server.payload import read_tensors
 from megatron_rl.inference_server.requests import BadRequest, Row, Work, parse_work
-from megatron_rl.inference_server.shared_buffers import SharedBuffer, filling_of
+from megatron_rl.inference_server.shared_buffers import SharedBufferReader, parse_body
 from megatron_rl.inference_server.weight_groups import WeightGroups
-from megatron_rl.weights.checksum import SUM64
-from megatron_rl.weights.shared_memory import Place
+from megatron_rl.weights.checksum import SHA256, SUM64
+from megatron_rl.weights.shared_memory import MemoryLocation
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -37,7 +37,7 @@ class EmbeddedServer:
         self.engine = engine
         self.model = engine.model
         self.groups = WeightGroups()
-        self.shared = SharedBuffer(self.model.device)
+        self.shared = SharedBufferReader(self.model.device)
         self._next_version: str | None = None
 
     def application(self) -> web.Application:
@@ -92,7 +92,7 @@ class EmbeddedServer:
                 "device": str(self.model.device),
                 "weight_version": self.model.version,
                 "version": "embedded",
-                "place": asdict(Place.here()),
+                "memory_location": asdict(MemoryLocation.current()),
             }
         )
 
@@ -228,13 +228,13 @@ class EmbeddedServer:
         return _done("left")
 
     async def update_from_handle(self, request: web.Request) -> web.Response:
-        """Stage what lies in a buffer that the sender shares."""
-        filling = filling_of(await _body(request, {"handle", "pieces", "weight_version"}))
+        """Stage slices of tensors from a buffer that the sender shares."""
+        body = parse_body(await _body(request, {"handle", "slices", "weight_version"}))
         await self._engine(self.model.require_update)
-        self.shared.watch(filling.handle)
-        # By the thread that owns the model: no other one speaks to the device.
-        staged = await self._engine(lambda: self.model.stage(self.shared.read(filling.pieces)))
-        self._next_version = filling.weight_version
+        self.shared.open(body.handle)
+        # On the model thread, which alone uses the device.
+        staged = await self._engine(lambda: self.model.stage(self.shared.read(body.slices)))
+        self._next_version = body.weight_version
         return _done(f"{staged} tensors staged")
 
     async def end_update(self, request: web.Request) -> web.Response:
@@ -270,8 +270,8 @@ class EmbeddedServer:
         body = await _body(request, {"action", "algorithm"})
         if body.get("action", "checksum") != "checksum":
             raise BadRequest(f"action is {body['action']!r}; this server knows checksum")
-        algorithm = body.get("algorithm", "sha256")
-        if algorithm not in ("sha256", SUM64):
+        algorithm = body.get("algorithm", SHA256)
+        if algorithm not in (SHA256, SUM64):
             raise BadRequest(f"algorithm is {algorithm!r}; this server knows sha256 and {SUM64}")
         checksums = await self._engine(self.model.sums64 if algorithm == SUM64 else self.model.checksums)
         return _done(f"{len(checksums)} tensors", ranks=[{"checksums": checksums}], algorithm=algorithm)

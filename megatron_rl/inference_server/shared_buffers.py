@@ -1,4 +1,4 @@
-"""The embedded server's side of weights through shared memory: copies tensors out of the sender's buffer."""
+"""The receiving side of weights through shared memory: copies tensors out of the sender's buffer."""
 
 import asyncio
 import os
@@ -10,93 +10,94 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import BadRequest
-from megatron_rl.weights.shared_memory import CannotShare, Handle, TensorPiece, open_shared, wait_for
+from megatron_rl.weights.shared_memory import CannotShare, Handle, TensorSlice, open_shared, synchronize
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 _DTYPES["float16"] = torch.float16
 
 
-class Filling(BaseModel):
+class UpdateFromHandleBody(BaseModel):
     """The body of ``POST /update_weights_from_handle``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     handle: Handle
-    pieces: Annotated[list[TensorPiece], Field(min_length=1)]
+    slices: Annotated[list[TensorSlice], Field(min_length=1)]
     weight_version: str | None = None
 
 
-class SharedBuffer:
-    """The sender's buffer, open from the first filling to the end of the update or of the sender."""
+class SharedBufferReader:
+    """The sender's buffer, open from the first fill to the end of the update or of the sender's process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._handle: Handle | None = None
-        self._bytes_N: Tensor | None = None
-        self._unfinished: dict[str, tuple[Tensor, int]] = {}
-        """Tensors of which some pieces have come, and the bytes that are there."""
+        self._memory: Tensor | None = None
+        self._incomplete: dict[str, tuple[Tensor, int]] = {}
+        """Tensors of which some slices have arrived, and the number of bytes that arrived."""
         self._sender: int | None = None
+        """File descriptor of the sender's process."""
 
-    def watch(self, handle: Handle) -> None:
-        """Open the buffer, and let it go when its process ends; call it on the event loop."""
+    def open(self, handle: Handle) -> None:
+        """Open the buffer, and close it when the sender's process ends; call this on the event loop."""
         if handle == self._handle:
             return
         self.close()
         try:
             self._sender = os.pidfd_open(handle.pid)
-            self._bytes_N = open_shared(handle)
+            self._memory = open_shared(handle)
         except (CannotShare, ProcessLookupError) as error:
             self.close()
             raise BadRequest(f"the sender's memory: {error}") from error
         self._handle = handle
         asyncio.get_running_loop().add_reader(self._sender, self.close)
 
-    def read(self, pieces: list[TensorPiece]) -> list[tuple[str, Tensor]]:
-        """Return copies of the tensors that these pieces complete."""
-        finished: list[tuple[str, Tensor]] = []
-        shared_N = self._bytes_N  # which may be closed from the event loop meanwhile
-        if shared_N is None:
+    def read(self, slices: list[TensorSlice]) -> list[tuple[str, Tensor]]:
+        """Return copies of the tensors that these slices complete."""
+        complete: list[tuple[str, Tensor]] = []
+        memory = self._memory  # the event loop may close it meanwhile
+        if memory is None:
             raise BadRequest("the sender of these weights has ended")
-        for piece in pieces:
-            tensor = self._add(piece, shared_N)
+        for entry in slices:
+            tensor = self._add(entry, memory)
             if tensor is not None:
-                finished.append((piece.name, tensor))
-        wait_for(self.device)  # the sender writes again as soon as it has the answer
-        return finished
+                complete.append((entry.name, tensor))
+        synchronize(self.device)  # the sender writes again as soon as it has the answer
+        return complete
 
-    def _add(self, piece: TensorPiece, shared_N: Tensor) -> Tensor | None:
-        """Copy a piece; return the tensor if this was its last one."""
-        tensor, known = self._unfinished.pop(piece.name, (None, 0))
-        tensor = self._room(piece) if tensor is None else tensor
-        target_N = tensor.view(-1).view(torch.uint8)
-        stop, end = piece.start + piece.num_bytes, piece.offset + piece.num_bytes
-        if not (piece.start == known < stop <= target_N.numel() and 0 <= piece.offset < end <= shared_N.numel()):
-            raise BadRequest(f"{piece}: it does not follow byte {known} of {target_N.numel()}, or is not in the buffer")
-        target_N[piece.start : stop] = shared_N[piece.offset : end]
-        if stop == target_N.numel():
+    def _add(self, entry: TensorSlice, memory: Tensor) -> Tensor | None:
+        """Copy a slice; return the tensor if this was its last one."""
+        tensor, known = self._incomplete.pop(entry.name, (None, 0))
+        tensor = self._empty(entry) if tensor is None else tensor
+        data = tensor.view(-1).view(torch.uint8)
+        stop, end = entry.start + entry.num_bytes, entry.offset + entry.num_bytes
+        if not (entry.start == known < stop <= data.numel() and 0 <= entry.offset < end <= memory.numel()):
+            raise BadRequest(f"{entry}: it does not follow byte {known} of {data.numel()}, or is not in the buffer")
+        data[entry.start : stop] = memory[entry.offset : end]
+        if stop == data.numel():
             return tensor
-        self._unfinished[piece.name] = tensor, stop
+        self._incomplete[entry.name] = tensor, stop
         return None
 
-    def _room(self, piece: TensorPiece) -> Tensor:
-        if piece.dtype not in _DTYPES or any(size < 0 for size in piece.shape):
-            raise BadRequest(f"{piece.name} is {piece.dtype} {list(piece.shape)}; send one of {', '.join(_DTYPES)}")
-        return torch.empty(piece.shape, dtype=_DTYPES[piece.dtype], device=self.device)
+    def _empty(self, entry: TensorSlice) -> Tensor:
+        if entry.dtype not in _DTYPES or any(size < 0 for size in entry.shape):
+            raise BadRequest(f"{entry.name} is {entry.dtype} {list(entry.shape)}; send one of {', '.join(_DTYPES)}")
+        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=self.device)
 
     def close(self) -> None:
-        """Let the buffer go; more than once does no harm."""
-        self._handle = self._bytes_N = None
-        self._unfinished.clear()
+        """Close the buffer; closing it again has no effect."""
+        self._handle = self._memory = None
+        self._incomplete.clear()
         if self._sender is not None:
             asyncio.get_running_loop().remove_reader(self._sender)
             os.close(self._sender)
             self._sender = None
 
 
-def filling_of(body: Mapping[str, object]) -> Filling:
-    """Return the checked body of a request."""
+def parse_body(body: Mapping[str, object]) -> UpdateFromHandleBody:
+    """Return the validated body of a request."""
     try:
-        return Filling.model_validate(body)
+        return UpdateFromHandleBody.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

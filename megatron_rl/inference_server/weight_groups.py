@@ -1,4 +1,4 @@
-"""The embedded server's side of torch.distributed groups that weights come through: CPU and gloo alone."""
+"""The receiving side of weights through torch.distributed groups: CPU and gloo only."""
 
 import asyncio
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import BadRequest
-from megatron_rl.weights.weight_group import Meeting, Pair, empty
+from megatron_rl.weights.weight_group import Rendezvous, WeightGroup, empty_tensor
 
 JOIN_SECONDS = 60.0
-"""For the other side to come, and for a bucket to arrive."""
+"""Limit for the other side to join, and for a bucket to arrive."""
 
 
-class Joining(BaseModel):
+class JoinGroupBody(BaseModel):
     """The body of ``POST /init_weights_update_group``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,7 +28,7 @@ class Joining(BaseModel):
     backend: Literal["gloo"]
 
 
-class Bucket(BaseModel):
+class UpdateFromDistributedBody(BaseModel):
     """The body of ``POST /update_weights_from_distributed``."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -40,55 +40,55 @@ class Bucket(BaseModel):
 
 
 class WeightGroups:
-    """The groups that this server is in, by name."""
+    """The groups that this server has joined, by name."""
 
     def __init__(self) -> None:
-        self._pairs: dict[str, Pair] = {}
+        self._groups: dict[str, WeightGroup] = {}
 
     async def join(self, body: Mapping[str, object]) -> None:
-        """Join a group; returns when all have come."""
+        """Join a group; return when all ranks have joined."""
         try:
-            asked = Joining.model_validate(body)
+            parsed = JoinGroupBody.model_validate(body)
         except ValidationError as error:
-            raise BadRequest(_first(error)) from error
+            raise BadRequest(_first_error(error)) from error
         try:
-            pair = await asyncio.to_thread(_open, asked)
+            group = await asyncio.to_thread(_join, parsed)
         except RuntimeError as error:
-            raise BadRequest(f"could not join the group {asked.group_name!r}: {error}") from error
-        self._pairs[asked.group_name] = pair
+            raise BadRequest(f"could not join the group {parsed.group_name!r}: {error}") from error
+        self._groups[parsed.group_name] = group
 
     async def receive(self, body: Mapping[str, object]) -> list[tuple[str, Tensor]]:
-        """Return the tensors of a bucket when they have come."""
+        """Receive the tensors of a bucket."""
         try:
-            bucket = Bucket.model_validate(body)
+            bucket = UpdateFromDistributedBody.model_validate(body)
         except ValidationError as error:
-            raise BadRequest(_first(error)) from error
-        if bucket.group_name not in self._pairs:
+            raise BadRequest(_first_error(error)) from error
+        if bucket.group_name not in self._groups:
             raise BadRequest(f"no group {bucket.group_name!r}: init_weights_update_group comes first")
-        described = list(zip(bucket.names, bucket.dtypes, bucket.shapes, strict=False))
+        headers = list(zip(bucket.names, bucket.dtypes, bucket.shapes, strict=False))
         if not len(bucket.names) == len(bucket.dtypes) == len(bucket.shapes):
             raise BadRequest(f"{len(bucket.names)} names, {len(bucket.dtypes)} dtypes, {len(bucket.shapes)} shapes")
-        tensors = [(name, empty(shape, dtype, torch.device("cpu"))) for name, dtype, shape in described]
-        works = self._pairs[bucket.group_name].broadcast([tensor for _, tensor in tensors])
+        tensors = [(name, empty_tensor(shape, dtype, torch.device("cpu"))) for name, dtype, shape in headers]
+        works = self._groups[bucket.group_name].broadcast([tensor for _, tensor in tensors])
         try:
             await asyncio.to_thread(lambda: [work.wait() for work in works])
         except RuntimeError as error:
             self.leave(bucket.group_name)
-            raise BadRequest(f"the tensors did not come: {error}") from error
+            raise BadRequest(f"the tensors did not arrive: {error}") from error
         return tensors
 
     def leave(self, name: str) -> None:
         """Leave a group."""
-        if name not in self._pairs:
+        if name not in self._groups:
             raise BadRequest(f"no group {name!r}")
-        self._pairs.pop(name).close()
+        self._groups.pop(name).close()
 
 
-def _open(asked: Joining) -> Pair:
-    store = Meeting.at(asked.master_address, asked.master_port, JOIN_SECONDS)
-    return Pair.open(store, asked.group_name, asked.rank_offset, asked.world_size, "gloo")
+def _join(body: JoinGroupBody) -> WeightGroup:
+    rendezvous = Rendezvous.connect(body.master_address, body.master_port, JOIN_SECONDS)
+    return WeightGroup.open(rendezvous, body.group_name, body.rank_offset, body.world_size, "gloo")
 
 
-def _first(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:60]!r}"

@@ -19,10 +19,10 @@ from megatron_rl.fleet.turns import Codec, Turns
 from megatron_rl.fleet.vllm import VllmFleet
 from megatron_rl.policy.hf_weights import PARTS
 from megatron_rl.tasks.environments import ChatTokenizer, chat_wrap, find_environment
-from megatron_rl.weights.disk import DiskTransport, write_share
+from megatron_rl.weights.disk import DiskTransport, write_rank_files
 from megatron_rl.weights.distributed import DistributedTransport
 from megatron_rl.weights.ipc import IpcTransport
-from megatron_rl.weights.shared_memory import can_share
+from megatron_rl.weights.shared_memory import can_share_memory
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import WeightTransport
 from megatron_rl.weights.weight_group import Backend
@@ -78,7 +78,11 @@ def carrier_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distr
         return run.weights.carrier
     if run.rollout.engine == "vllm":
         return "disk"
-    if run.rollout.engine == "embedded" and not (on_gpus or run.rollout.urls or run.rollout.registry) and can_share():
+    if (
+        run.rollout.engine == "embedded"
+        and not (on_gpus or run.rollout.urls or run.rollout.registry)
+        and can_share_memory()
+    ):
         return "ipc"  # the servers are children of this process; on a GPU it was not run yet
     return "distributed" if run.rollout.engine == "sglang" and on_gpus else "tensor"
 
@@ -109,7 +113,7 @@ def write_own(run: Run, world: World, weights: Weights, version: int) -> None:
     """Write this rank's tensors for the push that the main rank makes meanwhile."""
     carrier = _carrier(run, world)
     gather = partial(gather_json, device=world.device)
-    write_share(weights_folder(run), version, world.rank, carrier.buckets(weights.own()), gather)
+    write_rank_files(weights_folder(run), version, world.rank, carrier.buckets(weights.own()), gather)
 
 
 def part_bytes(run: Run) -> int:

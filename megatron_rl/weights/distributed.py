@@ -1,11 +1,11 @@
-"""Weights through torch.distributed: a group of the sender and one server each, gloo or NCCL.
+"""Weights through torch.distributed: one group per server, of the sender and the server's ranks; gloo or NCCL.
 
     begin_weight_update (awaited) -> init_weights_update_group | both sides join (awaited)
     -> for each bucket: update_weights_from_distributed | broadcast of its tensors -> end_weight_update -> destroy
 
-A server reads the broadcast while its answer is outstanding, so a bucket waits for both and gives the group up as soon
-as the answer is a refusal: nothing hangs. Every server has a group of its own, so one that dies or hangs takes no
-other with it; the price is that a bucket leaves the sender once for each server.
+A server receives the broadcast before it answers the HTTP request, so a bucket waits for both and abandons the group as
+soon as the answer is an error: nothing hangs. With one group per server, a server that dies or hangs does not affect
+the others; the price is that the sender sends each bucket once per server.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.weights.transport import NamedTensors, Server, TensorHeader, WeightTransport, WeightUpdate
-from megatron_rl.weights.weight_group import Backend, Meeting, Pair, in_thread
+from megatron_rl.weights.transport import NamedTensors, TensorHeader, WeightServer, WeightTransport, WeightUpdate
+from megatron_rl.weights.weight_group import Backend, Rendezvous, WeightGroup, run_in_thread
 
-_LONGEST_NAP_SECONDS = 0.02
+_MAX_POLL_SECONDS = 0.02
 
 
 @dataclass
@@ -32,60 +32,62 @@ class DistributedTransport(WeightTransport):
     backend: Backend
     device: torch.device
     timeout_seconds: float = 120.0
-    """For a server to join, and for a bucket to arrive."""
+    """Limit for a server to join, and for a bucket to arrive."""
 
-    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
-        """Open a push: on each server first the update, then the group."""
-        push = _DistributedUpdate(list(servers), version, carrier=self)
-        await push.each(lambda server: server.begin_update())
-        await push.each(push.connect)
-        return push
+    async def begin(self, servers: Sequence[WeightServer], version: int) -> WeightUpdate:
+        """Open an update: on each server first the update, then the group."""
+        update = _DistributedUpdate(list(servers), version, transport=self)
+        await update.for_each_server(lambda server: server.begin_update())
+        await update.for_each_server(update.connect)
+        return update
 
 
 @dataclass
 class _DistributedUpdate(WeightUpdate):
-    carrier: DistributedTransport = field(kw_only=True)
-    pairs: dict[str, Pair] = field(default_factory=dict)
-    group: str = field(default_factory=lambda: f"megatron-rl-{uuid.uuid4().hex}")
+    transport: DistributedTransport = field(kw_only=True)
+    groups: dict[str, WeightGroup] = field(default_factory=dict)
+    group_name: str = field(default_factory=lambda: f"megatron-rl-{uuid.uuid4().hex}")
 
-    async def connect(self, server: Server) -> None:
-        """Meet one server."""
-        store = Meeting.listening(urlsplit(server.url).hostname or "", self.carrier.timeout_seconds)
-        size, backend = 1 + await server.tensor_parallel(), self.carrier.backend
+    async def connect(self, server: WeightServer) -> None:
+        """Open the group with one server."""
+        rendezvous = Rendezvous.listen(urlsplit(server.url).hostname or "", self.transport.timeout_seconds)
+        size, backend = 1 + await server.tensor_parallel(), self.transport.backend
         loop = asyncio.get_running_loop()
-        opened: asyncio.Future[Pair | BaseException] = loop.create_future()
+        opened: asyncio.Future[WeightGroup | BaseException] = loop.create_future()
 
-        def deliver(result: Pair | BaseException) -> None:
+        def deliver(result: WeightGroup | BaseException) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(lambda: opened.done() or opened.set_result(result))
 
-        in_thread(lambda: Pair.open(store, self.group, 0, size, backend), deliver)
-        await server.join_group(store.host, store.port, size, self.group, backend)
+        run_in_thread(lambda: WeightGroup.open(rendezvous, self.group_name, 0, size, backend), deliver)
+        await server.join_group(rendezvous.host, rendezvous.port, size, self.group_name, backend)
         result = await opened
         if isinstance(result, BaseException):
             raise RolloutError(f"{server.url} did not join the group for weights: {result}") from result
-        self.pairs[server.url] = result
+        self.groups[server.url] = result
 
-    async def _carry(self, bucket: NamedTensors) -> None:
-        header = [TensorHeader(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in bucket]
-        tensors = [tensor.to(self.carrier.device) for _, tensor in bucket]
-        await self.each(lambda server: self._broadcast(server, header, tensors))
+    async def _send(self, bucket: NamedTensors) -> None:
+        headers = [TensorHeader(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in bucket]
+        tensors = [tensor.to(self.transport.device) for _, tensor in bucket]
+        await self.for_each_server(lambda server: self._broadcast(server, headers, tensors))
 
-    async def _broadcast(self, server: Server, header: Sequence[TensorHeader], tensors: Sequence[Tensor]) -> None:
-        answer = asyncio.ensure_future(server.update_from_distributed(header, self.group))
-        works = self.pairs[server.url].broadcast(tensors)
-        nap = 0.001
+    async def _broadcast(
+        self, server: WeightServer, headers: Sequence[TensorHeader], tensors: Sequence[Tensor]
+    ) -> None:
+        answer = asyncio.ensure_future(server.update_from_distributed(headers, self.group_name))
+        works = self.groups[server.url].broadcast(tensors)
+        poll_seconds = 0.001
         try:
             while not answer.done() and not all(work.is_completed() for work in works):
-                await asyncio.wait([answer], timeout=nap)
-                nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+                await asyncio.wait([answer], timeout=poll_seconds)
+                poll_seconds = min(2 * poll_seconds, _MAX_POLL_SECONDS)
             await answer
         except RolloutError:
-            self.pairs.pop(server.url).close()
+            self.groups.pop(server.url).close()
             raise
 
-    async def _end(self) -> None:
-        await self.each(lambda server: server.end_update())
-        await self.each(lambda server: server.leave_group(self.group))
-        for pair in self.pairs.values():
-            pair.close()
+    async def _apply(self) -> None:
+        await self.for_each_server(lambda server: server.end_update())
+        await self.for_each_server(lambda server: server.leave_group(self.group_name))
+        for group in self.groups.values():
+            group.close()

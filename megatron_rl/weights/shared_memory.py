@@ -1,9 +1,9 @@
-"""Memory that processes of one machine share. What opens it is plain data, which can go over HTTP: no pickle.
+"""Memory shared by processes of one machine. Its handle is plain data that travels over HTTP, without pickle.
 
-On a CPU the memory is an anonymous file (memfd): it has no name in any file system, the other side opens it through
-/proc, and it is gone when the last of both has closed it or has ended, however it ended. On a GPU it is the device's,
-and the handle is CUDA's. The writer settles before it says that something is there; readers copy, wait for their
-copies, and answer before the writer writes again.
+On a CPU the memory is an anonymous file (memfd): it has no name in a file system, the other side opens it through
+/proc, and it is freed when the last process that holds it has closed it or ended. On a GPU it is device memory with a
+CUDA IPC handle. The writer synchronizes before it announces data; readers copy, synchronize, and answer before the
+writer writes again.
 """
 
 import fcntl
@@ -21,52 +21,52 @@ from torch import Tensor
 from megatron_rl.errors import MegatronRLError
 
 _NAME = "megatron-rl-weights"
-_HEAD_BYTES = 64
-"""In front of the shared bytes: the token, and room so that they begin at a multiple of 64."""
+_HEADER_BYTES = 64
+"""Bytes before the shared data: the token, padded so that the data begins at a multiple of 64."""
 
 
 class CannotShare(MegatronRLError):
-    """The memory cannot be opened here."""
+    """This process cannot open the memory."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process runs, as far as sharing memory depends on it."""
+class MemoryLocation:
+    """The properties of a process that decide whether it can share memory with another one."""
 
-    boot: str
-    """The machine, until it starts again; empty where the kernel is not Linux."""
-    process_ids: str
-    """The namespace of process ids: containers have their own."""
+    boot_id: str
+    """Identifies the machine until it restarts; empty if the kernel is not Linux."""
+    pid_namespace: str
+    """Each container has its own."""
     user: int
     devices: tuple[str, ...]
     """Unique ids of the GPUs that the process sees."""
 
     @classmethod
-    def here(cls) -> "Place":
-        """Return this process's."""
-        boot, names = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-        known = boot.is_file() and hasattr(os, "memfd_create")
+    def current(cls) -> "MemoryLocation":
+        """Return the location of this process."""
+        boot_id, pid_namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+        is_linux = boot_id.is_file() and hasattr(os, "memfd_create")
         return cls(
-            boot.read_text().strip() if known else "",
-            os.readlink(names) if known else "",
+            boot_id.read_text().strip() if is_linux else "",
+            os.readlink(pid_namespace) if is_linux else "",
             os.getuid(),
             tuple(_device_ids()),
         )
 
-    def apart(self, other: "Place") -> str | None:
-        """Return why processes here and there share no memory; None: they can."""
-        if not (self.boot and other.boot):
+    def obstacle(self, other: "MemoryLocation") -> str | None:
+        """Return why processes at the two locations cannot share memory; None if they can."""
+        if not (self.boot_id and other.boot_id):
             return "shared memory needs Linux on both sides"
-        if self.boot != other.boot:
+        if self.boot_id != other.boot_id:
             return "it runs on another machine"
-        if self.process_ids != other.process_ids:
-            return "it runs in another container, which has process ids of its own"
+        if self.pid_namespace != other.pid_namespace:
+            return "it runs in another container, with another namespace of process ids"
         return None if self.user == other.user else f"it runs as another user, {other.user} and not {self.user}"
 
 
 @dataclass(frozen=True)
 class MemoryHandle:
-    """What opens shared memory of the CPU: file ``fd`` of process ``pid``, which begins with the token."""
+    """Handle of shared CPU memory: file ``fd`` of process ``pid``, which begins with the token."""
 
     pid: int
     fd: int
@@ -76,11 +76,11 @@ class MemoryHandle:
 
 @dataclass(frozen=True)
 class DeviceHandle:
-    """What opens shared memory of a GPU, once: torch's tuple with bytes as hexadecimal digits."""
+    """Handle of shared GPU memory, valid for one reader: torch's tuple with bytes as hexadecimal digits."""
 
     pid: int
     device: str
-    """The GPU's unique id: its number differs between processes that see different GPUs."""
+    """The GPU's unique id: its index differs between processes that see different GPUs."""
     memory: str
     num_bytes: int
     offset_bytes: int
@@ -94,67 +94,67 @@ Handle = MemoryHandle | DeviceHandle
 
 
 @dataclass(frozen=True)
-class TensorPiece:
-    """Which bytes of a tensor lie where in a shared buffer."""
+class TensorSlice:
+    """Some bytes of a tensor, in a shared buffer."""
 
     name: str
     dtype: str
-    """As torch names it."""
+    """Name of the torch type."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
-    """First byte of the tensor that this piece has; pieces of a tensor come in order."""
+    """Offset of the slice in the tensor, in bytes; slices of a tensor are sent in order."""
     num_bytes: int
     offset: int
-    """Where the piece begins in the buffer."""
+    """Offset of the slice in the buffer, in bytes."""
 
 
-class Shared:
-    """A buffer of this process that others can open."""
+class SharedBuffer:
+    """A buffer of this process that other processes can open."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
-            self.memory_N = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
             return
         self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._close = weakref.finalize(self, os.close, self._fd)
         os.fchmod(self._fd, 0o600)
-        os.ftruncate(self._fd, _HEAD_BYTES + num_bytes)
+        os.ftruncate(self._fd, _HEADER_BYTES + num_bytes)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # a reader must never find less than it mapped
-        mapped = mmap.mmap(self._fd, _HEAD_BYTES + num_bytes)
+        mapped = mmap.mmap(self._fd, _HEADER_BYTES + num_bytes)
         token = secrets.token_bytes(32)
         mapped[: len(token)] = token
         self._token = token.hex()
-        self.memory_N = torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEAD_BYTES)
-        """The shared bytes, uint8."""
+        self.memory = torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEADER_BYTES)
+        """The shared data, uint8 [num_bytes]."""
 
     def handle(self) -> Handle:
-        """Return what one reader opens it with; every reader needs its own."""
+        """Return a handle for one reader; each reader needs its own."""
         if self.device.type != "cuda":
-            return MemoryHandle(os.getpid(), self._fd, self._token, self.memory_N.numel())
-        _, memory, size, offset, counter, counter_offset, event, sync = self.memory_N.untyped_storage()._share_cuda_()
-        device = _device_id(self.memory_N.device.index)
+            return MemoryHandle(os.getpid(), self._fd, self._token, self.memory.numel())
+        _, memory, size, offset, counter, counter_offset, event, sync = self.memory.untyped_storage()._share_cuda_()
+        device = _device_id(self.memory.device.index)
         return DeviceHandle(
             os.getpid(), device, memory.hex(), size, offset, counter.hex(), counter_offset, event.hex(), sync
         )
 
-    def settle(self) -> None:
-        """Wait until what was written can be read by others."""
-        wait_for(self.device)
+    def synchronize(self) -> None:
+        """Wait until other processes can read what was written."""
+        synchronize(self.device)
 
     def close(self) -> None:
-        """Give the memory back, as far as no reader still has it open."""
-        del self.memory_N
+        """Release the memory; it is freed when no reader has it open."""
+        del self.memory
         if self.device.type != "cuda":
             self._close()
 
 
 def open_shared(handle: Handle) -> Tensor:
-    """Return another process's shared bytes, uint8; they are let go with the last view of the tensor.
+    """Return another process's shared data, uint8 [num_bytes]; it is released with the last view of the tensor.
 
     Raises:
-        CannotShare: they are not there, or not what the handle names.
+        CannotShare: the memory does not exist or does not match the handle.
     """
     if isinstance(handle, DeviceHandle):
         return _open_device(handle)
@@ -169,23 +169,23 @@ def open_shared(handle: Handle) -> Tensor:
             " processes of one user on one machine, in one container"
         ) from error
     try:
-        length = _HEAD_BYTES + handle.num_bytes
+        length = _HEADER_BYTES + handle.num_bytes
         if os.fstat(fd).st_size != length or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise CannotShare(f"the shared memory of process {handle.pid} does not have {handle.num_bytes} bytes")
-        mapped = mmap.mmap(fd, length, access=mmap.ACCESS_COPY)  # what is written here stays here
+        mapped = mmap.mmap(fd, length, access=mmap.ACCESS_COPY)  # writes are private to this process
     finally:
         os.close(fd)
     if not secrets.compare_digest(mapped[:32].hex(), handle.token):
         raise CannotShare(f"the shared memory of process {handle.pid} has another token: it is not the sender's")
-    return torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEAD_BYTES)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=_HEADER_BYTES)
 
 
-def can_share() -> bool:
-    """Return whether a process here can open what another one of its user shares."""
-    if not Place.here().boot:
+def can_share_memory() -> bool:
+    """Return whether processes of this user on this machine can share memory."""
+    if not MemoryLocation.current().boot_id:
         return False
     try:
-        shared = Shared(8, torch.device("cpu"))
+        shared = SharedBuffer(8, torch.device("cpu"))
         open_shared(shared.handle())
     except (CannotShare, OSError):
         return False
@@ -193,24 +193,24 @@ def can_share() -> bool:
     return True
 
 
-def common_device(device: torch.device, places: Sequence[Place]) -> torch.device:
-    """Return the device if all these processes see it, else the CPU."""
-    if device.type == "cuda" and all(_device_id(device.index or 0) in place.devices for place in places):
+def common_device(device: torch.device, locations: Sequence[MemoryLocation]) -> torch.device:
+    """Return the device if the processes at all locations see it, else the CPU."""
+    if device.type == "cuda" and all(_device_id(device.index or 0) in location.devices for location in locations):
         return device
     return torch.device("cpu")
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what this thread asked of it."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished the work of this thread's stream."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def _open_device(handle: DeviceHandle) -> Tensor:
-    seen = list(_device_ids())
-    if handle.device not in seen:
-        raise CannotShare(f"this process does not see GPU {handle.device}; it sees {', '.join(seen) or 'none'}")
-    index = seen.index(handle.device)
+    visible = list(_device_ids())
+    if handle.device not in visible:
+        raise CannotShare(f"this process does not see GPU {handle.device}; it sees {', '.join(visible) or 'none'}")
+    index = visible.index(handle.device)
     try:
         storage = torch.UntypedStorage._new_shared_cuda(
             index,
@@ -222,7 +222,7 @@ def _open_device(handle: DeviceHandle) -> Tensor:
             bytes.fromhex(handle.event),
             handle.event_sync,
         )
-    except RuntimeError as error:  # all that torch says of CUDA
+    except RuntimeError as error:  # the only type that torch raises for CUDA errors
         raise CannotShare(f"CUDA did not open the memory of process {handle.pid}: {error}") from error
     return torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", index)).set_(storage)
 

@@ -1,4 +1,4 @@
-"""Weights in the body of HTTP requests: works between any two machines, with no shared memory and no shared disk."""
+"""Weights in the bodies of HTTP requests: works between any two machines, without shared memory or a shared disk."""
 
 import asyncio
 import base64
@@ -11,35 +11,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.transport import NamedTensors, Server, WeightTransport, WeightUpdate
+from megatron_rl.weights.transport import NamedTensors, WeightServer, WeightTransport, WeightUpdate
 
 STORAGE_BYTES = 1 << 20
-"""Small tensors share storages of this size: each storage costs a third of a millisecond to write and to read."""
+"""Small tensors share storages of this size: each storage takes a third of a millisecond to write and to read."""
 
 
 @dataclass
 class TensorTransport(WeightTransport):
     """Sends base64 pickles of ``[(name, tensor)]``.
 
-    A plain pickle on purpose: torch's ForkingPickler with shared file descriptors crashes an SGLang server.
+    They are plain pickles because torch's ForkingPickler with shared file descriptors crashes an SGLang server.
     """
 
     bucket_bytes: int
 
-    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
-        """Open a push; SGLang refuses tensors that come before."""
-        push = _TensorUpdate(list(servers), version)
-        await push.each(lambda server: server.begin_update())
-        return push
+    async def begin(self, servers: Sequence[WeightServer], version: int) -> WeightUpdate:
+        """Open an update; SGLang refuses tensors before that."""
+        update = _TensorUpdate(list(servers), version)
+        await update.for_each_server(lambda server: server.begin_update())
+        return update
 
 
 class _TensorUpdate(WeightUpdate):
-    async def _carry(self, bucket: NamedTensors) -> None:
+    async def _send(self, bucket: NamedTensors) -> None:
         payload = await asyncio.to_thread(encode, bucket)
-        await self.each(lambda server: server.update_from_tensor(payload))
+        await self.for_each_server(lambda server: server.update_from_tensor(payload))
 
-    async def _end(self) -> None:
-        await self.each(lambda server: server.end_update())
+    async def _apply(self) -> None:
+        await self.for_each_server(lambda server: server.end_update())
 
 
 def encode(bucket: NamedTensors) -> str:
@@ -53,25 +53,25 @@ def encode(bucket: NamedTensors) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes tensors as torch does, but neighbours as parts of one storage, which pickle then writes once."""
+    """Writes tensors as torch does, but puts small neighbors into one storage, which pickle then writes once."""
 
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file, protocol=5)
-        self._places = {
-            id(tensor): (storage, start) for run in _runs(tensors) for tensor, storage, start in _together(run)
+        self._storages = {
+            id(tensor): (storage, start) for run in _runs(tensors) for tensor, storage, start in _merged(run)
         }
 
     def reducer_override(self, value: object, /) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
-        """Return how to make a tensor again; all else is left to pickle."""
+        """Return the function and arguments that rebuild a tensor; other values are left to pickle."""
         if not isinstance(value, Tensor):
             return NotImplemented
-        storage, start = self._places[id(value)]
+        storage, start = self._storages[id(value)]
         strides = torch.empty(value.shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (storage, start, tuple(value.shape), strides, False, OrderedDict())
 
 
 def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut the tensors into neighbours of one type that fit into a storage; a larger tensor is alone."""
+    """Yield runs of neighbors of one type that fit into a storage; a larger tensor is a run of its own."""
     run: list[Tensor] = []
     for tensor in tensors:
         if run and (run[0].dtype != tensor.dtype or sum(t.nbytes for t in run) + tensor.nbytes > STORAGE_BYTES):
@@ -82,8 +82,8 @@ def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield run
 
 
-def _together(run: Sequence[Tensor]) -> Iterator[tuple[Tensor, torch.TypedStorage, int]]:
-    """Yield each tensor with the storage that it is in now, and where it begins there."""
+def _merged(run: Sequence[Tensor]) -> Iterator[tuple[Tensor, torch.TypedStorage, int]]:
+    """Copy a run into one storage; yield each tensor with the storage and its start there."""
     storage, start = torch.cat([tensor.flatten() for tensor in run])._typed_storage(), 0
     for tensor in run:
         yield tensor, storage, start

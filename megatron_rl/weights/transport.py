@@ -1,13 +1,13 @@
-"""How new weights reach servers: what a carrier does, and what it needs of a server.
+"""The interface of weight transports: how new weights reach servers, and what a transport needs of a server.
 
-    begin (awaited on all) -> bucket, bucket, ... (to all servers at once) -> end -> checksums compared -> version named
+    begin (all servers) -> bucket, bucket, ... (all servers in parallel)
+    -> finish: apply the weights, compare checksums, set the version
 
-A server that fails on the way leaves the push and is reported; the others go on. Nothing here knows HTTP: the fleet
+A server that fails leaves the update and is reported; the others continue. This module does not know HTTP: the fleet
 passes its clients in.
 """
 
 import asyncio
-import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,144 +18,143 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.weights.shared_memory import Handle, Place, TensorPiece
+from megatron_rl.weights.checksum import SHA256, SHORT_SHA256, SHORT_SHA256_DIGITS, padded_sha256
+from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
 
 NamedTensors = Sequence[tuple[str, Tensor]]
-CHECKSUM = "sha256"
-"""Of a tensor's bytes, row-major and little-endian; what the embedded server computes too."""
-SHORT_CHECKSUM = "sha256/8"
-"""The first 8 bytes of the same: SGLang on a CPU. It fuses some tensors, which then have names that the sender has not,
-and pads others with rows of zeros."""
-_PAD_ROWS = 64
-"""SGLang's tables of the vocabulary have a multiple of this many rows."""
-_SHORT_DIGITS = 16
+Checksums = dict[str, tuple[str, str]]
+"""Tensor name -> its checksum, and its checksum with the rows of zeros that SGLang may append."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What is known of a tensor before it comes."""
+    """Metadata of a tensor, sent before its data."""
 
     name: str
     dtype: str
-    """As torch names it, such as ``bfloat16``."""
+    """Name of the torch type, such as ``bfloat16``."""
     shape: tuple[int, ...]
 
 
-class Server(Protocol):
-    """What a carrier asks of a server. Every call raises RolloutError when it fails."""
+class WeightServer(Protocol):
+    """The calls that transports make to a server; ``fleet.client.Client`` implements them.
+
+    Every call raises RolloutError if it fails.
+    """
 
     url: str
 
     async def begin_update(self) -> None:
-        """Open an update."""
+        """Open a weight update."""
 
     async def update_from_tensor(self, payload: str) -> None:
-        """Take a bucket."""
+        """Send one bucket as a base64 pickle."""
 
     async def tensor_parallel(self) -> int:
-        """Return the ranks that share its model."""
+        """Return the number of ranks that share the server's model."""
         ...
 
     async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
-        """Join a group of ``size`` ranks, of which the sender is rank 0 and has its store there."""
+        """Make the server join a group of ``size`` ranks as ranks 1 and up; the sender is rank 0 and has the store."""
 
-    async def update_from_distributed(self, tensors: Sequence["TensorHeader"], group: str) -> None:
-        """Take a bucket that is broadcast in the group, in this order."""
+    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
+        """Make the server receive one bucket, broadcast in the group in this order."""
 
     async def leave_group(self, name: str) -> None:
-        """Leave the group."""
+        """Make the server leave the group."""
 
-    async def place(self) -> Place | None:
-        """Return where it runs; None if it takes no weights through shared memory."""
+    async def memory_location(self) -> MemoryLocation | None:
+        """Return where the server runs; None if it does not receive weights through shared memory."""
         ...
 
-    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
-        """Copy these pieces out of a shared buffer; returns when it has."""
+    async def update_from_handle(self, handle: Handle, slices: Sequence[TensorSlice]) -> None:
+        """Make the server copy slices of tensors from a shared buffer; returns when they are copied."""
 
     async def end_update(self) -> None:
-        """Use the new weights."""
+        """Close the weight update and apply the new weights."""
 
     async def update_from_disk(self, folder: str) -> None:
-        """Read the weights from a folder."""
+        """Make the server load its weights from a folder."""
 
     async def set_version(self, version: str) -> None:
-        """Name the weights."""
+        """Set the version of the server's weights."""
 
     async def checksums(self, algorithm: str) -> tuple[str, Mapping[str, str]]:
-        """Return the algorithm, the one asked for if the server knows it, and the checksum of each tensor."""
+        """Return the algorithm (the requested one if the server knows it) and the checksum of each tensor."""
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What a push did."""
+    """The result of a weight update."""
 
     version: int
     num_tensors: int
     num_bytes: int
     seconds: float
     failed: Mapping[str, RolloutError]
-    """Server url -> why it does not have the weights. Empty: all have them."""
+    """Server url -> why the server does not have the weights; empty if all servers have them."""
 
 
 @dataclass
 class WeightUpdate(ABC):
-    """One push under way. ``send`` the buckets in order, then ``finish``."""
+    """One update in progress: ``send`` the buckets in order, then ``finish``."""
 
-    servers: list[Server]
-    """Those that have not failed."""
+    servers: list[WeightServer]
+    """The servers that have not failed."""
     version: int
     failed: dict[str, RolloutError] = field(default_factory=dict)
-    sums: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Checksums of every tensor, as sent and padded."""
+    sums: Checksums = field(default_factory=dict)
+    """Checksums of the tensors sent so far."""
     num_bytes: int = 0
-    begun: float = field(default_factory=time.perf_counter)
-    algorithm: ClassVar[str] = CHECKSUM
-    """Of the checksums that this sender computes."""
+    start_seconds: float = field(default_factory=time.perf_counter)
+    algorithm: ClassVar[str] = SHA256
+    """Checksum algorithm of this sender."""
 
     async def send(self, bucket: NamedTensors) -> None:
-        """Send one bucket of tensors in checkpoint names to every server."""
-        self.sums |= await asyncio.to_thread(self._sums, bucket)
+        """Send one bucket of tensors, under checkpoint names, to every server."""
+        self.sums |= await asyncio.to_thread(self._checksums, bucket)
         self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
-        await self._carry(bucket)
+        await self._send(bucket)
 
     async def finish(self) -> UpdateReport:
-        """Put the new weights to use, compare checksums, name the version."""
-        await self._end()
+        """Apply the new weights, compare checksums, and set the version."""
+        await self._apply()
         await self._verify()
-        await self.each(lambda server: server.set_version(str(self.version)))
-        seconds = time.perf_counter() - self.begun
+        await self.for_each_server(lambda server: server.set_version(str(self.version)))
+        seconds = time.perf_counter() - self.start_seconds
         return UpdateReport(self.version, len(self.sums), self.num_bytes, seconds, dict(self.failed))
 
     @abstractmethod
-    async def _carry(self, bucket: NamedTensors) -> None: ...
+    async def _send(self, bucket: NamedTensors) -> None: ...
 
     @abstractmethod
-    async def _end(self) -> None: ...
+    async def _apply(self) -> None: ...
 
-    async def each(self, action: Callable[[Server], Awaitable[None]]) -> None:
-        """Do something on all remaining servers at once; those that fail leave the push."""
-        outcomes = await asyncio.gather(*(_outcome(action(server)) for server in self.servers))
-        self.failed |= {s.url: why for s, why in zip(self.servers, outcomes, strict=True) if why}
-        self.servers = [s for s, why in zip(self.servers, outcomes, strict=True) if not why]
+    async def for_each_server(self, action: Callable[[WeightServer], Awaitable[None]]) -> None:
+        """Run the action on all remaining servers in parallel; servers that fail leave the update."""
+        errors = await asyncio.gather(*(_error_of(action(server)) for server in self.servers))
+        self.failed |= {s.url: error for s, error in zip(self.servers, errors, strict=True) if error}
+        self.servers = [s for s, error in zip(self.servers, errors, strict=True) if not error]
 
-    def _sums(self, bucket: NamedTensors) -> dict[str, tuple[str, str]]:
-        return sums_of(bucket)
+    def _checksums(self, bucket: NamedTensors) -> Checksums:
+        return bucket_checksums(bucket)
 
-    def _allowed(self, name: str, algorithm: str) -> Sequence[str]:
-        whole = algorithm == self.algorithm
-        return self.sums[name][:1] if whole else [value[:_SHORT_DIGITS] for value in self.sums[name]]
+    def _expected(self, name: str, algorithm: str) -> Sequence[str]:
+        if algorithm == self.algorithm:
+            return self.sums[name][:1]
+        return [value[:SHORT_SHA256_DIGITS] for value in self.sums[name]]
 
     async def _verify(self) -> None:
-        """Compare every server's checksums with the sender's, or among each other if they are of another kind."""
-        found: dict[str, Mapping[str, str]] = {}
+        """Compare each server's checksums with the sender's, or with the other servers' if the algorithm is unknown."""
+        unknown: dict[str, Mapping[str, str]] = {}
 
-        async def compare(server: Server) -> None:
+        async def compare(server: WeightServer) -> None:
             algorithm, sums = await server.checksums(self.algorithm)
-            if algorithm not in (self.algorithm, SHORT_CHECKSUM):
-                found[server.url] = sums
+            if algorithm not in (self.algorithm, SHORT_SHA256):
+                unknown[server.url] = sums
                 return
             names = self.sums.keys() if algorithm == self.algorithm else self.sums.keys() & sums.keys()
-            wrong = [n for n in self.sums if n in names and sums.get(n) not in self._allowed(n, algorithm)]
+            wrong = [n for n in self.sums if n in names and sums.get(n) not in self._expected(n, algorithm)]
             if not names:
                 raise RolloutError(f"{server.url}: it has none of the {len(self.sums)} tensors that were sent, by name")
             if wrong:
@@ -164,15 +163,15 @@ class WeightUpdate(ABC):
                     f"{wrong[0]!r}; if it serves another dtype than the trainer's, start it with the same one"
                 )
 
-        await self.each(compare)
-        reference = next(iter(found.values()), None)
-        for url, sums in found.items():
+        await self.for_each_server(compare)
+        reference = next(iter(unknown.values()), None)
+        for url, sums in unknown.items():
             if sums != reference:
-                self.failed[url] = RolloutError(f"{url}: its checksums differ from those of {next(iter(found))}")
+                self.failed[url] = RolloutError(f"{url}: its checksums differ from those of {next(iter(unknown))}")
         self.servers = [server for server in self.servers if server.url not in self.failed]
 
 
-async def _outcome(call: Awaitable[None]) -> RolloutError | None:
+async def _error_of(call: Awaitable[None]) -> RolloutError | None:
     try:
         await call
     except RolloutError as error:
@@ -181,40 +180,40 @@ async def _outcome(call: Awaitable[None]) -> RolloutError | None:
 
 
 class WeightTransport(ABC):
-    """A way for weights to reach servers."""
+    """A way to bring weights to servers."""
 
     bucket_bytes: int
     dtype: torch.dtype | None = None
-    """Type that floating-point tensors are sent in; None: their own."""
+    """Type in which floating-point tensors are sent; None sends each in its type."""
 
     @abstractmethod
-    async def begin(self, servers: Sequence[Server], version: int) -> WeightUpdate:
-        """Open a push to these servers."""
+    async def begin(self, servers: Sequence[WeightServer], version: int) -> WeightUpdate:
+        """Open an update of these servers."""
 
     def open(self) -> None:
-        """Called in the trainer's thread when a push has begun; collective where ranks bring tensors of their own."""
+        """Run in the trainer's thread after ``begin``; collective if every rank sends its tensors."""
         return
 
-    def join(self, push: WeightUpdate) -> None:
-        """Called in the trainer's thread after the last bucket; collective where ranks bring tensors of their own."""
+    def join(self, update: WeightUpdate) -> None:
+        """Run in the trainer's thread after the last bucket; collective if every rank sends its tensors."""
         return
 
-    async def repeat(self, servers: Sequence[Server], version: int) -> UpdateReport | None:
-        """Give servers the newest version once more; None: it would have to be sent again."""
+    async def resend(self, servers: Sequence[WeightServer], version: int) -> UpdateReport | None:
+        """Bring the newest version to more servers; None if its tensors would have to be sent again."""
         return None
 
     async def push(
-        self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: int
+        self, servers: Sequence[WeightServer], named_tensors: Iterable[tuple[str, Tensor]], version: int
     ) -> UpdateReport:
-        """Send all tensors; return what happened."""
-        push = await self.begin(servers, version)
+        """Run a whole update."""
+        update = await self.begin(servers, version)
         for bucket in self.buckets(named_tensors):
-            await push.send(bucket)
+            await update.send(bucket)
             bucket.clear()
-        return await push.finish()
+        return await update.finish()
 
     def buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield the tensors on the CPU, in lists of at most ``bucket_bytes``; a larger tensor has its own."""
+        """Yield the tensors as lists of at most ``bucket_bytes`` bytes; a larger tensor gets a list of its own."""
         bucket: list[tuple[str, Tensor]] = []
         size = 0
         for name, tensor in named_tensors:
@@ -222,9 +221,9 @@ class WeightTransport(ABC):
                 yield bucket
                 bucket = []
                 size = 0
-            bucket.append((name, self._sent(tensor)))
+            bucket.append((name, self._converted(tensor)))
             size += bucket[-1][1].nbytes
-            del tensor  # before the next one comes
+            del tensor  # free it before the next one is made
             if size >= self.bucket_bytes:
                 yield bucket
                 bucket = []
@@ -232,25 +231,11 @@ class WeightTransport(ABC):
         if bucket:
             yield bucket
 
-    def _sent(self, tensor: Tensor) -> Tensor:
+    def _converted(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def sums_of(bucket: NamedTensors) -> dict[str, tuple[str, str]]:
-    """Return the checksums of each tensor."""
-    return {name: checksums(tensor) for name, tensor in bucket}
-
-
-def checksum(tensor: Tensor) -> str:
-    """Return the sha256 of the tensor's bytes."""
-    return checksums(tensor)[0]
-
-
-def checksums(tensor: Tensor) -> tuple[str, str]:
-    """Return the sha256 of the tensor's bytes, and with as many rows of zeros as SGLang may pad it with."""
-    digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    padded = digest.copy()
-    if tensor.dim() == 2:
-        padded.update(bytes(-len(tensor) % _PAD_ROWS * tensor[0].nbytes))
-    return digest.hexdigest(), padded.hexdigest()
+def bucket_checksums(bucket: NamedTensors) -> Checksums:
+    """Return the checksums of each tensor of a bucket."""
+    return {name: padded_sha256(tensor) for name, tensor in bucket}

@@ -1,8 +1,8 @@
-"""A process group of its own for two parties that are no ranks of each other's world: a sender and one server.
+"""A torch.distributed group of a sender and the ranks of one server, outside of torch's default process group.
 
-The names and prefixes of the store are torch's for ``new_group`` over a TCP rendezvous, so that the other side may be
-any program that joins with ``init_process_group``'s arguments, such as SGLang. Nothing is registered in this process's
-world, and a group that fails takes no other with it.
+Store names and prefixes are those of torch's ``new_group`` over a TCP rendezvous, so any program that joins with the
+arguments of ``init_process_group``, such as SGLang, can be the other side. Nothing is registered in this process's
+world, and a group that fails does not affect others.
 """
 
 import socket
@@ -20,56 +20,58 @@ T = TypeVar("T")
 Backend = Literal["gloo", "nccl"]
 
 
-class _Group(Protocol):
-    """What is used of torch's process groups, whose stubs leave it out."""
+class _ProcessGroup(Protocol):
+    """The part of torch's process groups that is used here; torch's stubs leave it out."""
 
     def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> dist.Work:
-        """Begin to send or to receive."""
+        """Start to send or to receive."""
         ...
 
 
-class Pair:
+class WeightGroup:
     """One side of the group: rank 0 sends, the others receive."""
 
-    def __init__(self, group: _Group, store: dist.Store) -> None:
+    def __init__(self, group: _ProcessGroup, store: dist.Store) -> None:
         self._group, self._store = group, store
 
     @classmethod
-    def open(cls, store: "Meeting", name: str, rank: int, size: int, backend: Backend) -> "Pair":
-        """Join and return when all have joined.
+    def open(cls, rendezvous: "Rendezvous", name: str, rank: int, size: int, backend: Backend) -> "WeightGroup":
+        """Join the group; return when all ranks have joined.
 
         Raises:
-            RuntimeError: they have not within the meeting's timeout.
+            RuntimeError: some ranks did not join within the rendezvous's timeout.
         """
         device = "cuda" if backend == "nccl" else "cpu"
-        prefixed = dist.PrefixStore(f"{device}/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store.store)))
+        prefixed = dist.PrefixStore(
+            f"{device}/", dist.PrefixStore(f"{name}/", dist.PrefixStore(name, rendezvous.store))
+        )
         if backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = store.timeout
-            return cls(cast(_Group, dist.ProcessGroupNCCL(prefixed, rank, size, options)), store.store)
+            options._timeout = rendezvous.timeout
+            return cls(cast(_ProcessGroup, dist.ProcessGroupNCCL(prefixed, rank, size, options)), rendezvous.store)
         gloo = getattr(dist.ProcessGroupGloo, "_Options")()  # noqa: B009 (torch's stubs leave it out)
-        gloo._timeout = store.timeout
-        # An address on the way to the other side: no other interface is listened on.
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(store.host))]
-        return cls(cast(_Group, dist.ProcessGroupGloo(prefixed, rank, size, gloo)), store.store)
+        gloo._timeout = rendezvous.timeout
+        # Listen only on the interface that reaches the other side.
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=local_address(rendezvous.host))]
+        return cls(cast(_ProcessGroup, dist.ProcessGroupGloo(prefixed, rank, size, gloo)), rendezvous.store)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> list[dist.Work]:
-        """Begin to send the tensors from rank 0 to the others, one after the other, in place."""
+        """Start to broadcast the tensors from rank 0, one after the other, in place."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         return [self._group.broadcast([tensor], options) for tensor in tensors]
 
     def close(self) -> None:
-        """Leave: what is under way fails on either side, at once or when its time is up. Waits for nothing."""
-        # Only the end of the object closes connections, and it waits for what is under way.
+        """Leave the group without waiting; pending operations fail on both sides, at once or at their timeout."""
+        # Only the destructor closes connections, and it waits for pending operations.
         parts = [self._group, self._store]
         del self._group, self._store
         threading.Thread(target=parts.clear, name="weights group", daemon=True).start()
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where the parties of a group find each other, and how long each waits for the others and for a tensor."""
+class Rendezvous:
+    """The store through which the ranks of a group find each other, and the timeout for joining and for each tensor."""
 
     store: dist.TCPStore
     host: str
@@ -77,11 +79,11 @@ class Meeting:
     timeout: timedelta
 
     @classmethod
-    def listening(cls, towards: str, timeout_seconds: float) -> "Meeting":
-        """Return one on a free port of the address from which ``towards`` is reached."""
+    def listen(cls, peer: str, timeout_seconds: float) -> "Rendezvous":
+        """Open a store on a free port of the local address from which ``peer`` is reached."""
         timeout = timedelta(seconds=timeout_seconds)
         with socket.socket() as listener:
-            listener.bind((address_towards(towards), 0))
+            listener.bind((local_address(peer), 0))
             listener.listen()
             host, port = listener.getsockname()
             store = dist.TCPStore(
@@ -95,36 +97,36 @@ class Meeting:
         return cls(store, host, port, timeout)
 
     @classmethod
-    def at(cls, host: str, port: int, timeout_seconds: float) -> "Meeting":
-        """Return the one that the other side listens with.
+    def connect(cls, host: str, port: int, timeout_seconds: float) -> "Rendezvous":
+        """Connect to the store of the other side.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: nothing listens there.
         """
         timeout = timedelta(seconds=timeout_seconds)
         return cls(dist.TCPStore(host_name=host, port=port, is_master=False, timeout=timeout), host, port, timeout)
 
 
-def address_towards(host: str) -> str:
-    """Return this machine's address on the way to the host; nothing is sent."""
+def local_address(peer: str) -> str:
+    """Return this machine's address on the route to the peer; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
+        probe.connect((peer, 9))
         return str(probe.getsockname()[0])
 
 
-def in_thread(function: Callable[[], T], done: Callable[[T | BaseException], None]) -> None:
-    """Run something that may hang in a thread that no one waits for; ``done`` gets what it returns or raises."""
+def run_in_thread(function: Callable[[], T], done: Callable[[T | BaseException], None]) -> None:
+    """Run a function that may hang in a daemon thread; ``done`` receives its result or its exception."""
 
     def run() -> None:
         try:
             result: T | BaseException = function()
-        except RuntimeError as error:  # of torch.distributed, which says nothing more precise
+        except RuntimeError as error:  # torch.distributed has no more specific type
             result = error
         done(result)
 
     threading.Thread(target=run, name="weights group", daemon=True).start()
 
 
-def empty(shape: Sequence[int], dtype: str, device: torch.device) -> Tensor:
-    """Return room for a tensor that will come."""
+def empty_tensor(shape: Sequence[int], dtype: str, device: torch.device) -> Tensor:
+    """Return an uninitialized tensor of the named type."""
     return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=device)

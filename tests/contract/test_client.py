@@ -1,4 +1,4 @@
-"""The fleet's own client and carriers, against every engine under contract."""
+"""The fleet's own client and transports, against every engine under contract."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -53,11 +53,11 @@ def reset(server: Contract) -> None:
 
 
 def push(
-    server: Contract, carrier: WeightTransport, tensors: dict[str, Tensor], version: int
+    server: Contract, transport: WeightTransport, tensors: dict[str, Tensor], version: int
 ) -> tuple[UpdateReport, str]:
     async def send(client: Client) -> tuple[UpdateReport, str]:
         await client.pause("retract")
-        report = await carrier.push([client], tensors.items(), version)
+        report = await transport.push([client], tensors.items(), version)
         await client.flush()
         await client.resume()
         return report, await client.version()
@@ -66,8 +66,8 @@ def push(
 
 
 @pytest.fixture(params=["tensor", "disk"])
-def carrier(request: pytest.FixtureRequest, server: Contract, tmp_path: Path) -> Iterator[WeightTransport]:
-    """A carrier; the server has the checkpoint's weights again after the test."""
+def transport(request: pytest.FixtureRequest, server: Contract, tmp_path: Path) -> Iterator[WeightTransport]:
+    """A transport; the server has the checkpoint's weights again after the test."""
     if (server.engine, request.param) == ("vllm", "tensor"):
         pytest.skip("vLLM reads weights from a folder only")
     yield (
@@ -105,10 +105,10 @@ def test_a_prompt_that_is_too_long_is_refused(server: Contract) -> None:
         generate(server, [SampleRequest("long", (1,) * 300, {"max_new_tokens": 3})])
 
 
-def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: WeightTransport) -> None:
+def test_a_push_arrives_whole_and_gives_its_version(server: Contract, transport: WeightTransport) -> None:
     model = server.build()
     tensors = {name: tensor * 1.25 for name, tensor in load_file(server.model / "model.safetensors").items()}
-    report, version = push(server, carrier, tensors, 3)
+    report, version = push(server, transport, tensors, 3)
     assert (report.failed, report.num_tensors, version) == ({}, len(tensors), "3")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -119,15 +119,15 @@ def test_a_push_arrives_whole_and_gives_its_version(server: Contract, carrier: W
     assert scored.input_logprobs == pytest.approx(expected, abs=1e-5)
 
 
-def test_both_carriers_leave_the_same_checksums(server: Contract, tmp_path: Path) -> None:
+def test_both_transports_leave_the_same_checksums(server: Contract, tmp_path: Path) -> None:
     if server.engine == "vllm":
         pytest.skip("vLLM reads weights from a folder only")
     tensors = {name: tensor * 0.75 for name, tensor in load_file(server.model / "model.safetensors").items()}
     found = []
-    for version, carrier in enumerate(
+    for version, transport in enumerate(
         [TensorTransport(BUCKET_BYTES), DiskTransport(BUCKET_BYTES, tmp_path, server.model)]
     ):
-        assert not push(server, carrier, tensors, version)[0].failed
+        assert not push(server, transport, tensors, version)[0].failed
         found.append(checksums(server))
     assert found[0] == found[1]
     reset(server)

@@ -14,7 +14,7 @@ from tests.contract.test_weights import checksums, logprobs, original
 
 __all__ = ["original"]
 
-CARRIER = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), timeout_seconds=20)
+TRANSPORT = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), timeout_seconds=20)
 
 
 def test_buckets_that_are_broadcast_become_the_weights(server: Contract, original: dict[str, Tensor]) -> None:
@@ -24,7 +24,7 @@ def test_buckets_that_are_broadcast_become_the_weights(server: Contract, origina
 
         async def push(tensors: list[tuple[str, Tensor]] = tensors, version: int = version) -> None:
             client = Client(server.url)
-            report = await CARRIER.push([client], tensors, version)
+            report = await TRANSPORT.push([client], tensors, version)
             await client.close()
             assert not report.failed, report.failed
 
@@ -41,7 +41,7 @@ def test_buckets_that_are_broadcast_become_the_weights(server: Contract, origina
 def test_a_bucket_outside_of_an_update_is_refused_and_hangs_nobody(server: Contract) -> None:
     async def refused() -> tuple[object, float]:
         client = Client(server.url)
-        push = await CARRIER.begin([client], 1)
+        push = await TRANSPORT.begin([client], 1)
         await client.end_update()
         begun = time.monotonic()
         await push.send([("model.norm.weight", torch.ones(32))])

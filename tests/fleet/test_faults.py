@@ -21,7 +21,7 @@ from megatron_rl.weights.disk import DiskTransport
 from megatron_rl.weights.tensor import TensorTransport
 from tests.inference_server.tiny import prompts_of
 
-PATIENCE = Timeouts(
+TIMEOUTS = Timeouts(
     request_timeout_seconds=60,
     control_timeout_seconds=20,
     start_timeout_seconds=90,
@@ -37,7 +37,7 @@ SAMPLING = Sampling(max_new_tokens=60)
 def fleet(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     logs = tmp_path_factory.mktemp("logs")
     servers = [embedded_server(str(moe_folder), logs / f"{i}.log", ["--weight-version", "0"]) for i in range(2)]
-    with Fleet(servers, TensorTransport(1 << 16), PATIENCE, rows_per_request=8) as fleet:
+    with Fleet(servers, TensorTransport(1 << 16), TIMEOUTS, rows_per_request=8) as fleet:
         yield fleet
     assert all(not psutil.pid_exists(server.pid) for server in servers)
 
@@ -80,16 +80,16 @@ def test_same_call_same_bits(fleet: Fleet) -> None:
     assert tokens(sampled(fleet, 0)) != tokens(sampled(fleet, 0, step=1))
 
 
-def test_new_weights_change_the_samples_by_either_carrier(fleet: Fleet, moe_folder: Path, tmp_path: Path) -> None:
+def test_new_weights_change_the_samples_by_either_transport(fleet: Fleet, moe_folder: Path, tmp_path: Path) -> None:
     old = load_file(moe_folder / "model.safetensors")
     before = sampled(fleet, 0)
     report = fleet.update(((name, tensor * 1.5) for name, tensor in old.items()), 1)
     assert not report.failed
     changed = sampled(fleet, 1)
     assert tokens(changed) != tokens(before)
-    carrier, fleet.sync.carrier = fleet.sync.carrier, DiskTransport(1 << 16, tmp_path / "weights", moe_folder)
+    transport, fleet.sync.transport = fleet.sync.transport, DiskTransport(1 << 16, tmp_path / "weights", moe_folder)
     fleet.update(old.items(), 2)
-    fleet.sync.carrier = carrier
+    fleet.sync.transport = transport
     assert tokens(sampled(fleet, 2)) == tokens(before)
 
 

@@ -31,7 +31,7 @@ from tests.fleet.fake import (
     wrong_version,
 )
 
-PATIENCE = Timeouts(
+TIMEOUTS = Timeouts(
     request_timeout_seconds=5,
     control_timeout_seconds=1,
     start_timeout_seconds=1,
@@ -45,8 +45,8 @@ SAMPLING = Sampling(max_new_tokens=6)
 WEIGHTS = [("t", torch.ones(3))]
 
 
-def fleet_of(servers: Sequence[FakeServer], patience: Timeouts = PATIENCE) -> Fleet:
-    return Fleet([server.url for server in servers], TensorTransport(1 << 20), patience, rows_per_request=8)
+def fleet_of(servers: Sequence[FakeServer], timeouts: Timeouts = TIMEOUTS) -> Fleet:
+    return Fleet([server.url for server in servers], TensorTransport(1 << 20), timeouts, rows_per_request=8)
 
 
 def sampled(fleet: Fleet, step: int = 0, version: int | None = 0) -> list[Group]:
@@ -94,7 +94,7 @@ def test_the_same_prompt_twice_has_different_samples() -> None:
 def test_a_server_that_answers_wrongly_is_left_out(trick: Trick, caplog: pytest.LogCaptureFixture) -> None:
     liar, good = FakeServer(), FakeServer()
     liar.trick = trick
-    with serving(liar, good), fleet_of([liar, good], replace(PATIENCE, probe_seconds=1.0)) as fleet:
+    with serving(liar, good), fleet_of([liar, good], replace(TIMEOUTS, probe_seconds=1.0)) as fleet:
         with caplog.at_level(logging.WARNING):
             assert sampled(fleet) == expected()
         assert fleet.urls == [good.url]
@@ -111,8 +111,8 @@ def test_a_server_that_answers_with_an_error_is_left_out(status: int) -> None:
 
 def test_a_server_that_hangs_is_found_by_its_health_long_before_the_timeout() -> None:
     stuck, good = FakeServer(), FakeServer()
-    patience = replace(PATIENCE, request_timeout_seconds=600)
-    with serving(stuck, good), fleet_of([stuck, good], patience) as fleet:
+    timeouts = replace(TIMEOUTS, request_timeout_seconds=600)
+    with serving(stuck, good), fleet_of([stuck, good], timeouts) as fleet:
         stuck.hangs = True
         begin = time.monotonic()
         assert sampled(fleet, version=None) == expected()
@@ -131,8 +131,8 @@ def test_a_slow_server_gets_less_to_do_and_loses_nothing() -> None:
 
 
 def test_no_good_server_is_an_error_that_names_it_and_what_it_did() -> None:
-    patience = replace(PATIENCE, start_timeout_seconds=20)  # each failure doubles the time until it is asked again
-    with serving(FakeServer()) as (liar,), fleet_of([liar], patience) as fleet:
+    timeouts = replace(TIMEOUTS, start_timeout_seconds=20)  # each failure doubles the time until it is asked again
+    with serving(FakeServer()) as (liar,), fleet_of([liar], timeouts) as fleet:
         liar.trick = nan_logprobs
         with pytest.raises(RolloutError, match=f"{liar.url}.*log-prob 0 is") as caught:
             sampled(fleet)
@@ -183,8 +183,8 @@ def test_aborted_samples_are_asked_for_again_and_nobody_is_blamed() -> None:
 
 
 def test_a_server_that_hangs_does_not_hold_up_a_push() -> None:
-    patience = replace(PATIENCE, control_timeout_seconds=60, pause_timeout_seconds=0.3, probe_seconds=60)
-    with serving(FakeServer(), FakeServer()) as (stuck, good), fleet_of([stuck, good], patience) as fleet:
+    timeouts = replace(TIMEOUTS, control_timeout_seconds=60, pause_timeout_seconds=0.3, probe_seconds=60)
+    with serving(FakeServer(), FakeServer()) as (stuck, good), fleet_of([stuck, good], timeouts) as fleet:
         stuck.hangs = True
         begin = time.monotonic()
         fleet.update(WEIGHTS, 1)
@@ -242,7 +242,7 @@ def test_a_push_that_every_server_refuses_is_an_error() -> None:
 
 def test_a_server_that_is_not_there_is_an_error_at_the_start() -> None:
     with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9 has not become healthy within 1 s"):
-        Fleet(["http://127.0.0.1:9"], TensorTransport(1 << 20), PATIENCE)
+        Fleet(["http://127.0.0.1:9"], TensorTransport(1 << 20), TIMEOUTS)
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout fleet"]
 
 

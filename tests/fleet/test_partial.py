@@ -20,7 +20,7 @@ from megatron_rl.fleet.protocol import Sample
 from megatron_rl.weights.tensor import TensorTransport
 from tests.inference_server.tiny import prompts_of
 
-PATIENCE = Timeouts(60, 20, 20, 90, 0.1, 0.5, 5)
+TIMEOUTS = Timeouts(60, 20, 20, 90, 0.1, 0.5, 5)
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(*range(3, 11)))]
 LONG = Sampling(max_new_tokens=200)
 
@@ -38,7 +38,7 @@ def fleet(
     logs = tmp_path_factory.mktemp("logs")
     servers = [embedded_server(str(moe_folder), logs / f"{i}.log", options) for i in range(2)]
     decode = words if request.param == "resubmit" else None
-    with Fleet(servers, TensorTransport(1 << 16), PATIENCE, 4, decode=decode) as fleet:
+    with Fleet(servers, TensorTransport(1 << 16), TIMEOUTS, 4, decode=decode) as fleet:
         yield fleet
 
 

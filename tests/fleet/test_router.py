@@ -17,7 +17,7 @@ from tests.fleet.test_fleet import PROMPTS, SAMPLING, WEIGHTS, expected, sampled
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = shutil.which("sglang-router") or str(ROOT / ".venv-router" / "bin" / "sglang-router")
-PATIENCE = Timeouts(
+TIMEOUTS = Timeouts(
     request_timeout_seconds=4,
     control_timeout_seconds=3,
     start_timeout_seconds=30,
@@ -37,8 +37,8 @@ def servers() -> Iterator[tuple[FakeServer, ...]]:
 
 @pytest.fixture
 def fleet(servers: tuple[FakeServer, ...], tmp_path: Path) -> Iterator[Fleet]:
-    carrier = TensorTransport(1 << 20)
-    with Fleet([server.url for server in servers], carrier, PATIENCE, rows_per_request=8) as fleet:
+    transport = TensorTransport(1 << 20)
+    with Fleet([server.url for server in servers], transport, TIMEOUTS, rows_per_request=8) as fleet:
         fleet.use_router(router_process(PROGRAM, tmp_path / "router.log"))
         yield fleet
     assert fleet.router is not None
@@ -89,7 +89,7 @@ def test_a_server_that_hangs_costs_no_sample_and_comes_back(servers: tuple[FakeS
     servers[0].hangs = True
     begun = time.monotonic()
     assert sampled(fleet) == expected()
-    assert time.monotonic() - begun < 3 * PATIENCE.request_timeout_seconds
+    assert time.monotonic() - begun < 3 * TIMEOUTS.request_timeout_seconds
     servers[0].hangs = False
     until(lambda: len(fleet.urls) == 2 and through_router(fleet), 15)
     assert sampled(fleet) == expected()

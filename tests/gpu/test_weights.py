@@ -42,10 +42,10 @@ def test_weights_reach_a_server_of_this_device(folder: Path, tmp_path: Path, buc
         process.stop()
 
 
-async def pushed(url: str, carrier: IpcTransport, weights: dict[str, torch.Tensor], version: int) -> dict[str, str]:
+async def pushed(url: str, transport: IpcTransport, weights: dict[str, torch.Tensor], version: int) -> dict[str, str]:
     """Push; return the checksums that the server has then."""
     client = Client(url)
-    report = await carrier.push([client], weights.items(), version)
+    report = await transport.push([client], weights.items(), version)
     assert not report.failed, report.failed
     _, sums = await client.checksums("sum64")
     await client.close()

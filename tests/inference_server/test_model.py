@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_rl.errors import DataError
 from megatron_rl.inference_server.model import ServedModel
 from megatron_rl.inference_server.requests import BadRequest
-from megatron_rl.weights.transport import checksum
+from megatron_rl.weights.checksum import sha256
 from tests.inference_server import tiny
 
 EXPERT = "model.layers.1.mlp.experts.2.gate_proj.weight"
@@ -75,7 +75,7 @@ def test_tensors_need_an_open_update(moe_folder: Path) -> None:
 def test_checksums_are_those_of_the_sender(moe_folder: Path) -> None:
     model = loaded(moe_folder)
     on_disk = load_file(moe_folder / "model.safetensors")
-    assert model.checksums() == {name: checksum(tensor) for name, tensor in on_disk.items()}
+    assert model.checksums() == {name: sha256(tensor) for name, tensor in on_disk.items()}
 
 
 def test_weights_are_read_from_a_folder_of_shards_or_a_file(moe_folder: Path, tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ def peaks(folder: str, parallel: dict[str, object], own: bool, bucket_bytes: int
     """Return the most bytes that this rank held, and the bytes that it got."""
     run = run_of(Path(folder), parallel=parallel)
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    carrier, seen = TensorTransport(bucket_bytes // PARTS), 0
+    transport, seen = TensorTransport(bucket_bytes // PARTS), 0
     with LiveBytes() as bytes_:
         weights = policy.weights(bucket_bytes)
-        for bucket in carrier.buckets(weights.own() if own else iter(weights)):
+        for bucket in transport.buckets(weights.own() if own else iter(weights)):
             seen += sum(tensor.nbytes for _, tensor in bucket)
             bucket.clear()
     return bytes_.peak, seen

@@ -1,4 +1,4 @@
-"""The distributed carrier against real servers that die or hang at the worst moment."""
+"""The distributed transport against real servers that die or hang at the worst moment."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ from megatron_rl.weights.transport import UpdateReport
 from tests.inference_server import tiny
 
 TIMEOUT_SECONDS = 4.0
-CARRIER = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)
+TRANSPORT = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ async def push_while(servers: list[ServerProcess], number: int) -> tuple[UpdateR
     """Push; after the first bucket the first server gets this signal."""
     clients = [Client(process.url, control_timeout_seconds=TIMEOUT_SECONDS) for process in servers]
     begun = time.monotonic()
-    push = await CARRIER.begin(clients, 5)
-    for place, bucket in enumerate(CARRIER.buckets(weights(servers))):
-        if place == 1:
+    update = await TRANSPORT.begin(clients, 5)
+    for number, bucket in enumerate(TRANSPORT.buckets(weights(servers))):
+        if number == 1:
             os.kill(servers[0].pid, number)
-        await push.send(bucket)
-    report = await push.finish()
+        await update.send(bucket)
+    report = await update.finish()
     for client in clients:
         await client.close()
     return report, time.monotonic() - begun

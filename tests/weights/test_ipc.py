@@ -17,15 +17,23 @@ import torch
 
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.process import ServerProcess, embedded_server
+from megatron_rl.weights.checksum import sha256
 from megatron_rl.weights.ipc import IpcTransport
-from megatron_rl.weights.shared_memory import CannotShare, MemoryHandle, Place, Shared, can_share, open_shared
-from megatron_rl.weights.transport import UpdateReport, checksum
+from megatron_rl.weights.shared_memory import (
+    CannotShare,
+    MemoryHandle,
+    MemoryLocation,
+    SharedBuffer,
+    can_share_memory,
+    open_shared,
+)
+from megatron_rl.weights.transport import UpdateReport
 from tests.inference_server import tiny
 from tests.weights.test_distributed import healthy, weights
 
 CPU = torch.device("cpu")
 MARK = "megatron-rl-weights"
-pytestmark = pytest.mark.skipif(not can_share(), reason="no memfd and /proc here")
+pytestmark = pytest.mark.skipif(not can_share_memory(), reason="no memfd and /proc here")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +73,9 @@ def wait_until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-async def pushed(servers: list[ServerProcess], carrier: IpcTransport, version: int) -> UpdateReport:
+async def pushed(servers: list[ServerProcess], transport: IpcTransport, version: int) -> UpdateReport:
     clients = [Client(process.url) for process in servers]
-    report = await carrier.push(clients, weights(servers), version)
+    report = await transport.push(clients, weights(servers), version)
     for client in clients:
         await client.close()
     return report
@@ -84,28 +92,28 @@ def test_every_tensor_arrives_whatever_the_size_of_the_buffer(server: ServerProc
 
     report = asyncio.run(pushed([server], IpcTransport(bucket_bytes, CPU), 7))
     assert not report.failed, report.failed
-    assert asyncio.run(sums()) == ("sha256", {name: checksum(tensor) for name, tensor in weights([server])}, "7")
+    assert asyncio.run(sums()) == ("sha256", {name: sha256(tensor) for name, tensor in weights([server])}, "7")
     assert shared_by(server.pid) == shared_by(os.getpid()) == []
 
 
 def test_the_sender_may_send_another_type_than_it_has(server: ServerProcess) -> None:
-    carrier = IpcTransport(1 << 12, CPU)
-    carrier.dtype = torch.bfloat16
-    report = asyncio.run(pushed([server], carrier, 1))
+    transport = IpcTransport(1 << 12, CPU)
+    transport.dtype = torch.bfloat16
+    report = asyncio.run(pushed([server], transport, 1))
     assert "if it serves another dtype than the trainer's" in str(report.failed[server.url])
 
 
 def test_a_server_that_is_killed_leaves_nothing_behind(server: ServerProcess) -> None:
     async def run() -> UpdateReport:
         client = Client(server.url)
-        carrier = IpcTransport(1 << 12, CPU)
-        push = await carrier.begin([client], 2)
-        for place, bucket in enumerate(carrier.buckets(weights([server]))):
-            if place == 1:
+        transport = IpcTransport(1 << 12, CPU)
+        update = await transport.begin([client], 2)
+        for number, bucket in enumerate(transport.buckets(weights([server]))):
+            if number == 1:
                 assert shared_by(server.pid)
                 os.kill(server.pid, signal.SIGKILL)
-            await push.send(bucket)
-        report = await push.finish()
+            await update.send(bucket)
+        report = await update.finish()
         await client.close()
         return report
 
@@ -117,12 +125,12 @@ def test_a_server_that_is_killed_leaves_nothing_behind(server: ServerProcess) ->
 SENDER = """
 import asyncio, sys, time, torch
 from megatron_rl.fleet.client import Client
-from megatron_rl.weights.ipc import IpcCarrier
+from megatron_rl.weights.ipc import IpcTransport
 
 async def main():
-    push = await IpcCarrier(1 << 12, torch.device("cpu")).begin([Client(sys.argv[1])], 2)
-    await push.send([("model.norm.weight", torch.ones(32))])
-    assert not push.failed, push.failed
+    update = await IpcTransport(1 << 12, torch.device("cpu")).begin([Client(sys.argv[1])], 2)
+    await update.send([("model.norm.weight", torch.ones(32))])
+    assert not update.failed, update.failed
     print("sent", flush=True)
     time.sleep(60)
 
@@ -151,26 +159,26 @@ def test_a_sender_that_is_killed_leaves_nothing_behind(server: ServerProcess) ->
 class Elsewhere(Client):
     """A client whose server says that it runs somewhere else."""
 
-    def __init__(self, url: str, place: Place | None) -> None:
+    def __init__(self, url: str, location: MemoryLocation | None) -> None:
         super().__init__(url)
-        self._place = place
+        self._location = location
 
-    async def place(self) -> Place | None:
-        return self._place
+    async def memory_location(self) -> MemoryLocation | None:
+        return self._location
 
 
 @pytest.mark.parametrize(
-    ("place", "why"),
+    ("location", "why"),
     [
-        (dataclasses.replace(Place.here(), boot="other"), "another machine"),
-        (dataclasses.replace(Place.here(), process_ids="other"), "another container"),
-        (dataclasses.replace(Place.here(), user=12345), "another user"),
-        (dataclasses.replace(Place.here(), boot=""), "needs Linux"),
+        (dataclasses.replace(MemoryLocation.current(), boot_id="other"), "another machine"),
+        (dataclasses.replace(MemoryLocation.current(), pid_namespace="other"), "another container"),
+        (dataclasses.replace(MemoryLocation.current(), user=12345), "another user"),
+        (dataclasses.replace(MemoryLocation.current(), boot_id=""), "needs Linux"),
         (None, "only the embedded server"),
     ],
 )
-def test_a_server_elsewhere_is_refused_in_words(place: Place | None, why: str) -> None:
-    report = asyncio.run(IpcTransport(1 << 12, CPU).push([Elsewhere("http://10.0.0.7:1", place)], [], 1))
+def test_a_server_elsewhere_is_refused_in_words(location: MemoryLocation | None, why: str) -> None:
+    report = asyncio.run(IpcTransport(1 << 12, CPU).push([Elsewhere("http://10.0.0.7:1", location)], [], 1))
     [error] = report.failed.values()
     assert why in str(error)
     assert "weights.carrier = ipc" in str(error)
@@ -178,15 +186,15 @@ def test_a_server_elsewhere_is_refused_in_words(place: Place | None, why: str) -
 
 
 def test_the_memory_is_its_owners_alone_and_cannot_be_guessed() -> None:
-    shared = Shared(100, CPU)
+    shared = SharedBuffer(100, CPU)
     handle = shared.handle()
     assert isinstance(handle, MemoryHandle)
-    shared.memory_N.copy_(torch.arange(100))
-    assert torch.equal(open_shared(handle), shared.memory_N)
+    shared.memory.copy_(torch.arange(100))
+    assert torch.equal(open_shared(handle), shared.memory)
     assert stat.S_IMODE(os.stat(f"/proc/{handle.pid}/fd/{handle.fd}").st_mode) == 0o600
     theirs = open_shared(handle)
     theirs[0] = 77  # a reader's copy
-    assert int(shared.memory_N[0]) == 0
+    assert int(shared.memory[0]) == 0
     with pytest.raises(CannotShare, match="another token"):
         open_shared(dataclasses.replace(handle, token="00" * 32))
     with pytest.raises(CannotShare, match="does not have 101 bytes"):
@@ -200,13 +208,13 @@ def test_the_memory_is_its_owners_alone_and_cannot_be_guessed() -> None:
         open_shared(handle)
 
 
-async def answer_to(server: ServerProcess, piece: Mapping[str, object], begun: bool = True) -> str:
-    """Return what the server has against this piece of a shared buffer."""
-    shared = Shared(128, CPU)
+async def answer_to(server: ServerProcess, entry: Mapping[str, object], begun: bool = True) -> str:
+    """Return what the server has against this slice of a shared buffer."""
+    shared = SharedBuffer(128, CPU)
     await ask(server, "/begin_weight_update", {})
     if not begun:
         await ask(server, "/end_weight_update", {})
-    body = {"handle": dataclasses.asdict(shared.handle()), "pieces": [piece]}
+    body = {"handle": dataclasses.asdict(shared.handle()), "slices": [entry]}
     return await ask(server, "/update_weights_from_handle", body)
 
 
@@ -230,7 +238,7 @@ GOOD = {"name": "model.norm.weight", "dtype": "float32", "shape": [32], "start":
         ({"shape": [-32]}, "model.norm.weight is float32"),
         ({"dtype": "object"}, "send one of float64"),
         ({"name": "nobody's"}, "unknown tensor"),
-        ({"more": 1}, "pieces.0.more"),
+        ({"more": 1}, "slices.0.more"),
     ],
 )
 def test_a_server_believes_nothing_that_a_sender_says(server_once: ServerProcess, change, why: str) -> None:
@@ -250,5 +258,5 @@ def server_once(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.stop()
 
 
-def test_a_piece_without_an_update_is_refused(server_once: ServerProcess) -> None:
+def test_a_slice_without_an_update_is_refused(server_once: ServerProcess) -> None:
     assert "begin_weight_update" in asyncio.run(answer_to(server_once, GOOD, begun=False))

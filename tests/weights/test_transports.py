@@ -9,10 +9,11 @@ from torch import Tensor
 
 from megatron_rl.errors import RolloutError
 from megatron_rl.inference_server.payload import read_tensors
+from megatron_rl.weights.checksum import SHA256, SHORT_SHA256, padded_sha256, sha256
 from megatron_rl.weights.disk import DiskTransport
-from megatron_rl.weights.shared_memory import Handle, Place, TensorPiece
+from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
 from megatron_rl.weights.tensor import TensorTransport
-from megatron_rl.weights.transport import CHECKSUM, SHORT_CHECKSUM, TensorHeader, WeightTransport, checksum, checksums
+from megatron_rl.weights.transport import TensorHeader, WeightTransport
 
 TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
 
@@ -20,7 +21,7 @@ TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
 class Recorder:
     """A server that remembers what was asked of it, and fails where it is told to."""
 
-    def __init__(self, url: str, fails_at: str = "", algorithm: str = CHECKSUM, damages: str = "") -> None:
+    def __init__(self, url: str, fails_at: str = "", algorithm: str = SHA256, damages: str = "") -> None:
         self.url, self.fails_at, self.algorithm, self.damages = url, fails_at, algorithm, damages
         self.calls: list[str] = []
         self.tensors: dict[str, Tensor] = {}
@@ -61,22 +62,22 @@ class Recorder:
     async def set_version(self, version: str) -> None:
         await self._called(f"version {version}")
 
-    async def place(self) -> Place | None:
+    async def memory_location(self) -> MemoryLocation | None:
         return None
 
-    async def update_from_handle(self, handle: Handle, pieces: Sequence[TensorPiece]) -> None:
+    async def update_from_handle(self, handle: Handle, slices: Sequence[TensorSlice]) -> None:
         await self._called("bucket")
 
-    async def checksums(self, algorithm: str = CHECKSUM) -> tuple[str, Mapping[str, str]]:
+    async def checksums(self, algorithm: str = SHA256) -> tuple[str, Mapping[str, str]]:
         await self._called("checksums")
-        sums = {name: checksum(tensor) for name, tensor in self.tensors.items()}
-        if self.algorithm == SHORT_CHECKSUM:  # as SGLang: some names are its own
+        sums = {name: sha256(tensor) for name, tensor in self.tensors.items()}
+        if self.algorithm == SHORT_SHA256:  # as SGLang: some names are its own
             sums = {n: s[:16] for n, s in sums.items() if n != "t0"} | {"t0_fused": "0" * 16}
         return self.algorithm, {n: "damaged" if n == self.damages else s for n, s in sums.items()}
 
 
 @pytest.fixture(params=["tensor", "disk"])
-def carrier(request: pytest.FixtureRequest, tmp_path: Path) -> WeightTransport:
+def transport(request: pytest.FixtureRequest, tmp_path: Path) -> WeightTransport:
     if request.param == "tensor":
         return TensorTransport(bucket_bytes=1000)
     (tmp_path / "model").mkdir()
@@ -84,9 +85,9 @@ def carrier(request: pytest.FixtureRequest, tmp_path: Path) -> WeightTransport:
     return DiskTransport(1000, tmp_path / "weights", tmp_path / "model")
 
 
-def test_a_push_brings_every_tensor_and_then_the_version(carrier: WeightTransport) -> None:
+def test_a_push_brings_every_tensor_and_then_the_version(transport: WeightTransport) -> None:
     servers = [Recorder("a"), Recorder("b")]
-    report = asyncio.run(carrier.push(servers, iter(TENSORS), 3))
+    report = asyncio.run(transport.push(servers, iter(TENSORS), 3))
     assert not report.failed
     assert (report.num_tensors, report.num_bytes, report.version) == (7, 2800, 3)
     for server in servers:
@@ -127,24 +128,24 @@ def test_a_server_that_fails_is_reported_and_the_others_go_on(fails_at: str) -> 
     assert bad.calls[-1] == fails_at
 
 
-def test_damaged_weights_are_found_and_never_get_the_version(carrier: WeightTransport) -> None:
+def test_damaged_weights_are_found_and_never_get_the_version(transport: WeightTransport) -> None:
     good, bad = Recorder("good"), Recorder("bad", damages="t5")
-    report = asyncio.run(carrier.push([good, bad], TENSORS, 1))
+    report = asyncio.run(transport.push([good, bad], TENSORS, 1))
     assert "1 of 7 tensors differ from what was sent, first 't5'" in str(report.failed["bad"])
     assert "version 1" not in bad.calls
     assert "version 1" in good.calls
 
 
-def test_foreign_checksums_are_compared_among_the_servers(carrier: WeightTransport) -> None:
+def test_foreign_checksums_are_compared_among_the_servers(transport: WeightTransport) -> None:
     servers = [Recorder("a", algorithm=""), Recorder("b", algorithm=""), Recorder("c", algorithm="", damages="t1")]
-    report = asyncio.run(carrier.push(servers, TENSORS, 1))
+    report = asyncio.run(transport.push(servers, TENSORS, 1))
     assert report.failed.keys() == {"c"}
     assert "differ from those of a" in str(report.failed["c"])
 
 
-def test_short_checksums_are_compared_where_the_names_are_the_same(carrier: WeightTransport) -> None:
-    servers = [Recorder(url, algorithm=SHORT_CHECKSUM, damages=damages) for url, damages in (("a", ""), ("b", "t1"))]
-    report = asyncio.run(carrier.push(servers, TENSORS, 1))
+def test_short_checksums_are_compared_where_the_names_are_the_same(transport: WeightTransport) -> None:
+    servers = [Recorder(url, algorithm=SHORT_SHA256, damages=damages) for url, damages in (("a", ""), ("b", "t1"))]
+    report = asyncio.run(transport.push(servers, TENSORS, 1))
     assert report.failed.keys() == {"b"}
     assert "1 of 6 tensors differ" in str(report.failed["b"])
 
@@ -152,24 +153,24 @@ def test_short_checksums_are_compared_where_the_names_are_the_same(carrier: Weig
 def test_rows_that_the_server_pads_with_are_allowed() -> None:
     table = torch.randn(50, 4)
     padded = torch.cat([table, torch.zeros(14, 4)])
-    assert checksums(table) == (checksum(table), checksum(padded))
-    assert checksums(padded) == (checksum(padded), checksum(padded))
-    assert len(set(checksums(torch.randn(5)))) == 1
+    assert padded_sha256(table) == (sha256(table), sha256(padded))
+    assert padded_sha256(padded) == (sha256(padded), sha256(padded))
+    assert len(set(padded_sha256(torch.randn(5)))) == 1
 
 
-def test_a_server_that_took_nothing_is_found(carrier: WeightTransport) -> None:
-    empty = Recorder("a", algorithm=SHORT_CHECKSUM)
-    report = asyncio.run(carrier.push([empty], [("t0", torch.ones(3))], 1))
+def test_a_server_that_took_nothing_is_found(transport: WeightTransport) -> None:
+    empty = Recorder("a", algorithm=SHORT_SHA256)
+    report = asyncio.run(transport.push([empty], [("t0", torch.ones(3))], 1))
     assert "none of the 1 tensors that were sent" in str(report.failed["a"])
 
 
 def test_disk_keeps_the_newest_versions_and_no_unfinished_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
-    carrier = DiskTransport(1000, tmp_path / "weights", tmp_path, keep=2)
+    transport = DiskTransport(1000, tmp_path / "weights", tmp_path, keep=2)
     for version in range(1, 5):
-        asyncio.run(carrier.push([Recorder("a")], TENSORS, version))
-    assert sorted(p.name for p in carrier.folder.iterdir()) == ["version-3", "version-4"]
-    newest = sorted(p.name for p in (carrier.folder / "version-4").iterdir())
+        asyncio.run(transport.push([Recorder("a")], TENSORS, version))
+    assert sorted(p.name for p in transport.folder.iterdir()) == ["version-3", "version-4"]
+    newest = sorted(p.name for p in (transport.folder / "version-4").iterdir())
     assert newest[:2] == ["config.json", "model-00000-00001.safetensors"]
     assert newest[-1] == "model.safetensors.index.json"
 
