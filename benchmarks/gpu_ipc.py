@@ -51,7 +51,9 @@ def ipc(device: str, tiny: bool) -> dict[str, object]:
             "checksums of one side": seconds_of(lambda: sums64(weights), device),
         }
         pushes = []
-        with Fleet([server], IpcTransport(1 << 20 if tiny else 1 << 28, here), Timeouts(), keep_weights=False) as fleet:
+        with Fleet.open(
+            [server], IpcTransport(1 << 20 if tiny else 1 << 28, here), Timeouts(), keep_weights=False
+        ) as fleet:
             for version in range(1, 5):
                 report = fleet.update(weights.items(), version)
                 if report.failed:

@@ -80,7 +80,7 @@ def measure(megabytes: int, servers: int, repeats: int, folder: Path) -> dict[st
     processes = [embedded_server(str(model), folder / f"log-{megabytes}-{n}") for n in range(servers)]
     kinds = transports(folder, model)
     best: dict[str, float] = dict.fromkeys([*kinds, "plain copy"], float("inf"))
-    with Fleet(processes, kinds["tensor"], Timeouts(), keep_weights=False) as fleet:
+    with Fleet.open(processes, kinds["tensor"], Timeouts(), keep_weights=False) as fleet:
         version = 0
         for _ in range(repeats):
             best["plain copy"] = min(best["plain copy"], copy_seconds(model / "model.safetensors", folder / "copy"))

@@ -18,7 +18,7 @@ from megatron_rl.evaluate.tables import make_console, notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
 from megatron_rl.launch.planning.run_plan import check_sampling
 from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
-from megatron_rl.rollout.fleet_setup import Chat
+from megatron_rl.rollout.fleet_setup import FleetTokenizer
 from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.rollout.stream import verify_groups
 from megatron_rl.tasks import make_task
@@ -80,7 +80,7 @@ def evaluate_one(target: Target, console: Console) -> None:
 
 
 def _sample(
-    target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: Chat, console: Console
+    target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: FleetTokenizer, console: Console
 ) -> None:
     """Sample and verify the missing responses, and write them as they arrive."""
     run, missing = target.run, folder.missing()
@@ -92,7 +92,7 @@ def _sample(
         bar = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
         versions = range(VERSION, VERSION + 1)
         requests = fleet.submit(
-            *question(run, prompts, target.step), versions, wanted=missing, routes=requested_routes(run)
+            *question(run, prompts, target.step), versions, indices=missing, routes=requested_routes(run)
         )
         first_index = {verify_groups(pending, verifier): first for first, pending in requests}
         try:

@@ -13,7 +13,7 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.models.checkpoint_folders import holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.rollout.fleet_setup import Chat, open_fleet, weights_folder
+from megatron_rl.rollout.fleet_setup import FleetTokenizer, open_fleet, weights_folder
 from megatron_rl.train.export import write_hf
 
 VERSION = 0
@@ -21,7 +21,7 @@ VERSION = 0
 
 
 @contextmanager
-def serving(run: Run, tokenizer: Chat, scratch: Path) -> Iterator[Fleet]:
+def serving(run: Run, tokenizer: FleetTokenizer, scratch: Path) -> Iterator[Fleet]:
     """Yield a fleet whose servers have the weights of ``model.path``, a checkpoint of any format.
 
     Args:

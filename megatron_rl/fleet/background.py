@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, so that synchronous code can use asynchronous code without being part of it."""
+"""An asyncio event loop in a background thread, for synchronous code that calls asynchronous code."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines for other threads."""
+    """Runs coroutines on behalf of other threads."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -19,11 +19,11 @@ class LoopThread:
 
     @property
     def is_open(self) -> bool:
-        """Whether coroutines can be run."""
+        """Whether the loop accepts coroutines."""
         return not self._loop.is_closed()
 
     def call(self, coroutine: Coroutine[object, object, T]) -> T:
-        """Run the coroutine there and wait for its result; if the wait is interrupted, it is cancelled."""
+        """Run the coroutine and wait for its result; it is cancelled if the wait is interrupted."""
         future = self.start(coroutine)
         try:
             return future.result()
@@ -31,11 +31,11 @@ class LoopThread:
             future.cancel()
 
     def start(self, coroutine: Coroutine[object, object, T]) -> "Future[T]":
-        """Run the coroutine there; return its future, which cancels it if it is cancelled."""
+        """Run the coroutine and return its future; cancelling the future cancels the coroutine."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Stop the loop; coroutines that still run are cancelled first."""
+        """Cancel the coroutines that still run, and stop the loop."""
         self.call(_cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -1,18 +1,18 @@
-"""N servers as one: prompts in, groups out, new weights to all; a server more or less changes nothing but the time.
+"""Several inference servers used as one; the number of servers affects the time, not the results.
 
-    trainer rank 0 --submit(prompts)----> plan: fixed chunks --> least loaded ready server --> checked --> groups
-                   --update(weights)----> carrier: bucket by bucket to every ready server --> checksums --> version
-    watch (one task a server): busy and silent, or dead -> leaves, its chunks go elsewhere
-                               back -> gets the current weights -> takes chunks again
+    trainer rank 0 --submit(prompts)----> plan: fixed batches --> least busy ready server --> validated --> groups
+                   --update(weights)----> transport: each bucket to every ready server --> checksums --> version
+    monitor (one task per server): ended, or busy and silent -> leaves, its batches go to other servers
+                                   healthy again -> gets the current weights -> takes batches again
 
-Synchronous outside, asynchronous inside: all of it runs on one event loop in a thread of its own, and every method may
-be called from any other thread.
+The interface is synchronous. Inside, everything runs on one asyncio event loop in a background thread, and every method
+may be called from any other thread.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import accumulate, count
@@ -24,79 +24,108 @@ from megatron_rl.config.schema import Sampling
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.affinity import Affinity
+from megatron_rl.fleet.affinity import PrefixAffinity
 from megatron_rl.fleet.background import LoopThread
 from megatron_rl.fleet.client import Client
-from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy, watch
-from megatron_rl.fleet.partial import Decode, Pieces
+from megatron_rl.fleet.members import Member, Timeouts, monitor, wait_until_healthy
+from megatron_rl.fleet.partial import Decode, PartialResults
 from megatron_rl.fleet.process import ServerProcess
-from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest, ServerUnreachable
-from megatron_rl.fleet.request_plan import Chunk, groups, plan, sampling_params
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused, ServerUnreachable
+from megatron_rl.fleet.request_plan import RequestBatch, build_groups, plan_requests, sampling_params
 from megatron_rl.fleet.router import Router
 from megatron_rl.fleet.sync import WeightSync
-from megatron_rl.fleet.turns import Turns
+from megatron_rl.fleet.turns import MultiTurn
 from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightTransport
 
 T = TypeVar("T")
 
 
 class Fleet:
-    """The servers of a run. Use it as a context manager, or close it."""
-
-    client: type[Client] = Client
-    """Speaks to a server; of another kind for another engine."""
+    """The servers of a run. Make one with ``Fleet.open``; use it as a context manager, or close it."""
 
     def __init__(
         self,
-        servers: Sequence[ServerProcess | str],
-        transport: WeightTransport,
-        patience: Timeouts | None = None,
-        rows_per_request: int = 256,
+        members: Sequence[Member],
+        sync: WeightSync,
+        timeouts: Timeouts,
+        *,
+        sequences_per_request: int = 256,
         requests_per_server: float = 2,
         keep_weights: bool = True,
-        *,
         decode: Decode | None = None,
+        multi_turn: MultiTurn | None = None,
+        router: Router | None = None,
     ) -> None:
-        """Start the servers that are processes, and wait until all are healthy.
+        """Hold the settings; ``open`` describes them, starts the servers and waits for them."""
+        self.members = list(members)
+        self.sync = sync
+        self.timeouts = timeouts
+        self.sequences_per_request = sequences_per_request
+        self.requests_per_server = requests_per_server
+        self.keep_weights = keep_weights
+        self.decode = decode
+        self.multi_turn = multi_turn
+        self.router = router
+        self._affinity = PrefixAffinity()
+        self._changed = asyncio.Event()
+        self._monitors: list[asyncio.Task[None]] = []
+        self._loop = LoopThread("rollout fleet")
+
+    @classmethod
+    def open(
+        cls,
+        servers: Sequence[ServerProcess | str],
+        transport: WeightTransport,
+        timeouts: Timeouts | None = None,
+        *,
+        client: type[Client] = Client,
+        sequences_per_request: int = 256,
+        requests_per_server: float = 2,
+        keep_weights: bool = True,
+        decode: Decode | None = None,
+        multi_turn: MultiTurn | None = None,
+        router: ServerProcess | str | None = None,
+    ) -> "Fleet":
+        """Start the servers that are processes, wait until all are healthy, and return the fleet.
 
         Args:
             servers: processes to start and stop, or the urls of running servers.
             transport: brings weights to the servers.
-            patience: timeouts and retries.
-            rows_per_request: sequences in one request; whole groups, at least one.
-            requests_per_server: requests that a server works on at once.
-            keep_weights: keep a copy of the weights in this process for servers that come back between two pushes.
-            decode: if given, a push ends the responses in the making, and the fleet asks for the rest with what they
-                have as a prefix; without it the servers pause them, and go on with them under the new weights.
+            timeouts: time limits and retries.
+            client: client class of the servers' engine.
+            sequences_per_request: sequences per HTTP request; requests contain whole groups, at least one.
+            requests_per_server: requests that a server works on at the same time.
+            keep_weights: whether to keep a copy of the weights in this process for servers that come back between two
+                pushes.
+            decode: if given, a push aborts unfinished responses, and the fleet requests the rest with what they have as
+                a prefix. Without it the servers pause them, and continue them with the new weights.
+            multi_turn: generates multi-turn responses; None for responses of one turn.
+            router: a router process to start, or the url of a running one; plain generation goes through it.
+
+        Raises:
+            RolloutError: a server did not become healthy.
         """
-        self.patience = patience or Timeouts()
-        self.rows_per_request = rows_per_request
-        self.requests_per_server = requests_per_server
-        self.keep_weights = keep_weights
-        self.decode = decode
-        self.sync = WeightSync(transport, self.patience, "retract" if decode is None else "abort")
-        self.members = [self._member(server) for server in servers]
-        self.router: Router | None = None
-        self.turns: Turns | None = None
-        self._affinity = Affinity()
-        self._changed = asyncio.Event()
-        self._watches: list[asyncio.Task[None]] = []
-        self._loop = LoopThread("rollout fleet")
+        timeouts = timeouts or Timeouts()
+        fleet = cls(
+            [_member(server, client, timeouts) for server in servers],
+            WeightSync(transport, timeouts, "retract" if decode is None else "abort"),
+            timeouts,
+            sequences_per_request=sequences_per_request,
+            requests_per_server=requests_per_server,
+            keep_weights=keep_weights,
+            decode=decode,
+            multi_turn=multi_turn,
+            router=None if router is None else Router(router, timeouts),
+        )
         try:
-            for member in self.members:
+            for member in fleet._all_members():
                 if member.process is not None:
                     member.process.start()
-            self._loop.call(self._open())
+            fleet._loop.call(fleet._open())
         except BaseException:
-            self.close()
+            fleet.close()
             raise
-
-    def _member(self, server: ServerProcess | str) -> Member:
-        process = None if isinstance(server, str) else server
-        url = server if isinstance(server, str) else server.url
-        patience = self.patience
-        timeouts = patience.request_timeout_seconds, patience.control_timeout_seconds
-        return Member(self.client(url, *timeouts, retries=2), process)
+        return fleet
 
     def __enter__(self) -> "Fleet":
         return self
@@ -111,7 +140,7 @@ class Fleet:
 
     @property
     def busy_seconds(self) -> float:
-        """How long a server has had a request to work on, so far, mean over the servers."""
+        """Total time that a server has had unfinished requests, mean over the servers."""
         return sum(member.busy_seconds for member in self.members) / max(len(self.members), 1)
 
     def generate(
@@ -126,20 +155,20 @@ class Fleet:
         """Return ``group_size`` responses to each prompt, in order.
 
         Args:
-            prompts: what to answer.
-            group_size: responses to each.
-            sampling: how they are drawn.
-            seed: (run seed, step), or whatever else makes this call's samples different from all others.
-            weight_version: the weights that must make every token; None: any.
-            routes: of the model, if the servers shall return the experts that they chose.
+            prompts: the prompts.
+            group_size: responses per prompt.
+            sampling: sampling parameters.
+            seed: (run seed, step), or other numbers that distinguish this call's samples from those of all others.
+            weight_version: the weights that must generate every token; None allows any.
+            routes: shape of the model's routes, if the servers should return the experts of each token.
         """
         versions = None if weight_version is None else range(weight_version, weight_version + 1)
         pending = self.submit(prompts, group_size, sampling, seed, versions, routes=routes)
         try:
-            return [group for _, chunk in pending for group in chunk.result()]
+            return [group for _, batch in pending for group in batch.result()]
         finally:
-            for _, chunk in pending:
-                chunk.cancel()
+            for _, batch in pending:
+                batch.cancel()
 
     def submit(
         self,
@@ -149,35 +178,45 @@ class Fleet:
         seed: Sequence[int],
         weight_versions: range | None = None,
         *,
-        wanted: Collection[int] | None = None,
+        indices: Collection[int] | None = None,
         routes: RouteShape | None = None,
     ) -> list[tuple[int, Future[list[Group]]]]:
-        """Ask and do not wait: return a future for each request, after the place of the first prompt that it is for.
+        """Request responses without waiting; return (index of the first prompt, future groups) for each batch.
 
-        ``weight_versions``: the weights that may make a token; None: any. ``wanted``: the places of the prompts that
-        matter; requests without any are left out, and change nothing about the others. The rest as in ``generate``.
+        Args:
+            prompts: the prompts.
+            group_size: responses per prompt.
+            sampling: sampling parameters.
+            seed: see ``generate``.
+            weight_versions: the weights that may generate a token; None allows any.
+            indices: indices of the prompts to answer; None: all. Batches without any of them are skipped, which does
+                not change the other batches.
+            routes: see ``generate``.
         """
-        chunks = plan(prompts, group_size, sampling_params(sampling), seed, self.rows_per_request, routes)
-        firsts = accumulate((len(chunk.prompts) for chunk in chunks), initial=0)
+        params = sampling_params(sampling)
+        batches = plan_requests(prompts, group_size, params, seed, self.sequences_per_request, routes)
+        starts = accumulate((len(batch.prompts) for batch in batches), initial=0)
         return [
-            (first, self._loop.start(self._groups(chunk, weight_versions)))
-            for first, chunk in zip(firsts, chunks, strict=False)
-            if wanted is None or not set(wanted).isdisjoint(range(first, first + len(chunk.prompts)))
+            (start, self._loop.start(self._groups(batch, weight_versions)))
+            for start, batch in zip(starts, batches, strict=False)
+            if indices is None or not set(indices).isdisjoint(range(start, start + len(batch.prompts)))
         ]
 
     def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
-        """Return the engine's log-probs of each sequence's tokens but the first, at temperature 1."""
-        requests = [SampleRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)]
-        n = self.rows_per_request
-        chunks = [requests[i : i + n] for i in range(0, len(requests), n)]
+        """Return the engine's log-probs, in nats, of each sequence's tokens but the first, at temperature 1."""
+        requests = [
+            GenerationRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)
+        ]
+        size = self.sequences_per_request
+        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         versions = None if weight_version is None else range(weight_version, weight_version + 1)
-        answers = self._loop.call(together([self._ask(chunk, versions) for chunk in chunks]))
-        return [sample.input_logprobs for samples in answers for sample in samples]
+        answers = self._loop.call(gather_or_cancel([self._generate(batch, versions) for batch in batches]))
+        return [result.input_logprobs for results in answers for result in results]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
-        """Give all servers these weights, named as in a checkpoint; a server that fails leaves the fleet.
+        """Push weights, under checkpoint names, to all servers; a server that fails leaves the fleet.
 
-        The tensors are taken from the iterable in the calling thread, bucket by bucket: it may use collectives.
+        The tensors are taken from the iterable in the calling thread, bucket by bucket, so it may use collectives.
         """
         copy: list[NamedTensors] = []
         try:
@@ -194,15 +233,8 @@ class Fleet:
         finally:
             self._loop.call(self.sync.release())
 
-    def use_router(self, router: ServerProcess | str) -> None:
-        """Send plain generation through a router from now on; start it if it is a process."""
-        self.router = Router(router, self.patience)
-        if self.router.member.process is not None:
-            self.router.member.process.start()
-        self._loop.call(self._open_router(self.router))
-
     def close(self) -> None:
-        """Stop the servers that this fleet started, and the thread; more than once does no harm."""
+        """Stop the servers that this fleet started, and the thread; closing again has no effect."""
         if self._loop.is_open:
             self._loop.call(self._close())
             self._loop.close()
@@ -213,125 +245,126 @@ class Fleet:
     def _all_members(self) -> list[Member]:
         return [*self.members, *([self.router.member] if self.router else [])]
 
-    # What follows runs on the loop.
+    # The methods below run on the event loop.
 
     async def _open(self) -> None:
-        await together([wait_until_healthy(member, self.patience) for member in self.members])
+        await gather_or_cancel([wait_until_healthy(member, self.timeouts) for member in self._all_members()])
         for member in self.members:
             member.version = await member.client.version()
-            member.join()
-            self._watches.append(
-                asyncio.ensure_future(watch(member, self.patience, self.sync.catch_up, self._changed.set))
-            )
+            self._add(member, self.sync.catch_up)
+        if self.router is not None:
+            self._add(self.router.member, self.router.catch_up)
 
-    async def _open_router(self, router: Router) -> None:
-        await wait_until_healthy(router.member, self.patience)
-        router.member.join()
-        self._watches.append(
-            asyncio.ensure_future(watch(router.member, self.patience, router.caught_up, self._changed.set))
-        )
+    def _add(self, member: Member, catch_up: Callable[[Member], Awaitable[None]]) -> None:
+        member.join()
+        self._monitors.append(asyncio.ensure_future(monitor(member, self.timeouts, catch_up, self._changed.set)))
 
     async def _close(self) -> None:
-        for task in self._watches:
+        for task in self._monitors:
             task.cancel()
         for member in self._all_members():
             await member.client.close()
 
-    async def _groups(self, chunk: Chunk, versions: range | None) -> list[Group]:
-        samples = await self._ask(chunk.requests, versions)
-        if self.turns is None:
-            return groups(chunk, samples)
-        return await self.turns.finish(chunk, samples, partial(self._ask, versions=versions))
+    async def _groups(self, batch: RequestBatch, versions: range | None) -> list[Group]:
+        results = await self._generate(batch.requests, versions)
+        if self.multi_turn is None:
+            return build_groups(batch, results)
+        return await self.multi_turn.finish(batch, results, partial(self._generate, versions=versions))
 
     async def _require(self, versions: range) -> None:
-        """See that every ready server has the weights of the fleet; raise if those are not among the versions."""
+        """Bring the fleet's weights to every ready server; raise if their version is not among the allowed ones."""
         await self.sync.wait_until_idle()
-        wanted = self.sync.version or str(versions[0])
-        if int(wanted) not in versions:
-            wanted = str(versions[-1])  # which nobody has: the error says so
-        await together([self._require_of(member, wanted) for member in self.members if member.ready])
+        version = self.sync.version or str(versions[0])
+        if int(version) not in versions:
+            version = str(versions[-1])  # no server has it, and the error names it
+        await gather_or_cancel([self._require_of(member, version) for member in self.members if member.ready])
 
     async def _require_of(self, member: Member, version: str) -> None:
         try:
             await self.sync.require(member, version)
         except ServerUnreachable as error:
-            member.leave(error, self.patience)
+            member.leave(error, self.timeouts)
 
-    async def _ask(self, requests: Sequence[SampleRequest], versions: range | None) -> list[Sample]:
-        """Return the samples of one chunk, from whichever server gives them first."""
-        version = None if versions is None else frozenset(map(str, versions))
+    async def _generate(self, requests: Sequence[GenerationRequest], versions: range | None) -> list[GenerationResult]:
+        """Return the results of one batch, from the first server that completes it."""
+        allowed = None if versions is None else frozenset(map(str, versions))
         errors: list[str] = []
-        pieces = Pieces(requests, self.decode)
+        results = PartialResults(requests, self.decode)
         for attempt in count():
-            if len(errors) == self.patience.attempts:
+            if len(errors) == self.timeouts.attempts:
                 break
             if versions is not None:
                 await self._require(versions)
-            # A router gets one chance: what it failed at goes to a server that is chosen here.
-            plain = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
-            # A request that was given up may still run where it was: its id is not used again.
-            missing = pieces.missing(f"@{attempt}" if attempt else "")
-            member = await self._pick(missing, version, errors, self.router if plain else None)
+            # The router gets the first attempt only: later ones go to a server chosen here.
+            via_router = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
+            # An abandoned request may still run on its server, so its id is not used again.
+            remaining = results.remaining(f"@{attempt}" if attempt else "")
+            member = await self._choose(remaining, allowed, errors, self.router if via_router else None)
             pushes = self.sync.pushes
             try:
-                samples = await member.generate(missing, version)
-                aborted = sum(sample.finish_reason == "abort" for sample in samples)
+                answers = await member.generate(remaining, allowed)
+                aborted = sum(answer.finish_reason == "abort" for answer in answers)
                 if not aborted or (self.decode and self.sync.pushes > pushes):
-                    if whole := pieces.add(samples):
-                        return whole
+                    if complete := results.add(answers):
+                        return complete
                     continue
-                # Not the server's fault, and not a response either. The whole request again: the same as without it.
-                errors.append(f"{member.url} aborted {aborted} of {len(samples)} sequences")
+                # An abort is not the server's failure. The whole request is repeated, with the same results.
+                errors.append(f"{member.url} aborted {aborted} of {len(answers)} sequences")
             except RequestRefused:
                 raise
             except RolloutError as error:
                 errors.append(str(error))
-                member.leave(error, self.patience)
+                member.leave(error, self.timeouts)
             finally:
                 self._changed.set()
-        raise RolloutError(
-            f"{len(requests)} sequences failed {len(errors)} times, no more is tried: " + "; ".join(errors)
-        )
+        raise RolloutError(f"gave up on {len(requests)} sequences after {len(errors)} attempts: " + "; ".join(errors))
 
-    async def _pick(
+    async def _choose(
         self,
-        requests: Sequence[SampleRequest],
+        requests: Sequence[GenerationRequest],
         versions: Collection[str] | None,
         errors: Sequence[str],
         router: Router | None,
     ) -> Member:
-        """Return the router if it may be used, else a ready server as soon as one has room; none during a push."""
-        lonely_since = time.monotonic()
+        """Wait for a ready server that has room, or the router; none is chosen during a push."""
+        last_ready = time.monotonic()
         while True:
             await self.sync.wait_until_idle()
             ready = [m for m in self.members if m.ready and (versions is None or m.version in versions)]
             if router is not None:
-                await router.follow([member.url for member in ready])
-                if router.serves(ready, self.requests_per_server):
+                await router.set_workers([member.url for member in ready])
+                if router.has_room(ready, self.requests_per_server):
                     return router.member
             free = [m for m in ready if len(m.requests) < self.requests_per_server]
             if free:
                 return self._affinity.choose(free, requests, self.sync.pushes)
             now = time.monotonic()
             if ready:
-                lonely_since = now
-            elif now - lonely_since > self.patience.start_timeout_seconds:
-                why = "; ".join(f"{m.url}: {m.reason or f'has weights {m.version}'}" for m in self.members)
+                last_ready = now
+            elif now - last_ready > self.timeouts.start_timeout_seconds:
+                reasons = "; ".join(f"{m.url}: {m.reason or f'has weights {m.version}'}" for m in self.members)
                 raise RolloutError(
-                    f"no rollout server for {self.patience.start_timeout_seconds:g} s: {why}"
+                    f"no rollout server for {self.timeouts.start_timeout_seconds:g} s: {reasons}"
                     + (f"; before that: {'; '.join(errors)}" if errors else "")
                 )
-            await self._change()
+            await self._wait_for_change()
 
-    async def _change(self) -> None:
-        """Wait until something about the members may have changed."""
+    async def _wait_for_change(self) -> None:
+        """Wait until a server may have become ready or free."""
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), self.patience.probe_seconds)
+            await asyncio.wait_for(self._changed.wait(), self.timeouts.probe_seconds)
 
 
-async def together(coroutines: Sequence[Coroutine[object, object, T]]) -> list[T]:
-    """Return the results of all; if one fails the others are cancelled and its error is raised."""
+def _member(server: ServerProcess | str, client: type[Client], timeouts: Timeouts) -> Member:
+    process = None if isinstance(server, str) else server
+    url = server if isinstance(server, str) else server.url
+    limits = timeouts.request_timeout_seconds, timeouts.control_timeout_seconds
+    return Member(client(url, *limits, retries=2), process)
+
+
+async def gather_or_cancel(coroutines: Sequence[Coroutine[object, object, T]]) -> list[T]:
+    """Return the results of all coroutines; if one fails, cancel the others and raise its error."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""The servers of a fleet: which are fit to be asked, and how one comes back."""
+"""The servers of a fleet: which of them take requests, and how a failed one comes back."""
 
 import asyncio
 import logging
@@ -9,98 +9,110 @@ from dataclasses import dataclass, field
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.process import ServerProcess
-from megatron_rl.fleet.protocol import Sample, SampleRequest, ServerUnreachable
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, ServerUnreachable
 
 log = logging.getLogger(__name__)
-_LONGEST_BACKOFF_SECONDS = 60.0
+_MAX_BACKOFF_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long to wait for what, in seconds."""
+    """Time limits and retries of a fleet."""
 
     request_timeout_seconds: float = 600.0
-    """A request without an answer for this long is sent elsewhere."""
+    """A request without an answer after this time is sent to another server."""
     control_timeout_seconds: float = 120.0
-    """A bucket of weights or a checksum without an answer for this long has failed."""
+    """A bucket of weights or a checksum without an answer after this time has failed."""
     pause_timeout_seconds: float = 20.0
-    """A server that is not paused this long after it was asked misses the push."""
+    """A server that has not paused after this time misses the push."""
     start_timeout_seconds: float = 300.0
-    """A server that is not healthy this long after its start is an error; so is a fleet that has none for so long."""
+    """A server that is not healthy this long after its start is an error; so is a fleet without servers for so long."""
     probe_seconds: float = 2.0
-    """Between two looks at a server."""
+    """Interval between checks of a server."""
     probe_timeout_seconds: float = 10.0
-    """A health check without an answer for this long has failed; SGLang needs a second at the very least."""
+    """A health check without an answer after this time has failed; SGLang needs at least a second."""
     probe_failures: int = 3
-    """Health checks in a row that a busy server may miss before its requests are sent elsewhere."""
+    """Consecutive health checks that a busy server may fail before its requests are sent to other servers."""
     attempts: int = 4
-    """Times that a request is tried."""
+    """Attempts per request."""
 
 
 @dataclass(eq=False)
 class Member:
-    """One server."""
+    """One server of the fleet."""
 
     client: Client
     process: ServerProcess | None = None
-    """If the fleet started it; then it is started again when it has died."""
+    """The server's process if the fleet started it; the fleet restarts it when it has ended."""
     ready: bool = False
+    """Whether the server takes requests."""
     version: str = ""
-    """Of the weights it has, as far as the fleet knows."""
+    """Version of the server's weights, as far as the fleet knows."""
     waits_for_push: bool = False
-    """It is well, but has old weights, and gets new ones with the next push only."""
+    """The server is healthy, but has old weights and gets the current ones only with the next push."""
     reason: str = "not asked yet"
-    """Why it is not ready."""
+    """Why the server is not ready."""
     failures: int = 0
-    """Failures since its last good answer: each doubles the time until it is looked at again."""
+    """Failures since the last valid answer; each doubles the time until the next check."""
     retry_at: float = 0.0
     paused: bool = False
-    """For a push: it generates nothing, and SGLang's health check, which does, would fail."""
-    missed: int = 0
-    """Health checks missed in a row."""
-    rows: int = 0
-    """Sequences that it works on."""
-    requests: set[asyncio.Task[list[Sample]]] = field(default_factory=set)
+    """Paused for a push: it generates nothing, so SGLang's health check, which generates a token, would fail."""
+    missed_probes: int = 0
+    """Consecutive health checks that failed."""
+    num_sequences: int = 0
+    """Sequences in its unfinished requests."""
+    requests: set[asyncio.Task[list[GenerationResult]]] = field(default_factory=set)
+    _joined: bool = False
     _busy_seconds: float = 0.0
     _busy_since: float = 0.0
 
     @property
     def url(self) -> str:
-        """Its name."""
+        """The server's address, which is also its name."""
         return self.client.url
 
     @property
     def busy_seconds(self) -> float:
-        """How long it has had a request to work on, so far."""
+        """Total time that the server has had unfinished requests."""
         return self._busy_seconds + (time.monotonic() - self._busy_since if self.requests else 0.0)
 
-    def leave(self, error: RolloutError | str, patience: Timeouts) -> None:
-        """Take it out of the fleet for a while; what it works on is given up."""
+    def leave(self, error: RolloutError | str, timeouts: Timeouts) -> None:
+        """Take the server out of the fleet for a while, and cancel its requests."""
         if not self.ready:
             return
-        log.warning("%s leaves the fleet: %s", self.url, error)
-        self.ready, self.missed = False, 0
-        self.postpone(error, patience)
+        log.warning("Server %s left the fleet: %s", self.url, error)
+        self.ready, self.missed_probes = False, 0
+        self.postpone(error, timeouts)
         for request in self.requests:
             request.cancel()
 
-    def postpone(self, error: RolloutError | str, patience: Timeouts) -> None:
-        """Look at it again later, each time twice as late."""
+    def postpone(self, error: RolloutError | str, timeouts: Timeouts) -> None:
+        """Delay the next check of the server; the delay doubles each time."""
         self.reason = str(error)
-        wait = min(_LONGEST_BACKOFF_SECONDS, patience.probe_seconds * 2**self.failures)
+        wait = min(_MAX_BACKOFF_SECONDS, timeouts.probe_seconds * 2**self.failures)
         self.retry_at, self.failures = time.monotonic() + wait, self.failures + 1
 
     def join(self) -> None:
-        """Let it take requests."""
-        log.info("%s is in the fleet with weights %s", self.url, self.version)
-        self.ready, self.reason, self.missed, self.waits_for_push = True, "", 0, False
+        """Let the server take requests."""
+        verb = "returned to" if self._joined else "joined"
+        log.info(
+            "Server %s %s the fleet%s", self.url, verb, f" with weights version {self.version}" if self.version else ""
+        )
+        self.ready, self.reason, self.missed_probes, self.waits_for_push = True, "", 0, False
+        self._joined = True
 
-    async def generate(self, requests: Sequence[SampleRequest], version: Collection[str] | None) -> list[Sample]:
-        """Ask it; ServerUnreachable if it is taken out of the fleet meanwhile."""
+    async def generate(
+        self, requests: Sequence[GenerationRequest], version: Collection[str] | None
+    ) -> list[GenerationResult]:
+        """Send requests to the server.
+
+        Raises:
+            ServerUnreachable: the server left the fleet before it answered.
+        """
         task = asyncio.ensure_future(self.client.generate(requests, version))
         self._busy_since = self._busy_since if self.requests else time.monotonic()
         self.requests.add(task)
-        self.rows += len(requests)
+        self.num_sequences += len(requests)
         try:
             await asyncio.wait([task])
         finally:
@@ -108,63 +120,74 @@ class Member:
             self._busy_seconds = self.busy_seconds
             self._busy_since = time.monotonic()
             self.requests.discard(task)
-            self.rows -= len(requests)
+            self.num_sequences -= len(requests)
         if task.cancelled():
-            raise ServerUnreachable(f"{self.url} was given up: {self.reason}")
-        samples = task.result()
+            raise ServerUnreachable(f"{self.url} left the fleet: {self.reason}")
+        results = task.result()
         self.failures = 0
-        return samples
+        return results
 
 
-async def wait_until_healthy(member: Member, patience: Timeouts) -> None:
-    """Wait for a server that is starting."""
-    deadline = time.monotonic() + patience.start_timeout_seconds
-    while not await member.client.healthy(patience.probe_timeout_seconds):
+async def wait_until_healthy(member: Member, timeouts: Timeouts) -> None:
+    """Wait for a server that is starting.
+
+    Raises:
+        RolloutError: its process ended, or it is not healthy after ``start_timeout_seconds``.
+    """
+    deadline = time.monotonic() + timeouts.start_timeout_seconds
+    while not await member.client.healthy(timeouts.probe_timeout_seconds):
         status = None if member.process is None else member.process.exit_status
         if status is None and time.monotonic() < deadline:
-            await asyncio.sleep(min(0.2, patience.probe_seconds))
+            await asyncio.sleep(min(0.2, timeouts.probe_seconds))
             continue
-        what = f"has not become healthy within {patience.start_timeout_seconds:g} s"
+        problem = f"has not become healthy within {timeouts.start_timeout_seconds:g} s"
         if status is not None:
-            what = f"ended with status {status} while starting"
-        end = f"; its log {member.process.log_path} ends:\n{member.process.log_tail()}" if member.process else ""
-        raise RolloutError(f"the server {member.url} {what}{end}")
+            problem = f"ended with status {status} while starting"
+        tail = f"; its log {member.process.log_path} ends:\n{member.process.log_tail()}" if member.process else ""
+        raise RolloutError(f"the server {member.url} {problem}{tail}")
 
 
-async def watch(
-    member: Member, patience: Timeouts, catch_up: Callable[[Member], Awaitable[None]], changed: Callable[[], None]
+async def monitor(
+    member: Member, timeouts: Timeouts, catch_up: Callable[[Member], Awaitable[None]], changed: Callable[[], None]
 ) -> None:
-    """Look after one server for ever: notice that it died or hangs, and bring it back when it can."""
+    """Check one server until cancelled: take it out when it ends or hangs, and bring it back when it is healthy again.
+
+    Args:
+        member: the server.
+        timeouts: intervals and limits of the checks.
+        catch_up: brings the current weights to a server that comes back.
+        changed: called after each check.
+    """
     while True:
-        await asyncio.sleep(patience.probe_seconds)
+        await asyncio.sleep(timeouts.probe_seconds)
         exited = member.process is not None and member.process.exit_status is not None
         if member.ready and exited:
             assert member.process is not None
-            member.leave(f"its process {member.process.pid} ended with status {member.process.exit_status}", patience)
+            member.leave(f"its process {member.process.pid} ended with status {member.process.exit_status}", timeouts)
         elif member.ready and member.requests and not member.paused:
-            await _probe(member, patience)
+            await _probe(member, timeouts)
         elif not member.ready and time.monotonic() >= member.retry_at:
-            await _revive(member, patience, catch_up)
+            await _recover(member, timeouts, catch_up)
         changed()
 
 
-async def _probe(member: Member, patience: Timeouts) -> None:
-    healthy = await member.client.healthy(patience.probe_timeout_seconds)
-    member.missed = 0 if healthy else member.missed + 1
-    if member.missed >= patience.probe_failures:
-        member.leave(f"it missed {member.missed} health checks in a row", patience)
+async def _probe(member: Member, timeouts: Timeouts) -> None:
+    healthy = await member.client.healthy(timeouts.probe_timeout_seconds)
+    member.missed_probes = 0 if healthy else member.missed_probes + 1
+    if member.missed_probes >= timeouts.probe_failures:
+        member.leave(f"it failed {member.missed_probes} health checks in a row", timeouts)
 
 
-async def _revive(member: Member, patience: Timeouts, catch_up: Callable[[Member], Awaitable[None]]) -> None:
+async def _recover(member: Member, timeouts: Timeouts, catch_up: Callable[[Member], Awaitable[None]]) -> None:
     try:
         if member.process is not None and member.process.exit_status is not None:
             member.process.start()
-        if not await member.client.healthy(patience.probe_timeout_seconds):
-            member.postpone(member.reason, patience)
+        if not await member.client.healthy(timeouts.probe_timeout_seconds):
+            member.postpone(member.reason, timeouts)
             return
         member.version = await member.client.version()
         await catch_up(member)
     except RolloutError as error:
-        member.postpone(error, patience)
+        member.postpone(error, timeouts)
         return
     member.join()

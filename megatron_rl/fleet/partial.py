@@ -1,4 +1,4 @@
-"""Responses in pieces: what a server had of them when it ended them, and the rest, asked for with that as a prefix."""
+"""Responses in parts: the output up to a push that aborted them, and the rest, requested with that as a prefix."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,39 +6,42 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_rl.data.types import fold_seed
-from megatron_rl.fleet.protocol import Sample, SampleRequest
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult
 
 Decode = Callable[[Sequence[int]], str]
-"""From output tokens, without the stop token, to the text that an engine answers with."""
+"""Converts output tokens, without the stop token, to the text that an engine returns."""
 
 
-class Pieces:
-    """The sequences of one request, each as far as it has come."""
+class PartialResults:
+    """The results of one batch of requests, as far as they have been generated."""
 
-    def __init__(self, requests: Sequence[SampleRequest], decode: Decode | None = None) -> None:
+    def __init__(self, requests: Sequence[GenerationRequest], decode: Decode | None = None) -> None:
         self.requests, self.decode = requests, decode
-        self._samples: list[Sample | None] = [None] * len(requests)
+        self._results: list[GenerationResult | None] = [None] * len(requests)
 
-    def missing(self, name: str) -> list[SampleRequest]:
-        """Return what to ask for; ids end in the name, so that none is used twice."""
-        return [replace(_rest(self.requests[i], self._samples[i]), rid=self.requests[i].rid + name) for i in self._open]
+    def remaining(self, suffix: str) -> list[GenerationRequest]:
+        """Return requests for what is missing; the suffix makes their ids unique."""
+        return [
+            replace(_remainder(self.requests[i], self._results[i]), rid=self.requests[i].rid + suffix)
+            for i in self._open
+        ]
 
     @property
     def _open(self) -> list[int]:
-        return [i for i, sample in enumerate(self._samples) if sample is None or sample.finish_reason == "abort"]
+        return [i for i, result in enumerate(self._results) if result is None or result.finish_reason == "abort"]
 
-    def add(self, answers: Sequence[Sample]) -> list[Sample] | None:
-        """Take the answers to what was missing; return all samples once they are whole."""
+    def add(self, answers: Sequence[GenerationResult]) -> list[GenerationResult] | None:
+        """Add the answers to the remaining requests; return all results once they are complete."""
         for i, answer in zip(self._open, answers, strict=True):
-            head = self._samples[i]
-            self._samples[i] = answer if head is None else joined(head, answer, self.decode)
-        return None if self._open else [sample for sample in self._samples if sample is not None]
+            head = self._results[i]
+            self._results[i] = answer if head is None else join_results(head, answer, self.decode)
+        return None if self._open else [result for result in self._results if result is not None]
 
 
-def _rest(request: SampleRequest, head: Sample | None) -> SampleRequest:
+def _remainder(request: GenerationRequest, head: GenerationResult | None) -> GenerationRequest:
     if head is None or not head.output_ids:
         return request
-    # The draw of a token depends on the seed and on how many tokens came before: the rest needs a seed of its own.
+    # A token's random number depends on the seed and its position in the output, so the remainder needs another seed.
     seed = request.sampling_params["sampling_seed"]
     assert isinstance(seed, int), f"{request.rid}: sampling_seed is {seed!r}"
     params = {
@@ -46,13 +49,13 @@ def _rest(request: SampleRequest, head: Sample | None) -> SampleRequest:
         "max_new_tokens": request.max_new_tokens - len(head.output_ids),
         "sampling_seed": fold_seed((seed, len(head.output_ids))),
     }
-    return SampleRequest(request.rid, request.input_ids + head.output_ids, params, request.routes)
+    return GenerationRequest(request.rid, request.input_ids + head.output_ids, params, request.routes)
 
 
-def joined(head: Sample, tail: Sample, decode: Decode | None = None) -> Sample:
-    """Return two pieces as one; every token keeps its log-prob and the version of the weights that made it.
+def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode | None = None) -> GenerationResult:
+    """Return two parts of a response as one; every token keeps its log-prob and the version of its weights.
 
-    Without ``decode`` the texts are put together as they are, which cuts a character whose tokens lie in both.
+    Without ``decode`` the two texts are concatenated, which breaks a character whose tokens are in both parts.
     """
     output_ids = head.output_ids + tail.output_ids
     spans = list(head.weight_versions)
@@ -69,12 +72,12 @@ def joined(head: Sample, tail: Sample, decode: Decode | None = None) -> Sample:
         logprobs=head.logprobs + tail.logprobs,
         text=head.text + tail.text if decode is None else decode(shown),
         weight_versions=tuple(span for span in spans if span[2] > span[1]),
-        routes=_routes(head.routes, tail.routes),
+        routes=_join_routes(head.routes, tail.routes),
     )
 
 
-def _routes(head_TLE: np.ndarray | None, tail_TLE: np.ndarray | None) -> np.ndarray | None:
-    """Return the experts that tokens took when they were first read: the tail's record begins with the prompt again."""
-    if head_TLE is None or tail_TLE is None:
+def _join_routes(head_TLK: np.ndarray | None, tail_TLK: np.ndarray | None) -> np.ndarray | None:
+    """Return the experts of each token when it was first processed; the tail's routes begin with the prompt again."""
+    if head_TLK is None or tail_TLK is None:
         return None
-    return np.concatenate([head_TLE, tail_TLE[len(head_TLE) :]])
+    return np.concatenate([head_TLK, tail_TLK[len(head_TLK) :]])

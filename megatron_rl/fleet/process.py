@@ -1,4 +1,4 @@
-"""Server processes of our own: started, watched, stopped; never another's."""
+"""Server processes that this process starts, watches and stops."""
 
 import contextlib
 import logging
@@ -19,7 +19,10 @@ _TAIL_BYTES = 2000
 
 
 class ServerProcess:
-    """A server that this process starts and stops. Start it from a thread that lives on: see ``util.child_process``."""
+    """A server process.
+
+    Start it from a thread that outlives it, see ``util.child_process``.
+    """
 
     def __init__(
         self,
@@ -34,27 +37,27 @@ class ServerProcess:
         self.environment = dict(os.environ if environment is None else environment)
         self.host, self.port, self.log_path = host, port, log_path
         self.grace_seconds = grace_seconds
-        """Between being asked to end and being made to."""
+        """Seconds between SIGTERM and SIGKILL."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """The server's address."""
         return f"http://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         assert self._process is not None, f"{self.url} was never started"
         return self._process.pid
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """The exit status; None while the process runs."""
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
-        """Start the command in a process group of its own; does not wait until it answers."""
+        """Start the command in a new process group, without waiting until the server answers."""
         check_port(self.host, self.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as sink:
@@ -66,13 +69,13 @@ class ServerProcess:
                 process_group=0,
                 env=self.environment,
             )
-        log.info("started %s as process %d, log in %s", self.url, self._process.pid, self.log_path)
+        log.info("Started server %s as process %d; its log is %s", self.url, self._process.pid, self.log_path)
 
     def stop(self) -> None:
-        """End it, politely first; returns when it is gone."""
+        """Send SIGTERM, after ``grace_seconds`` SIGKILL; return when the process has ended."""
         if self._process is None or self._process.poll() is not None:
             return
-        # Its children hear of it from it: SGLang takes a child that ends first for a crash.
+        # Only the main process gets the signal: SGLang treats a child that ends first as a crash.
         self._process.terminate()
         try:
             self._process.wait(self.grace_seconds)
@@ -82,7 +85,7 @@ class ServerProcess:
             self._process.wait()
 
     def log_tail(self) -> str:
-        """Return the end of its log."""
+        """Return the last lines of the log."""
         if not self.log_path.is_file():
             return ""
         with self.log_path.open("rb") as file:
@@ -98,7 +101,7 @@ def embedded_server(
     port: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> ServerProcess:
-    """Return an embedded server, not started yet; ``options`` as on the command line of ``megatron-rl serve``."""
+    """Return an embedded server that is not started yet; ``options`` are those of ``megatron-rl serve``."""
     require_model(model_path)
     port = free_port(host) if port is None else port
     command = [
@@ -118,6 +121,10 @@ def embedded_server(
 
 
 def require_model(path: str) -> None:
-    """Raise if there is no checkpoint at the path."""
+    """Check that the folder has a checkpoint.
+
+    Raises:
+        DataError: config.json is missing.
+    """
     if not (Path(path) / "config.json").is_file():
         raise DataError(f"no model at {path}: config.json is missing; give the folder of a Hugging Face checkpoint")

@@ -1,7 +1,7 @@
-"""SGLang 0.5.23's HTTP API as this project speaks it: paths, request bodies, and the strict reading of answers.
+"""The HTTP API of SGLang 0.5.23 as used here: paths, request bodies, and strict validation of answers.
 
-Checked against the real server (see tests/contract). No torch here, and nothing but ids goes over the wire: a prompt is
-tokenised once, by the task.
+``tests/contract`` checks it against the real server. This module does not import torch. Requests carry token ids only:
+a prompt is tokenized once, by the task.
 """
 
 import json
@@ -20,12 +20,12 @@ T = TypeVar("T")
 Json = Mapping[str, object]
 
 
-class Path(StrEnum):
-    """The paths in use."""
+class Endpoint(StrEnum):
+    """Paths of the API."""
 
     GENERATE = "/generate"
     HEALTH = "/health"
-    """On SGLang this generates a token and takes a second at least."""
+    """SGLang generates a token to answer this, which takes at least a second."""
     HEALTH_GENERATE = "/health_generate"
     SERVER_INFO = "/server_info"
     MODEL_INFO = "/model_info"
@@ -38,7 +38,7 @@ class Path(StrEnum):
     JOIN_GROUP = "/init_weights_update_group"
     UPDATE_FROM_DISTRIBUTED = "/update_weights_from_distributed"
     UPDATE_FROM_HANDLE = "/update_weights_from_handle"
-    """Of the embedded server alone."""
+    """Only the embedded server has this one."""
     LEAVE_GROUP = "/destroy_weights_update_group"
     END_UPDATE = "/end_weight_update"
     UPDATE_FROM_DISK = "/update_weights_from_disk"
@@ -47,61 +47,62 @@ class Path(StrEnum):
 
 
 class ServerUnreachable(RolloutError):
-    """The server did not answer: connection, timeout, or status 5xx."""
+    """The server did not answer: connection error, timeout, or status 5xx."""
 
 
-class ServerSilent(ServerUnreachable):
+class ServerTimeout(ServerUnreachable):
     """The server did not answer in time."""
 
 
 class RequestRefused(RolloutError):
-    """The server answered 4xx: what was asked is wrong, and asking elsewhere would not help."""
+    """The server answered 4xx: the request is invalid, and another server would refuse it too."""
 
 
 class BadAnswer(RolloutError):
-    """The server answered something that cannot be used."""
+    """The server's answer is invalid."""
 
 
 class WrongVersion(BadAnswer):
-    """The answer was made with other weights than asked for."""
+    """The answer was generated with other weights than requested."""
 
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """One sequence to sample, or to score with ``max_new_tokens = 0``."""
+class GenerationRequest:
+    """One sequence to sample, or to score if ``max_new_tokens`` is 0."""
 
     rid: str
     input_ids: tuple[int, ...]
     sampling_params: Json
     routes: RouteShape | None = None
-    """Of the experts that its tokens take, if the server shall return them."""
+    """Shape of the routes, if the server should return the experts that each token was routed to."""
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens to sample; 0 scores the input."""
+        """Maximum number of tokens to sample; 0 scores the input."""
         limit = self.sampling_params["max_new_tokens"]
         assert isinstance(limit, int), f"max_new_tokens is {limit!r}"
         return limit
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One checked answer."""
+class GenerationResult:
+    """One validated answer."""
 
     rid: str
     output_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """At the sampling temperature, before top-k and top-p."""
+    """Log-probability of each output token, in nats, at the sampling temperature, before top-k and top-p."""
     input_logprobs: tuple[float, ...]
-    """Of each input token but the first, at temperature 1; only when scoring."""
+    """Log-probability of each input token but the first, in nats, at temperature 1; empty unless scoring."""
     text: str
     finish_reason: str
     weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, start, end): the weights that generated each span of output tokens."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """The experts that each token but the last took, as of ``RouteShape.decode``; None: the server did not say."""
+    """Experts of each token but the last, see ``RouteShape.decode``; None if the server did not return them."""
 
 
-def generate_body(requests: Sequence[SampleRequest]) -> Json:
+def generate_body(requests: Sequence[GenerationRequest]) -> Json:
     """Return the body of ``POST /generate`` for these sequences."""
     scoring = all(request.max_new_tokens == 0 for request in requests)
     return {
@@ -115,41 +116,49 @@ def generate_body(requests: Sequence[SampleRequest]) -> Json:
 
 
 def parse_json(raw: bytes, source: str) -> object:
-    """Return the JSON value of an answer."""
+    """Return the JSON value of an answer.
+
+    Raises:
+        BadAnswer: the bytes are not JSON.
+    """
     try:
         return json.loads(raw)
     except ValueError as error:
         raise BadAnswer(f"{source} answered something that is not JSON: {raw[:80]!r}") from error
 
 
-def parse_samples(
-    answer: object, requests: Sequence[SampleRequest], source: str, version: str | Collection[str] | None = None
-) -> list[Sample]:
-    """Return one checked sample a request, in order.
+def parse_results(
+    answer: object, requests: Sequence[GenerationRequest], source: str, version: str | Collection[str] | None = None
+) -> list[GenerationResult]:
+    """Return one validated result per request, in order.
 
     Args:
-        answer: the JSON value that came back.
-        requests: what was asked.
-        source: the server's name, for messages.
-        version: the weight version that every token must come from, or all that are allowed; None: any.
+        answer: the JSON value of the answer.
+        requests: the requests that were sent.
+        source: the server's name, for error messages.
+        version: the weight version, or the allowed versions, of every token; None allows any.
+
+    Raises:
+        BadAnswer: the answer is incomplete or inconsistent.
+        WrongVersion: a token was generated with other weights.
     """
     allowed = (version,) if isinstance(version, str) else version
     if not isinstance(answer, list) or len(answer) != len(requests):
         got = f"{len(answer)} answers" if isinstance(answer, list) else f"a {type(answer).__name__}"
         raise BadAnswer(f"{source} answered {got} to {len(requests)} sequences")
     return [
-        _Reader(f"{source}, sequence {request.rid!r}").sample(entry, request, allowed)
+        _ResultParser(f"{source}, sequence {request.rid!r}").result(entry, request, allowed)
         for entry, request in zip(answer, requests, strict=True)
     ]
 
 
-class _Reader:
-    """Checks one answer; every complaint names where it is from."""
+class _ResultParser:
+    """Validates one answer; every error names the server and the sequence."""
 
     def __init__(self, where: str) -> None:
         self.where = where
 
-    def sample(self, entry: object, request: SampleRequest, allowed: Collection[str] | None) -> Sample:
+    def result(self, entry: object, request: GenerationRequest, allowed: Collection[str] | None) -> GenerationResult:
         meta = self.field(entry, "meta_info", dict)
         if self.field(meta, "id", str) != request.rid:
             raise BadAnswer(f"{self.where}: the answer is for {meta['id']!r}")
@@ -170,10 +179,12 @@ class _Reader:
             input_logprobs = self.logprobs(entries[1:], request.input_ids[1:], stand_in=0)
         text = self.field(entry, "text", str)
         routes = self.routes(meta, request, len(request.input_ids) + len(output_ids) - 1)
-        return Sample(request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes)
+        return GenerationResult(
+            request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes
+        )
 
-    def routes(self, meta: Json, request: SampleRequest, tokens: int) -> np.ndarray | None:
-        """Return the record of every token but the last, which the model has not read."""
+    def routes(self, meta: Json, request: GenerationRequest, tokens: int) -> np.ndarray | None:
+        """Return the experts of every token but the last, which the model has not processed."""
         if request.routes is None or meta.get("routed_experts") is None:
             return None
         try:
@@ -187,7 +198,7 @@ class _Reader:
             raise BadAnswer(f"{self.where}: {name} is {str(value)[:60]!r}, expected a {kind.__name__}")
         return value
 
-    def finish(self, meta: Json, output_ids: Sequence[int], request: SampleRequest) -> str:
+    def finish(self, meta: Json, output_ids: Sequence[int], request: GenerationRequest) -> str:
         finish = self.field(meta, "finish_reason", dict)
         kind, count = finish.get("type"), len(output_ids)
         if kind not in ("stop", "length", "abort"):
@@ -196,7 +207,7 @@ class _Reader:
             raise BadAnswer(
                 f"{self.where}: {count} output tokens, but completion_tokens is {meta.get('completion_tokens')}"
             )
-        # A server may cut the length to what its context leaves; then it says so here.
+        # A server may reduce the length to what its context allows; finish_reason then has that length.
         wrong = {
             "stop": not 0 < count <= request.max_new_tokens,
             "length": count != finish.get("length") or count > request.max_new_tokens,
@@ -209,7 +220,10 @@ class _Reader:
         return kind
 
     def logprobs(self, entries: Sequence[object], ids: Sequence[int], stand_in: int | None = None) -> tuple[float, ...]:
-        """Return the log-probs; SGLang writes a 0 for the id of the vocabulary's last token in an input."""
+        """Return the log-probs; an entry may have ``stand_in`` instead of the token's id.
+
+        SGLang writes 0 for the id of the vocabulary's last token in an input.
+        """
         if len(entries) != len(ids):
             raise BadAnswer(f"{self.where}: {len(entries)} log-probs for {len(ids)} tokens")
         values = []
@@ -217,7 +231,7 @@ class _Reader:
             value: object = None
             if isinstance(entry, list) and len(entry) >= 2 and entry[1] in (token_id, stand_in):
                 value = entry[0]
-            # A hair above 0 is rounding; anything more is not a log-probability.
+            # Values slightly above 0 are rounding error; anything larger is rejected.
             if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
                 raise BadAnswer(f"{self.where}: log-prob {position} is {entry!r}, for token {token_id}")
             values.append(float(value))
@@ -225,7 +239,7 @@ class _Reader:
 
     def versions(self, meta: Json, count: int) -> tuple[tuple[str, int, int], ...]:
         entries = meta.get("weight_versions")
-        if entries is None:  # before SGLang 0.5.23: one version for the whole answer
+        if entries is None:  # SGLang before 0.5.23 returns one version for the whole answer
             return ((self.field(meta, "weight_version", str), 0, count),)
         spans = [
             (self.field(e, "version", str), self.field(e, "start", int), self.field(e, "end", int))

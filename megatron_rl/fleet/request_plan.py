@@ -1,4 +1,4 @@
-"""From prompts to requests and back: what is asked for depends on the prompts and the seed, never on the servers."""
+"""From prompts to requests and back. Requests depend on the prompts and the seed, not on the servers."""
 
 import hashlib
 from collections import Counter
@@ -10,56 +10,56 @@ import torch
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt, Response, fold_seed
-from megatron_rl.fleet.protocol import BadAnswer, Json, Sample, SampleRequest
+from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, GenerationResult, Json
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Whole groups that go to one server in one request."""
+class RequestBatch:
+    """Whole groups that are sent to one server in one HTTP request."""
 
     prompts: tuple[Prompt, ...]
-    requests: tuple[SampleRequest, ...]
+    requests: tuple[GenerationRequest, ...]
     group_size: int
 
 
-def plan(
+def plan_requests(
     prompts: Sequence[Prompt],
     group_size: int,
     params: Json,
     seeds: Sequence[int],
-    rows_per_request: int,
+    sequences_per_request: int,
     routes: RouteShape | None = None,
-) -> list[Chunk]:
+) -> list[RequestBatch]:
     """Return the requests for ``group_size`` responses to each prompt.
 
-    Every response has its own seed, folded from the seeds given (run, step), its prompt's id and its index; and an id
-    that names the same. The cut into chunks is fixed by the arguments, so the same call is the same requests.
+    Every response has a seed, folded from the given seeds (run, step), its prompt's id and its index, and an id that
+    names the same. The division into batches depends only on the arguments, so equal calls give equal requests.
     """
-    at_once = max(1, rows_per_request // group_size)
+    prompts_per_batch = max(1, sequences_per_request // group_size)
     repeats: Counter[str] = Counter()
-    chunks = []
-    for start in range(0, len(prompts), at_once):
-        part = tuple(prompts[start : start + at_once])
-        requests: list[SampleRequest] = []
+    batches = []
+    for start in range(0, len(prompts), prompts_per_batch):
+        part = tuple(prompts[start : start + prompts_per_batch])
+        requests: list[GenerationRequest] = []
         for prompt in part:
             repeat = repeats[prompt.id]
             repeats[prompt.id] += 1
-            named = [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
-            requests += [replace(request, routes=routes) for request in named]
-        chunks.append(Chunk(part, tuple(requests), group_size))
-    return chunks
+            group = [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
+            requests += [replace(request, routes=routes) for request in group]
+        batches.append(RequestBatch(part, tuple(requests), group_size))
+    return batches
 
 
-def _request(prompt: Prompt, repeat: int, index: int, params: Json, seeds: Sequence[int]) -> SampleRequest:
+def _request(prompt: Prompt, repeat: int, index: int, params: Json, seeds: Sequence[int]) -> GenerationRequest:
     prompt_hash = int.from_bytes(hashlib.sha256(prompt.id.encode()).digest()[:8], "little")
     seed = fold_seed((*seeds, prompt_hash, repeat, index))
     name = f"{prompt.id}#{repeat}" if repeat else prompt.id  # the same prompt twice in a step
     rid = "/".join([".".join(map(str, seeds)), name, str(index)])
-    return SampleRequest(rid, prompt.input_ids, {**params, "sampling_seed": seed})
+    return GenerationRequest(rid, prompt.input_ids, {**params, "sampling_seed": seed})
 
 
 def sampling_params(sampling: Sampling) -> Json:
-    """Return the wire form of the sampling section."""
+    """Return the ``sampling_params`` of a request."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -69,33 +69,31 @@ def sampling_params(sampling: Sampling) -> Json:
     }
 
 
-def groups(chunk: Chunk, samples: Sequence[Sample]) -> list[Group]:
-    """Return the chunk's prompts with their responses."""
+def build_groups(batch: RequestBatch, results: Sequence[GenerationResult]) -> list[Group]:
+    """Return the batch's prompts with their responses."""
+    size = batch.group_size
     responses = [
-        _response(chunk.prompts[i // chunk.group_size], i % chunk.group_size, request, sample)
-        for i, (request, sample) in enumerate(zip(chunk.requests, samples, strict=True))
+        _response(batch.prompts[i // size], i % size, request, result)
+        for i, (request, result) in enumerate(zip(batch.requests, results, strict=True))
     ]
-    return [
-        Group(prompt, tuple(responses[i * chunk.group_size : (i + 1) * chunk.group_size]))
-        for i, prompt in enumerate(chunk.prompts)
-    ]
+    return [Group(prompt, tuple(responses[i * size : (i + 1) * size])) for i, prompt in enumerate(batch.prompts)]
 
 
-def _response(prompt: Prompt, index: int, request: SampleRequest, sample: Sample) -> Response:
+def _response(prompt: Prompt, index: int, request: GenerationRequest, result: GenerationResult) -> Response:
     return Response(
         id=request.rid,
         prompt_id=prompt.id,
         index=index,
-        output_ids=sample.output_ids,
-        logprobs=sample.logprobs,
-        text=sample.text,
-        finish_reason=sample.finish_reason,
-        weight_versions=tuple((_number(v, request.rid), start, end) for v, start, end in sample.weight_versions),
-        routes=None if sample.routes is None else torch.from_numpy(sample.routes),
+        output_ids=result.output_ids,
+        logprobs=result.logprobs,
+        text=result.text,
+        finish_reason=result.finish_reason,
+        weight_versions=tuple((_number(v, request.rid), start, end) for v, start, end in result.weight_versions),
+        routes=None if result.routes is None else torch.from_numpy(result.routes),
     )
 
 
 def _number(version: str, rid: str) -> int:
     if not version.isdigit():
-        raise BadAnswer(f"{rid}: made with weights {version!r}; versions are numbers, set by the fleet")
+        raise BadAnswer(f"{rid}: generated with weights {version!r}; versions are numbers, set by the fleet")
     return int(version)

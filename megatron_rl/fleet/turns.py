@@ -1,11 +1,11 @@
-"""Responses of several turns: what an environment says is put between what the model says, token by token.
+"""Multi-turn responses: the environment's messages are inserted between the model's turns, token by token.
 
     prompt --> turn --> environment --> turn --> ... --> environment is done: "stop"
                             |
-                            +--> no room or no turn left: "length";  it raised or took too long: "failed"
+                            +--> token or turn limit reached: "length";  it raised or took too long: "failed"
 
-A turn is asked for with all tokens before it as they are: what was sampled is never made into text and back. Tokens of
-the environment have log-prob 0 and no version, and are named in ``Response.observed``.
+A turn is requested with all previous tokens unchanged: sampled tokens are never decoded and encoded again. Tokens of
+the environment have log-prob 0 and no weight version; ``Response.observed`` has their spans.
 """
 
 import asyncio
@@ -20,176 +20,182 @@ from typing import Protocol
 
 from megatron_rl.data.environment import Environment
 from megatron_rl.data.types import Group, Prompt, Response, fold_seed
-from megatron_rl.fleet.partial import joined
-from megatron_rl.fleet.protocol import Sample, SampleRequest
-from megatron_rl.fleet.request_plan import Chunk, groups
+from megatron_rl.fleet.partial import join_results
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult
+from megatron_rl.fleet.request_plan import RequestBatch, build_groups
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-Ask = Callable[[Sequence[SampleRequest]], Awaitable[list[Sample]]]
+Generate = Callable[[Sequence[GenerationRequest]], Awaitable[list[GenerationResult]]]
 Observation = str | Sequence[int] | None
 
 
-class Codec(Protocol):
-    """The part of a Hugging Face tokenizer that turns go through."""
+class TurnTokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that multi-turn responses need."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text."""
         ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of tokens."""
+        """Return the text of token ids."""
         ...
 
 
 @dataclass
-class Row:
-    """One response in the making."""
+class Conversation:
+    """One unfinished multi-turn response."""
 
-    request: SampleRequest
+    request: GenerationRequest
     environment: Environment
-    sample: Sample
-    begun: int = 0
-    """Where the turn that was sampled last begins, in output tokens."""
+    result: GenerationResult
+    turn_start: int = 0
+    """Position in the output tokens where the newest turn of the model begins."""
     observed: list[tuple[int, int]] = field(default_factory=list)
+    """Spans of output tokens that came from the environment."""
     open: bool = True
 
     def end(self, reason: str) -> None:
-        """Sample no more."""
-        self.sample, self.open = replace(self.sample, finish_reason=reason), False
+        """Finish the response with this reason."""
+        self.result, self.open = replace(self.result, finish_reason=reason), False
 
 
 @dataclass(frozen=True)
-class Turns:
-    """How responses of several turns are made.
+class MultiTurn:
+    """Generates multi-turn responses.
 
     Attributes:
-        make: a new environment.
-        codec: from the model's tokens to the environment's text, and back for what it says.
-        wrap: what is put around a text of the environment, such as the turns of a chat template.
-        most: turns of the model in a response.
-        seconds: an environment that takes longer for a turn has failed.
+        make_environment: returns a new environment; called once per response.
+        tokenizer: decodes the model's turns and encodes the environment's messages.
+        wrap: adds the chat template's markers around a message of the environment.
+        max_turns: maximum number of the model's turns in a response.
+        timeout_seconds: time limit of the environment per turn.
     """
 
-    make: Callable[[], Environment]
-    codec: Codec
+    make_environment: Callable[[], Environment]
+    tokenizer: TurnTokenizer
     wrap: Callable[[str], str]
-    most: int
-    seconds: float
+    max_turns: int
+    timeout_seconds: float
 
-    async def finish(self, chunk: Chunk, samples: Sequence[Sample], ask: Ask) -> list[Group]:
-        """Return the groups of a request whose first turns were sampled; all its rows take a turn together."""
-        prompts = [prompt for prompt in chunk.prompts for _ in range(chunk.group_size)]
-        rows = [Row(request, self.make(), s) for request, s in zip(chunk.requests, samples, strict=True)]
-        # Steps go through the environment in threads: it is not ours, and may take its time.
-        begun = await asyncio.gather(*(self._reset(row, p) for row, p in zip(rows, prompts, strict=True)))
-        assert len(begun) == len(rows)
-        for turn in range(1, self.most + 1):
-            await asyncio.gather(*(self._observe(row, turn) for row in rows if row.open))
-            talking = [row for row in rows if row.open]
-            if not talking:
+    async def finish(self, batch: RequestBatch, results: Sequence[GenerationResult], generate: Generate) -> list[Group]:
+        """Return the groups of a batch whose first turns were sampled; all its responses take each turn together."""
+        prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+        conversations = [
+            Conversation(request, self.make_environment(), result)
+            for request, result in zip(batch.requests, results, strict=True)
+        ]
+        # The environment is foreign code that may block, so it runs in threads.
+        await asyncio.gather(*(self._reset(c, prompt) for c, prompt in zip(conversations, prompts, strict=True)))
+        for turn in range(1, self.max_turns + 1):
+            await asyncio.gather(*(self._observe(c, turn) for c in conversations if c.open))
+            unfinished = [c for c in conversations if c.open]
+            if not unfinished:
                 break
-            answers = await ask([_request(row, turn) for row in talking])
-            for row, answer in zip(talking, answers, strict=True):
-                _add(row, answer)
-        made = groups(chunk, [row.sample for row in rows])
-        whole = iter(rows)
+            answers = await generate([_next_request(c, turn) for c in unfinished])
+            for conversation, answer in zip(unfinished, answers, strict=True):
+                conversation.result = join_results(conversation.result, answer)
+        groups = build_groups(batch, [c.result for c in conversations])
+        remaining = iter(conversations)
         return [
-            replace(g, responses=tuple(self._told(response, next(whole)) for response in g.responses)) for g in made
+            replace(g, responses=tuple(self._with_observed(response, next(remaining)) for response in g.responses))
+            for g in groups
         ]
 
-    async def _reset(self, row: Row, prompt: Prompt) -> None:
-        if await guarded(lambda: row.environment.reset(prompt), self.seconds) is FAILED:
-            row.end("failed")
+    async def _reset(self, conversation: Conversation, prompt: Prompt) -> None:
+        environment = conversation.environment
+        if await call_with_timeout(lambda: environment.reset(prompt), self.timeout_seconds) is FAILED:
+            conversation.end("failed")
 
-    async def _observe(self, row: Row, turn: int) -> None:
+    async def _observe(self, conversation: Conversation, turn: int) -> None:
         """Let the environment answer the newest turn."""
-        if row.sample.finish_reason != "stop":
-            row.open = False
+        if conversation.result.finish_reason != "stop":
+            conversation.open = False
             return
-        said = self.codec.decode(list(row.sample.output_ids[row.begun :]), skip_special_tokens=True)
-        answer = await guarded(lambda: row.environment.step(said), self.seconds)
+        output_ids = conversation.result.output_ids[conversation.turn_start :]
+        text = self.tokenizer.decode(list(output_ids), skip_special_tokens=True)
+        answer = await call_with_timeout(lambda: conversation.environment.step(text), self.timeout_seconds)
         if isinstance(answer, Failed):
-            row.end("failed")
+            conversation.end("failed")
         elif answer is None:
-            row.open = False
+            conversation.open = False
+        elif isinstance(answer, str):
+            ids = self.tokenizer.encode(self.wrap(answer), add_special_tokens=False)
+            self._append(conversation, tuple(ids), turn)
         else:
-            text = isinstance(answer, str)
-            ids = self.codec.encode(self.wrap(answer), add_special_tokens=False) if text else answer
-            self._put(row, tuple(ids), turn)
+            self._append(conversation, tuple(answer), turn)
 
-    def _put(self, row: Row, ids: tuple[int, ...], turn: int) -> None:
-        start = len(row.sample.output_ids)
+    def _append(self, conversation: Conversation, ids: tuple[int, ...], turn: int) -> None:
+        """Append the environment's tokens, or finish the response if a limit is reached."""
+        result = conversation.result
+        start = len(result.output_ids)
         end = start + len(ids)
-        if turn == self.most or end >= row.request.max_new_tokens:
-            row.end("length")
+        if turn == self.max_turns or end >= conversation.request.max_new_tokens:
+            conversation.end("length")
             return
-        row.sample = replace(
-            row.sample, output_ids=row.sample.output_ids + ids, logprobs=row.sample.logprobs + (0.0,) * len(ids)
+        conversation.result = replace(
+            result, output_ids=result.output_ids + ids, logprobs=result.logprobs + (0.0,) * len(ids)
         )
-        row.begun = end
+        conversation.turn_start = end
         if end > start:
-            row.observed.append((start, end))
+            conversation.observed.append((start, end))
 
-    def _told(self, response: Response, row: Row) -> Response:
-        if not row.observed:
+    def _with_observed(self, response: Response, conversation: Conversation) -> Response:
+        if not conversation.observed:
             return response
         text, last = (
-            self.codec.decode(list(ids), skip_special_tokens=True)
-            for ids in (response.output_ids, response.output_ids[row.begun :])
+            self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            for ids in (response.output_ids, response.output_ids[conversation.turn_start :])
         )
-        return replace(response, text=text, observed=tuple(row.observed), last_turn=last)
+        return replace(response, text=text, observed=tuple(conversation.observed), last_turn=last)
 
 
-def _request(row: Row, turn: int) -> SampleRequest:
-    """Return the request for a row's next turn, with a seed of its own."""
-    made, seed = len(row.sample.output_ids), row.request.sampling_params["sampling_seed"]
-    assert isinstance(seed, int), f"{row.request.rid}: sampling_seed is {seed!r}"
+def _next_request(conversation: Conversation, turn: int) -> GenerationRequest:
+    """Return the request for the next turn, with a new seed."""
+    request, result = conversation.request, conversation.result
+    length, seed = len(result.output_ids), request.sampling_params["sampling_seed"]
+    assert isinstance(seed, int), f"{request.rid}: sampling_seed is {seed!r}"
     params = {
-        **row.request.sampling_params,
-        "max_new_tokens": row.request.max_new_tokens - made,
-        "sampling_seed": fold_seed((seed, made)),
+        **request.sampling_params,
+        "max_new_tokens": request.max_new_tokens - length,
+        "sampling_seed": fold_seed((seed, length)),
     }
-    ids = row.request.input_ids + row.sample.output_ids
-    return replace(row.request, rid=f"{row.request.rid}~{turn}", input_ids=ids, sampling_params=params)
-
-
-def _add(row: Row, answer: Sample) -> None:
-    row.sample = joined(row.sample, answer)
+    ids = request.input_ids + result.output_ids
+    return replace(request, rid=f"{request.rid}~{turn}", input_ids=ids, sampling_params=params)
 
 
 class Failed:
-    """An environment raised, or took too long."""
+    """The environment raised, or took too long."""
 
 
 FAILED = Failed()
 
 
-async def guarded(call: Callable[[], Observation], seconds: float) -> Observation | Failed:
-    """Return what a call into an environment returns; what it raises is logged, and it is not waited for for ever."""
+async def call_with_timeout(call: Callable[[], Observation], timeout_seconds: float) -> Observation | Failed:
+    """Return the result of a call into an environment; failures and timeouts are logged and return ``FAILED``."""
     done: Future[Observation] = Future()
-    # Daemons: one that hangs must not keep the run from ending.
+    # A daemon thread, so that an environment that hangs cannot keep the run from ending.
     threading.Thread(target=_call, args=(call, done), name="environment", daemon=True).start()
-    waited = asyncio.wrap_future(done)
-    await asyncio.wait({waited}, timeout=seconds)
-    if not waited.done():
-        waited.cancel()
-        logger.warning("an environment took longer than %g s for a turn (reward.seconds)", seconds)
+    result = asyncio.wrap_future(done)
+    await asyncio.wait({result}, timeout=timeout_seconds)
+    if not result.done():
+        result.cancel()
+        log.warning("An environment took longer than %g s for a turn (reward.seconds)", timeout_seconds)
         return FAILED
-    if (error := waited.exception()) is not None:
-        logger.warning("an environment raised %s: %s", type(error).__name__, error)
+    if (error := result.exception()) is not None:
+        log.warning("An environment raised %s: %s", type(error).__name__, error)
         return FAILED
-    return waited.result()
+    return result.result()
 
 
 def _call(call: Callable[[], Observation], done: "Future[Observation]") -> None:
-    answers: list[Observation] = []
+    results: list[Observation] = []
 
-    def settle(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def deliver(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if done.set_running_or_notify_cancel():
-            done.set_result(answers[0]) if error is None else done.set_exception(error)
-        return True  # whatever it was, the future tells it
+            done.set_result(results[0]) if error is None else done.set_exception(error)
+        return True  # the future has the exception
 
     with ExitStack() as stack:
-        stack.push(settle)
-        answers.append(call())
+        stack.push(deliver)
+        results.append(call())

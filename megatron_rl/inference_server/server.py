@@ -13,7 +13,7 @@ from typing import TypeVar, cast, get_args
 
 from aiohttp import web
 
-from megatron_rl.fleet.protocol import Path
+from megatron_rl.fleet.protocol import Endpoint
 from megatron_rl.inference_server.answers import answer_of
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.inference_server.payload import read_tensors
@@ -44,26 +44,26 @@ class EmbeddedServer:
         """Return the aiohttp application with every path."""
         app = web.Application(client_max_size=0, middlewares=[_errors])
         get, post = app.router.add_get, app.router.add_post
-        get(Path.HEALTH, self.health)
-        get(Path.HEALTH_GENERATE, self.health_generate)
-        get(Path.SERVER_INFO, self.server_info)
-        get(Path.MODEL_INFO, self.model_info)
-        post(Path.GENERATE, self.generate)
+        get(Endpoint.HEALTH, self.health)
+        get(Endpoint.HEALTH_GENERATE, self.health_generate)
+        get(Endpoint.SERVER_INFO, self.server_info)
+        get(Endpoint.MODEL_INFO, self.model_info)
+        post(Endpoint.GENERATE, self.generate)
         for path, handler in {
-            Path.PAUSE: self.pause,
-            Path.CONTINUE: self.resume,
-            Path.ABORT: self.abort,
-            Path.FLUSH: self.flush,
-            Path.BEGIN_UPDATE: self.begin_update,
-            Path.UPDATE_FROM_TENSOR: self.update_from_tensor,
-            Path.JOIN_GROUP: self.join_group,
-            Path.UPDATE_FROM_DISTRIBUTED: self.update_from_distributed,
-            Path.LEAVE_GROUP: self.leave_group,
-            Path.UPDATE_FROM_HANDLE: self.update_from_handle,
-            Path.END_UPDATE: self.end_update,
-            Path.UPDATE_FROM_DISK: self.update_from_disk,
-            Path.UPDATE_VERSION: self.update_version,
-            Path.WEIGHTS_CHECKER: self.weights_checker,
+            Endpoint.PAUSE: self.pause,
+            Endpoint.CONTINUE: self.resume,
+            Endpoint.ABORT: self.abort,
+            Endpoint.FLUSH: self.flush,
+            Endpoint.BEGIN_UPDATE: self.begin_update,
+            Endpoint.UPDATE_FROM_TENSOR: self.update_from_tensor,
+            Endpoint.JOIN_GROUP: self.join_group,
+            Endpoint.UPDATE_FROM_DISTRIBUTED: self.update_from_distributed,
+            Endpoint.LEAVE_GROUP: self.leave_group,
+            Endpoint.UPDATE_FROM_HANDLE: self.update_from_handle,
+            Endpoint.END_UPDATE: self.end_update,
+            Endpoint.UPDATE_FROM_DISK: self.update_from_disk,
+            Endpoint.UPDATE_VERSION: self.update_version,
+            Endpoint.WEIGHTS_CHECKER: self.weights_checker,
         }.items():
             post(path, handler)
         return app
@@ -293,7 +293,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except BadRequest as error:
         body = (
             {"error": {"message": str(error)}}
-            if request.path == Path.GENERATE
+            if request.path == Endpoint.GENERATE
             else {"success": False, "message": str(error)}
         )
         return web.json_response(body, status=400)

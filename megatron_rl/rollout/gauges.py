@@ -39,7 +39,7 @@ def _servers(fleet: Fleet) -> list[Snapshot]:
         for name, words, value in (
             ("server_up", "1 while the server takes requests", float(member.ready)),
             ("server_requests", "requests that it works on", len(member.requests)),
-            ("server_sequences", "sequences that it works on", member.rows),
+            ("server_sequences", "sequences that it works on", member.num_sequences),
             ("server_failures", "failures since its last good answer", member.failures),
             ("server_weights_lag", "weight versions that it is behind the fleet", newest - version),
             ("server_busy_seconds", "how long it has had work, since the start", member.busy_seconds),

@@ -101,7 +101,7 @@ class Stream:
         versions = range(max(0, order.step - rollout.max_lag), order.step + 1)
         prompts = [self.prompts[position] for position in order.positions]
         requests = self.fleet.submit(
-            prompts, train.group_size, rollout.sampling, seed, versions, wanted=order.missing, routes=self._routes
+            prompts, train.group_size, rollout.sampling, seed, versions, indices=order.missing, routes=self._routes
         )
         for first, sampled in requests:
             self._pending[verify_groups(sampled, self.verifier)] = (order, first)

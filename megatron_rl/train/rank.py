@@ -18,7 +18,7 @@ from megatron_rl.observability.profile import Traces
 from megatron_rl.observability.recorder import RunRecorder, farewell
 from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.policy.engine import Policy
-from megatron_rl.rollout.fleet_setup import Chat, open_fleet
+from megatron_rl.rollout.fleet_setup import FleetTokenizer, open_fleet
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_verifier
 from megatron_rl.train.checkpoints import Checkpoints
@@ -73,7 +73,7 @@ def _journal(run: Run, world: World, start: int) -> RunRecorder:
     return RunRecorder(folder, run.train.steps, start, sinks=open_sinks(run.log, shown), traces=traces)
 
 
-def _sampler(run: Run, world: World, journal: RunRecorder, tokenizer: Chat, stack: ExitStack) -> Sampler:
+def _sampler(run: Run, world: World, journal: RunRecorder, tokenizer: FleetTokenizer, stack: ExitStack) -> Sampler:
     if not world.is_main:
         return FollowingSampler(run, world)
     verifier = stack.enter_context(closing(open_verifier(run)))  # both take seconds: they start side by side

@@ -21,7 +21,7 @@ from megatron_rl.rollout.buffer import SURPLUS, TOO_OLD, StepBatch
 from megatron_rl.rollout.buffer_state import Json
 from megatron_rl.rollout.collect import collect, share
 from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
-from megatron_rl.rollout.fleet_setup import Weights, write_own, writes_shares
+from megatron_rl.rollout.fleet_setup import PolicyWeights, push_weights
 from megatron_rl.rollout.gauges import readings
 from megatron_rl.rollout.group_ledger import entries
 from megatron_rl.rollout.routes import requested_routes
@@ -62,7 +62,7 @@ class Sampler(Protocol):
         """Keep what an update made of its tokens, where the loss was asked to."""
         ...
 
-    def load(self, weights: Weights, version: int) -> None:
+    def load(self, weights: PolicyWeights, version: int) -> None:
         """Bring new weights to the fleet."""
         ...
 
@@ -203,9 +203,9 @@ class MainSampler:
         """See ``Sampler``."""
         self.stream = Stream(self.run, self.fleet, self.task, state, self.verifier)
 
-    def load(self, weights: Weights, version: int) -> None:
+    def load(self, weights: PolicyWeights, version: int) -> None:
         """See ``Sampler``."""
-        self.fleet.update(weights.own() if writes_shares(self.run, self.world) else weights, version)
+        push_weights(self.run, self.world, weights, version, self.fleet)
         busy, self._busy_seconds = self._busy_seconds, self.fleet.busy_seconds
         self.journal.note("fleet", self._busy_seconds - busy)
         if self.run.rollout.max_lag and not self._stop and not self.evaluates(version):
@@ -276,13 +276,9 @@ class FollowingSampler:
     def record(self, step: int, prepared: Batch, summed: Metrics) -> None:
         """See ``Sampler``."""
 
-    def load(self, weights: Weights, version: int) -> None:
+    def load(self, weights: PolicyWeights, version: int) -> None:
         """See ``Sampler``."""
-        if writes_shares(self.run, self.world):
-            write_own(self.run, self.world, weights, version)
-        else:
-            for _ in weights:
-                pass
+        push_weights(self.run, self.world, weights, version, fleet=None)
 
     def state(self) -> Json:
         """See ``Sampler``."""

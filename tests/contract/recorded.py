@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
-from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import UpdateReport
 from tests.inference_server import tiny
@@ -36,9 +36,9 @@ KEPT = ("version", "device", "weight_version", "dtype", "max_total_num_tokens")
 class Heard:
     """What the client made of the answers."""
 
-    samples: list[Sample]
-    scores: list[Sample]
-    after: list[Sample]
+    samples: list[GenerationResult]
+    scores: list[GenerationResult]
+    after: list[GenerationResult]
     report: UpdateReport
     version: str
     refusal: str
@@ -47,13 +47,13 @@ class Heard:
 async def conversation(client: Client) -> Heard:
     """Ask for all that a run asks for."""
     drawn = {"max_new_tokens": 5, "temperature": 0.7, "stop_token_ids": [7], "sampling_seed": 3}
-    requests = [SampleRequest(f"1.0/p/{i}", (3, 1, 4, i), drawn) for i in range(4)]
-    scores = [SampleRequest(f"score/{i}", (2, 7, 1, i), {"max_new_tokens": 0}) for i in (0, tiny.VOCABULARY - 1)]
+    requests = [GenerationRequest(f"1.0/p/{i}", (3, 1, 4, i), drawn) for i in range(4)]
+    scores = [GenerationRequest(f"score/{i}", (2, 7, 1, i), {"max_new_tokens": 0}) for i in (0, tiny.VOCABULARY - 1)]
     await client.set_version("0")
     samples, scored = await client.generate(requests, "0"), await client.generate(scores)
     refusal = ""
     try:
-        await client.generate([SampleRequest("long", (1,) * 300, drawn)])
+        await client.generate([GenerationRequest("long", (1,) * 300, drawn)])
     except RequestRefused as error:
         refusal = str(error)
     await client.pause("retract")

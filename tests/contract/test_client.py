@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.fleet.client import Client
-from megatron_rl.fleet.protocol import RequestRefused, Sample, SampleRequest, WrongVersion
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused, WrongVersion
 from megatron_rl.weights.disk import DiskTransport
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import UpdateReport, WeightTransport
@@ -22,7 +22,7 @@ from tests.inference_server import tiny
 T = TypeVar("T")
 BUCKET_BYTES = 1 << 13
 REQUESTS = [
-    SampleRequest(f"client/{i}", (3, 1, 4, i), {"max_new_tokens": 4 + i, "temperature": 0.7, "sampling_seed": i})
+    GenerationRequest(f"client/{i}", (3, 1, 4, i), {"max_new_tokens": 4 + i, "temperature": 0.7, "sampling_seed": i})
     for i in range(5)
 ]
 
@@ -38,7 +38,7 @@ def call(server: Contract, ask: Callable[[Client], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def generate(server: Contract, requests: list[SampleRequest], version: str | None = None) -> list[Sample]:
+def generate(server: Contract, requests: list[GenerationRequest], version: str | None = None) -> list[GenerationResult]:
     return call(server, lambda client: client.generate(requests, version))
 
 
@@ -91,7 +91,7 @@ def test_samples_come_in_order_with_logprobs_and_versions(server: Contract) -> N
 
 def test_scores_are_the_models_own(server: Contract) -> None:
     sequences = [tuple(ids) for ids in tiny.prompts_of(2, 9, 30)]
-    scored = generate(server, [SampleRequest(str(ids), ids, {"max_new_tokens": 0}) for ids in sequences])
+    scored = generate(server, [GenerationRequest(str(ids), ids, {"max_new_tokens": 0}) for ids in sequences])
     model = server.build()
     for ids, sample in zip(sequences, scored, strict=True):
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_scores_are_the_models_own(server: Contract) -> None:
 
 def test_a_prompt_that_is_too_long_is_refused(server: Contract) -> None:
     with pytest.raises(RequestRefused, match=r"longer than the model's context|maximum (context|model) length"):
-        generate(server, [SampleRequest("long", (1,) * 300, {"max_new_tokens": 3})])
+        generate(server, [GenerationRequest("long", (1,) * 300, {"max_new_tokens": 3})])
 
 
 def test_a_push_arrives_whole_and_gives_its_version(server: Contract, transport: WeightTransport) -> None:
@@ -114,7 +114,7 @@ def test_a_push_arrives_whole_and_gives_its_version(server: Contract, transport:
         for parameter in model.parameters():
             parameter.mul_(1.25)
         logprobs = model(torch.tensor([[3, 1, 4, 1, 5]])).logits[0].log_softmax(-1)
-    [scored] = generate(server, [SampleRequest("after", (3, 1, 4, 1, 5), {"max_new_tokens": 0})], version="3")
+    [scored] = generate(server, [GenerationRequest("after", (3, 1, 4, 1, 5), {"max_new_tokens": 0})], version="3")
     expected = [float(logprobs[i, token]) for i, token in enumerate((1, 4, 1, 5))]
     assert scored.input_logprobs == pytest.approx(expected, abs=1e-5)
 
@@ -151,18 +151,18 @@ def test_drawn_tokens_have_the_models_own_logprobs_at_the_temperature(server: Co
 
 
 def test_a_stop_token_is_the_last_of_its_response(server: Contract) -> None:
-    [free] = generate(server, [SampleRequest("free", (3, 1, 4), {"max_new_tokens": 12, "temperature": 0})])
+    [free] = generate(server, [GenerationRequest("free", (3, 1, 4), {"max_new_tokens": 12, "temperature": 0})])
     stop = free.output_ids[5]
     params = {"max_new_tokens": 12, "temperature": 0, "stop_token_ids": [stop]}
-    [sample] = generate(server, [SampleRequest("stopped", (3, 1, 4), params)])
+    [sample] = generate(server, [GenerationRequest("stopped", (3, 1, 4), params)])
     assert sample.finish_reason == "stop"
     assert sample.output_ids == free.output_ids[: free.output_ids.index(stop) + 1]
 
 
 def test_a_pause_holds_and_an_abort_ends(server: Contract) -> None:
-    long = [SampleRequest("long", (3, 1, 4), {"max_new_tokens": 240, "ignore_eos": True})]
+    long = [GenerationRequest("long", (3, 1, 4), {"max_new_tokens": 240, "ignore_eos": True})]
 
-    async def scenario(client: Client) -> tuple[bool, Sample, Sample]:
+    async def scenario(client: Client) -> tuple[bool, GenerationResult, GenerationResult]:
         await client.pause("in_place")
         request = asyncio.ensure_future(client.generate([replace(long[0], rid="held")]))
         await asyncio.sleep(0.5)

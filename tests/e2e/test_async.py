@@ -37,7 +37,7 @@ def test_a_server_killed_while_a_lagging_run_samples_costs_no_group(tmp_path):
         job.until_steps(3)
         job.servers()[-1].kill()
         assert job.end() == 0, job.output()
-        assert job.output().count("leaves the fleet") <= 2, job.output()
+        assert job.output().count("left the fleet") <= 2, job.output()
         assert max(line["lag_max"] for line in job.metrics()) == 1
     whole(tmp_path / "run", 6, 1)
 
@@ -94,7 +94,7 @@ def test_a_server_that_is_stopped_for_longer_than_the_timeout_changes_nothing(tm
         time.sleep(6)
         os.kill(server.pid, signal.SIGCONT)
         assert job.end() == 0, job.output()
-        assert 1 <= job.output().count("leaves the fleet") <= 2, job.output()
+        assert 1 <= job.output().count("left the fleet") <= 2, job.output()
     same_result(tmp_path / "run", straight)
 
 
@@ -103,6 +103,6 @@ def test_all_servers_down_for_a_while_are_waited_for(tmp_path, straight):
         for server in job.until_steps(1).servers():
             server.kill()
         assert job.end() == 0, job.output()
-        assert job.output().count("leaves the fleet") <= 2, job.output()
+        assert job.output().count("left the fleet") <= 2, job.output()
     same_result(tmp_path / "run", straight)
     whole(tmp_path / "run", 4, 0)

@@ -60,7 +60,7 @@ def test_soak(tmp_path, capsys, monkeypatch):
             kills += 1
             open_files.append(job.ranks()[0].num_fds())
         assert job.end() == 0, job.output()  # and no process is left
-        left = job.output().count("leaves the fleet")
+        left = job.output().count("left the fleet")
     steps = metrics_of(folder)
     accuracies = [line["accuracy"] for line in steps if "accuracy" in line]
     fates = audit(folder, 32, 1)

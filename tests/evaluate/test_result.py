@@ -54,10 +54,10 @@ class Answers:
     def __init__(self):
         self.requested = Counter()
 
-    def submit(self, prompts, group_size, sampling, seed, versions, *, wanted, routes):
+    def submit(self, prompts, group_size, sampling, seed, versions, *, indices, routes):
         chunks = []
         for first in range(0, len(prompts), 4):
-            if not wanted.isdisjoint(range(first, first + 4)):
+            if not indices.isdisjoint(range(first, first + 4)):
                 part = prompts[first : first + 4]
                 future = Future()
                 future.set_result([self.group(prompt, group_size, seed) for prompt in part])

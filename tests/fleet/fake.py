@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from megatron_rl.fleet.background import LoopThread
-from megatron_rl.fleet.protocol import Path
+from megatron_rl.fleet.protocol import Endpoint
 
 Answer = dict[str, object]
 Trick = Callable[[list[dict[str, Any]]], object]
@@ -51,11 +51,11 @@ class FakeServer:
         while self.hangs:
             await asyncio.sleep(0.02)
         body = json.loads(await request.read() or b"{}")
-        if request.path == Path.GENERATE and self.breaks and request.transport is not None:
+        if request.path == Endpoint.GENERATE and self.breaks and request.transport is not None:
             request.transport.close()
-        if request.path == Path.GENERATE:
+        if request.path == Endpoint.GENERATE:
             return await self.generate(body)
-        if request.path == Path.UPDATE_VERSION:
+        if request.path == Endpoint.UPDATE_VERSION:
             self.version = body["new_version"]
         checksums = {"checksums": {"t": "same everywhere"}}
         return web.json_response({"success": True, "weight_version": self.version, "ranks": [checksums]})

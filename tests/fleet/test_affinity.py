@@ -3,14 +3,14 @@
 import pytest
 
 from megatron_rl.fleet import affinity
-from megatron_rl.fleet.affinity import PREFIX_TOKENS, Affinity
+from megatron_rl.fleet.affinity import PREFIX_TOKENS, PrefixAffinity
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.members import Member
-from megatron_rl.fleet.protocol import SampleRequest
+from megatron_rl.fleet.protocol import GenerationRequest
 
 
-def requests(*tokens: int, count: int = 4) -> list[SampleRequest]:
-    return [SampleRequest(f"r{i}", tokens, {"max_new_tokens": 1}) for i in range(count)]
+def requests(*tokens: int, count: int = 4) -> list[GenerationRequest]:
+    return [GenerationRequest(f"r{i}", tokens, {"max_new_tokens": 1}) for i in range(count)]
 
 
 @pytest.fixture
@@ -19,42 +19,42 @@ def members() -> list[Member]:
 
 
 def test_a_new_prompt_goes_to_the_least_busy_server(members):
-    members[0].rows, members[1].rows, members[2].rows = 5, 2, 9
+    members[0].num_sequences, members[1].num_sequences, members[2].num_sequences = 5, 2, 9
 
-    assert Affinity().choose(members, requests(1, 2), 0) is members[1]
+    assert PrefixAffinity().choose(members, requests(1, 2), 0) is members[1]
 
 
 def test_a_longer_prompt_with_the_same_beginning_follows_the_first(members):
-    chooser, prefix = Affinity(), tuple(range(PREFIX_TOKENS))
+    chooser, prefix = PrefixAffinity(), tuple(range(PREFIX_TOKENS))
     first = chooser.choose(members, requests(*prefix), 0)
-    first.rows = 4
+    first.num_sequences = 4
 
     assert chooser.choose(members, requests(*prefix, 7, 8), 0) is first
     assert chooser.choose(members, requests(9, 9), 0) is not first
 
 
 def test_a_server_that_is_far_behind_or_full_or_gone_is_not_waited_for(members):
-    chooser = Affinity()
+    chooser = PrefixAffinity()
     first = chooser.choose(members, requests(1), 0)
-    first.rows = 5
+    first.num_sequences = 5
 
     assert chooser.choose(members, requests(1), 0) is not first
     assert chooser.choose([m for m in members if m is not first], requests(1), 0) is not first
 
 
 def test_a_push_empties_caches_and_memory(members):
-    chooser = Affinity()
+    chooser = PrefixAffinity()
     first = chooser.choose(members, requests(1), 0)
-    first.rows = 1
+    first.num_sequences = 1
 
     assert chooser.choose(members, requests(1), 1) is not first
 
 
 def test_only_so_many_prefixes_are_remembered(members, monkeypatch):
-    monkeypatch.setattr(affinity, "KEPT", 2)
-    chooser = Affinity()
+    monkeypatch.setattr(affinity, "MAX_PREFIXES", 2)
+    chooser = PrefixAffinity()
     first = chooser.choose(members, requests(1), 0)
-    first.rows = 1
+    first.num_sequences = 1
     for token in (2, 3):
         chooser.choose(members, requests(token), 0)
 

@@ -37,7 +37,7 @@ SAMPLING = Sampling(max_new_tokens=60)
 def fleet(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     logs = tmp_path_factory.mktemp("logs")
     servers = [embedded_server(str(moe_folder), logs / f"{i}.log", ["--weight-version", "0"]) for i in range(2)]
-    with Fleet(servers, TensorTransport(1 << 16), TIMEOUTS, rows_per_request=8) as fleet:
+    with Fleet.open(servers, TensorTransport(1 << 16), TIMEOUTS, sequences_per_request=8) as fleet:
         yield fleet
     assert all(not psutil.pid_exists(server.pid) for server in servers)
 
@@ -65,7 +65,7 @@ def hit_in_the_middle(fleet: Fleet, number: signal.Signals) -> threading.Thread:
     pid = victim.process.pid
 
     def hit() -> None:
-        while not victim.rows:
+        while not victim.num_sequences:
             time.sleep(0.001)
         time.sleep(0.03)
         os.kill(pid, number)
@@ -150,7 +150,7 @@ def test_a_server_that_is_ten_times_slower_costs_no_sample(fleet: Fleet) -> None
 def test_a_server_killed_in_a_push_loses_nothing_and_leaves_the_others_alone(fleet: Fleet, moe_folder: Path) -> None:
     long = Sampling(max_new_tokens=150)
     pending = fleet.submit(PROMPTS, 4, long, (0, 77), range(2, 4))
-    while not all(member.rows for member in fleet.members):
+    while not all(member.num_sequences for member in fleet.members):
         time.sleep(0.001)
     victim = fleet.members[1].process
     assert victim is not None

@@ -46,7 +46,7 @@ WEIGHTS = [("t", torch.ones(3))]
 
 
 def fleet_of(servers: Sequence[FakeServer], timeouts: Timeouts = TIMEOUTS) -> Fleet:
-    return Fleet([server.url for server in servers], TensorTransport(1 << 20), timeouts, rows_per_request=8)
+    return Fleet.open([server.url for server in servers], TensorTransport(1 << 20), timeouts, sequences_per_request=8)
 
 
 def sampled(fleet: Fleet, step: int = 0, version: int | None = 0) -> list[Group]:
@@ -136,14 +136,14 @@ def test_no_good_server_is_an_error_that_names_it_and_what_it_did() -> None:
         liar.trick = nan_logprobs
         with pytest.raises(RolloutError, match=f"{liar.url}.*log-prob 0 is") as caught:
             sampled(fleet)
-        assert "8 sequences failed 3 times" in str(caught.value)
+        assert "gave up on 8 sequences after 3 attempts" in str(caught.value)
 
 
 def test_a_fleet_without_servers_gives_up_and_says_why() -> None:
     with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
         server.hangs = True
         begin = time.monotonic()
-        with pytest.raises(RolloutError, match=rf"no rollout server for 1 s: {server.url}: it missed 2 health checks"):
+        with pytest.raises(RolloutError, match=rf"no rollout server for 1 s: {server.url}: it failed 2 health checks"):
             sampled(fleet, version=None)
         assert time.monotonic() - begin < 4
         server.hangs = False
@@ -242,7 +242,7 @@ def test_a_push_that_every_server_refuses_is_an_error() -> None:
 
 def test_a_server_that_is_not_there_is_an_error_at_the_start() -> None:
     with pytest.raises(RolloutError, match=r"http://127\.0\.0\.1:9 has not become healthy within 1 s"):
-        Fleet(["http://127.0.0.1:9"], TensorTransport(1 << 20), TIMEOUTS)
+        Fleet.open(["http://127.0.0.1:9"], TensorTransport(1 << 20), TIMEOUTS)
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout fleet"]
 
 

@@ -14,9 +14,9 @@ from megatron_rl.config.schema import Sampling
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
-from megatron_rl.fleet.partial import joined
+from megatron_rl.fleet.partial import join_results
 from megatron_rl.fleet.process import embedded_server
-from megatron_rl.fleet.protocol import Sample
+from megatron_rl.fleet.protocol import GenerationResult
 from megatron_rl.weights.tensor import TensorTransport
 from tests.inference_server.tiny import prompts_of
 
@@ -38,7 +38,7 @@ def fleet(
     logs = tmp_path_factory.mktemp("logs")
     servers = [embedded_server(str(moe_folder), logs / f"{i}.log", options) for i in range(2)]
     decode = words if request.param == "resubmit" else None
-    with Fleet(servers, TensorTransport(1 << 16), TIMEOUTS, 4, decode=decode) as fleet:
+    with Fleet.open(servers, TensorTransport(1 << 16), TIMEOUTS, sequences_per_request=4, decode=decode) as fleet:
         yield fleet
 
 
@@ -55,7 +55,7 @@ def sampled_through_a_push(fleet: Fleet, new: dict[str, Tensor]) -> list[Group]:
     version = newest(fleet) + 1
     pending = fleet.submit(PROMPTS, 2, LONG, (0, version), range(version - 1, version + 1))
     deadline = time.monotonic() + 30
-    while not all(member.rows for member in fleet.members):
+    while not all(member.num_sequences for member in fleet.members):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     time.sleep(0.1)
@@ -103,23 +103,25 @@ def test_two_pushes_make_three_pieces_and_none_counts_as_a_failed_attempt(fleet:
         assert [v for v, _, _ in r.weight_versions] == sorted({v for v, _, _ in r.weight_versions})
 
 
-def piece(ids: tuple[int, ...], version: str, finish: str, text: str = "") -> Sample:
-    return Sample("r", ids, tuple(-float(i) for i in ids), (), text, finish, ((version, 0, len(ids)),) if ids else ())
+def piece(ids: tuple[int, ...], version: str, finish: str, text: str = "") -> GenerationResult:
+    return GenerationResult(
+        "r", ids, tuple(-float(i) for i in ids), (), text, finish, ((version, 0, len(ids)),) if ids else ()
+    )
 
 
 def test_pieces_join_token_by_token() -> None:
-    whole = joined(piece((1, 2), "3", "abort", "a"), piece((4,), "3", "abort", "b"))
+    whole = join_results(piece((1, 2), "3", "abort", "a"), piece((4,), "3", "abort", "b"))
     assert (whole.output_ids, whole.weight_versions, whole.text) == ((1, 2, 4), (("3", 0, 3),), "ab")
-    whole = joined(whole, piece((5, 6), "4", "stop"), words)
+    whole = join_results(whole, piece((5, 6), "4", "stop"), words)
     assert whole.weight_versions == (("3", 0, 3), ("4", 3, 5))
     assert (whole.logprobs, whole.finish_reason, whole.text) == ((-1, -2, -4, -5, -6), "stop", "1 2 4 5")
-    assert joined(piece((), "3", "abort"), piece((7,), "4", "length")).weight_versions == (("4", 0, 1),)
+    assert join_results(piece((), "3", "abort"), piece((7,), "4", "length")).weight_versions == (("4", 0, 1),)
 
 
 def test_experts_of_a_piece_are_those_of_its_first_reading() -> None:
     head = replace(piece((1, 2), "3", "abort"), routes=np.full((3, 1, 1), 0))  # two tokens of prompt, one of two
     tail = replace(piece((4,), "4", "stop"), routes=np.full((4, 1, 1), 1))
-    whole = joined(head, tail)
+    whole = join_results(head, tail)
     assert whole.routes is not None
     assert whole.routes.flatten().tolist() == [0, 0, 0, 1]
-    assert joined(piece((1, 2), "3", "abort"), tail).routes is None
+    assert join_results(piece((1, 2), "3", "abort"), tail).routes is None

@@ -92,7 +92,7 @@ def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
     server = sleeper(tmp_path, [sys.executable, "-c", "import sys; sys.exit('fire')"])
     with pytest.raises(RolloutError, match=r"ended with status 1 while starting; its log .*\nfire"):
-        Fleet([server], TensorTransport(1 << 20), Timeouts(start_timeout_seconds=60))
+        Fleet.open([server], TensorTransport(1 << 20), Timeouts(start_timeout_seconds=60))
     assert is_gone(server.pid)
 
 

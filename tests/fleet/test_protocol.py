@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.protocol import BadAnswer, SampleRequest, WrongVersion, parse_json, parse_samples
+from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, WrongVersion, parse_json, parse_results
 
 Answer = dict[str, dict[str, object]]
-REQUEST = SampleRequest("r1", (5, 6, 7), {"max_new_tokens": 4})
+REQUEST = GenerationRequest("r1", (5, 6, 7), {"max_new_tokens": 4})
 
 
 def answer(**meta: object) -> dict[str, object]:
@@ -34,7 +34,7 @@ def answer(**meta: object) -> dict[str, object]:
 
 
 def test_a_good_answer_is_read() -> None:
-    [sample] = parse_samples([answer()], [REQUEST], "here")
+    [sample] = parse_results([answer()], [REQUEST], "here")
     assert sample.output_ids == (9, 8, 2)
     assert sample.logprobs == (-0.5, -1.5, 0.0)
     assert sample.finish_reason == "stop"
@@ -42,7 +42,7 @@ def test_a_good_answer_is_read() -> None:
 
 
 def test_scores_are_read_without_the_first_token() -> None:
-    request = SampleRequest("r1", (5, 6, 7), {"max_new_tokens": 0})
+    request = GenerationRequest("r1", (5, 6, 7), {"max_new_tokens": 0})
     scored = answer(
         finish_reason={"type": "length", "length": 0},
         completion_tokens=0,
@@ -50,13 +50,13 @@ def test_scores_are_read_without_the_first_token() -> None:
         output_token_logprobs=[],
         input_token_logprobs=[[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]],
     )
-    [sample] = parse_samples([{**scored, "output_ids": []}], [request], "here")
+    [sample] = parse_results([{**scored, "output_ids": []}], [request], "here")
     assert sample.input_logprobs == (-1.0, -2.0)
     assert sample.logprobs == ()
 
 
 def test_an_answer_without_weight_versions_has_one_version() -> None:
-    [sample] = parse_samples([answer(weight_versions=None)], [REQUEST], "here", version="4")
+    [sample] = parse_results([answer(weight_versions=None)], [REQUEST], "here", version="4")
     assert sample.weight_versions == (("4", 0, 3),)
 
 
@@ -95,14 +95,14 @@ def test_a_wrong_answer_is_refused_with_what_is_wrong(lie: str) -> None:
     result = tell(told)
     whole = result if isinstance(result, str) or lie == "too many" else [told]
     with pytest.raises(BadAnswer, match=complaint) as caught:
-        parse_samples(whole, [REQUEST], "http://there")
+        parse_results(whole, [REQUEST], "http://there")
     assert "http://there" in str(caught.value)
     assert isinstance(caught.value, RolloutError)
 
 
 def test_another_weight_version_is_told_apart() -> None:
     with pytest.raises(WrongVersion, match=r"made with weights \['3', '4'\], not '4'"):
-        parse_samples([answer()], [REQUEST], "here", version="4")
+        parse_results([answer()], [REQUEST], "here", version="4")
 
 
 def test_no_json_is_a_bad_answer() -> None:

@@ -38,8 +38,8 @@ def servers() -> Iterator[tuple[FakeServer, ...]]:
 @pytest.fixture
 def fleet(servers: tuple[FakeServer, ...], tmp_path: Path) -> Iterator[Fleet]:
     transport = TensorTransport(1 << 20)
-    with Fleet([server.url for server in servers], transport, TIMEOUTS, rows_per_request=8) as fleet:
-        fleet.use_router(router_process(PROGRAM, tmp_path / "router.log"))
+    urls, router = [server.url for server in servers], router_process(PROGRAM, tmp_path / "router.log")
+    with Fleet.open(urls, transport, TIMEOUTS, sequences_per_request=8, router=router) as fleet:
         yield fleet
     assert fleet.router is not None
     assert fleet.router.member.process is not None

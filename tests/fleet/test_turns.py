@@ -16,7 +16,7 @@ from megatron_rl.data.types import Group, Prompt
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.fleet.process import embedded_server
-from megatron_rl.fleet.turns import Turns
+from megatron_rl.fleet.turns import MultiTurn
 from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.weights.tensor import TensorTransport
@@ -73,12 +73,14 @@ class Rude:
 def fleet(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     log = tmp_path_factory.mktemp("logs") / "0.log"
     server = embedded_server(str(moe_folder), log, ["--weight-version", "0"])
-    with Fleet([server], TensorTransport(1 << 16), Timeouts(60, 20, 60, 90, 0.1, 0.5, 5), 4) as fleet:
+    with Fleet.open(
+        [server], TensorTransport(1 << 16), Timeouts(60, 20, 60, 90, 0.1, 0.5, 5), sequences_per_request=4
+    ) as fleet:
         yield fleet
 
 
 def sampled(fleet: Fleet, make: type = Echo, most: int = 8, seconds: float = 30, sampling: Sampling = SAMPLING):
-    fleet.turns = Turns(make, Words(), lambda text: f"w47 {text}", most, seconds)
+    fleet.multi_turn = MultiTurn(make, Words(), lambda text: f"w47 {text}", most, seconds)
     return fleet.generate(PROMPTS, 4, sampling, (0, 0), 0)
 
 
@@ -123,7 +125,7 @@ def test_log_probs_of_sampled_tokens_are_those_of_the_whole_sequence(fleet, moe_
 
 
 def test_experts_of_several_turns_are_those_of_the_whole_sequence(fleet, moe_folder):
-    fleet.turns = Turns(Echo, Words(), lambda text: f"w47 {text}", 8, 30)
+    fleet.multi_turn = MultiTurn(Echo, Words(), lambda text: f"w47 {text}", 8, 30)
     several = 0
     for group in fleet.generate(PROMPTS, 2, SAMPLING, (0, 1), 0, SHAPE):
         for response in group.responses:
@@ -170,5 +172,5 @@ def test_an_environment_that_raises_or_hangs_costs_its_responses_only(fleet, cap
     assert ended["p1"] == {"failed"}
     assert ended["p2"] <= {"failed"}
     assert ended["p3"] <= {"failed"}
-    assert "an environment raised RuntimeError: not this one" in caplog.text
+    assert "An environment raised RuntimeError: not this one" in caplog.text
     assert "longer than 1 s" in caplog.text

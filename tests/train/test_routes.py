@@ -9,13 +9,13 @@ import torch
 from megatron_rl.data.routes import RouteShape, encode_routes
 from megatron_rl.data.types import Batch, Response
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.protocol import BadAnswer, SampleRequest, generate_body, parse_samples
+from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, generate_body, parse_results
 from megatron_rl.observability.routing_statistics import missing_routes, routing
 from megatron_rl.rollout.routes import route_columns
 from tests.fleet.test_protocol import answer
 
 SHAPE = RouteShape(layers=(0, 2), all_layers=3, experts=4, per_token=2)
-REQUEST = SampleRequest("r1", (5, 6, 7), {"max_new_tokens": 4}, SHAPE)
+REQUEST = GenerationRequest("r1", (5, 6, 7), {"max_new_tokens": 4}, SHAPE)
 
 
 def record(tokens: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def record(tokens: int) -> np.ndarray:
 
 def test_a_record_is_read_for_all_tokens_but_the_last() -> None:
     sent = record(5)
-    [sample] = parse_samples([answer(routed_experts=encode_routes(sent))], [REQUEST], "here")
+    [sample] = parse_results([answer(routed_experts=encode_routes(sent))], [REQUEST], "here")
     assert sample.routes is not None
     assert sample.routes.dtype == np.uint8
     assert np.array_equal(sample.routes, sent[:, [0, 2]])
@@ -36,9 +36,9 @@ def test_a_record_is_read_for_all_tokens_but_the_last() -> None:
 
 
 def test_without_a_record_the_sample_stands() -> None:
-    [sample] = parse_samples([answer()], [REQUEST], "here")
+    [sample] = parse_results([answer()], [REQUEST], "here")
     assert sample.routes is None
-    assert "return_routed_experts" not in generate_body([SampleRequest("r", (1,), {"max_new_tokens": 4})])
+    assert "return_routed_experts" not in generate_body([GenerationRequest("r", (1,), {"max_new_tokens": 4})])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_without_a_record_the_sample_stands() -> None:
 )
 def test_a_wrong_record_is_no_answer(wrong: object, message: str) -> None:
     with pytest.raises(BadAnswer, match=message):
-        parse_samples([answer(routed_experts=wrong)], [REQUEST], "here")
+        parse_results([answer(routed_experts=wrong)], [REQUEST], "here")
 
 
 def response(tokens: int, *, known: bool) -> Response:

@@ -139,11 +139,11 @@ def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
     pytest.importorskip("prometheus_client")
     settings = ["rollout.max_lag=1", "train.prompts_per_step=3", "train.group_size=2", "train.steps=5"]
     run = load(Run, [DEMO], [*settings, "rollout.sampling.max_new_tokens=5"]).run
-    patience = Timeouts(start_timeout_seconds=5, probe_seconds=0.05, probe_timeout_seconds=0.2, probe_failures=2)
+    timeouts = Timeouts(start_timeout_seconds=5, probe_seconds=0.05, probe_timeout_seconds=0.2, probe_failures=2)
     endpoint = Prometheus(0, "127.0.0.1")
     with (
         serving(FakeServer(), FakeServer()) as (good, bad),
-        Fleet([good.url, bad.url], TensorTransport(1 << 20), patience, 2) as fleet,
+        Fleet.open([good.url, bad.url], TensorTransport(1 << 20), timeouts, sequences_per_request=2) as fleet,
     ):
         stream = Stream(run, fleet, make_task(run.task, AutoTokenizer.from_pretrained(run.model.path)))
         endpoint.watch(lambda: readings(stream, fleet))

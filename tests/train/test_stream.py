@@ -77,7 +77,7 @@ class FakeFleet:
         seed: Sequence[int],
         weight_versions: range | None = None,
         *,
-        wanted: Collection[int] | None = None,
+        indices: Collection[int] | None = None,
         routes: RouteShape | None = None,
     ) -> list[tuple[int, Sampled]]:
         assert weight_versions is not None
@@ -85,7 +85,7 @@ class FakeFleet:
         pending = []
         for first in range(0, len(prompts), 2):  # two groups in a request
             part = prompts[first : first + 2]
-            if wanted is not None and not {first, first + 1} & set(wanted):
+            if indices is not None and not {first, first + 1} & set(indices):
                 continue
             self.asked.update(prompt.id for prompt in part)
             lengths = [self.random.choice([1, 2, 3, 12]) for _ in range(len(part) * group_size)]
@@ -236,8 +236,11 @@ def test_resampling_is_bounded_and_then_the_batch_is_smaller() -> None:
 @pytest.mark.parametrize("state_between", [False, True])
 def test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same(state_between: bool) -> None:
     run, task = run_of("rollout.max_lag=0", "rollout.sampling.max_new_tokens=5"), Coins()
-    patience = Timeouts(start_timeout_seconds=5, probe_seconds=0.05)
-    with serving(FakeServer()) as (server,), Fleet([server.url], TensorTransport(1 << 20), patience, 4) as fleet:
+    timeouts = Timeouts(start_timeout_seconds=5, probe_seconds=0.05)
+    with (
+        serving(FakeServer()) as (server,),
+        Fleet.open([server.url], TensorTransport(1 << 20), timeouts, sequences_per_request=4) as fleet,
+    ):
         stream = Stream(run, cast(Fleet, fleet), task)
         for step in range(3):
             server.version = str(step)

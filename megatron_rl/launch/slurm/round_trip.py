@@ -20,12 +20,11 @@ from rich.table import Table
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
-from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
-from megatron_rl.fleet.protocol import SampleRequest
+from megatron_rl.fleet.protocol import GenerationRequest
 from megatron_rl.fleet.request_plan import sampling_params
 from megatron_rl.fleet.servers import registered, write_address
-from megatron_rl.fleet.vllm import VllmFleet
+from megatron_rl.fleet.vllm import VllmClient
 
 PROMPT = tuple(range(1, 9))
 """Tokens that every vocabulary has."""
@@ -70,9 +69,9 @@ def ask_fleet(run: Run, fit: Path | None = None) -> int:
     urls: Sequence[str] = rollout.urls
     if started_here:
         urls = registered(Path(rollout.registry), rollout.servers, rollout.start_timeout_seconds)
-    client = (VllmFleet if rollout.engine == "vllm" else Fleet).client
-    patience = Timeouts(start_timeout_seconds=rollout.start_timeout_seconds)
-    answers = asyncio.run(_ask_all([client(url) for url in urls], patience))
+    client = VllmClient if rollout.engine == "vllm" else Client
+    timeouts = Timeouts(start_timeout_seconds=rollout.start_timeout_seconds)
+    answers = asyncio.run(_ask_all([client(url) for url in urls], timeouts))
     if not run.train.resume or started_here:  # else the trainer is about to give all of them its own weights
         answers = compared(answers)
     Console(highlight=False, width=160).print(_table(answers))
@@ -88,19 +87,21 @@ def ask_fleet(run: Run, fit: Path | None = None) -> int:
     return 0
 
 
-async def _ask_all(clients: Sequence[Client], patience: Timeouts) -> list[ServerProbe]:
-    return await asyncio.gather(*(_ask(client, patience) for client in clients))
+async def _ask_all(clients: Sequence[Client], timeouts: Timeouts) -> list[ServerProbe]:
+    return await asyncio.gather(*(_ask(client, timeouts) for client in clients))
 
 
-async def _ask(client: Client, patience: Timeouts) -> ServerProbe:
+async def _ask(client: Client, timeouts: Timeouts) -> ServerProbe:
     params = {**sampling_params(Sampling(max_new_tokens=NEW_TOKENS)), "sampling_seed": 0}
     try:
-        await wait_until_healthy(Member(client), patience)
+        await wait_until_healthy(Member(client), timeouts)
         version = await client.version()
         start = time.perf_counter()
-        await client.generate([SampleRequest("preflight/generate", PROMPT, params)])
+        await client.generate([GenerationRequest("preflight/generate", PROMPT, params)])
         seconds = time.perf_counter() - start
-        [scored] = await client.generate([SampleRequest("preflight/score", PROMPT, {**params, "max_new_tokens": 0})])
+        [scored] = await client.generate(
+            [GenerationRequest("preflight/score", PROMPT, {**params, "max_new_tokens": 0})]
+        )
     except RolloutError as error:
         return ServerProbe(client.url, problem=f"is not fit: {error}")
     finally:

@@ -1,4 +1,4 @@
-"""Which carrier ``auto`` is: shared memory only for servers that are this process's own."""
+"""Which weight transport ``auto`` chooses: shared memory only for servers that this process started."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ URLS = {"urls": ("http://127.0.0.1:1",)}
 def test_auto(
     monkeypatch: pytest.MonkeyPatch, rollout: dict[str, Any], on_gpus: bool, shares: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(fleet_setup, "can_share", lambda: shares)
+    monkeypatch.setattr(fleet_setup, "can_share_memory", lambda: shares)
     run = Run.model_validate({"model": {"path": "m"}, "rollout": rollout})
-    assert fleet_setup.carrier_name(run, on_gpus=on_gpus) == expected
+    assert fleet_setup.transport_name(run, on_gpus=on_gpus) == expected
     asked = Run.model_validate({"model": {"path": "m"}, "rollout": rollout, "weights": {"carrier": "disk"}})
-    assert fleet_setup.carrier_name(asked, on_gpus=on_gpus) == "disk"
+    assert fleet_setup.transport_name(asked, on_gpus=on_gpus) == "disk"
