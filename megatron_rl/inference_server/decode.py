@@ -1,9 +1,9 @@
-"""Decodes rows together on a Hugging Face model: one forward pass a token for all of them.
+"""Decodes sequences together on a Hugging Face model: one forward pass per token for all of them.
 
-Between two steps a batch is plain data: rows can be dropped, sent back or joined by the rows of another batch. The last
-sampled token of a row has not been through the model yet, so weights that change between steps make the next token.
+Between two steps a batch is plain data: sequences can be removed, retracted, or joined by those of another batch. The
+newest token of a sequence has not been through the model yet, so the next token comes from the weights of that moment.
 
-Legend: B rows, V vocabulary, S stop tokens, N output tokens, X routes of N output tokens.
+Legend: B sequences, T output tokens, V vocabulary, L layers, K experts per token.
 """
 
 import dataclasses
@@ -14,196 +14,207 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_rl.inference_server.kvcache import RowCache
-from megatron_rl.inference_server.masks import masks
-from megatron_rl.inference_server.requests import Row
-from megatron_rl.inference_server.routes import RouteRecorder, listening
-from megatron_rl.inference_server.sampler import SamplingColumns, sample
+from megatron_rl.inference_server.kv_cache import DecodeCache
+from megatron_rl.inference_server.masks import attention_masks
+from megatron_rl.inference_server.requests import ActiveSequence
+from megatron_rl.inference_server.route_recorder import RouteRecorder, recording
+from megatron_rl.inference_server.sampler import SamplingTensors, sample
 
-_COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are dropped: dropping copies the whole cache
+_COMPACT_BELOW = 0.75
+"""Fraction of active sequences below which finished ones are removed; removing them copies the whole cache."""
 
 
 @dataclass
-class Columns:
-    """What is known of each row, as tensors."""
+class DecodeState:
+    """The state of each sequence, as tensors."""
 
-    last_B: Tensor
-    """The newest token, not yet in the cache."""
+    last_ids_B: Tensor
+    """The newest token, which is not in the cache yet."""
     lengths_B: Tensor
-    """Tokens in the cache: also the position of the newest token."""
+    """Tokens in the cache, which is also the position of the newest token."""
     counts_B: Tensor
-    """Output tokens so far."""
+    """Number of output tokens."""
     limits_B: Tensor
-    alive_B: Tensor
-    stops_BS: Tensor
-    outputs_BN: Tensor
-    logprobs_BN: Tensor
-    routes_BX: Tensor
-    """Empty while no row wants routes; one that joins later has them from then on."""
+    """Maximum number of output tokens."""
+    active_B: Tensor
+    stop_ids: Tensor
+    """[B, stop tokens], padded with -1."""
+    output_ids_BT: Tensor
+    logprobs_BT: Tensor
+    routes: Tensor
+    """int16 [B, T * L * K]; empty while no sequence returns routes."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Columns":
-        """Return the columns with the function applied to each."""
-        return Columns(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DecodeState":
+        """Return the state with the function applied to each tensor."""
+        return DecodeState(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    @staticmethod
+    def join(states: "Sequence[DecodeState]") -> "DecodeState":
+        """Return the states of all sequences as one."""
+        names = [f.name for f in dataclasses.fields(DecodeState)]
+        return DecodeState(**{name: _cat([getattr(state, name) for state in states]) for name in names})
 
 
 class DecodeBatch:
-    """Rows in the middle of their decoding."""
+    """Sequences that are being decoded, with a key-value cache that grows."""
 
-    live: dict[int, Row]
-    """Those that have not ended, by their place."""
-    stop_strings: bool
-    """Some row's text must be looked at after every token."""
+    active: dict[int, ActiveSequence]
+    """Unfinished sequences by their index in the batch."""
+    has_stop_strings: bool
+    """Whether the text of some sequence must be checked after each token."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: list[Row],
-        columns: Columns,
-        cache: RowCache,
+        sequences: list[ActiveSequence],
+        state: DecodeState,
+        cache: DecodeCache,
         seeds: Sequence[int],
         recorder: RouteRecorder | None = None,
     ) -> None:
         self.model = model
-        self.rows = rows
+        self.sequences = sequences
         self.seeds = list(seeds)
-        self.columns = columns
+        self.state = state
         self.cache = cache
         self.recorder = recorder
         self._refresh()
 
     def __len__(self) -> int:
-        return len(self.live)
+        return len(self.active)
 
     def _refresh(self) -> None:
-        self.live = {i: self.rows[i] for i in self.columns.alive_B.nonzero()[:, 0].tolist()}
-        self.padded = bool((self.columns.lengths_B < self.cache.width).any())
+        self.active = {i: self.sequences[i] for i in self.state.active_B.nonzero()[:, 0].tolist()}
+        self.is_padded = bool((self.state.lengths_B < self.cache.width).any())
         vocabulary = self.model.config.get_text_config().vocab_size
-        sampling = SamplingColumns.of([row.params for row in self.rows], self.seeds, vocabulary)
-        self.sampling = sampling.to(self.columns.last_B.device)
-        self.stop_strings = any(row.params.stop_strings for row in self.rows)
-        self.ids_B = torch.arange(len(self.rows), device=self.columns.last_B.device)
+        sampling = SamplingTensors.of([sequence.params for sequence in self.sequences], self.seeds, vocabulary)
+        self.sampling = sampling.to(self.state.last_ids_B.device)
+        self.has_stop_strings = any(sequence.params.stop_strings for sequence in self.sequences)
+        self.indices_B = torch.arange(len(self.sequences), device=self.state.last_ids_B.device)
 
-    def step(self) -> list[Row]:
-        """Give every live row one more token; return the rows that this finished."""
-        columns, mask = self.columns, None
-        if self.padded:
+    def step(self) -> list[ActiveSequence]:
+        """Generate one token for every active sequence; return the sequences that it finished."""
+        state, mask = self.state, None
+        if self.is_padded:
             width = self.cache.width + 1
-            mask = torch.arange(width, device=columns.last_B.device) >= (width - 1 - columns.lengths_B)[:, None]
-            mask = masks(self.model, mask[:, None, None, :])
-        with listening(self.recorder) as heard:
+            mask = torch.arange(width, device=state.last_ids_B.device) >= (width - 1 - state.lengths_B)[:, None]
+            mask = attention_masks(self.model, mask[:, None, None, :])
+        with recording(self.recorder) as recorded:
             logits_BV = self.model(
-                input_ids=columns.last_B[:, None],
-                position_ids=columns.lengths_B[:, None],
+                input_ids=state.last_ids_B[:, None],
+                position_ids=state.lengths_B[:, None],
                 attention_mask=mask,
                 past_key_values=self.cache,
                 use_cache=True,
             ).logits[:, -1]
-        if self.recorder and heard:
-            self._keep_routes(self.recorder.stacked(heard, len(self.rows)))
-        columns.lengths_B = columns.lengths_B + 1
+        if self.recorder and recorded:
+            self._store_routes(self.recorder.stack(recorded, len(self.sequences)))
+        state.lengths_B = state.lengths_B + 1
         return self.take(logits_BV)
 
-    def _keep_routes(self, routes_B1AE: Tensor) -> None:
-        """Keep where the newest tokens went: they are output tokens ``counts - 1``."""
-        c, size = self.columns, routes_B1AE[0].numel()
-        by_token_BNX = c.routes_BX.view(len(self.rows), -1, size)
-        slots_B = (c.counts_B - 1).clamp(max=by_token_BNX.shape[1] - 1)  # as in take
-        by_token_BNX[self.ids_B, slots_B] = routes_B1AE.reshape(-1, size)
+    def _store_routes(self, routes_BTLK: Tensor) -> None:
+        """Store the routes of the newest tokens, which are output tokens ``counts - 1``."""
+        state, size = self.state, routes_BTLK[0].numel()
+        by_token = state.routes.view(len(self.sequences), -1, size)
+        positions_B = (state.counts_B - 1).clamp(max=by_token.shape[1] - 1)  # as in take
+        by_token[self.indices_B, positions_B] = routes_BTLK.reshape(-1, size)
 
-    def take(self, logits_BV: Tensor) -> list[Row]:
-        """Draw a token for every row from these logits; return the rows that this finished."""
-        c = self.columns
-        tokens_B, logprobs_B = sample(logits_BV, self.sampling, c.counts_B)
-        slots_B = c.counts_B.clamp(max=c.outputs_BN.shape[1] - 1)  # finished rows that still ride along stay in bounds
-        c.outputs_BN[self.ids_B, slots_B] = tokens_B
-        c.logprobs_BN[self.ids_B, slots_B] = logprobs_B.double()
-        c.last_B, c.counts_B = tokens_B, c.counts_B + 1
-        at_limit_B = c.counts_B >= c.limits_B
-        at_stop_B = (tokens_B[:, None] == c.stops_BS).any(1)
-        ended_B = (at_limit_B | at_stop_B) & c.alive_B
+    def take(self, logits_BV: Tensor) -> list[ActiveSequence]:
+        """Sample a token for every sequence from these logits; return the sequences that it finished."""
+        state = self.state
+        ids_B, logprobs_B = sample(logits_BV, self.sampling, state.counts_B)
+        # Finished sequences stay in the batch until it is compacted; their positions are kept in bounds.
+        positions_B = state.counts_B.clamp(max=state.output_ids_BT.shape[1] - 1)
+        state.output_ids_BT[self.indices_B, positions_B] = ids_B
+        state.logprobs_BT[self.indices_B, positions_B] = logprobs_B.double()
+        state.last_ids_B, state.counts_B = ids_B, state.counts_B + 1
+        at_limit_B = state.counts_B >= state.limits_B
+        at_stop_B = (ids_B[:, None] == state.stop_ids).any(1)
+        ended_B = (at_limit_B | at_stop_B) & state.active_B
         if not ended_B.any():
             return []
         ended = ended_B.nonzero()[:, 0].tolist()
         for i, at_limit in zip(ended, at_limit_B[ended].tolist(), strict=True):
-            # SGLang looks at the length first: a stop token in the last place counts as "length".
-            row = self.rows[i]
+            # SGLang checks the length first: a stop token at the limit counts as "length".
+            sequence = self.sequences[i]
             self._write_back([i])
-            row.finish = (
-                {"type": "length", "length": len(row.output_ids)}
+            sequence.finish_reason = (
+                {"type": "length", "length": len(sequence.output_ids)}
                 if at_limit
-                else {"type": "stop", "matched": row.output_ids[-1]}
+                else {"type": "stop", "matched": sequence.output_ids[-1]}
             )
         return self._remove(ended)
 
-    def _write_back(self, ids: Sequence[int]) -> None:
-        for i in ids:
-            row, count = self.rows[i], int(self.columns.counts_B[i])
-            row.output_ids = self.columns.outputs_BN[i, :count].tolist()
-            row.logprobs = self.columns.logprobs_BN[i, :count].tolist()
-            if row.prefix_routes is not None:
-                known, each = len(row.prefix_routes) - len(row.prompt), row.prefix_routes.shape[1:]
-                newer = self.columns.routes_BX[i].view(-1, *each)[known : count - 1]
-                row.routes = torch.cat([row.prefix_routes, newer.cpu()])
+    def _write_back(self, indices: Sequence[int]) -> None:
+        """Copy the tokens decoded so far to these sequences."""
+        for i in indices:
+            sequence, count = self.sequences[i], int(self.state.counts_B[i])
+            sequence.output_ids = self.state.output_ids_BT[i, :count].tolist()
+            sequence.logprobs = self.state.logprobs_BT[i, :count].tolist()
+            prefix = sequence.prefix_routes
+            if prefix is not None:
+                start = len(prefix) - len(sequence.prompt)
+                newer = self.state.routes[i].view(-1, *prefix.shape[1:])[start : count - 1]
+                sequence.routes = torch.cat([prefix, newer.cpu()])
 
-    def withdraw(self, rows: Sequence[Row]) -> list[Row]:
-        """Take live rows out, with the tokens they have so far; return them."""
-        wanted = set(map(id, rows))
-        ids = [i for i, row in self.live.items() if id(row) in wanted]
-        self._write_back(ids)
-        return self._remove(ids)
+    def withdraw(self, sequences: Sequence[ActiveSequence]) -> list[ActiveSequence]:
+        """Remove the active ones of these sequences, with the tokens they have so far; return them."""
+        ids = set(map(id, sequences))
+        indices = [i for i, sequence in self.active.items() if id(sequence) in ids]
+        self._write_back(indices)
+        return self._remove(indices)
 
-    def peek(self, row: Row) -> tuple[list[int], list[float]]:
-        """Return the output tokens and log-probs that a live row has so far."""
-        self._write_back([next(i for i, other in self.live.items() if other is row)])
-        return row.output_ids, row.logprobs
+    def peek(self, sequence: ActiveSequence) -> tuple[list[int], list[float]]:
+        """Return the output tokens and log-probs that an active sequence has so far."""
+        self._write_back([next(i for i, other in self.active.items() if other is sequence)])
+        return sequence.output_ids, sequence.logprobs
 
     def note_version(self, version: str) -> None:
-        """Record that the next tokens come from other weights."""
-        for row, count in zip(self.live.values(), self.counts(), strict=True):
-            row.note_version(version, count)
+        """Record that the next tokens are generated with this version of the weights."""
+        for sequence, count in zip(self.active.values(), self.counts(), strict=True):
+            sequence.note_version(version, count)
 
     def counts(self) -> list[int]:
-        """Return how many output tokens each live row has."""
-        return self.columns.counts_B[list(self.live)].tolist()
+        """Return the number of output tokens of each active sequence."""
+        return self.state.counts_B[list(self.active)].tolist()
 
-    def _remove(self, ids: Sequence[int]) -> list[Row]:
-        removed = [self.live.pop(i) for i in ids]
-        self.columns.alive_B[list(ids)] = False
-        if len(self.live) < _COMPACT_BELOW * len(self.rows):
+    def _remove(self, indices: Sequence[int]) -> list[ActiveSequence]:
+        removed = [self.active.pop(i) for i in indices]
+        self.state.active_B[list(indices)] = False
+        if len(self.active) < _COMPACT_BELOW * len(self.sequences):
             self.compact()
         return removed
 
     def compact(self) -> None:
-        """Drop the finished rows, and the cache positions that no row uses."""
-        if not self.live:
+        """Remove finished sequences, and cache positions that no sequence uses."""
+        if not self.active:
             return
-        keep = list(self.live)
-        kept_B = torch.tensor(keep, device=self.columns.last_B.device)
-        self.rows = [self.rows[i] for i in keep]
-        self.seeds = [self.seeds[i] for i in keep]
-        self.columns = self.columns.map(lambda column: column[kept_B])
-        self.cache.select(kept_B, self.cache.width - int(self.columns.lengths_B.max()))
+        indices = list(self.active)
+        indices_B = torch.tensor(indices, device=self.state.last_ids_B.device)
+        self.sequences = [self.sequences[i] for i in indices]
+        self.seeds = [self.seeds[i] for i in indices]
+        self.state = self.state.map(lambda column: column[indices_B])
+        self.cache.select(indices_B, self.cache.width - int(self.state.lengths_B.max()))
         self._refresh()
 
     def join(self, other: "DecodeBatch") -> "DecodeBatch":
-        """Return one batch with the live rows of both."""
+        """Return one batch with the active sequences of both."""
         self.compact()
         other.compact()
-        parts = [self.columns, other.columns]
-        columns = Columns(**{f.name: _cat([getattr(c, f.name) for c in parts]) for f in dataclasses.fields(Columns)})
-        cache = RowCache.stack([self.cache, other.cache])
-        rows, seeds = self.rows + other.rows, self.seeds + other.seeds
-        return DecodeBatch(self.model, rows, columns, cache, seeds, self.recorder or other.recorder)
+        state = DecodeState.join([self.state, other.state])
+        cache = DecodeCache.stack([self.cache, other.cache])
+        sequences, seeds = self.sequences + other.sequences, self.seeds + other.seeds
+        return DecodeBatch(self.model, sequences, state, cache, seeds, self.recorder or other.recorder)
 
 
 def _cat(columns: Sequence[Tensor]) -> Tensor:
     if columns[0].dim() == 1:
         return torch.cat(list(columns))
     width = max(column.shape[1] for column in columns)
-    # -1 is no token: stop lists are filled up with it, and output slots are not read before they are written.
+    # -1 is not a token: it pads stop tokens, and outputs are not read before they are written.
     return torch.cat([torch.nn.functional.pad(c, (0, width - c.shape[1]), value=-1) for c in columns])
 
 
-def stops_of(row: Row, eos: Sequence[int]) -> list[int]:
-    """Return the tokens that end a row."""
-    return [] if row.params.ignore_eos else [*eos, *(row.params.stop_token_ids or ())]
+def stop_ids_of(sequence: ActiveSequence, eos_ids: Sequence[int]) -> list[int]:
+    """Return the tokens that finish a sequence."""
+    return [] if sequence.params.ignore_eos else [*eos_ids, *(sequence.params.stop_token_ids or ())]

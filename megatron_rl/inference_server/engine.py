@@ -1,11 +1,11 @@
-"""The thread that owns the model: it decodes, and between two tokens it obeys.
+"""The model thread: runs decode steps, and handles control commands between steps.
 
-    HTTP handlers --submit(work)--> waiting --admit--> batch --step--> finished rows --> work.done
-                  --call(f)-------> inbox: run between two steps, in order of arrival
+    HTTP handlers --submit(request)--> waiting --admit--> batch --step--> finished sequences --> request.done
+                  --call(function)---> commands: run between two steps, in order of arrival
 
-``batching = "request"`` decodes the rows of one request at a time, in order of arrival: what a request gets depends on
-the request and the weights alone, whatever else goes on. ``"continuous"`` lets rows of several requests share a batch:
-better use of the machine, but the rounding of a row's logits then depends on its company.
+With ``batching = "request"`` the sequences of one request are decoded at a time, in order of arrival: results depend
+only on the request and the weights. With ``"continuous"``, sequences of several requests share a batch, which uses the
+machine better, but the rounding of a sequence's logits then depends on the other sequences.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from megatron_rl.data.types import fold_seed
 from megatron_rl.inference_server.decode import DecodeBatch
 from megatron_rl.inference_server.model import ServedModel
 from megatron_rl.inference_server.prefill import prefill, score
-from megatron_rl.inference_server.requests import BadRequest, Row, Work
+from megatron_rl.inference_server.requests import ActiveSequence, BadRequest, Request
 
 T = TypeVar("T")
 Batching = Literal["request", "continuous"]
@@ -31,42 +31,39 @@ log = logging.getLogger(__name__)
 
 
 class EngineStopped(RuntimeError):
-    """The engine thread has ended; the server is of no use any more."""
+    """The model thread has ended; the server cannot answer any more."""
 
 
 class Engine:
-    """Decodes what is submitted, until it is closed."""
+    """Generates the submitted requests until it is closed."""
 
     def __init__(
-        self,
-        model: ServedModel,
-        batching: Batching = "request",
-        max_rows: int = 512,
-        seed: int = 0,
+        self, model: ServedModel, batching: Batching = "request", max_sequences: int = 512, seed: int = 0
     ) -> None:
         self.model = model
-        self.max_rows = max_rows
+        self.max_sequences = max_sequences
+        """Maximum number of sequences in a batch."""
         self.batching = batching
         self.paused = False
-        self.waiting: list[Work] = []
-        self.running: list[Work] = []
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
         self.batch: DecodeBatch | None = None
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._open: set[Future[object]] = set()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._pending: set[Future[object]] = set()
         self._closing = False
         self._ended = False
         self._failing = threading.Lock()
         self.on_end: Callable[[], None] = lambda: None
-        """Called by the thread as its last act."""
+        """Called by the model thread when it ends."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._seeds = (fold_seed((seed, i)) for i in itertools.count())
 
     def start(self) -> None:
-        """Start the thread; before that nothing can be submitted."""
+        """Start the model thread; call this before submitting requests."""
         self._thread.start()
 
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Return whether the model thread runs."""
         return self._thread.is_alive()
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
@@ -84,115 +81,116 @@ class Engine:
         self._put(future, run)
         return future
 
-    def submit(self, work: Work) -> None:
-        """Queue the rows; ``work.done`` is set when all have finished."""
-        self._put(work.done, lambda: self.waiting.append(work))
+    def submit(self, request: Request) -> None:
+        """Queue a request; ``request.done`` is set when all its sequences have finished."""
+        self._put(request.done, lambda: self.waiting.append(request))
 
     def _put(self, future: "Future[T]", run: Callable[[], None]) -> None:
         pending = cast(Future[object], future)
-        self._open.add(pending)
-        pending.add_done_callback(self._open.discard)
-        self._inbox.put(run)
+        self._pending.add(pending)
+        pending.add_done_callback(self._pending.discard)
+        self._commands.put(run)
         if self._ended:
-            self._fail_open()
+            self._fail_pending()
 
     def close(self) -> None:
-        """End the thread after the current step."""
-        self._inbox.put(lambda: setattr(self, "_closing", True))
+        """End the model thread after the current step."""
+        self._commands.put(lambda: setattr(self, "_closing", True))
         self._thread.join()
 
     def _run(self) -> None:
-        """Decode until closed; whatever ends the thread, nobody is left waiting."""
+        """Run steps until closed. However the thread ends, all pending futures are resolved."""
         try:
             with torch.inference_mode():
                 while not self._closing:
-                    self._obey()
+                    self._run_commands()
                     if not self.paused and not self._closing:
                         self._admit()
                         self._step()
         finally:
-            # In this order: what is put after the flag is failed by whoever put it, what was put before by this thread.
+            # The order matters: whoever adds a future after the flag is set fails it; this thread fails earlier ones.
             self._ended = True
-            self._fail_open()
+            self._fail_pending()
             self.on_end()
 
-    def _fail_open(self) -> None:
+    def _fail_pending(self) -> None:
         with self._failing:
-            for future in list(self._open):
+            for future in list(self._pending):
                 if not future.done():
                     future.set_exception(EngineStopped("the engine has stopped; its log says why"))
 
-    def _obey(self) -> None:
-        idle = self.paused or not (self.batch or self.waiting or self._unadmitted())
-        while not self._closing and (idle or not self._inbox.empty()):
-            self._inbox.get()()
+    def _run_commands(self) -> None:
+        idle = self.paused or not (self.batch or self.waiting or self._has_unadmitted())
+        while not self._closing and (idle or not self._commands.empty()):
+            self._commands.get()()
             idle = False
 
-    def _unadmitted(self) -> bool:
-        return any(work.waiting for work in self.running)
+    def _has_unadmitted(self) -> bool:
+        return any(request.waiting for request in self.running)
 
     def _admit(self) -> None:
         if self.batch and self.batching == "request":
             return
         if self.waiting and (self.batching == "continuous" or not self.running):
             self.running.append(self.waiting.pop(0))
-        for work in list(self.running):
-            room = self.max_rows - (len(self.batch) if self.batch else 0)
-            if work.waiting and room:
-                rows, work.waiting = work.waiting[:room], work.waiting[room:]
-                self._start(rows)
+        for request in list(self.running):
+            room = self.max_sequences - (len(self.batch) if self.batch else 0)
+            if request.waiting and room:
+                sequences, request.waiting = request.waiting[:room], request.waiting[room:]
+                self._start(sequences)
 
-    def _start(self, rows: list[Row]) -> None:
-        scored = [row for row in rows if row.input_start >= 0 and not row.input_logprobs]
-        for row, logprobs in zip(scored, score(self.model.model, [row.prompt for row in scored]), strict=True):
-            row.input_logprobs = logprobs
-        for row in rows:
-            row.note_version(self.model.version, len(row.output_ids))
-            if row.limit == 0:
-                row.finish = {"type": "length", "length": 0}
-        self._finish([row for row in rows if row.finish])
-        rows = [row for row in rows if not row.finish]
-        if not rows:
+    def _start(self, sequences: list[ActiveSequence]) -> None:
+        to_score = [s for s in sequences if s.input_start >= 0 and not s.input_logprobs]
+        scores = score(self.model.model, [s.prompt for s in to_score])
+        for sequence, logprobs in zip(to_score, scores, strict=True):
+            sequence.input_logprobs = logprobs
+        for sequence in sequences:
+            sequence.note_version(self.model.version, len(sequence.output_ids))
+            if sequence.limit == 0:
+                sequence.finish_reason = {"type": "length", "length": 0}
+        self._finish([s for s in sequences if s.finish_reason])
+        sequences = [s for s in sequences if not s.finish_reason]
+        if not sequences:
             return
-        seeds = [self._seed_of(row) for row in rows]
-        batch, finished = prefill(self.model.model, rows, seeds, self.model.eos, self.model.routes)
+        seeds = [self._seed_of(sequence) for sequence in sequences]
+        batch, finished = prefill(self.model.model, sequences, seeds, self.model.eos_ids, self.model.recorder)
         self.batch = self.batch.join(batch) if self.batch else batch
         self._finish(finished)
 
-    def _seed_of(self, row: Row) -> int:
-        if row.seed is None:
-            row.seed = next(self._seeds)
-        return row.seed
+    def _seed_of(self, sequence: ActiveSequence) -> int:
+        if sequence.seed is None:
+            sequence.seed = next(self._seeds)
+        return sequence.seed
 
     def _step(self) -> None:
         if self.batch:
             self._finish(self.batch.step())
-        if self.batch and self.batch.stop_strings:
+        if self.batch and self.batch.has_stop_strings:
             self._finish(self._at_stop_string(self.batch))
 
-    def _at_stop_string(self, batch: DecodeBatch) -> list[Row]:
+    def _at_stop_string(self, batch: DecodeBatch) -> list[ActiveSequence]:
         stopped = []
-        for row in [row for row in batch.live.values() if row.params.stop_strings]:
-            # A stop string of n characters lies within the last n tokens; a few more for characters of several tokens.
-            tail = batch.peek(row)[0][-(max(map(len, row.params.stop_strings)) + 4) :]
+        for sequence in [s for s in batch.active.values() if s.params.stop_strings]:
+            # A stop string of n characters is in the last n tokens; 4 more for characters of several tokens.
+            tail = batch.peek(sequence)[0][-(max(map(len, sequence.params.stop_strings)) + 4) :]
             text = self.model.text(tail, skip_special_tokens=False)
-            found = [stop for stop in row.params.stop_strings if stop in text]
+            found = [stop for stop in sequence.params.stop_strings if stop in text]
             if found:
-                row.finish = {"type": "stop", "matched": found[0]}
-                stopped.append(row)
+                sequence.finish_reason = {"type": "stop", "matched": found[0]}
+                stopped.append(sequence)
         return batch.withdraw(stopped) if stopped else []
 
-    def _finish(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            row.work.close_one()
+    def _finish(self, sequences: Sequence[ActiveSequence]) -> None:
+        for sequence in sequences:
+            sequence.request.finish_one()
         if self.batch is not None and not self.batch:
             self.batch = None
-        self.running = [work for work in self.running if work.open]
+        self.running = [request for request in self.running if request.num_unfinished]
 
-    # What handlers pass to call():
+    # The methods below run on the model thread: handlers pass them to call().
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop decoding: end all requests, send their rows back to the start of the queue, or leave them in place."""
+        """Stop decoding: abort all requests, retract their sequences to the queue, or leave the batch in place."""
         self.paused = True
         if mode == "abort":
             self.abort(None)
@@ -200,47 +198,49 @@ class Engine:
             self.retract()
 
     def resume(self) -> None:
-        """Go on decoding."""
+        """Continue decoding."""
         self.paused = False
 
     def retract(self) -> None:
-        """Send all rows back; they keep their tokens, and their cache is computed again under the weights of then."""
-        for row in self.batch.withdraw(list(self.batch.live.values())) if self.batch else []:
-            row.num_retractions += 1
-            row.work.waiting.append(row)
-        for work in self.running:
-            work.waiting.sort(key=lambda row: row.index)
+        """Return all sequences to the queue with their tokens; prefill computes their cache again with new weights."""
+        for sequence in self.batch.withdraw(list(self.batch.active.values())) if self.batch else []:
+            sequence.num_retractions += 1
+            sequence.request.waiting.append(sequence)
+        for request in self.running:
+            request.waiting.sort(key=lambda sequence: sequence.index)
         self.batch = None
 
     def abort(self, rid: str | None, message: str = "Aborted") -> None:
-        """End the row with this id, or all rows; they are answered with the tokens they have."""
-        works = [*self.running, *self.waiting]
-        self.abort_rows([row for work in works for row in work.rows if rid in (None, row.rid)], message)
+        """Abort the sequence with this id, or all; they are answered with the tokens they have."""
+        requests = [*self.running, *self.waiting]
+        self.abort_sequences([s for request in requests for s in request.sequences if rid in (None, s.rid)], message)
 
-    def abort_rows(self, rows: Sequence[Row], message: str = "Aborted") -> None:
-        """End these rows, as far as they have not ended."""
-        rows = [row for row in rows if not row.finish]
+    def abort_sequences(self, sequences: Sequence[ActiveSequence], message: str = "Aborted") -> None:
+        """Abort those of the sequences that are not finished."""
+        sequences = [sequence for sequence in sequences if not sequence.finish_reason]
         if self.batch:
-            self.batch.withdraw(rows)
-        for row in rows:
-            row.finish = {"type": "abort", "message": message, "status_code": None, "err_type": None}
-        for work in {row.work for row in rows}:
-            work.waiting = [row for row in work.waiting if not row.finish]
-        self._finish(rows)
-        self.waiting = [work for work in self.waiting if work.open]
+            self.batch.withdraw(sequences)
+        for sequence in sequences:
+            sequence.finish_reason = {"type": "abort", "message": message, "status_code": None, "err_type": None}
+        for request in {sequence.request for sequence in sequences}:
+            request.waiting = [sequence for sequence in request.waiting if not sequence.finish_reason]
+        self._finish(sequences)
+        self.waiting = [request for request in self.waiting if request.num_unfinished]
 
-    def update_output(self, row: Row) -> None:
-        """Bring the row's tokens up to date while it is being decoded."""
-        if self.batch and not row.finish and row not in row.work.waiting and row.work in self.running:
-            self.batch.peek(row)
+    def update_output(self, sequence: ActiveSequence) -> None:
+        """Copy the tokens decoded so far to the sequence."""
+        request = sequence.request
+        waits = sequence in request.waiting or request not in self.running
+        if self.batch and not sequence.finish_reason and not waits:
+            self.batch.peek(sequence)
 
     def flush(self) -> None:
-        """Forget cached prefixes: there are none, but rows in place must not be pulled from under a pause."""
+        """Empty the prefix cache. There is none, but as in SGLang this is refused while sequences run."""
         if self.batch:
-            raise BadRequest(f"cache not flushed: {len(self.batch)} rows are running; retract or abort them first")
+            raise BadRequest(f"cache not flushed: {len(self.batch)} sequences are running; retract or abort them first")
 
     def change_weights(self, change: Callable[[], T], version: str | None) -> T:
-        """Apply a change of the weights or their version; rows in the middle of decoding record it."""
+        """Change the weights or their version; running sequences record the new version."""
         result = change()
         if version is not None:
             self.model.version = version

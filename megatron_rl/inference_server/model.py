@@ -1,7 +1,7 @@
 """The embedded server's model: a Hugging Face causal language model whose weights can be replaced by checkpoint name.
 
-Checkpoints name each expert's matrices one by one while the model in memory holds them fused. Which part of which
-parameter a checkpoint tensor is, is found by sending element numbers through transformers' own save conversion.
+Checkpoints contain each expert's matrices separately, while the model in memory has them fused. To find which elements
+of which parameter a checkpoint tensor is, element numbers are passed through transformers' conversion for saving.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,12 +16,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
 from megatron_rl.fleet.process import require_model
-from megatron_rl.inference_server.masks import has_windowed_layers
+from megatron_rl.inference_server.masks import has_sliding_layers
 from megatron_rl.inference_server.requests import BadRequest
-from megatron_rl.inference_server.routes import RouteRecorder
+from megatron_rl.inference_server.route_recorder import RouteRecorder
 from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.weights.checksum import sha256, sums64
+from megatron_rl.weights.checksum import SHA256, sha256, sums64
 
 
 class ServedModel:
@@ -34,16 +34,16 @@ class ServedModel:
         self.model.requires_grad_(False)
         self.version = version
         self.tensors = checkpoint_views(self.model)
-        self.eos = _eos_ids(self.model)
+        self.eos_ids = _eos_ids(self.model)
         has_tokenizer = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
-        self.routes = RouteRecorder(self.model)
+        self.recorder = RouteRecorder(self.model)
         self.context_length = _context_length(self.model)
         self._staged: dict[str, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     def text(self, token_ids: list[int], skip_special_tokens: bool) -> str:
@@ -51,20 +51,28 @@ class ServedModel:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens) if self.tokenizer else ""
 
     def begin_update(self) -> None:
-        """Open an update; what an earlier one left unfinished is forgotten."""
+        """Open a weight update; an earlier unfinished one is dropped."""
         self._staged = {}
 
     def drop_update(self) -> None:
-        """Close an update and forget what it brought."""
+        """Close the update and drop its tensors."""
         self._staged = None
 
     def require_update(self) -> None:
-        """Refuse what comes outside of an update."""
+        """Check that an update is open.
+
+        Raises:
+            BadRequest: it is not.
+        """
         if self._staged is None:
             raise BadRequest("a weight update must run between begin_weight_update and end_weight_update")
 
     def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Check tensors and keep them until the update ends; one wrong tensor closes the update and changes nothing."""
+        """Validate tensors and keep them until the update ends; return how many are staged.
+
+        Raises:
+            BadRequest: a tensor does not fit the model; this closes the update, and the weights do not change.
+        """
         self.require_update()
         staged, self._staged = self._staged or {}, None
         for name, tensor in named_tensors:
@@ -80,7 +88,7 @@ class ServedModel:
         return len(staged)
 
     def end_update(self) -> str:
-        """Copy all staged tensors into the model; return a sentence that says how many there were."""
+        """Copy all staged tensors to the model; return a message with their number."""
         if self._staged is None:
             raise BadRequest("end_weight_update without begin_weight_update, or after a tensor that was refused")
         staged, self._staged = self._staged, None
@@ -89,7 +97,7 @@ class ServedModel:
         return f"{len(staged)} of {len(self.tensors)} tensors updated"
 
     def load(self, path: str) -> str:
-        """Replace the weights by those of a safetensors file or folder."""
+        """Replace the weights by those of a safetensors file or folder; return a message with their number."""
         source = Path(path)
         files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
         if not files:
@@ -103,19 +111,17 @@ class ServedModel:
             self.stage(tensors.items())
         return self.end_update()
 
-    def checksums(self) -> dict[str, str]:
-        """Return the sha256 of each tensor's bytes, little-endian, row-major, in the type it is served in."""
-        return {name: sha256(tensor) for name, tensor in self.tensors.items()}
-
-    def sums64(self) -> dict[str, str]:
-        """Return another checksum of each tensor, which the device computes."""
+    def checksums(self, algorithm: str = SHA256) -> dict[str, str]:
+        """Return the checksum of each tensor, in the type it is served in: SHA-256, or ``sum64`` on the device."""
+        if algorithm == SHA256:
+            return {name: sha256(tensor) for name, tensor in self.tensors.items()}
         return sums64({name: tensor.contiguous() for name, tensor in self.tensors.items()})
 
 
 def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model with its weights, from a checkpoint of any kind."""
+    """Load the model from a checkpoint of any supported format."""
     hf = read_hf_config(folder)
-    # eager or grouped_mm experts: the batched_mm form is 20 to 50 times slower on a CPU
+    # transformers then uses eager or grouped_mm experts: batched_mm is 20 to 50 times slower on a CPU
     if holds_hf_files(folder) and QUANTIZATION_CONFIG not in hf:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     family = family_of(hf)
@@ -126,10 +132,10 @@ def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     with torch.no_grad():
         for name, view in checkpoint_views(model).items():
             parts = stacks.get(name, (name,))
-            for part, own in zip(parts, view if name in stacks else (view,), strict=True):
+            for part, target in zip(parts, view if name in stacks else (view,), strict=True):
                 if part not in source.specs:
                     raise DataError(f"{folder} has no tensor {part}, which transformers' {type(model).__name__} needs")
-                own.copy_(source.read(part))
+                target.copy_(source.read(part))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -144,35 +150,35 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:
             continue
         seen.add(parameter.data_ptr())
         numbers = torch.arange(parameter.numel()).view(parameter.shape)
-        for checkpoint_name, places in revert_weight_conversion(model, {name: numbers}).items():
-            views[checkpoint_name] = _view(parameter, places, checkpoint_name)
+        for checkpoint_name, elements in revert_weight_conversion(model, {name: numbers}).items():
+            views[checkpoint_name] = _view(parameter, elements, checkpoint_name)
     return views
 
 
-def _view(parameter: Tensor, places: Tensor, name: str) -> Tensor:
-    """Return the view of the parameter that holds the elements with these numbers."""
-    first = int(places.flatten()[0])
+def _view(parameter: Tensor, elements: Tensor, name: str) -> Tensor:
+    """Return the view of the parameter whose elements have these numbers."""
+    first = int(elements.flatten()[0])
     strides = [
-        int(places.select(dim, 1).flatten()[0]) - first if size > 1 else 1 for dim, size in enumerate(places.shape)
+        int(elements.select(dim, 1).flatten()[0]) - first if size > 1 else 1 for dim, size in enumerate(elements.shape)
     ]
-    if not torch.equal(torch.arange(parameter.numel()).as_strided(places.shape, strides, first), places):
+    if not torch.equal(torch.arange(parameter.numel()).as_strided(elements.shape, strides, first), elements):
         raise DataError(f"{name} is not a regular part of the model's parameter: this architecture cannot be served")
-    return parameter.as_strided(places.shape, strides, parameter.storage_offset() + first)
+    return parameter.as_strided(elements.shape, strides, parameter.storage_offset() + first)
 
 
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    given = [model.config.get_text_config().eos_token_id]
+    entries = [model.config.get_text_config().eos_token_id]
     if model.generation_config is not None:
-        given.append(model.generation_config.eos_token_id)
-    ids = [i for entry in given for i in (entry if isinstance(entry, list) else [entry])]
+        entries.append(model.generation_config.eos_token_id)
+    ids = [i for entry in entries for i in (entry if isinstance(entry, list) else [entry])]
     return tuple(sorted({i for i in ids if i is not None}))
 
 
 def _context_length(model: PreTrainedModel) -> int:
     config = model.config.get_text_config().to_dict()
     limits = [config["max_position_embeddings"]]
-    if config.get("use_sliding_window", True) and config.get("sliding_window") and not has_windowed_layers(model):
-        limits.append(config["sliding_window"])  # below its window a sliding layer is a full one
+    if config.get("use_sliding_window", True) and config.get("sliding_window") and not has_sliding_layers(model):
+        limits.append(config["sliding_window"])  # up to its window a sliding layer equals a full one
     return min(limits)
 
 

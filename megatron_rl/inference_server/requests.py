@@ -1,4 +1,4 @@
-"""What the embedded server admits: generate requests, checked field by field, and the rows they become."""
+"""The requests that the embedded server accepts: validation of HTTP bodies, and the sequences to generate."""
 
 import uuid
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class BadRequest(ValueError):
-    """The request cannot be served as it is; answered with status 400."""
+    """The request is invalid; answered with status 400."""
 
 
 _StopString = Annotated[str, Field(min_length=1)]
@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 
 
 class SamplingParams(_Strict):
-    """SGLang's sampling parameters, as far as the embedded server has them; others are refused, never ignored."""
+    """The sampling parameters of SGLang that the embedded server supports; others are refused, not ignored."""
 
     max_new_tokens: Annotated[int, Field(ge=0)] = 128
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -37,23 +37,23 @@ class SamplingParams(_Strict):
     stop: _StopString | tuple[_StopString, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool = False
-    """Also switches ``stop_token_ids`` off, as in SGLang."""
+    """Also disables ``stop_token_ids``, as in SGLang."""
     skip_special_tokens: bool = True
     sampling_seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
 
     @property
-    def narrows(self) -> bool:
-        """Whether some tokens are excluded from the draw."""
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p exclude tokens."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, none as an empty tuple."""
+        """The stop strings; an empty tuple if there are none."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
 
 
 class GenerateBody(_Strict):
-    """The body of ``POST /generate``: one prompt, or a list of prompts with lists for whatever differs."""
+    """The body of ``POST /generate``: one prompt, or several, with one value for all of them or a list of values."""
 
     input_ids: list[int] | list[list[int]]
     sampling_params: SamplingParams | list[SamplingParams] = SamplingParams()
@@ -64,69 +64,73 @@ class GenerateBody(_Strict):
     stream: bool = False
 
 
-class Work:
-    """The rows of one HTTP request: they are answered together."""
+class Request:
+    """The sequences of one HTTP request, which are answered together."""
 
-    def __init__(self, rows: "list[Row]", single: bool, stream: bool) -> None:
-        self.rows = rows
+    def __init__(self, sequences: "list[ActiveSequence]", single: bool, stream: bool) -> None:
+        self.sequences = sequences
         self.single = single
-        """The answer is one object, not a list."""
+        """Whether the answer is one object instead of a list."""
         self.stream = stream
-        self.waiting = list(rows)
-        """Rows that are not being decoded yet, or were sent back."""
-        self.open = len(rows)
+        self.waiting = list(sequences)
+        """Sequences that are not being decoded: not started yet, or retracted."""
+        self.num_unfinished = len(sequences)
         self.done: Future[None] = Future()
-        self.done.set_running_or_notify_cancel()  # a client that goes away must not cancel it under the engine
-        for index, row in enumerate(rows):
-            row.work, row.index = self, index
+        self.done.set_running_or_notify_cancel()  # a client that disconnects must not cancel the engine's future
+        for index, sequence in enumerate(sequences):
+            sequence.request, sequence.index = self, index
 
-    def close_one(self) -> None:
-        """Count one row as finished."""
-        self.open -= 1
-        if not self.open and not self.done.done():
+    def finish_one(self) -> None:
+        """Count one sequence as finished."""
+        self.num_unfinished -= 1
+        if not self.num_unfinished and not self.done.done():
             self.done.set_result(None)
 
 
 @dataclass(eq=False)
-class Row:
-    """One sequence to decode."""
+class ActiveSequence:
+    """One sequence to generate or score."""
 
     rid: str
     prompt: list[int]
     params: SamplingParams
     return_logprob: bool
     input_start: int
-    """Position from which the log-probs of the prompt are wanted; -1: not wanted."""
+    """First position whose prompt log-probs are returned; -1: none are."""
     limit: int
-    """Most output tokens: what was asked for, or what the context leaves."""
+    """Maximum number of output tokens: the requested number, or what the context allows."""
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[str, int]] = field(default_factory=list)
-    """(weight version, first output token made with it)."""
-    finish: Mapping[str, str | int | None] | None = None
+    """(weight version, index of the first output token generated with it)."""
+    finish_reason: Mapping[str, str | int | None] | None = None
     num_retractions: int = 0
     seed: int | None = None
-    returns_routes: bool = False
-    """Whether the experts that its tokens took are wanted."""
+    return_routes: bool = False
+    """Whether to return the experts that each token was routed to."""
     routes: Tensor | None = None
-    """int16 [tokens but the last, A, E], see ``RouteRecorder``; None: not wanted, or not decoded yet."""
+    """int16 [tokens but the last, L, K], see ``RouteRecorder``; None if not returned, or not decoded yet."""
     prefix_routes: Tensor | None = None
-    """Those of the tokens that were there when decoding began, or began again under other weights."""
-    work: Work = field(init=False, repr=False)
+    """Routes of the tokens that existed when decoding began, or began again after a retraction."""
+    request: Request = field(init=False, repr=False)
     index: int = field(init=False)
-    """Position among the rows of its request."""
+    """Index in its request."""
 
     def note_version(self, version: str, position: int) -> None:
-        """Record that output tokens from this position on come from these weights."""
+        """Record that output tokens from this position on are generated with this version of the weights."""
         if self.versions and self.versions[-1][1] == position:
             self.versions.pop()
         if not self.versions or self.versions[-1][0] != version:
             self.versions.append((version, position))
 
 
-def parse_work(raw: bytes) -> Work:
-    """Return the rows that a request body asks for, prompt-major with n answers each."""
+def parse_request(raw: bytes) -> Request:
+    """Return the sequences of a request body: for each prompt its ``n`` sequences.
+
+    Raises:
+        BadRequest: the body is invalid.
+    """
     try:
         body = GenerateBody.model_validate_json(raw)
     except ValidationError as error:
@@ -139,9 +143,9 @@ def parse_work(raw: bytes) -> Work:
     rids = [None] * len(prompts) if body.rid is None else _per_prompt("rid", body.rid, len(prompts))
     logprobs = _per_prompt("return_logprob", body.return_logprob, len(prompts))
     starts = _per_prompt("logprob_start_len", body.logprob_start_len, len(prompts))
-    rows = [
-        # With n > 1 SGLang replaces the given rids by new ones; the seeds must differ or all n answers would be equal.
-        Row(
+    sequences = [
+        # With n > 1 SGLang replaces the given ids by new ones. The seeds must differ, or all n outputs would be equal.
+        ActiveSequence(
             rid=(rid if p.n == 1 else None) or uuid.uuid4().hex,
             prompt=prompt,
             params=p,
@@ -149,15 +153,15 @@ def parse_work(raw: bytes) -> Work:
             input_start=start if logprob else -1,
             limit=p.max_new_tokens,
             seed=_seed_of(p, i),
-            returns_routes=body.return_routed_experts,
+            return_routes=body.return_routed_experts,
         )
         for prompt, p, rid, logprob, start in zip(prompts, params, rids, logprobs, starts, strict=True)
         for i in range(p.n)
     ]
-    single = len(rows) == 1 and not (body.input_ids and isinstance(body.input_ids[0], list))
+    single = len(sequences) == 1 and not (body.input_ids and isinstance(body.input_ids[0], list))
     if body.stream and not single:
-        raise BadRequest("stream: the embedded server streams one sequence a request; send one prompt with n = 1")
-    return Work(rows, single, body.stream)
+        raise BadRequest("stream: the embedded server streams one sequence per request; send one prompt with n = 1")
+    return Request(sequences, single, body.stream)
 
 
 def _seed_of(params: SamplingParams, index: int) -> int | None:

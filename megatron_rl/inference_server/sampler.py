@@ -1,9 +1,9 @@
-"""Draws one token a row, from one uniform number a row.
+"""Samples one token per sequence from one uniform number per sequence.
 
-The uniform is a hash of (the row's seed, the token's position), so a row's tokens depend on its seed and its logits
-alone: not on the rows beside it, not on how often it was paused or moved to another server.
+The uniform number is a hash of the sequence's seed and the token's position, so a sequence's tokens depend on its seed
+and its logits only: not on the other sequences of the batch, on pauses, or on the server.
 
-Legend: B rows, V vocabulary.
+Legend: B sequences, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ _STEP, _MIX_A, _MIX_B = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 
 @dataclass(frozen=True)
-class SamplingColumns:
-    """The sampling parameters of B rows as tensors."""
+class SamplingTensors:
+    """The sampling parameters of a batch as tensors."""
 
     temperatures_B: Tensor
     top_ks_B: Tensor
@@ -27,13 +27,13 @@ class SamplingColumns:
     min_ps_B: Tensor
     seeds_B: Tensor
     greedy_B: Tensor
-    truncated: bool
-    """Some row narrows the distribution with top-k, top-p or min-p."""
+    truncates: bool
+    """Whether some sequence has top-k, top-p or min-p."""
     all_greedy: bool
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int) -> "SamplingColumns":
-        """Return the columns of these rows; a temperature of 0 is greedy and reports log-probs at temperature 1."""
+    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocabulary: int) -> "SamplingTensors":
+        """Return the tensors for these parameters; temperature 0 is greedy, with log-probs at temperature 1."""
         greedy = [p.temperature == 0 or p.top_k == 1 for p in params]
         return cls(
             torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64),
@@ -42,12 +42,12 @@ class SamplingColumns:
             torch.tensor([p.min_p for p in params], dtype=torch.float64),
             torch.tensor(seeds, dtype=torch.int64),
             torch.tensor(greedy),
-            any(p.narrows and not g for p, g in zip(params, greedy, strict=True)),
+            any(p.truncates and not g for p, g in zip(params, greedy, strict=True)),
             all(greedy),
         )
 
-    def to(self, device: torch.device) -> "SamplingColumns":
-        """Return the columns on a device."""
+    def to(self, device: torch.device) -> "SamplingTensors":
+        """Return the tensors on a device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)})
 
@@ -66,32 +66,32 @@ def _shift(x_B: Tensor, bits: int) -> Tensor:
     return (x_B >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def sample(logits_BV: Tensor, columns: SamplingColumns, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a token [B] and its log-probability [B].
+def sample(logits_BV: Tensor, params: SamplingTensors, positions_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sampled tokens [B] and their log-probabilities [B] in nats.
 
-    The log-probability is the one that SGLang reports: after temperature, before top-k, top-p and min-p.
+    As in SGLang, log-probabilities are those after temperature and before top-k, top-p and min-p.
     """
-    exact = logits_BV.dtype if logits_BV.dtype == torch.float64 else torch.float32
-    logprobs_BV = (logits_BV.to(exact) / columns.temperatures_B[:, None].to(exact)).log_softmax(-1)
-    tokens_B = logprobs_BV.argmax(-1)
-    if not columns.all_greedy:
+    dtype = logits_BV.dtype if logits_BV.dtype == torch.float64 else torch.float32
+    logprobs_BV = (logits_BV.to(dtype) / params.temperatures_B[:, None].to(dtype)).log_softmax(-1)
+    ids_B = logprobs_BV.argmax(-1)
+    if not params.all_greedy:
         probs_BV = logprobs_BV.double().exp()
-        if columns.truncated:
-            probs_BV = truncate(probs_BV, columns)
-        # The first token whose cumulative weight exceeds the target: one of weight 0 can never be it.
+        if params.truncates:
+            probs_BV = truncate(probs_BV, params)
+        # The first token whose cumulative weight exceeds the target, which is never a token of weight 0.
         cumulative_BV = probs_BV.cumsum(-1)
-        target_B = uniforms(columns.seeds_B, positions_B) * cumulative_BV[:, -1]
-        drawn_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
-        tokens_B = torch.where(columns.greedy_B, tokens_B, drawn_B.clamp_(max=logits_BV.shape[1] - 1))
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+        target_B = uniforms(params.seeds_B, positions_B) * cumulative_BV[:, -1]
+        sampled_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+        ids_B = torch.where(params.greedy_B, ids_B, sampled_B.clamp_(max=logits_BV.shape[1] - 1))
+    return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]
 
 
-def truncate(probs_BV: Tensor, columns: SamplingColumns) -> Tensor:
-    """Return the probabilities with those outside top-k, top-p or min-p set to 0, all three judged on the whole."""
+def truncate(probs_BV: Tensor, params: SamplingTensors) -> Tensor:
+    """Return the probabilities with those excluded by top-k, top-p or min-p of the full distribution set to 0."""
     sorted_BV, ids_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     ranks_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
-    keep_BV = ranks_V < columns.top_ks_B[:, None]
-    keep_BV &= before_BV <= columns.top_ps_B[:, None]
-    keep_BV &= sorted_BV >= sorted_BV[:, :1] * columns.min_ps_B[:, None]
+    keep_BV = ranks_V < params.top_ks_B[:, None]
+    keep_BV &= before_BV <= params.top_ps_B[:, None]
+    keep_BV &= sorted_BV >= sorted_BV[:, :1] * params.min_ps_B[:, None]
     return torch.zeros_like(probs_BV).scatter_(1, ids_BV, sorted_BV * keep_BV)

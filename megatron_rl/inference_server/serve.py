@@ -1,4 +1,4 @@
-"""``megatron-rl serve``: runs the embedded server in this process until it is told to stop."""
+"""``megatron-rl serve``: runs the embedded server in this process until a signal stops it."""
 
 import argparse
 import asyncio
@@ -8,19 +8,20 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_rl.errors import MegatronRLError
-from megatron_rl.fleet.process import check_port, require_model
+from megatron_rl.fleet.process import require_model
+from megatron_rl.util.ports import check_port
 
-if TYPE_CHECKING:  # torch is loaded by serve(), not by asking for help
+if TYPE_CHECKING:  # --help does not import torch
     from megatron_rl.inference_server.engine import Engine
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the verb."""
+    """Add the options of the verb."""
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=30000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=30000, help="port; 0 chooses a free one (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="type of weights and activations"
     )
@@ -32,16 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="for requests that bring no sampling_seed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of requests without a sampling_seed")
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Load the model, then answer until SIGTERM or SIGINT; return the exit code."""
+    """Load the model and serve it until SIGTERM or SIGINT; return the exit code."""
     require_model(args.model)
     if args.port:
         check_port(args.host, args.port)
-    # Slow to import: what can be refused is refused before.
+    # Imported late, after cheap checks: torch takes seconds to import.
     import torch
 
     from megatron_rl.distributed.mesh import on_cuda
@@ -65,20 +66,20 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:
 
     from megatron_rl.inference_server.server import EmbeddedServer
 
-    # A handler ends with its client: rows that nobody waits for are not decoded to their end.
+    # A handler is cancelled when its client disconnects, so that abandoned sequences are not decoded to their end.
     app = EmbeddedServer(engine).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # A server without an engine is of no use: it ends, so that whoever started it sees it.
+    # If the model thread ends, so does the server: its parent sees that.
     engine.on_end = lambda: _wake(loop, stop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     try:
         await web.TCPSite(runner, host, port).start()
         url = "http://{}:{}".format(*runner.addresses[0][:2])
-        log.info("serving %s on %s, batching by %s", engine.model.path, url, engine.batching)
+        log.info("Serving %s on %s with %s batching", engine.model.path, url, engine.batching)
         await stop.wait()
     finally:
         await runner.cleanup()
@@ -90,7 +91,7 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 
 def main() -> int:
-    """Run the verb on its own, as a child process of a run."""
+    """Run the verb as a program, as the child process of a run."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parser = argparse.ArgumentParser(prog="megatron-rl serve", description=__doc__)
     add_arguments(parser)

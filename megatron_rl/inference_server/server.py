@@ -1,6 +1,6 @@
-"""The embedded server: SGLang's HTTP API over a decode loop on the Hugging Face model.
+"""The HTTP handlers of the embedded server, which speaks SGLang's API.
 
-It runs wherever PyTorch runs. One process, one model, one engine thread; handlers only translate.
+One process has one model and one model thread; handlers only validate requests and pass them on.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ from typing import TypeVar, cast, get_args
 from aiohttp import web
 
 from megatron_rl.fleet.protocol import Endpoint
-from megatron_rl.inference_server.answers import answer_of
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
-from megatron_rl.inference_server.payload import read_tensors
-from megatron_rl.inference_server.requests import BadRequest, Row, Work, parse_work
+from megatron_rl.inference_server.requests import ActiveSequence, BadRequest, Request, parse_request
+from megatron_rl.inference_server.responses import response_json
 from megatron_rl.inference_server.shared_buffers import SharedBufferReader, parse_body
+from megatron_rl.inference_server.tensor_payload import read_tensors
 from megatron_rl.inference_server.weight_groups import WeightGroups
 from megatron_rl.weights.checksum import SHA256, SUM64
 from megatron_rl.weights.shared_memory import MemoryLocation
@@ -28,10 +28,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Json = dict[str, object]
 log = logging.getLogger(__name__)
 _STREAM_SECONDS = 0.02
+"""Interval between two events of a stream."""
 
 
 class EmbeddedServer:
-    """The handlers. Each says in its name which path it answers."""
+    """The handlers, one per path."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -41,7 +42,7 @@ class EmbeddedServer:
         self._next_version: str | None = None
 
     def application(self) -> web.Application:
-        """Return the aiohttp application with every path."""
+        """Return the aiohttp application."""
         app = web.Application(client_max_size=0, middlewares=[_errors])
         get, post = app.router.add_get, app.router.add_post
         get(Endpoint.HEALTH, self.health)
@@ -69,25 +70,26 @@ class EmbeddedServer:
         return app
 
     async def _engine(self, function: Callable[[], T]) -> T:
+        """Run a function on the model thread."""
         return await asyncio.wrap_future(self.engine.call(function))
 
     async def health(self, _request: web.Request) -> web.Response:
-        """Answer 200 while the engine thread lives."""
+        """Answer 200 while the model thread runs."""
         return web.Response(status=200 if self.engine.is_alive() else 503)
 
     async def health_generate(self, _request: web.Request) -> web.Response:
-        """Answer 200 when the engine thread has answered."""
+        """Answer 200 once the model thread has handled a command."""
         await self._engine(lambda: None)
         return web.Response()
 
     async def server_info(self, _request: web.Request) -> web.Response:
-        """Say what runs here."""
+        """Return the server's settings."""
         return web.json_response(
             {
                 "model_path": self.model.path,
                 "dtype": str(self.model.model.dtype).removeprefix("torch."),
                 "context_length": self.model.context_length,
-                "max_running_requests": self.engine.max_rows,
+                "max_running_requests": self.engine.max_sequences,
                 "batching": self.engine.batching,
                 "device": str(self.model.device),
                 "weight_version": self.model.version,
@@ -97,7 +99,7 @@ class EmbeddedServer:
         )
 
     async def model_info(self, _request: web.Request) -> web.Response:
-        """Say which weights are served."""
+        """Return the model and the version of its weights."""
         return web.json_response(
             {
                 "model_path": self.model.path,
@@ -110,46 +112,46 @@ class EmbeddedServer:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Sample, or score with ``max_new_tokens = 0`` and ``logprob_start_len = 0``."""
         begin = time.perf_counter()
-        work = parse_work(await request.read())
-        for row in work.rows:
-            self._fit(row)
-        self.engine.submit(work)
-        if work.stream:
-            return await self._stream(request, work, begin)
-        await _settled(self.engine, work)
-        answers = [answer_of(row, self.model, time.perf_counter() - begin) for row in work.rows]
-        return web.json_response(answers[0] if work.single else answers)
+        parsed = parse_request(await request.read())
+        for sequence in parsed.sequences:
+            self._fit(sequence)
+        self.engine.submit(parsed)
+        if parsed.stream:
+            return await self._stream(request, parsed, begin)
+        await _finished(self.engine, parsed)
+        answers = [response_json(s, self.model, time.perf_counter() - begin) for s in parsed.sequences]
+        return web.json_response(answers[0] if parsed.single else answers)
 
-    def _fit(self, row: Row) -> None:
-        """Limit a row to the context, or refuse it."""
+    def _fit(self, sequence: ActiveSequence) -> None:
+        """Limit a sequence to the context, or refuse it."""
         context, vocabulary = self.model.context_length, self.model.model.config.get_text_config().vocab_size
-        if len(row.prompt) >= context:
+        if len(sequence.prompt) >= context:
             raise BadRequest(
-                f"the input ({len(row.prompt)} tokens) is longer than the model's context ({context} tokens)"
+                f"the input ({len(sequence.prompt)} tokens) is longer than the model's context ({context} tokens)"
             )
-        if not 0 <= min(row.prompt) <= max(row.prompt) < vocabulary:
-            raise BadRequest(f"input_ids has a token outside [0, {vocabulary}): {max(row.prompt, key=abs)}")
-        if row.params.stop_strings and self.model.tokenizer is None:
+        if not 0 <= min(sequence.prompt) <= max(sequence.prompt) < vocabulary:
+            raise BadRequest(f"input_ids has a token outside [0, {vocabulary}): {max(sequence.prompt, key=abs)}")
+        if sequence.params.stop_strings and self.model.tokenizer is None:
             raise BadRequest("stop needs a tokenizer, and the model folder has none; send stop_token_ids")
-        row.limit = min(row.limit, context - len(row.prompt))
+        sequence.limit = min(sequence.limit, context - len(sequence.prompt))
 
-    async def _stream(self, request: web.Request, work: Work, begin: float) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, parsed: Request, begin: float) -> web.StreamResponse:
         """Send the answer so far whenever it has grown, as server-sent events."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        row, sent, finished = work.rows[0], 0, False
+        sequence, sent, finished = parsed.sequences[0], 0, False
         try:
             while not finished:
-                await asyncio.wait([asyncio.wrap_future(work.done)], timeout=_STREAM_SECONDS)
-                finished = work.done.done()
-                await self._engine(lambda: self.engine.update_output(row))
-                if finished or len(row.output_ids) > sent:
-                    sent = len(row.output_ids)
-                    data = json.dumps(answer_of(row, self.model, time.perf_counter() - begin))
+                await asyncio.wait([asyncio.wrap_future(parsed.done)], timeout=_STREAM_SECONDS)
+                finished = parsed.done.done()
+                await self._engine(lambda: self.engine.update_output(sequence))
+                if finished or len(sequence.output_ids) > sent:
+                    sent = len(sequence.output_ids)
+                    data = json.dumps(response_json(sequence, self.model, time.perf_counter() - begin))
                     await response.write(f"data: {data}\n\n".encode())
             await response.write(b"data: [DONE]\n\n")
         finally:
-            self.engine.call(lambda: self.engine.abort_rows(work.rows))
+            self.engine.call(lambda: self.engine.abort_sequences(parsed.sequences))
         return response
 
     async def pause(self, request: web.Request) -> web.Response:
@@ -162,20 +164,20 @@ class EmbeddedServer:
         return _done(f"paused: {mode}")
 
     async def resume(self, request: web.Request) -> web.Response:
-        """Go on decoding."""
+        """Continue decoding."""
         await _body(request, {"torch_empty_cache"})
         await self._engine(self.engine.resume)
         return _done("continued")
 
     async def abort(self, request: web.Request) -> web.Response:
-        """End one request, or all."""
+        """Abort one sequence, or all."""
         body = await _body(request, {"rid", "abort_all", "abort_message"})
         rid = None if body.get("abort_all") else _text(body, "rid")
         await self._engine(lambda: self.engine.abort(rid, str(body.get("abort_message") or "Aborted")))
         return web.Response()
 
     async def flush(self, _request: web.Request) -> web.Response:
-        """Forget cached prefixes."""
+        """Empty the prefix cache."""
         await self._engine(self.engine.flush)
         return web.Response(text="Cache flushed.\n")
 
@@ -207,7 +209,7 @@ class EmbeddedServer:
         return _done(f"{staged} tensors staged")
 
     async def join_group(self, request: web.Request) -> web.Response:
-        """Join the sender of weights in a group."""
+        """Join a group with the sender of weights."""
         known = {"master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"}
         await self.groups.join(await _body(request, known))
         return _done("joined")
@@ -238,7 +240,7 @@ class EmbeddedServer:
         return _done(f"{staged} tensors staged")
 
     async def end_update(self, request: web.Request) -> web.Response:
-        """Make the staged tensors the model's."""
+        """Apply the staged tensors."""
         await _body(request, set())
         self.shared.close()
         change, version = self.engine.change_weights, self._next_version
@@ -257,7 +259,7 @@ class EmbeddedServer:
         return _done(message, num_paused_requests=0)
 
     async def update_version(self, request: web.Request) -> web.Response:
-        """Give the weights another version."""
+        """Set the version of the weights."""
         body = await _body(request, {"new_version", "abort_all_requests"})
         version = _text(body, "new_version")
         if body.get("abort_all_requests", True):
@@ -273,16 +275,16 @@ class EmbeddedServer:
         algorithm = body.get("algorithm", SHA256)
         if algorithm not in (SHA256, SUM64):
             raise BadRequest(f"algorithm is {algorithm!r}; this server knows sha256 and {SUM64}")
-        checksums = await self._engine(self.model.sums64 if algorithm == SUM64 else self.model.checksums)
+        checksums = await self._engine(lambda: self.model.checksums(str(algorithm)))
         return _done(f"{len(checksums)} tensors", ranks=[{"checksums": checksums}], algorithm=algorithm)
 
 
-async def _settled(engine: Engine, work: Work) -> None:
-    """Wait for the work; if the client goes away meanwhile, end its rows."""
+async def _finished(engine: Engine, request: Request) -> None:
+    """Wait for the request; if the client disconnects first, abort its sequences."""
     try:
-        await asyncio.wrap_future(work.done)
+        await asyncio.wrap_future(request.done)
     except asyncio.CancelledError:
-        engine.call(lambda: engine.abort_rows(work.rows))
+        engine.call(lambda: engine.abort_sequences(request.sequences))
         raise
 
 

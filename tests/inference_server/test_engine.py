@@ -8,13 +8,13 @@ import torch
 
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.inference_server.requests import BadRequest
-from tests.inference_server.tiny import finished, prompts_of, running, work_of
+from tests.inference_server.tiny import finished, prompts_of, request_of, running
 
 LONG = {"max_new_tokens": 200, "sampling_seed": 1}
 
 
 def wait_for_tokens(engine: Engine) -> None:
-    """Return when rows have been decoded for a few steps."""
+    """Return when sequences have been decoded for a few steps."""
     while engine.call(lambda: max(engine.batch.counts(), default=0) if engine.batch else 0).result() < 5:
         time.sleep(0.001)
 
@@ -31,74 +31,77 @@ def test_paused_rows_go_on_and_finish_with_the_same_tokens(moe_folder: Path, mod
     prompts = prompts_of(4, 7, 5)
     params = [{"max_new_tokens": 60 + i, "sampling_seed": i} for i in range(3)]
     with running(moe_folder) as engine:
-        [undisturbed] = finished(engine, work_of(prompts, params))
-        work = work_of(prompts, params)
-        engine.submit(work)
+        [undisturbed] = finished(engine, request_of(prompts, params))
+        request = request_of(prompts, params)
+        engine.submit(request)
         wait_for_tokens(engine)
         engine.call(lambda: engine.pause(mode)).result()
-        assert not work.done.done()
+        assert not request.done.done()
         engine.call(engine.resume).result()
-        work.done.result(timeout=30)
-    assert [row.output_ids for row in work.rows] == [row.output_ids for row in undisturbed]
-    assert [row.num_retractions for row in work.rows] == [int(mode == "retract")] * 3
+        request.done.result(timeout=30)
+    assert [sequence.output_ids for sequence in request.sequences] == [sequence.output_ids for sequence in undisturbed]
+    assert [sequence.num_retractions for sequence in request.sequences] == [int(mode == "retract")] * 3
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_weight_change_in_the_middle_is_recorded_token_by_token(moe_folder: Path, mode: PauseMode) -> None:
     prompts = prompts_of(4, 7)
     with running(moe_folder) as engine:
-        work = work_of(prompts, [LONG] * 2)
-        engine.submit(work)
+        request = request_of(prompts, [LONG] * 2)
+        engine.submit(request)
         wait_for_tokens(engine)
         engine.call(lambda: engine.pause(mode)).result()
         engine.call(lambda: engine.change_weights(double(engine), "1")).result()
         engine.call(engine.resume).result()
-        work.done.result(timeout=30)
-        for row in work.rows:
-            [(first, start), (second, change)] = row.versions
+        request.done.result(timeout=30)
+        for sequence in request.sequences:
+            [(first, start), (second, change)] = sequence.versions
             assert (first, start, second) == ("0", 0, "1")
             assert 5 <= change < 200
-            old = work_of([row.prompt], [LONG])
+            old = request_of([sequence.prompt], [LONG])
             engine.call(lambda: engine.model.tensors["model.norm.weight"].div_(2)).result()
             finished(engine, old)
             engine.call(double(engine)).result()
-            assert row.output_ids[:change] == old.rows[0].output_ids[:change]
-            assert row.output_ids != old.rows[0].output_ids
-            # Under the new weights, given everything before: only a retracted row has its cache computed again.
+            assert sequence.output_ids[:change] == old.sequences[0].output_ids[:change]
+            assert sequence.output_ids != old.sequences[0].output_ids
+            # Log-probs under the new weights. Only a retracted sequence has its whole cache computed again.
             if mode == "retract":
                 new = engine.model.model
                 with torch.no_grad():
-                    logits_TV = new(torch.tensor([row.prompt + row.output_ids])).logits[0, len(row.prompt) - 1 : -1]
-                expected_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(row.output_ids)[:, None])[:, 0]
-                torch.testing.assert_close(torch.tensor(row.logprobs)[change:], expected_T[change:], atol=1e-5, rtol=0)
+                    logits_TV = new(torch.tensor([sequence.prompt + sequence.output_ids])).logits[0]
+                logits_TV = logits_TV[len(sequence.prompt) - 1 : -1]
+                expected_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(sequence.output_ids)[:, None])[:, 0]
+                torch.testing.assert_close(
+                    torch.tensor(sequence.logprobs)[change:], expected_T[change:], atol=1e-5, rtol=0
+                )
 
 
 def test_abort_by_id_ends_one_row_with_what_it_has(moe_folder: Path) -> None:
     with running(moe_folder) as engine:
-        work = work_of(prompts_of(4, 4), [LONG, {**LONG, "max_new_tokens": 40}], rid=["one", "two"])
-        engine.submit(work)
+        request = request_of(prompts_of(4, 4), [LONG, {**LONG, "max_new_tokens": 40}], rid=["one", "two"])
+        engine.submit(request)
         wait_for_tokens(engine)
         engine.call(lambda: engine.abort("one")).result()
-        work.done.result(timeout=30)
-    aborted, other = work.rows
-    assert aborted.finish is not None
-    assert aborted.finish["type"] == "abort"
+        request.done.result(timeout=30)
+    aborted, other = request.sequences
+    assert aborted.finish_reason is not None
+    assert aborted.finish_reason["type"] == "abort"
     assert 0 < len(aborted.output_ids) == len(aborted.logprobs) < 200
-    assert other.finish == {"type": "length", "length": 40}
+    assert other.finish_reason == {"type": "length", "length": 40}
 
 
 def test_pause_abort_ends_running_and_waiting_rows(moe_folder: Path) -> None:
     with running(moe_folder) as engine:
-        works = [work_of(prompts_of(4), [LONG]) for _ in range(3)]
-        for work in works:
-            engine.submit(work)
+        requests = [request_of(prompts_of(4), [LONG]) for _ in range(3)]
+        for request in requests:
+            engine.submit(request)
         wait_for_tokens(engine)
         engine.call(lambda: engine.pause("abort")).result()
-        for work in works:
-            work.done.result(timeout=30)
-            assert work.rows[0].finish is not None
-            assert work.rows[0].finish["type"] == "abort"
-        late = work_of(prompts_of(4), [{"max_new_tokens": 2}])
+        for request in requests:
+            request.done.result(timeout=30)
+            assert request.sequences[0].finish_reason is not None
+            assert request.sequences[0].finish_reason["type"] == "abort"
+        late = request_of(prompts_of(4), [{"max_new_tokens": 2}])
         engine.submit(late)
         time.sleep(0.05)
         assert not late.done.done()
@@ -109,30 +112,30 @@ def test_pause_abort_ends_running_and_waiting_rows(moe_folder: Path) -> None:
 def test_flush_is_refused_only_while_rows_are_in_place(moe_folder: Path) -> None:
     with running(moe_folder) as engine:
         engine.call(engine.flush).result()
-        work = work_of(prompts_of(4), [LONG])
-        engine.submit(work)
+        request = request_of(prompts_of(4), [LONG])
+        engine.submit(request)
         wait_for_tokens(engine)
         engine.call(lambda: engine.pause("in_place")).result()
-        with pytest.raises(BadRequest, match="1 rows are running"):
+        with pytest.raises(BadRequest, match="1 sequences are running"):
             engine.call(engine.flush).result()
         engine.call(lambda: engine.pause("retract")).result()
         engine.call(engine.flush).result()
 
 
-def test_rows_beyond_max_rows_wait_their_turn(moe_folder: Path) -> None:
+def test_rows_beyond_max_sequences_wait_their_turn(moe_folder: Path) -> None:
     prompts = prompts_of(*[5] * 11)
-    with running(moe_folder, max_rows=4) as engine:
-        [rows] = finished(engine, work_of(prompts, [{"max_new_tokens": 7}] * 11))
-    assert [len(row.output_ids) for row in rows] == [7] * 11
+    with running(moe_folder, max_sequences=4) as engine:
+        [sequences] = finished(engine, request_of(prompts, [{"max_new_tokens": 7}] * 11))
+    assert [len(sequence.output_ids) for sequence in sequences] == [7] * 11
 
 
 def test_nobody_waits_for_an_engine_that_failed(moe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", print)  # the failure is wanted: pytest would warn of it
     with running(moe_folder) as engine:
-        work = work_of(prompts_of(4), [LONG])
-        engine.submit(work)
+        request = request_of(prompts_of(4), [LONG])
+        engine.submit(request)
         engine.call(lambda: setattr(engine, "batch", "broken"))
         with pytest.raises(EngineStopped):
-            work.done.result(timeout=30)
+            request.done.result(timeout=30)
         with pytest.raises(EngineStopped):
             engine.call(lambda: None).result(timeout=30)

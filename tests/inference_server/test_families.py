@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.convert import to_megatron
-from tests.inference_server.tiny import finished, running, work_of
+from tests.inference_server.tiny import finished, request_of, running
 from tests.policy import families
 
 PROMPTS = [[3, 1, 4], [15, 9, 2, 6, 5, 3, 5, 8, 9], [7]]
@@ -24,9 +24,9 @@ def test_every_family_is_served_from_either_kind_of_checkpoint(tmp_path: Path, n
     answers = []
     for served in (folder, tmp_path / "megatron"):
         with running(served) as engine:
-            [rows] = finished(engine, work_of(PROMPTS, [GREEDY] * len(PROMPTS)))
+            [sequences] = finished(engine, request_of(PROMPTS, [GREEDY] * len(PROMPTS)))
             assert engine.model.tensors.keys() == load_file(folder / "model.safetensors").keys()
-        answers.append([row.output_ids for row in rows])
+        answers.append([sequence.output_ids for sequence in sequences])
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for prompt, first, second in zip(PROMPTS, *answers, strict=True):

@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import SamplingParams
-from megatron_rl.inference_server.sampler import SamplingColumns, sample, truncate, uniforms
+from megatron_rl.inference_server.sampler import SamplingTensors, sample, truncate, uniforms
 
 ROWS = 40_000
 # 99.9 % quantile of chi-square with n degrees of freedom
 QUANTILE = {4: 18.5, 15: 37.7, 19: 43.8}
 
 
-def columns(rows: int, **params: float) -> SamplingColumns:
-    return SamplingColumns.of([SamplingParams.model_validate(params)] * rows, range(rows), vocabulary=20)
+def columns(sequences: int, **params: float) -> SamplingTensors:
+    return SamplingTensors.of([SamplingParams.model_validate(params)] * sequences, range(sequences), vocabulary=20)
 
 
 def chi_square(drawn_B: Tensor, probs_V: Tensor) -> float:
@@ -81,7 +81,7 @@ def test_truncation_equals_a_loop_over_sorted_tokens(params: Mapping[str, float]
 def test_greedy_rows_take_the_largest_logit_among_sampled_rows() -> None:
     logits_BV = torch.randn(64, 20, generator=torch.Generator().manual_seed(1))
     params = [SamplingParams(temperature=0.0 if i % 2 else 1.0) for i in range(64)]
-    tokens_B, _ = sample(logits_BV, SamplingColumns.of(params, range(64), 20), torch.zeros(64, dtype=torch.int64))
+    tokens_B, _ = sample(logits_BV, SamplingTensors.of(params, range(64), 20), torch.zeros(64, dtype=torch.int64))
     torch.testing.assert_close(tokens_B[1::2], logits_BV.argmax(-1)[1::2])
     assert not torch.equal(tokens_B[::2], logits_BV.argmax(-1)[::2])
 

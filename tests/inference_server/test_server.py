@@ -15,7 +15,7 @@ from aiohttp import web
 
 from megatron_rl.fleet.background import LoopThread
 from megatron_rl.inference_server.engine import Engine
-from megatron_rl.inference_server.requests import BadRequest, parse_work
+from megatron_rl.inference_server.requests import BadRequest, parse_request
 from megatron_rl.inference_server.server import EmbeddedServer
 from tests.inference_server.tiny import running
 
@@ -80,7 +80,7 @@ def test_text_is_that_of_the_tokenizer_without_the_stop() -> None:
         params = {"max_new_tokens": 30, "temperature": 0}
         _, whole = ask(f"{url}/generate", {"input_ids": prompt, "sampling_params": params})
         assert whole["meta_info"]["finish_reason"]["type"] == "stop"
-        assert whole["output_ids"][-1] in engine.model.eos
+        assert whole["output_ids"][-1] in engine.model.eos_ids
         assert whole["text"] == tokenizer.decode(whole["output_ids"][:-1])
         stop = whole["text"][-2:]
         _, cut = ask(f"{url}/generate", {"input_ids": prompt, "sampling_params": {**params, "stop": [stop, "never"]}})
@@ -104,7 +104,7 @@ def test_text_is_that_of_the_tokenizer_without_the_stop() -> None:
 )
 def test_unknown_or_wrong_fields_are_refused_by_name(body: dict[str, Any], complaint: str) -> None:
     with pytest.raises(BadRequest, match=complaint):
-        parse_work(json.dumps(body).encode())
+        parse_request(json.dumps(body).encode())
 
 
 def test_seeds_of_any_64_bits_are_taken(moe_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models on disk, and ways to run rows through an engine without HTTP."""
+"""Tiny random models on disk, and ways to run sequences through an engine without HTTP."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from transformers import (
 
 from megatron_rl.inference_server.engine import Batching, Engine
 from megatron_rl.inference_server.model import ServedModel
-from megatron_rl.inference_server.requests import Row, Work, parse_work
+from megatron_rl.inference_server.requests import ActiveSequence, Request, parse_request
 
 VOCABULARY = 48
 FAMILIES = ("qwen3_moe", "llama")
@@ -60,16 +60,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
 
 
-def work_of(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, object]], **more: object) -> Work:
-    """Return the work that such a request body makes."""
+def request_of(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, object]], **more: object) -> Request:
+    """Return the request that such a request body makes."""
     body = {"input_ids": list(map(list, prompts)), "sampling_params": list(params), "return_logprob": True, **more}
-    return parse_work(json.dumps(body).encode())
+    return parse_request(json.dumps(body).encode())
 
 
 @contextmanager
-def running(folder: Path, batching: Batching = "request", max_rows: int = 512) -> Iterator[Engine]:
+def running(folder: Path, batching: Batching = "request", max_sequences: int = 512) -> Iterator[Engine]:
     """Run an engine on the model."""
-    engine = Engine(ServedModel(str(folder), "float32", "0"), batching, max_rows)
+    engine = Engine(ServedModel(str(folder), "float32", "0"), batching, max_sequences)
     engine.start()
     try:
         yield engine
@@ -77,13 +77,13 @@ def running(folder: Path, batching: Batching = "request", max_rows: int = 512) -
         engine.close()
 
 
-def finished(engine: Engine, *works: Work) -> list[list[Row]]:
-    """Submit the works together and return their rows when all are done."""
-    for work in works:
-        engine.submit(work)
-    for work in works:
-        work.done.result(timeout=60)
-    return [work.rows for work in works]
+def finished(engine: Engine, *requests: Request) -> list[list[ActiveSequence]]:
+    """Submit the requests together and return their sequences when all are done."""
+    for request in requests:
+        engine.submit(request)
+    for request in requests:
+        request.done.result(timeout=60)
+    return [request.sequences for request in requests]
 
 
 def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:

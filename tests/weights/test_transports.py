@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.errors import RolloutError
-from megatron_rl.inference_server.payload import read_tensors
+from megatron_rl.inference_server.tensor_payload import read_tensors
 from megatron_rl.weights.checksum import SHA256, SHORT_SHA256, padded_sha256, sha256
 from megatron_rl.weights.disk import DiskTransport
 from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
@@ -178,6 +178,6 @@ def test_disk_keeps_the_newest_versions_and_no_unfinished_one(tmp_path: Path) ->
 def test_parts_of_larger_tensors_arrive_as_they_are() -> None:
     server = Recorder("a")
     whole = torch.randn(20, 20)
-    parts = [("rows", whole[3:5]), ("columns", whole[:, 3:5]), ("turned", whole.T)]
+    parts = [("sequences", whole[3:5]), ("columns", whole[:, 3:5]), ("turned", whole.T)]
     assert not asyncio.run(TensorTransport(1000).push([server], parts, 1)).failed
     assert all(torch.equal(server.tensors[name], tensor) for name, tensor in parts)

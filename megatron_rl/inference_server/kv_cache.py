@@ -1,6 +1,6 @@
-"""A key-value cache whose rows come and go: right-aligned, in buffers with room to grow.
+"""A key-value cache whose sequences can be added and removed: right-aligned, in buffers that grow.
 
-Legend: B rows, N key-value heads, K cached positions, H head size.
+Legend: B sequences, H head size.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-_ROOM = 64
+_MIN_SPARE_POSITIONS = 64
 
 
-class RowLayer(DynamicLayer):
+class DecodeCacheLayer(DynamicLayer):
     """One layer's keys and values; appending a token writes in place instead of copying the whole layer."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class RowLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append the states [B, N, positions, H] and return all of them."""
+        """Append states [B, heads, positions, H]; return all of them."""
         used = self.get_seq_length()
         self.keys, self._key_buffer = _append(self.keys, self._key_buffer, key_states, used)
         self.values, self._value_buffer = _append(self.values, self._value_buffer, value_states, used)
@@ -31,7 +31,7 @@ class RowLayer(DynamicLayer):
         return self.keys, self.values
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Take these states; the next token moves them into a buffer with room."""
+        """Replace all states; the next token copies them to a larger buffer."""
         self.keys, self.values, self.is_initialized = keys, values, True
         self._key_buffer = self._value_buffer = None
 
@@ -39,7 +39,7 @@ class RowLayer(DynamicLayer):
 def _append(states: Tensor | None, buffer: Tensor | None, new: Tensor, used: int) -> tuple[Tensor, Tensor]:
     stop = used + new.shape[2]
     if buffer is None or buffer.shape[2] < stop:
-        grown = new.new_empty(*new.shape[:2], stop + max(_ROOM, stop // 2), new.shape[3])
+        grown = new.new_empty(*new.shape[:2], stop + max(_MIN_SPARE_POSITIONS, stop // 2), new.shape[3])
         if states is not None and used:
             grown[:, :, :used] = states
         buffer = grown
@@ -47,27 +47,27 @@ def _append(states: Tensor | None, buffer: Tensor | None, new: Tensor, used: int
     return buffer[:, :, :stop], buffer
 
 
-class RowCache(Cache):
-    """The layers of all rows. Every row ends at the last position; shorter rows have unused positions in front."""
+class DecodeCache(Cache):
+    """The cache of a batch. Every sequence ends at the last position; shorter ones have unused positions in front."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[RowLayer() for _ in range(num_layers)])
+        super().__init__(layers=[DecodeCacheLayer() for _ in range(num_layers)])
 
     @property
     def width(self) -> int:
-        """Cached positions, unused ones included."""
+        """Number of positions, unused ones included."""
         return self.layers[0].get_seq_length()
 
-    def select(self, rows: Tensor, start: int) -> None:
-        """Keep these rows, from position ``start`` on; a row may be named more than once."""
+    def select(self, indices_B: Tensor, start: int) -> None:
+        """Keep the sequences at these indices, which may repeat, from position ``start`` on."""
         for layer in self.layers:
-            layer.replace(layer.keys[rows, :, start:], layer.values[rows, :, start:])
+            layer.replace(layer.keys[indices_B, :, start:], layer.values[indices_B, :, start:])
 
     @staticmethod
-    def stack(caches: "Sequence[RowCache]") -> "RowCache":
-        """Return one cache with the rows of all, aligned at their ends."""
+    def stack(caches: "Sequence[DecodeCache]") -> "DecodeCache":
+        """Return one cache with the sequences of all, aligned at their ends."""
         width = max(cache.width for cache in caches)
-        stacked = RowCache(len(caches[0].layers))
+        stacked = DecodeCache(len(caches[0].layers))
         for index, layer in enumerate(stacked.layers):
             layers = [cache.layers[index] for cache in caches]
             layer.replace(

@@ -1,4 +1,4 @@
-"""Reads the weights that come in an HTTP body: a pickle, of which nothing but tensors is admitted."""
+"""Decodes weights from an HTTP body: a pickle in which only tensors are allowed."""
 
 import base64
 import binascii
@@ -13,11 +13,11 @@ from megatron_rl.inference_server.requests import BadRequest
 
 
 def _load_storage(raw: bytes) -> object:
-    """Stand in for ``torch.storage._load_from_bytes``, which would unpickle anything."""
+    """Load a storage; replaces ``torch.storage._load_from_bytes``, which unpickles arbitrary objects."""
     return torch.load(io.BytesIO(raw), weights_only=True)
 
 
-_ADMITTED = {
+_ALLOWED = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch.storage", "_load_from_bytes"): _load_storage,
@@ -25,17 +25,21 @@ _ADMITTED = {
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors from a pickle and refuses every other name in it."""
+    """Unpickles tensors and refuses every other global."""
 
     def find_class(self, module_name: str, global_name: str) -> object:
-        """Return the admitted function of this name."""
-        if (module_name, global_name) not in _ADMITTED:
+        """Return the allowed function of this name."""
+        if (module_name, global_name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not part of a tensor")
-        return _ADMITTED[module_name, global_name]
+        return _ALLOWED[module_name, global_name]
 
 
 def read_tensors(payload: str) -> list[tuple[str, Tensor]]:
-    """Return the named tensors of a base64 pickle of ``[(name, tensor), ...]``."""
+    """Return the named tensors of a base64 pickle of ``[(name, tensor), ...]``.
+
+    Raises:
+        BadRequest: the payload is anything else.
+    """
     try:
         named = TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
     except binascii.Error as error:

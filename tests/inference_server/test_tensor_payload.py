@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.inference_server.payload import read_tensors
 from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.inference_server.tensor_payload import read_tensors
 from megatron_rl.weights.tensor import encode
 
 
