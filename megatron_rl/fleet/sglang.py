@@ -75,7 +75,7 @@ def wrong_options(python: str, options: Options, environment: Mapping[str, str])
     known = option_names(python, tuple(sorted(environment.items())))
     for name in options:
         if name in FIXED_OPTIONS:
-            yield name, f"is set by {FIXED_OPTIONS[name]}; leave it out"
+            yield name, f"is decided by {FIXED_OPTIONS[name]}; leave it out"
         elif name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"see {python} -m sglang.launch_server --help"

@@ -98,7 +98,7 @@ def test_a_server_that_answers_wrongly_is_left_out(trick: Trick, caplog: pytest.
         with caplog.at_level(logging.WARNING):
             assert sampled(fleet) == expected()
         assert fleet.urls == [good.url]
-    assert [record.message.partition(":")[2].partition(" leaves")[0] for record in caplog.records] == [liar.url[5:]]
+    assert [record.message.partition(":")[2].partition(" left")[0] for record in caplog.records] == [liar.url[5:]]
 
 
 @pytest.mark.parametrize("status", [500, 503])
@@ -178,7 +178,7 @@ def test_aborted_samples_are_asked_for_again_and_nobody_is_blamed() -> None:
         assert sampled(fleet) == expected()
         assert fleet.urls == [server.url]
         server.trick = aborted
-        with pytest.raises(RolloutError, match=f"failed 3 times.*{server.url} aborted 1 of 8 sequences"):
+        with pytest.raises(RolloutError, match=f"after 3 attempts.*{server.url} aborted 1 of 8 sequences"):
             sampled(fleet)
 
 
