@@ -99,7 +99,7 @@ def test_text_is_that_of_the_tokenizer_without_the_stop() -> None:
         ({"text": "hello"}, "input_ids"),
         ({"input_ids": [[1], []]}, "a prompt is empty"),
         ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid: 1 entries for 2 prompts"),
-        ({"input_ids": [[1], [2]], "stream": True}, "one sequence a request"),
+        ({"input_ids": [[1], [2]], "stream": True}, "one sequence per request"),
     ],
 )
 def test_unknown_or_wrong_fields_are_refused_by_name(body: dict[str, Any], complaint: str) -> None:
