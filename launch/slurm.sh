@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Submits a run to Slurm: launch/slurm.sh configs/my.toml train.steps=500
-# Look at what would be submitted: megatron-rl slurm configs/my.toml train.steps=500
+# Without submitting: megatron-rl slurm configs/my.toml train.steps=500
 set -euo pipefail
 exec "${PYTHON:-python}" -m megatron_rl slurm "$@" --submit

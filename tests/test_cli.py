@@ -11,7 +11,9 @@ def test_settings_may_stand_before_and_after_options():
     assert (options.config, options.layout, options.shrink) == (["a.toml", "x=1", "y=2"], ["tensor=2"], "layers=2")
 
 
-@pytest.mark.parametrize("words", [["train", "a.toml", "--stepz"], ["replay", "file", "x=1"], ["prove", "--layout"]])
+@pytest.mark.parametrize(
+    "words", [["train", "a.toml", "--stepz"], ["debug-nonfinite", "file", "x=1"], ["prove", "--layout"]]
+)
 def test_what_no_verb_knows_is_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)

@@ -65,6 +65,12 @@ def load(model: type[T], files: Sequence[str | Path], overrides: Sequence[str] =
     return Loaded(run, {".".join(key): place for key, place in origins.items()})
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split command-line words into config files and ``key=value`` settings; an existing file is never a setting."""
+    settings = [word for word in words if "=" in word and not Path(word).is_file()]
+    return [word for word in words if word not in settings], settings
+
+
 def merge(model: type[BaseModel] | None, base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
     """Return ``base`` with ``over`` laid on top, table by table.
 

@@ -3,6 +3,7 @@
 The string under a field is its documentation; the reference page and ``megatron-rl check`` print it.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
@@ -11,6 +12,7 @@ from megatron_rl.algorithms.correction import Correction
 from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
+from megatron_rl.config.load import Loaded, load, split_words
 from megatron_rl.config.section import InputPath, Section
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Environment, Reward
 
@@ -321,3 +323,12 @@ class Run(Section):
                 " set parallel.distributed_optimizer = false and optimizer.clip_grad = 0"
             )
         return self
+
+
+def load_run(words: Sequence[str]) -> Loaded[Run]:
+    """Load a run from command-line words: config files and ``key=value`` settings.
+
+    Raises:
+        ConfigError: the configuration is invalid; the message lists all problems.
+    """
+    return load(Run, *split_words(words))

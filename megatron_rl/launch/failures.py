@@ -1,4 +1,4 @@
-"""How a failing rank tells the process that started it, so that one message is shown and not one for each rank."""
+"""How a failing rank reports its error to the process that started the ranks, which then shows one message."""
 
 import json
 import os
@@ -10,51 +10,57 @@ from dataclasses import asdict, dataclass
 
 from megatron_rl.errors import MegatronRLError
 
-REPORTS = "MEGATRON_RL_REPORTS"
-"""Number of the file descriptor, a pipe to the process that started the ranks, on which a rank tells what is wrong."""
+REPORT_FD = "MEGATRON_RL_REPORTS"
+"""Environment variable with the file descriptor of the pipe on which a rank reports its failure."""
 
-LONGEST_TEXT = 30_000
-"""Characters of a report: less than a pipe holds, so that telling never waits."""
+MAX_REPORT_CHARACTERS = 30_000
+"""Smaller than a pipe's buffer, so that writing a report never blocks."""
 
-LONGEST_WAIT_SECONDS = 30.0
+MAX_WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What ended a rank: a message for its user, or the traceback of what nobody expected."""
+    """The error that ended a rank.
+
+    Attributes:
+        expected: the error is a ``MegatronRLError``, whose message is meant for users.
+        text: the message of an expected error, otherwise the traceback.
+    """
 
     expected: bool
     text: str
 
     @property
     def last_line(self) -> str:
-        """The exception and its message."""
+        """The last line of the text: of a traceback, the exception and its message."""
         return self.text.strip().rpartition("\n")[2]
 
 
 @contextmanager
 def reporting_failure() -> Iterator[None]:
-    """Tell of an exception that leaves the block, then wait to be ended.
+    """Report an exception that leaves the block to the parent process, then wait to be terminated.
 
-    A rank that left at once would break the connections of the others, and each would fail with an error of its own.
+    A rank that exited at once would break the connections of the others, and each of them would fail too.
     """
     try:
         yield
     except Exception as error:
-        if REPORTS in os.environ:
-            _tell(error, int(os.environ[REPORTS]))
+        if REPORT_FD in os.environ:
+            _report(error, int(os.environ[REPORT_FD]))
         raise
 
 
-def _tell(error: Exception, descriptor: int) -> None:
+def _report(error: Exception, descriptor: int) -> None:
     expected = isinstance(error, MegatronRLError)
     text = str(error) if expected else "".join(traceback.format_exception(error))
-    os.write(descriptor, json.dumps(asdict(RankFailure(expected, text[-LONGEST_TEXT:]))).encode() + b"\n")
-    time.sleep(LONGEST_WAIT_SECONDS)
+    failure = RankFailure(expected, text[-MAX_REPORT_CHARACTERS:])
+    os.write(descriptor, json.dumps(asdict(failure)).encode() + b"\n")
+    time.sleep(MAX_WAIT_SECONDS)
 
 
 def read_failure(descriptor: int) -> RankFailure | None:
-    """Return what a rank has told on its pipe, None if nothing; the descriptor does not block."""
+    """Return the failure that a rank reported on its non-blocking pipe, or None."""
     try:
         message = os.read(descriptor, 1 << 20)
     except BlockingIOError:

@@ -1,7 +1,4 @@
-"""``megatron-rl train`` on one machine: starts the trainer ranks, watches them, and leaves no process behind.
-
-Where torchrun or srun have started this process as a rank, it is that rank.
-"""
+"""``megatron-rl train``: starts the trainer ranks on this machine, or is one rank if torchrun or srun started it."""
 
 import os
 import sys
@@ -20,15 +17,15 @@ from megatron_rl.train.resume import check_resumable
 
 
 def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
-    """Train; return the exit code: 0 when done, 130 when stopped and resumable, 75 after a hang."""
+    """Train; return the exit code: 0 at the end, 130 after a stop request (resumable), 75 after a hang."""
     launched = launched_rank()
     if launched is not None:
         rank, size, _ = launched
-        if PREPARED not in os.environ:  # torchrun or srun started this rank, not we
+        if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
             plan = make_plan(loaded, size)
             check_resumable(loaded.run)
             if rank == 0:
-                _warn(plan)
+                _print_warnings(plan)
                 prepare_folder(loaded.run)
         quiet_upstream()
         keep_ledger()
@@ -37,13 +34,14 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
 
             return run_rank(loaded)
     plan = make_plan(loaded)
-    _warn(plan)
+    _print_warnings(plan)
     check_resumable(loaded.run)
     for change in prepare_folder(loaded.run):
-        sys.stderr.write(f"megatron-rl train: resumed with another setting: {change}\n")
-    return LocalRanks(["train", *words], plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
+        sys.stderr.write(f"megatron-rl train: resumed with a changed setting: {change}\n")
+    command = ["megatron_rl", "train", *words]
+    return LocalRanks(command, plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
 
 
-def _warn(plan: RunPlan) -> None:
+def _print_warnings(plan: RunPlan) -> None:
     for warning in plan.warnings:
         sys.stderr.write(f"megatron-rl train: warning: {warning}\n")

@@ -26,8 +26,8 @@ from megatron_rl.train.export import export_hf
 from megatron_rl.util.atomic import replace_text
 
 ROW, WEIGHTS = "row.safetensors", "weights"
-REPLAY_RUN, REPLAYED = "run.json", "replayed.json"
-"""Files of the folder that a replay's ranks read and write."""
+DEBUG_RUN, DEBUG_RESULT = "run.json", "result.json"
+"""Files that the ranks of ``megatron-rl debug-nonfinite`` read and write."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def nonfinite_dump(run: Run, policy: Policy, name_of: Callable[[int], str | None
         sample = error.finding.sample
         name = "" if sample is None else f"\n  sample {sample} is {name_of(sample)}"
         file = folder / ROW
-        raise TrainingError(f"{error}{name}\n  run it again alone: megatron-rl replay {file}") from error
+        raise TrainingError(f"{error}{name}\n  run it again alone: megatron-rl debug-nonfinite {file}") from error
 
 
 def save_row(error: NonFiniteError, run: Run, ranks: int, file: Path) -> None:
@@ -60,14 +60,14 @@ def save_row(error: NonFiniteError, run: Run, ranks: int, file: Path) -> None:
     save_batch(error.batch, file, {**words, "message": str(error)})
 
 
-def replay_rank(file: Path, folder: Path) -> int:
+def debug_rank(file: Path, folder: Path) -> int:
     """Score the micro-batch of a file, form its loss, run backward; the main rank writes what came up to ``folder``."""
-    run = Run.model_validate_json((folder / REPLAY_RUN).read_text(encoding="utf-8"))
+    run = Run.model_validate_json((folder / DEBUG_RUN).read_text(encoding="utf-8"))
     world = start_world(run.train.step_timeout_seconds, run.train.deterministic)
     policy = Policy(run, world, total_updates=1)
     stages = [{"stage": stage, "found": found} for stage, found in _stages(policy, run, load_batch(file))]
     if world.is_main:
-        replace_text(folder / REPLAYED, json.dumps(stages))
+        replace_text(folder / DEBUG_RESULT, json.dumps(stages))
     dist.destroy_process_group()
     return 0
 

@@ -1,4 +1,14 @@
-"""Exit codes of ``megatron-rl``. The Slurm job script requeues a job that ends with ``HUNG``."""
+"""Exit codes of the commands of this package, and the wrapper that turns errors into them.
+
+The Slurm job script requeues a job that ends with ``HUNG``.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from megatron_rl.errors import MegatronRLError
 
 CHECK_FAILED = 1
 """``check`` found a problem."""
@@ -8,3 +18,27 @@ HUNG = 75
 """The watchdog ended a run that made no progress."""
 STOPPED = 130
 """The run was asked to stop and can be resumed; or the command was interrupted."""
+
+
+def run_command(name: str, command: Callable[[], int], error_code: int = USER_ERROR) -> int:
+    """Run a command and return its exit code.
+
+    A ``MegatronRLError`` becomes one message on stderr and ``error_code``, an interrupt becomes ``STOPPED``.
+    """
+    try:
+        return command()
+    except MegatronRLError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        return error_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted\n")
+        return STOPPED
+
+
+def interrupt_on_sigterm() -> None:
+    """Raise ``KeyboardInterrupt`` on SIGTERM, as on SIGINT, so that child processes and files are cleaned up."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -80,7 +80,7 @@ def test_what_nobody_expected_is_one_traceback(tmp_path, capfd):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(TrainingError, match=r"rank \d failed, its traceback is above: \w"):
-            LocalRanks(["replay-rank", str(tmp_path / "nowhere"), str(tmp_path)], 2).run()
+            LocalRanks(["megatron_rl.launch.debug_rank", str(tmp_path / "nowhere"), str(tmp_path)], 2).run()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -40,7 +40,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
         with Job(folder, *settings) as job:
             assert job.end() == 0, job.output()
             said = job.output()
-    assert "resumed with another setting: parallel.tensor: 2 -> 1" in said
+    assert "resumed with a changed setting: parallel.tensor: 2 -> 1" in said
     assert [line["step"] for line in job.metrics()] == [0, 1, 2, 3]
     assert [line["weight_version"] for line in job.metrics()] == [0, 1, 2, 3]
     assert max(line["mismatch_max"] for line in job.metrics()) < 1e-4
@@ -51,7 +51,7 @@ def test_control_c_stops_cleanly(tmp_path):
         job.until_steps(1)
         os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
         assert job.end() == 130, job.output()
-        assert "once more stops at once" in job.output()
+        assert "repeat to stop immediately" in job.output()
         assert "train.resume=true" in job.output()
         assert "Traceback" not in job.output()
         assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
@@ -76,7 +76,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
         (rank,) = job.until_steps(1).ranks()
         rank.suspend()  # it could not finish its step if it wanted to
         job.process.send_signal(signal.SIGTERM)
-        job.until(lambda: "once more stops at once" in job.output())
+        job.until(lambda: "repeat to stop immediately" in job.output())
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == 130, job.output()
 

@@ -17,12 +17,12 @@ from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.nonfinite import NonFiniteError
 from megatron_rl.prove.case import NUM_RESPONSES, make_batch
 from megatron_rl.train.nonfinite_dump import (
-    REPLAY_RUN,
-    REPLAYED,
+    DEBUG_RESULT,
+    DEBUG_RUN,
     ROW,
+    debug_rank,
     nonfinite_dump,
     on_saved_weights,
-    replay_rank,
     saved_run,
 )
 from tests.ranks import run_ranks
@@ -167,7 +167,7 @@ def saved(layout, folder, plants_weight):
     ranks, words = LAYOUTS[layout]
     messages = run_ranks(fail_in, ranks, folder, words, plants_weight, timeout_seconds=120)
     file = folder / "nonfinite" / ROW
-    assert f"megatron-rl replay {file}" in messages[0]
+    assert f"megatron-rl debug-nonfinite {file}" in messages[0]
     assert all("main rank" in message for message in messages[1:])
     return messages[0], file
 
@@ -175,7 +175,7 @@ def saved(layout, folder, plants_weight):
 def test_the_saved_micro_batch_shows_the_same_again_on_one_rank(tmp_path, capsys):
     message, file = saved("data and expert", tmp_path, plants_weight=False)
     assert "sample 104 is id-104" in message
-    assert main(["replay", str(file)]) == 1
+    assert main(["debug-nonfinite", str(file)]) == 1
     then, *now = capsys.readouterr().out.splitlines()
     assert now[0] == "now:  score: finite"
     assert now[1].startswith("now:  loss and backward: NaN or inf in the loss column advantages_T")
@@ -185,9 +185,9 @@ def test_the_saved_micro_batch_shows_the_same_again_on_one_rank(tmp_path, capsys
 def test_the_saved_micro_batch_shows_the_same_again_on_the_ranks_of_the_run(tmp_path):
     message, file = saved("tensor and expert", tmp_path, plants_weight=True)
     run, ranks, _ = saved_run(file)
-    (tmp_path / REPLAY_RUN).write_text(on_saved_weights(run, file).model_dump_json())
-    run_ranks(replay_rank, ranks, file, tmp_path, initialize=False, timeout_seconds=120)
-    (stage,) = json.loads((tmp_path / REPLAYED).read_text())
+    (tmp_path / DEBUG_RUN).write_text(on_saved_weights(run, file).model_dump_json())
+    run_ranks(debug_rank, ranks, file, tmp_path, initialize=False, timeout_seconds=120)
+    (stage,) = json.loads((tmp_path / DEBUG_RESULT).read_text())
     assert stage["stage"] == "score"
     assert "layer 2" in stage["found"]
     assert stage["found"] in message
@@ -195,6 +195,6 @@ def test_the_saved_micro_batch_shows_the_same_again_on_the_ranks_of_the_run(tmp_
 
 def test_what_no_run_saved_is_refused(tmp_path, capsys):
     (tmp_path / ROW).write_text("x")
-    assert main(["replay", str(tmp_path / ROW)]) == 2
-    assert "no micro-batch" in capsys.readouterr().err
-    assert main(["replay", str(tmp_path / "nothing")]) == 2
+    assert main(["debug-nonfinite", str(tmp_path / ROW)]) == 2
+    assert "is not a micro-batch" in capsys.readouterr().err
+    assert main(["debug-nonfinite", str(tmp_path / "nothing")]) == 2

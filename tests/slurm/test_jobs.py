@@ -56,6 +56,7 @@ def words(run: Path, *more: str) -> list[str]:
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGATRON_RL_DEVICE": "cpu"}
 PREFLIGHT = "slurm.preflight=true"
+SERVE_NODE = "megatron_rl.launch.slurm.serve_node"
 
 
 def submit(cluster: Cluster, given: list[str]) -> str:
@@ -123,42 +124,9 @@ def finish(cluster: Cluster, run: Path, job: str) -> None:
     nothing_left(cluster, run)
 
 
-def plain_script(folder: Path, run: Path) -> Path:
-    """Return ``launch/plain.sbatch`` as a site may have edited it: every change is in its top."""
-    top, mark, common = (ROOT / "launch" / "plain.sbatch").read_text().partition("# ---- From here on")
-    config = " ".join(word for word in words(run, "checkpoint.every=0") if not word.startswith("log.path"))
-    edits = {
-        r"megatron-rl-%j.log": f"{run}/slurm/job-%j.log",
-        r"--time=\S+": "--time=0:10:00",
-        r"B:USR1@300": "B:USR1@60",
-        r"--(ntasks-per-node=8|ntasks-per-node=2)\n": "--ntasks-per-node=1\n",
-        r"--cpus-per-task=\d+": "--cpus-per-task=1",
-        r"(?m)^#SBATCH --gpus-per-node.*\n": "",
-        r'cd "\$SLURM_SUBMIT_DIR"': f"cd {ROOT}",
-        r'run="\S+"': f'run="{run}"',
-        r"configs/my.toml": config,
-        r"ranks_per_node=8 cpus_per_rank=8 gpus_per_node=8": "ranks_per_node=1 cpus_per_rank=1 gpus_per_node=0",
-        r"(server_options=.*) --gpus-per-task=4": r"\1",
-        r"preflight=1": "preflight=0",
-        r" python -m": f" {sys.executable} -m",
-    }
-    for pattern, text in edits.items():
-        top, count = re.subn(pattern, text, top)
-        assert count, pattern
-    # Two servers share the one node of the fleet; in the component's own lines and in its step.
-    before, hetjob, after = top.partition("#SBATCH hetjob")
-    top = before + hetjob + after.replace("--ntasks-per-node=1\n", "--ntasks-per-node=2\n", 1)
-    script = folder / "site.sbatch"
-    script.write_text(top + mark + common)
-    return script
-
-
-def test_the_plain_script_stops_at_the_signal_with_a_checkpoint_and_goes_on_with_the_same_curve(
-    cluster, uninterrupted, tmp_path
-):
+def test_a_stop_signal_ends_in_a_checkpoint_and_the_requeued_job_has_the_same_curve(cluster, uninterrupted, tmp_path):
     run = tmp_path / "stopped"
-    (run / "slurm").mkdir(parents=True)
-    job = cluster.run(["sbatch", "--parsable", str(plain_script(tmp_path, run))], env=ENVIRONMENT).split(";")[0].strip()
+    job = submit(cluster, words(run, "checkpoint.every=0"))
     wait_for_steps(cluster, run, job, 1)
 
     cluster.run(["scancel", "--batch", "--signal=USR1", job])
@@ -166,7 +134,7 @@ def test_the_plain_script_stops_at_the_signal_with_a_checkpoint_and_goes_on_with
 
     text = log_of(run, job)
     assert "the trainer ended with 130" in text, text
-    assert "the time limit is near: the job goes back into the queue" in text
+    assert "the time limit is near: the job is requeued" in text
     assert curve(run) == curve(uninterrupted)
 
 
@@ -259,7 +227,7 @@ def test_a_rank_that_is_killed_costs_no_step(cluster, uninterrupted, tmp_path):
     os.kill(rank(cluster, run, 1), signal.SIGKILL)
     finish(cluster, run, job)
 
-    assert "ranks or servers were killed: the job goes back into the queue" in log_of(run, job)
+    assert "ranks or servers were killed: the job is requeued" in log_of(run, job)
     assert curve(run) == curve(uninterrupted)
 
 
@@ -283,7 +251,7 @@ def test_a_node_that_does_not_share_the_run_folder_stops_the_job_before_the_mode
     run, wrapper = tmp_path / "apart", tmp_path / "python"
     apart = f'unshare --mount sh -c \'mount -t tmpfs none "{run}" && exec "$0" "$@"\' {sys.executable} "$@"'
     wrapper.write_text(
-        f'#!/bin/sh\n[ "$SLURMD_NODENAME $4" = "node2 report" ] && exec {apart}\nexec {sys.executable} "$@"\n'
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME $3" = "node2 report" ] && exec {apart}\nexec {sys.executable} "$@"\n'
     )
     wrapper.chmod(0o755)
 
@@ -297,7 +265,7 @@ def test_a_node_that_does_not_share_the_run_folder_stops_the_job_before_the_mode
 @pytest.mark.slow
 def test_a_server_that_never_comes_is_named_and_ends_the_job(cluster, tmp_path):
     run, wrapper = tmp_path / "server", tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID $3" = "1 fleet" ] && exit 1\nexec {sys.executable} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID $2" = "1 {SERVE_NODE}" ] && exit 1\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
 
     job = submit(cluster, words(run, PREFLIGHT, "rollout.start_timeout_seconds=15", f"slurm.python={wrapper}"))
@@ -305,7 +273,7 @@ def test_a_server_that_never_comes_is_named_and_ends_the_job(cluster, tmp_path):
     cluster.wait_for(job, "FAILED", seconds=180)
     text = log_of(run, job)
     assert re.search(r"1 of 2 servers .* have registered in .*, 1 have not", text), text
-    assert "a server of the fleet is not fit" in text
+    assert "a server of the fleet failed its check" in text
     nothing_left(cluster, run)
 
 
@@ -323,7 +291,7 @@ def test_check_cluster_in_an_allocation_looks_at_nodes_links_and_servers(cluster
 
 def test_a_spare_node_takes_the_place_of_an_odd_one(cluster, tmp_path):
     run, wrapper = tmp_path / "spare", tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME $4" = "node1 report" ] && exit 1\nexec {sys.executable} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME $3" = "node1 report" ] && exit 1\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
     shared = [PREFLIGHT, "slurm.spare_nodes=1", "slurm.rollout_nodes=0", "train.steps=1", f"slurm.python={wrapper}"]
 

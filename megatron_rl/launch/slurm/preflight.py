@@ -1,14 +1,17 @@
-"""The first steps of a Slurm job: is every node fit, are they alike, and do they reach each other.
+"""The first steps of a Slurm job: check every node, compare the nodes, and test the links between them.
 
-    report   on every node: writes what it is to a file in the run folder. No rank waits for another
-    judge    on one node: reads the files, prints a table, names odd nodes, chooses as many good ones as are needed
-    link     on every rank of the chosen nodes: all-reduce and all-to-all, checked and timed
-    fleet    from the first trainer node: a short request to every server (``roundtrip``)
+Run by the job script as ``python -m megatron_rl.launch.slurm.preflight STEP``:
 
-A node whose file does not come is down, or does not see the run folder. ``megatron-rl check --cluster`` runs all four
-in an allocation; the script of ``megatron-rl slurm`` has them as its first steps.
+    report   on every node: writes a description of the node to a file in the run folder; nodes do not wait for others
+    judge    on one node: reads the files, prints a table, names faulty nodes, and selects as many good ones as needed
+    link     on every rank of the selected nodes: all-reduce and all-to-all, checked and timed
+    fleet    on the first trainer node: one short request to every server (``fleet_check``)
+
+A node without a file is down or does not see the run folder. ``megatron-rl check --cluster`` runs all four steps in an
+allocation.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -23,30 +26,60 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.load import to_json
-from megatron_rl.config.schema import Run
+from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.links import free_gpu_bytes, measure_links
+from megatron_rl.launch.slurm.fleet_check import check_fleet
 from megatron_rl.observability.versions import found_versions
 from megatron_rl.util.atomic import replace_text
+from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 
 WAIT_SECONDS = 15.0
-"""How long the judge waits for files: the nodes have written them, but a shared file system may show them late."""
+"""How long ``judge`` waits for the files, which a shared file system may show late."""
 
-CLOCK_SECONDS = 5.0
-"""Clocks may differ by this much; more, and the times in logs mislead."""
+MAX_CLOCK_SECONDS = 5.0
+"""Largest accepted clock difference; with a larger one the times in logs are misleading."""
 
-SAME = ("config", "python", "torch", "megatron-core", "cuda", "driver", "gpus", "machine")
-"""What must be the same on all nodes."""
+LINK_TIMEOUT_SECONDS = 60.0
+
+COMPARED = ("config", "python", "torch", "megatron-core", "cuda", "driver", "gpus", "machine")
+"""Facts that must be equal on all nodes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one step; return its exit code."""
+    parser = argparse.ArgumentParser(prog="preflight", description=(__doc__ or "").splitlines()[0])
+    steps = parser.add_subparsers(dest="step", required=True)
+    for name in ("report", "judge", "link", "fleet"):
+        step = steps.add_parser(name)
+        step.add_argument("--folder", type=Path, required=name != "fleet", help="folder of the results")
+        if name in ("report", "fleet"):
+            step.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE")
+        if name == "judge":
+            step.add_argument("--nodes", nargs="+", required=True, help="names of the nodes")
+            step.add_argument("--needed", type=int, required=True, help="number of nodes that the run needs")
+    options = parser.parse_args(argv)
+    interrupt_on_sigterm()
+    return run_command(f"preflight {options.step}", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.step == "report":
+        return report(load_run(options.config).run, options.folder)
+    if options.step == "judge":
+        return judge(options.folder, options.nodes, options.needed)
+    if options.step == "link":
+        return link(options.folder, LINK_TIMEOUT_SECONDS)
+    return check_fleet(load_run(options.config).run, options.folder)
 
 
 def report(run: Run, folder: Path) -> int:
-    """Write what this node is; return 0 whatever it is: the judge decides."""
+    """Write the description of this node; return 0 even if the node has problems, which ``judge`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    problems = list(_own_problems(run))
     versions = found_versions()
     facts: dict[str, object] = {
         "node": node,
-        "problems": problems,
+        "problems": list(_node_problems(run)),
         "config": hashlib.sha256(to_json(run).encode()).hexdigest()[:12],
         "clock_seconds": _clock_difference(folder),
         "driver": _driver(),
@@ -57,8 +90,8 @@ def report(run: Run, folder: Path) -> int:
     return 0
 
 
-def _own_problems(run: Run) -> Iterator[str]:
-    """Yield what this node alone can see to be wrong."""
+def _node_problems(run: Run) -> Iterator[str]:
+    """Yield the problems that this node finds without comparing it with others."""
     if not (Path(run.model.path) / "config.json").is_file():
         yield f"does not see the model {run.model.path}"
     folder = Path(run.log.path)
@@ -76,7 +109,7 @@ def _own_problems(run: Run) -> Iterator[str]:
 
 
 def _clock_difference(folder: Path) -> float:
-    """Return this node's time less that of the file system, in seconds."""
+    """Return the seconds that this node's clock is ahead of the file system's."""
     probe = folder / f".clock-{socket.gethostname()}-{os.getpid()}"
     probe.write_text("")
     difference = time.time() - probe.stat().st_mtime
@@ -90,40 +123,39 @@ def _driver() -> str | None:
 
 
 def judge(folder: Path, nodes: Sequence[str], needed: int, wait_seconds: float = WAIT_SECONDS) -> int:
-    """Print the table, write the chosen nodes to ``nodes``; return 0 if there are enough, else 1.
+    """Print the table of nodes and write the selected ones to the file ``nodes``; return 0 if there are enough, else 1.
 
     Args:
-        folder: where the nodes have written their files.
-        nodes: of the allocation.
-        needed: how many the trainer has ranks for.
+        folder: folder of the nodes' files.
+        nodes: names of the nodes of the allocation.
+        needed: number of nodes that the trainer needs.
         wait_seconds: how long to wait for files.
     """
+    files = {node: folder / f"{node}.json" for node in nodes}
     deadline = time.monotonic() + wait_seconds
-    while time.monotonic() < deadline and not all((folder / f"{node}.json").exists() for node in nodes):
+    while time.monotonic() < deadline and not all(file.exists() for file in files.values()):
         time.sleep(0.2)
-    facts = {node: json.loads((folder / f"{node}.json").read_text()) for node in nodes if _has(folder, node)}
-    verdicts = verdicts_on(facts, nodes, folder)
-    Console(highlight=False, width=160).print(_table(facts, verdicts))
-    good = [node for node in nodes if not verdicts[node]]
+    facts = {node: json.loads(file.read_text()) for node, file in files.items() if file.exists()}
+    problems = find_problems(facts, nodes, folder)
+    Console(highlight=False, width=160).print(_table(facts, problems))
+    good = [node for node in nodes if not problems[node]]
     for node in nodes:
-        for problem in verdicts[node]:
+        for problem in problems[node]:
             sys.stdout.write(f"preflight: {node} {problem}\n")
     if len(good) < needed:
         sys.stdout.write(
-            f"preflight: {needed} nodes are needed and {len(good)} of {len(nodes)} are fit; the job stops before the"
-            " model is loaded. slurm.spare_nodes lets a job go on without odd nodes\n"
+            f"preflight: {needed} nodes are needed and {len(good)} of {len(nodes)} are good; the job stops before the"
+            " model is loaded. With slurm.spare_nodes a job can continue without faulty nodes\n"
         )
         return 1
     replace_text(folder / "nodes", " ".join(good[:needed]) + "\n")
     return 0
 
 
-def _has(folder: Path, node: str) -> bool:
-    return (folder / f"{node}.json").exists()
-
-
-def verdicts_on(facts: Mapping[str, Mapping[str, object]], nodes: Sequence[str], folder: Path) -> dict[str, list[str]]:
-    """Return for each node what is wrong with it; what differs from most nodes is odd."""
+def find_problems(
+    facts: Mapping[str, Mapping[str, object]], nodes: Sequence[str], folder: Path
+) -> dict[str, list[str]]:
+    """Return the problems of each node; a fact that differs from most nodes is a problem."""
     found: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
         if node not in facts:
@@ -132,38 +164,38 @@ def verdicts_on(facts: Mapping[str, Mapping[str, object]], nodes: Sequence[str],
         problems = facts[node]["problems"]
         assert isinstance(problems, list)
         found[node] += [str(problem) for problem in problems]
-    for name in SAME:
+        if abs(ahead := float(str(facts[node]["clock_seconds"]))) > MAX_CLOCK_SECONDS:
+            found[node].append(f"has a clock that differs by {ahead:+.0f} s from the run folder's file system")
+    for name in COMPARED:
         values = Counter(str(facts[node][name]) for node in nodes if node in facts)
         usual = values.most_common(1)[0][0] if values else ""
         for node in nodes:
             if node in facts and str(facts[node][name]) != usual:
                 found[node].append(f"has {name} {facts[node][name]}, the others have {usual}")
-    for node in nodes:
-        if node in facts and abs(off := float(str(facts[node]["clock_seconds"]))) > CLOCK_SECONDS:
-            found[node].append(f"has a clock that is {off:+.0f} s off that of the run folder's file system")
     return found
 
 
-def _table(facts: Mapping[str, Mapping[str, object]], verdicts: Mapping[str, Sequence[str]]) -> Table:
+def _table(facts: Mapping[str, Mapping[str, object]], problems: Mapping[str, Sequence[str]]) -> Table:
     columns = ("node", "verdict", "gpus", "free GPU GB", "cuda", "driver", "torch", "megatron-core", "python", "config")
     table = Table(*columns, title="Preflight", title_justify="left")
-    for node, problems in verdicts.items():
+    for node, node_problems in problems.items():
         known = facts.get(node, {})
         free = known.get("free_gpu_bytes")
         gigabytes = " ".join(f"{value / 1e9:.0f}" for value in free) if isinstance(free, list) else ""
-        shown = [
-            str(known.get(name) or "-") for name in ("cuda", "driver", "torch", "megatron-core", "python", "config")
-        ]
-        table.add_row(
-            node, "odd" if problems else "ok", str(known.get("gpus") or "-"), gigabytes, *(v[:24] for v in shown)
-        )
+        versions = [str(known.get(name) or "-")[:24] for name in columns[4:]]
+        verdict = "faulty" if node_problems else "ok"
+        table.add_row(node, verdict, str(known.get("gpus") or "-"), gigabytes, *versions)
     return table
 
 
 def link(folder: Path, timeout_seconds: float) -> int:
-    """Check and time collectives over all ranks; the first rank writes the result to ``links``."""
+    """Check and time collectives over all ranks; the first rank writes the result to the file ``links``."""
     text = measure_links(timeout_seconds)
     if text is not None:
         replace_text(folder / "links", text)
         sys.stdout.write(text)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
-"""``megatron-rl slurm``: renders one batch script, keeps it in the run folder, and submits it if asked.
+"""``megatron-rl slurm``: writes the batch script of a run to its run folder, and optionally submits it.
 
-The script is the launcher: plain bash that a user can read, change and submit by hand. One srun task per rank; servers
-of the fleet beside them, found through the run folder. Source: Slurm's pages on sbatch, srun and heterogeneous jobs.
+The script is plain bash that users can read, change and submit by hand. It starts one srun task per rank and one per
+server; the ranks find the servers through the run folder. Source: Slurm's documentation of sbatch, srun and
+heterogeneous jobs.
 """
 
 import math
@@ -25,69 +26,73 @@ from megatron_rl.launch.planning.run_plan import make_plan
 from megatron_rl.observability.versions import package_version
 from megatron_rl.util.atomic import replace_text
 
-COMMON = Path(__file__).with_name("job.sh")
-"""The part that every job has in common, plain bash; the script of ``launch/plain.sbatch`` ends with the same text."""
+JOB_BODY = Path(__file__).with_name("job.sh")
+"""The part of the script that is the same for every job."""
 
-TOP = Template("""\
+JOB_TOP = Template("""\
 #!/usr/bin/env bash
 # A job of megatron-rl $version, rendered by
 #   $command
-# Read it, change it, submit it with sbatch.
+# Submit it with sbatch; it may be edited first.
 
 $header
 
 cd $folder || exit 2
-run=$run
+run=$run # the run folder, on a file system that every node sees
 config=($config)
-resume=$resume nodes_needed=$nodes ranks_per_node=$ranks_per_node cpus_per_rank=$cpus gpus_per_node=$gpus
+resume=$resume # 1: resume the run in the run folder; a requeued job always resumes
+nodes_needed=$nodes ranks_per_node=$ranks_per_node cpus_per_rank=$cpus gpus_per_node=$gpus # of the trainer
 servers=$servers
 server_options=($server_options)
 preflight=$preflight restarts=$restarts
-# One step: srun, the container if there is one, megatron-rl. Its srun options stand in the array "options". It takes
-# the place of the shell that calls it, so that a signal to a step in the background reaches srun.
+# step MODULE ARGUMENTS... runs python -m MODULE with srun, in the container if there is one. The array "options" has
+# srun's options. exec replaces the calling shell, so that a signal to a background step reaches srun.
 step() { exec $step "$$@"; }
 
 $setup
 
 """)
-"""What differs between jobs; ``$$`` is a dollar of bash."""
+"""The part of the script that depends on the run; ``$$`` is a dollar sign of bash."""
 
 JOB = "job.sbatch"
-"""Name of the rendered script in the run folder."""
+"""File name of the script in the run folder."""
 
-HOPELESS = frozenset({"PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"})
-"""Why Slurm lets a job wait that it can never start."""
+NEVER_STARTS = frozenset({"PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"})
+"""Pending reasons of Slurm for jobs that can never start."""
 
-LOOK_SECONDS = 4.0
-"""How long to look, after a submission, for a reason of this kind."""
+WATCH_SECONDS = 4.0
+"""How long to watch a submitted job for such a reason."""
 
-SET_BY_THE_JOB = ("train.resume=", "rollout.registry=")
-"""Words of the command line that the script gives anew at each start."""
+SET_BY_SCRIPT = ("train.resume=", "rollout.registry=")
+"""Settings of the command line that the script sets at each start."""
 
 PARALLEL_SIZES = ("tensor_parallel_size", "tp_size", "pipeline_parallel_size", "pp_size")
-"""Options of SGLang and vLLM that say how many GPUs share a server."""
+"""Options of SGLang and vLLM that determine how many GPUs share one model replica."""
 
-COPIES = ("data_parallel_size", "dp_size")
-"""Copies of the model within a server, each on GPUs of its own unless they share attention alone."""
+REPLICA_SIZES = ("data_parallel_size", "dp_size")
+"""Options that set the replicas per server, which have separate GPUs unless only attention is data-parallel."""
 
-OURS = (
+RESERVED_OPTIONS = (
     *("job-name", "output", "error", "open-mode", "signal", "time", "nodes", "ntasks", "ntasks-per-node"),
     *("cpus-per-task", "gpus-per-node", "gpus", "requeue", "no-requeue", "array"),
 )
-"""Options of sbatch that settings of ours decide, or that would break the script."""
+"""Options of sbatch that other settings decide, or that would break the script."""
 
 
 def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Path | None = None) -> int:
-    """Write the script to the run folder and print it, or submit it and print the job's number; return the exit code.
+    """Write the script to the run folder, then print or submit it; return the exit code.
 
     Args:
         loaded: the configuration.
-        words: config files and settings as given to the verb; the job reads them again.
-        submit: whether to hand the script to sbatch.
-        folder: where the job runs and relative paths begin; None: here.
+        words: config files and settings of the command line, which the job reads again.
+        submit: whether to submit the script with sbatch.
+        folder: working directory of the job; None: the current one.
+
+    Raises:
+        ConfigError: the run cannot work, or Slurm refuses the job.
     """
     if submit and shutil.which("sbatch") is None:
-        raise ConfigError("sbatch is not on this machine's PATH; run this on a login node, or leave out --submit")
+        raise ConfigError("sbatch is not on the PATH of this machine; run this on a login node, or leave out --submit")
     text = render(loaded, words, folder or Path.cwd(), starts_here=submit)
     run = Path(loaded.run.log.path).absolute()
     try:
@@ -104,31 +109,38 @@ def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Pa
 
 
 def _submit(script: Path) -> str:
-    """Return the job's number; a ConfigError says why Slurm does not take it, or would never start it."""
+    """Submit a script and return the job number.
+
+    Raises:
+        ConfigError: Slurm refuses the job, or would never start it.
+    """
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"sbatch refused {script}: {done.stderr.strip()}")
     job = done.stdout.strip().partition(";")[0]
-    # A heterogeneous job that no partition could ever hold is taken all the same, and waits for ever.
-    deadline = time.monotonic() + LOOK_SECONDS
+    # sbatch accepts a heterogeneous job that no partition can hold; it would stay pending.
+    deadline = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%t %r"], capture_output=True, text=True, check=False)
-        if hopeless := HOPELESS & set(asked.stdout.split()):
+        queue = subprocess.run(["squeue", "-h", "-j", job, "-o", "%t %r"], capture_output=True, text=True, check=False)
+        if reasons := NEVER_STARTS & set(queue.stdout.split()):
             subprocess.run(["scancel", job], check=False)
             raise ConfigError(
-                f"Slurm would never start {script}: {', '.join(hopeless)}; ask for less in [slurm] (nodes,"
-                " rollout_nodes, time_limit), or for another partition in slurm.options. The job was taken back"
+                f"Slurm would never start {script}: {', '.join(reasons)}; request less in [slurm] (nodes,"
+                " rollout_nodes, time_limit), or another partition in slurm.options. The job was canceled"
             )
-        if any(state != "PD" for state in asked.stdout.split()[::2]):
+        if any(state != "PD" for state in queue.stdout.split()[::2]):
             break
         time.sleep(0.5)
     return job
 
 
 def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_here: bool = True) -> str:
-    """Return the batch script of a run; a ConfigError lists everything that cannot work.
+    """Return the batch script of a run; see ``slurm`` for the arguments.
 
-    Without ``starts_here`` what the run reads need not be on this machine; what is not is told on stderr.
+    Without ``starts_here``, inputs of the run that are not on this machine are listed on stderr instead of refused.
+
+    Raises:
+        ConfigError: the run cannot work; the message lists all problems.
     """
     run, problems = loaded.run, list(_problems(loaded))
     raise_problems(problems)
@@ -143,9 +155,9 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_he
         "header": "\n".join(_header(run, path)),
         "folder": shlex.quote(str(folder)),
         "run": shlex.quote(str(path)),
-        "config": shlex.join(word for word in words if not word.startswith(SET_BY_THE_JOB)),
+        "config": shlex.join(word for word in words if not word.startswith(SET_BY_SCRIPT)),
         "resume": str(int(run.train.resume)),
-        "setup": "\n".join(slurm.setup) or ": # nothing was asked for (slurm.setup)",
+        "setup": "\n".join(slurm.setup) or "# slurm.setup is empty",
         "step": " ".join(_step(slurm, path, folder)),
         "nodes": str(slurm.nodes),
         "ranks_per_node": str(slurm.ranks),
@@ -156,29 +168,29 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_he
         "preflight": str(int(slurm.preflight)),
         "restarts": str(slurm.restarts),
     }
-    return TOP.substitute(filled) + COMMON.read_text(encoding="utf-8")
+    return JOB_TOP.substitute(filled) + JOB_BODY.read_text(encoding="utf-8")
 
 
 def _server_gpus(loaded: Loaded[Run], gpus: int) -> Iterator[str]:
-    """Yield a problem if a server is to be shared by another number of GPUs than it gets."""
+    """Yield a problem if the parallel size of a server is not the number of GPUs that it gets."""
     rollout = loaded.run.rollout
     if rollout.urls or not gpus or rollout.engine == "embedded":
         return
     options = rollout.sglang if rollout.engine == "sglang" else rollout.vllm
-    names = PARALLEL_SIZES if options.get("enable_dp_attention") else (*PARALLEL_SIZES, *COPIES)
+    names = PARALLEL_SIZES if options.get("enable_dp_attention") else (*PARALLEL_SIZES, *REPLICA_SIZES)
     sizes = {name: int(options[name]) for name in names if name in options}
-    if (wanted := math.prod(sizes.values())) != gpus:
-        said = ", ".join(f"rollout.{rollout.engine}.{name} = {size}" for name, size in sizes.items())
+    if (used := math.prod(sizes.values())) != gpus:
+        settings = ", ".join(f"rollout.{rollout.engine}.{name} = {size}" for name, size in sizes.items())
         yield (
             f"a server gets {gpus} GPUs (slurm.gpus_per_node = {loaded.run.slurm.gpus_per_node}, rollout.servers ="
-            f" {rollout.servers} on {loaded.run.slurm.rollout_nodes or loaded.run.slurm.nodes} nodes), but is shared by"
-            f" {wanted} ({said or 'no size is set'}); write rollout.{rollout.engine}.{PARALLEL_SIZES[0]} = {gpus}, or"
+            f" {rollout.servers} on {loaded.run.slurm.rollout_nodes or loaded.run.slurm.nodes} nodes), but uses"
+            f" {used} ({settings or 'no size is set'}); write rollout.{rollout.engine}.{PARALLEL_SIZES[0]} = {gpus}, or"
             " another number of servers"
         )
 
 
 def servers_per_node(run: Run) -> int:
-    """Return how many servers share a node."""
+    """Return the number of servers per node."""
     return -(-run.rollout.servers // (run.slurm.rollout_nodes or run.slurm.nodes))
 
 
@@ -221,7 +233,7 @@ def _directives(options: Mapping[str, bool | int | str]) -> Iterator[str]:
 
 
 def server_options(run: Run) -> Iterator[str]:
-    """Yield the options of srun that spread the servers over their nodes."""
+    """Yield the options of srun that distribute the servers over their nodes."""
     per_node = servers_per_node(run)
     if not per_node or run.rollout.urls:
         return
@@ -237,46 +249,46 @@ def _server_cpus(run: Run) -> int:
 
 
 def _step(slurm: Slurm, run: Path, folder: Path) -> Iterator[str]:
-    """Yield the words of a step before those of the program: srun, and what starts the container."""
+    """Yield the start of a step's command: srun, the container if there is one, and python."""
     mounts = [*(f"{path}:{path}" for path in dict.fromkeys((str(run), str(folder)))), *slurm.mounts]
     yield 'srun --kill-on-bad-exit=1 --open-mode=append "${options[@]}"'
     if slurm.container == "pyxis":
         yield f"--container-image={shlex.quote(slurm.image)} --container-mounts={shlex.quote(','.join(mounts))}"
     if slurm.container == "apptainer":
         yield f"apptainer exec --nv --bind {shlex.quote(','.join(mounts))} {shlex.quote(slurm.image)}"
-    yield f"{shlex.quote(slurm.python)} -m megatron_rl"
+    yield f"{shlex.quote(slurm.python)} -m"
 
 
 def _problems(loaded: Loaded[Run]) -> Iterator[str]:
     run, slurm = loaded.run, loaded.run.slurm
     for table in ("options", "rollout_options"):
         for name in getattr(slurm, table):
-            if name.replace("_", "-") in OURS:
+            if name.replace("_", "-") in RESERVED_OPTIONS:
                 key = f"slurm.{table}.{name}"
                 yield f"{key} ({loaded.origin(key)}) is decided by other settings of [slurm]; leave it out"
     if run.rollout.urls and slurm.rollout_nodes:
         yield (
-            f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}), but rollout.urls"
-            " names servers that run already; leave one of them out"
+            f"{loaded.describe('slurm.rollout_nodes')}, but rollout.urls names servers that are already running;"
+            " leave one of them out"
         )
     if slurm.rollout_nodes > run.rollout.servers > 0:
         yield (
-            f"slurm.rollout_nodes = {slurm.rollout_nodes} ({loaded.origin('slurm.rollout_nodes')}) is more than"
-            f" rollout.servers = {run.rollout.servers}: a server lies on one node, and the other nodes would idle;"
-            f" write slurm.rollout_nodes = {run.rollout.servers}, or more servers"
+            f"{loaded.describe('slurm.rollout_nodes')} is more than rollout.servers = {run.rollout.servers}: a server"
+            " runs on one node, and the other nodes would idle; write slurm.rollout_nodes ="
+            f" {run.rollout.servers}, or more servers"
         )
     gpus, per_node = slurm.gpus_per_node, servers_per_node(run)
     if slurm.rollout_nodes and gpus and per_node > gpus:
         yield (
-            f"rollout.servers = {run.rollout.servers} ({loaded.origin('rollout.servers')}) on {slurm.rollout_nodes}"
-            f" node(s) of {gpus} GPUs leaves less than one GPU a server; write at most {gpus * slurm.rollout_nodes}"
+            f"{loaded.describe('rollout.servers')} on {slurm.rollout_nodes} node(s) of {gpus} GPUs leaves less than one"
+            f" GPU per server; write at most {gpus * slurm.rollout_nodes}"
         )
     yield from _server_gpus(loaded, gpus // per_node if per_node else 0)
     if not slurm.rollout_nodes and not run.rollout.urls and gpus:
         yield (
-            f"slurm.rollout_nodes = 0 ({loaded.origin('slurm.rollout_nodes')}) with slurm.gpus_per_node = {gpus}:"
-            " servers would take the trainer's GPUs; write slurm.rollout_nodes = 1 or more, or rollout.urls"
+            f"{loaded.describe('slurm.rollout_nodes')} with slurm.gpus_per_node = {gpus}: servers would take the"
+            " trainer's GPUs; write slurm.rollout_nodes = 1 or more, or rollout.urls"
         )
-    for words in (os.fspath(Path(run.log.path).absolute()), *slurm.mounts):
-        if re.search(r"[\n,]", words):
-            yield f"{words!r} holds a comma or a line break, which sbatch and mounts cannot; use another path"
+    for path in (os.fspath(Path(run.log.path).absolute()), *slurm.mounts):
+        if re.search(r"[\n,]", path):
+            yield f"{path!r} has a comma or a line break, which sbatch and mounts do not support; use another path"

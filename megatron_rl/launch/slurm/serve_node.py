@@ -1,30 +1,46 @@
-"""One server of a fleet on a node of its own: started, registered, started again when it dies, ended with the job.
+"""One server of a Slurm job: started, registered, restarted when it dies, and ended with the job.
 
-RUN/fleet/START/server_0.json   {"url": "http://..."}, written before the server is healthy; its url never changes
-RUN/fleet/START/asked/          the same files, for the trainer, once every server has answered (``roundtrip``)
-RUN/fleet/START/end             the trainer has ended, and so do the servers
+Run by the job script as ``python -m megatron_rl.launch.slurm.serve_node --registry FOLDER CONFIG...``. Files:
+
+RUN/fleet/START/server_0.json   {"url": "http://..."}, written before the server is healthy; the URL never changes
+RUN/fleet/START/checked/        the same files, for the trainer, written after all servers passed ``fleet_check``
+RUN/fleet/START/end             written when the trainer has ended; the servers then exit
 """
 
+import argparse
 import logging
 import os
-import signal
 import socket
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from megatron_rl.config.schema import Run
+from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.mesh import task_number
 from megatron_rl.errors import ConfigError
 from megatron_rl.fleet.servers import END, server_of, write_address
+from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 
 log = logging.getLogger(__name__)
 
 NODES = "MEGATRON_RL_NODES"
-"""``node=address`` of every node of the job; the job's script fills it in."""
+"""Environment variable with ``node=address`` of every node of the job, set by the job script."""
 
-LOOK_SECONDS = 0.5
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
+POLL_SECONDS = 0.5
+FIRST_RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one server until the job ends; return the exit code."""
+    parser = argparse.ArgumentParser(prog="serve_node", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE")
+    parser.add_argument("--registry", type=Path, required=True, metavar="FOLDER", help="folder for its address")
+    parser.add_argument("--host", help="address to listen on (default: the address of this node)")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    interrupt_on_sigterm()
+    return run_command("serve_node", lambda: keep_server(load_run(options.config).run, options.registry, options.host))
 
 
 def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
@@ -32,48 +48,47 @@ def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
 
     Args:
         run: the configuration; its engine and model are served.
-        registry: folder that the trainer looks into.
-        host: address to listen on; None: this node's.
+        registry: folder in which the trainer looks for addresses.
+        host: address to listen on; None: the address of this node.
     """
     number = task_number()
     server = server_of(run, number, host or node_address())
-    signal.signal(signal.SIGTERM, _stop)
     registry.mkdir(parents=True, exist_ok=True)
-    wait = FIRST_WAIT_SECONDS
+    delay = FIRST_RESTART_SECONDS
     try:
         server.start()
         write_address(registry, number, server.url)
         while not (registry / END).exists():
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             if server.exit_status is not None:
-                log.warning("the server ended with status %d; starting it again in %g s", server.exit_status, wait)
-                time.sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+                log.warning("the server exited with status %d; restarting it in %g s", server.exit_status, delay)
+                time.sleep(delay)
+                delay = min(2 * delay, MAX_RESTART_SECONDS)
                 server.start()
     except KeyboardInterrupt:
-        log.info("asked to end")
+        log.info("stop requested")
     finally:
         server.stop()
     return 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def node_address() -> str:
-    """Return the address of this node: as Slurm uses it, else that of its name.
+    """Return the address of this node: the one that Slurm uses, else that of its host name.
 
     Raises:
-        ConfigError: the name has no address.
+        ConfigError: the host name has no address.
     """
     node = os.environ.get("SLURMD_NODENAME", "")
-    known = dict(pair.split("=", 1) for pair in os.environ.get(NODES, "").split())
-    if node in known:
-        return known[node]
+    addresses = dict(pair.split("=", 1) for pair in os.environ.get(NODES, "").split())
+    if node in addresses:
+        return addresses[node]
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError as error:
         raise ConfigError(
-            f"the name of this node, {socket.gethostname()}, has no address: {error}; give --host"
+            f"the host name of this node, {socket.gethostname()}, has no address: {error}; give --host"
         ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from megatron_rl.launch.planning.run_plan import make_plan
 from megatron_rl.launch.slurm.render import render, servers_per_node
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.toml"), key=lambda path: path.name)
 OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo")
 H100 = CONFIGS / "cluster" / "h100-80gb.toml"

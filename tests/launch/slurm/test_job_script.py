@@ -1,6 +1,7 @@
-"""What the job's script does, run by bash with an srun and an scontrol that only say what they were asked."""
+"""The control flow of the job script, run by bash with fake srun and scontrol commands that record their arguments."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,19 +9,19 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.slurm.render import COMMON, render
-from megatron_rl.observability.hang_watchdog import HUNG
+from megatron_rl.launch.slurm.render import render
+from megatron_rl.util.exit_codes import HUNG
+from tools.make_example_job import FILE, script
 
-ROOT = Path(__file__).parents[2]
-PLAIN = ROOT / "launch" / "plain.sbatch"
+ROOT = Path(__file__).parents[3]
 
 SRUN = """#!/usr/bin/env bash
 echo "$*" >> "$RECORD"
 case "$*" in
-    *" preflight judge "*) folder="$(sed 's/.*--folder \\([^ ]*\\) .*/\\1/' <<<"$*")"; mkdir -p "$folder"
+    *"preflight judge "*) folder="$(sed 's/.*--folder \\([^ ]*\\) .*/\\1/' <<<"$*")"; mkdir -p "$folder"
                            echo n1 n2 > "$folder/nodes"; echo > "$folder/links" ;;
-    *" preflight fleet "*) sleep "${ASKS:-0}"; exit "${UNFIT:-0}" ;;
-    *" fleet --registry "*) folder="$(sed 's/.*--registry \\([^ ]*\\) .*/\\1/' <<<"$*")"
+    *"preflight fleet "*) sleep "${CHECKS:-0}"; exit "${FAULTY:-0}" ;;
+    *"serve_node --registry "*) folder="$(sed 's/.*--registry \\([^ ]*\\) .*/\\1/' <<<"$*")"
                             until [ -e "$folder/end" ] || [ -n "${NO_FLEET:-}" ]; do sleep 0.05; done ;;
     *" train "*) trap 'kill $!; exit 143' TERM; trap 'kill $!; made; exit "${STOPPED:-130}"' USR1
                  made() { [ -z "${STEPS:-}" ] || { sleep 0.02; touch "$STEPS"; }; }
@@ -41,7 +42,7 @@ esac
 
 
 class Job:
-    """A rendered script in a folder with programs of its own."""
+    """A rendered script in a folder with fake commands."""
 
     def __init__(self, folder: Path, *settings: str) -> None:
         self.folder, self.run_folder, self.record = folder, folder / "run", folder / "record"
@@ -54,7 +55,7 @@ class Job:
         self.script.write_text(render(load(Run, words[:1], words[1:]), words, folder))
 
     def run(self, restart: int = 0, **environment: str) -> tuple[int, str]:
-        """Return the exit code and what it said."""
+        """Return the exit code and the output."""
         slurm = {
             "PATH": f"{self.folder}:{os.environ['PATH']}",
             "RECORD": str(self.record),
@@ -70,67 +71,57 @@ class Job:
 
     @property
     def steps(self) -> list[str]:
-        """What srun was asked, in order; no setting stands twice in a step, which would be refused."""
+        """The arguments of srun, in order; no step sets a key twice, which would be refused."""
         steps = self.record.read_text().splitlines()
         for step in steps:
-            settings = [word.partition("=")[0] for word in step.partition("megatron_rl")[2].split() if "=" in word]
+            settings = [word.partition("=")[0] for word in step.partition(" -m megatron_rl")[2].split() if "=" in word]
             assert len(settings) == len(set(settings)), step
         return steps
 
 
+def name_of(step: str) -> str:
+    """Return ``train``, ``serve_node``, ``preflight STEP``, or nothing for a requeue."""
+    found = re.search(r" -m megatron_rl(?:\.launch\.slurm\.)?((?:preflight)? ?[a-z_]+)", step)
+    return found[1].strip() if found else ""
+
+
 def steps_named(job: Job, name: str) -> list[str]:
-    return [step for step in job.steps if f"megatron_rl {name} " in step]
+    return [step for step in job.steps if name_of(step) == name]
 
 
-def test_the_plain_script_ends_with_the_text_of_every_job():
-    text = PLAIN.read_text()
-
-    assert text.endswith(COMMON.read_text()), "copy megatron_rl/launch/slurm/job.sh to the end of launch/plain.sbatch"
-    assert text.count("From here on every job is the same") == 1
-    subprocess.run(["bash", "-n", str(PLAIN)], check=True)
+def test_the_example_job_is_what_the_tool_renders():
+    assert FILE.read_text() == script(), "run python tools/make_example_job.py"
 
 
-def test_the_plain_script_sets_all_that_a_rendered_one_sets(tmp_path):
-    def names(text: str) -> set[str]:
-        top = text.partition("# ---- From here on")[0]
-        code = "\n".join(line.split(" # ")[0] for line in top.splitlines() if not line.startswith(("#", "step")))
-        return {word.partition("=")[0] for word in code.split() if word.partition("=")[1] and word[0].isalpha()}
-
-    rendered = names(Job(tmp_path, "slurm.rollout_nodes=1").script.read_text())
-    wanted = {"run", "config", "resume", "nodes_needed", "ranks_per_node", "servers", "server_options", "restarts"}
-    assert wanted <= names(PLAIN.read_text())
-    assert wanted <= rendered
-
-
-def test_a_job_looks_starts_trains_and_ends_in_this_order(tmp_path):
+def test_the_steps_of_a_job_run_in_this_order(tmp_path):
     job = Job(tmp_path)
 
     code, said = job.run()
 
     assert code == 0, said
-    verbs = [step.partition("megatron_rl ")[2].split(" -")[0].split(" /")[0] for step in job.steps]
-    assert verbs[:3] == ["preflight report", "preflight judge", "preflight link"]
-    assert set(verbs[3:]) == {"fleet", "train", "preflight fleet"}
+    names = [name_of(step) for step in job.steps]
+    assert names[:3] == ["preflight report", "preflight judge", "preflight link"]
+    assert set(names[3:]) == {"serve_node", "train", "preflight fleet"}
     assert "--nodelist=n1,n2" in steps_named(job, "train")[0]
     assert not any("--het-group" in step for step in job.steps)
     assert "train.resume=true" not in steps_named(job, "train")[0]
-    assert steps_named(job, "train")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0/asked")
+    assert steps_named(job, "train")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0/checked")
     assert steps_named(job, "preflight fleet")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0")
     assert (tmp_path / "run" / "fleet" / "7.0" / "end").exists()
 
 
-def test_components_of_a_heterogeneous_job_get_their_own_steps(tmp_path):
+def test_steps_run_on_the_component_of_a_heterogeneous_job(tmp_path):
     job = Job(tmp_path, "slurm.rollout_nodes=1")
 
     code, said = job.run(SLURM_HET_SIZE="2", SLURM_JOB_NODELIST_HET_GROUP_0="n", SLURM_JOB_NODELIST_HET_GROUP_1="n")
 
     assert code == 0, said
-    groups = {step.partition("megatron_rl ")[2].split(" -")[0].split(" /")[0]: step.split()[2] for step in job.steps}
-    assert groups.pop("fleet") == "--het-group=1"
+    groups = {name_of(step): step.split()[2] for step in job.steps}
+    assert groups.pop("serve_node") == "--het-group=1"
     assert set(groups.values()) == {"--het-group=0"}
 
 
-def test_a_hang_goes_back_into_the_queue_so_many_times_and_no_more(tmp_path):
+def test_a_hang_is_requeued_at_most_slurm_restarts_times(tmp_path):
     job = Job(tmp_path, "slurm.restarts=2", "slurm.preflight=false")
 
     for restart, requeues in ((0, 1), (1, 2), (2, 2)):
@@ -142,7 +133,7 @@ def test_a_hang_goes_back_into_the_queue_so_many_times_and_no_more(tmp_path):
     assert "train.resume=true" in steps_named(job, "train")[-1]
 
 
-def test_a_rank_that_had_to_be_killed_after_the_report_is_a_hang_too(tmp_path):
+def test_a_rank_killed_after_a_hang_report_counts_as_a_hang(tmp_path):
     job = Job(tmp_path, "slurm.preflight=false")
 
     assert job.run(CODE="137", REPORT=str(job.run_folder / "hang"))[0] == HUNG
@@ -154,7 +145,7 @@ def test_a_rank_that_had_to_be_killed_after_the_report_is_a_hang_too(tmp_path):
     assert "REQUEUE 7" not in job.steps
 
 
-def test_a_job_that_slurm_itself_restarted_too_often_ends(tmp_path):
+def test_a_job_that_slurm_restarted_too_often_ends(tmp_path):
     job = Job(tmp_path, "slurm.restarts=2")
 
     code, said = job.run(restart=3)
@@ -164,27 +155,27 @@ def test_a_job_that_slurm_itself_restarted_too_often_ends(tmp_path):
     assert not job.record.exists()
 
 
-def test_an_unfit_server_ends_the_trainer_that_is_still_loading(tmp_path):
+def test_a_faulty_server_ends_the_trainer_that_is_still_loading(tmp_path):
     job = Job(tmp_path)
 
-    code, said = job.run(UNFIT="1", ASKS="0.3", TRAINS="60")
+    code, said = job.run(FAULTY="1", CHECKS="0.3", TRAINS="60")
 
     assert code == 2
-    assert "a server of the fleet is not fit" in said
+    assert "a server of the fleet failed its check" in said
 
 
-def test_servers_that_run_already_are_asked_before_the_ranks_start(tmp_path):
+def test_running_servers_are_checked_before_the_ranks_start(tmp_path):
     job = Job(tmp_path, 'rollout.urls=["http://10.0.0.9:1"]')
 
-    code, said = job.run(UNFIT="1")
+    code, said = job.run(FAULTY="1")
 
     assert code == 2
-    assert "a server of rollout.urls is not fit" in said
+    assert "a server of rollout.urls failed its check" in said
     assert steps_named(job, "train") == []
 
 
 @pytest.mark.parametrize(("code", "restarted"), [(1, False), (130, False), (0, False)])
-def test_a_failure_of_its_own_is_not_repeated(tmp_path, code, restarted):
+def test_an_ordinary_failure_is_not_requeued(tmp_path, code, restarted):
     job = Job(tmp_path, "slurm.preflight=false")
 
     assert job.run(CODE=str(code))[0] == code
@@ -192,7 +183,7 @@ def test_a_failure_of_its_own_is_not_repeated(tmp_path, code, restarted):
 
 
 @pytest.mark.parametrize("code", [137, 143])
-def test_ranks_that_were_killed_go_on_if_they_had_made_a_step_and_the_job_is_not_being_ended(tmp_path, code):
+def test_killed_ranks_are_requeued_after_a_step_unless_the_job_is_being_ended(tmp_path, code):
     job = Job(tmp_path, "slurm.preflight=false")
     job.run_folder.mkdir()
     steps = str(job.run_folder / "metrics.jsonl")
@@ -200,13 +191,13 @@ def test_ranks_that_were_killed_go_on_if_they_had_made_a_step_and_the_job_is_not
     assert job.run(CODE=str(code))[0] == code
     assert job.run(CODE=str(code), STEPS=steps, STATE="CANCELLED")[0] == code
     assert "REQUEUE 7" not in job.steps
-    assert "ranks or servers were killed: the job goes back" in job.run(CODE=str(code), STEPS=steps)[1]
+    assert "ranks or servers were killed: the job is requeued" in job.run(CODE=str(code), STEPS=steps)[1]
     assert job.steps.count("REQUEUE 7") == 1
     assert job.run(1, CODE=str(code))[0] == code  # no step since the restart: the kill of the first start came late
     assert job.steps.count("REQUEUE 7") == 2
 
 
-def test_a_fleet_that_is_lost_after_a_step_lets_the_job_go_on(tmp_path):
+def test_a_fleet_lost_after_a_step_is_requeued(tmp_path):
     job = Job(tmp_path, "slurm.preflight=false")
     job.run_folder.mkdir()
 
@@ -217,7 +208,7 @@ def test_a_fleet_that_is_lost_after_a_step_lets_the_job_go_on(tmp_path):
     assert "REQUEUE 7" in job.steps, said
 
 
-def test_a_run_that_reached_its_end_is_over_though_the_fleet_was_lost(tmp_path):
+def test_a_finished_run_is_not_requeued_if_the_fleet_is_lost(tmp_path):
     job = Job(tmp_path, "slurm.preflight=false")
     job.run_folder.mkdir()
 
@@ -228,7 +219,7 @@ def test_a_run_that_reached_its_end_is_over_though_the_fleet_was_lost(tmp_path):
     assert "REQUEUE 7" not in job.steps
 
 
-def test_a_run_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_run_folder_that_cannot_be_created_is_an_error(tmp_path):
     job = Job(tmp_path)
     job.run_folder.write_text("a file")
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.cli import main, split_words
-from megatron_rl.config.load import load
+from megatron_rl.cli import main
+from megatron_rl.config.load import load, split_words
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.megatron_fields import FIXED, SET_ELSEWHERE, megatron_fields
 from megatron_rl.launch.planning.run_plan import make_plan
 from tests.policy import families
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 DEMO = CONFIGS / "demo.toml"
 
 

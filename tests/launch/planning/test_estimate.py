@@ -39,7 +39,7 @@ HF = {
 }
 """Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two of them for each token."""
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 FAMILY = family_of(HF)
 
 

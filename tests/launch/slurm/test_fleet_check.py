@@ -1,4 +1,4 @@
-"""Every server of a fleet is asked once before a run relies on it, and the one that is dead or wrong is named."""
+"""Every server of a fleet is checked before a run uses it; a dead or wrong server is named."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.servers import registered, write_address
-from megatron_rl.launch.slurm.round_trip import ServerProbe, ask_fleet, compared
+from megatron_rl.launch.slurm.fleet_check import ServerProbe, check_fleet, compare_weights
 from tests.fleet.fake import FakeServer, garbage, serving
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[3] / "configs" / "demo.toml"
 
 
 def run_with(*urls: str, **settings: object) -> Run:
@@ -22,9 +22,9 @@ def run_with(*urls: str, **settings: object) -> Run:
     ).run
 
 
-def test_like_servers_are_fit_and_timed(capsys):
+def test_equal_servers_pass_and_are_timed(capsys):
     with serving(FakeServer(), FakeServer()) as (one, other):
-        assert ask_fleet(run_with(one.url, other.url)) == 0
+        assert check_fleet(run_with(one.url, other.url)) == 0
 
     said = capsys.readouterr().out
     assert "preflight:" not in said
@@ -35,33 +35,33 @@ def test_like_servers_are_fit_and_timed(capsys):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda server: setattr(server, "trick", garbage), "is not fit: http://.* is not JSON"),
-        (lambda server: setattr(server, "status", 500), "is not fit: http://.* answered 500"),
+        (lambda server: setattr(server, "trick", garbage), "cannot be used: http://.* is not JSON"),
+        (lambda server: setattr(server, "status", 500), "cannot be used: http://.* answered 500"),
         (lambda server: setattr(server, "version", "7"), "has weights of version '7', the others have '0'"),
-        (lambda server: setattr(server, "logprob", -3.0), r"its log-probs are 2\.\d+ nats from the others'"),
+        (lambda server: setattr(server, "logprob", -3.0), r"its log-probs differ by 2\.\d+ nats from the others'"),
     ],
 )
-def test_the_unfit_one_is_named(capsys, break_it, words):
+def test_a_faulty_server_is_named(capsys, break_it, words):
     with serving(FakeServer(), FakeServer(), FakeServer()) as servers:
         break_it(servers[1])
-        assert ask_fleet(run_with(*(server.url for server in servers))) == 1
+        assert check_fleet(run_with(*(server.url for server in servers))) == 1
 
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight:")]
     assert line.startswith(f"preflight: {servers[1].url} ")
     assert re.search(words, line)
 
 
-def test_a_server_that_is_not_there_is_named(capsys):
+def test_an_unreachable_server_is_named(capsys):
     with serving(FakeServer()) as (server,):
-        assert ask_fleet(run_with(server.url, "http://127.0.0.1:9")) == 1
+        assert check_fleet(run_with(server.url, "http://127.0.0.1:9")) == 1
 
-    assert "preflight: http://127.0.0.1:9 is not fit: the server" in capsys.readouterr().out
+    assert "preflight: http://127.0.0.1:9 cannot be used: the server" in capsys.readouterr().out
 
 
-def test_a_resumed_run_gives_running_servers_its_weights_whatever_they_have(tmp_path):
+def test_weights_of_running_servers_may_differ_if_a_resumed_run_will_push_its_own(tmp_path):
     with serving(FakeServer("3"), FakeServer("0")) as (one, other):
-        assert ask_fleet(run_with(one.url, other.url)) == 1
-        assert ask_fleet(run_with(one.url, other.url, train__resume="true")) == 0
+        assert check_fleet(run_with(one.url, other.url)) == 1
+        assert check_fleet(run_with(one.url, other.url, train__resume="true")) == 0
 
 
 def test_servers_of_the_job_that_do_not_register_are_named_by_number(tmp_path):
@@ -69,25 +69,25 @@ def test_servers_of_the_job_that_do_not_register_are_named_by_number(tmp_path):
     settings = {"rollout__registry": tmp_path, "rollout__servers": 3}
 
     with pytest.raises(RolloutError, match=r"1 of 3 servers .* within 1 s, 0, 2 have not"):
-        ask_fleet(run_with(**settings))
+        check_fleet(run_with(**settings))
 
 
-def test_the_trainer_learns_of_the_job_s_servers_when_all_are_fit(tmp_path):
+def test_addresses_are_written_for_the_trainer_when_all_servers_pass(tmp_path):
     with serving(FakeServer(), FakeServer()) as servers:
         for number, server in enumerate(servers):
             write_address(tmp_path, number, server.url)
         run = run_with(rollout__registry=tmp_path, rollout__servers=2)
         servers[0].status = 500
-        assert ask_fleet(run, tmp_path / "asked") == 1
-        assert not (tmp_path / "asked").exists()
+        assert check_fleet(run, tmp_path / "checked") == 1
+        assert not (tmp_path / "checked").exists()
 
         servers[0].status = 200
-        assert ask_fleet(run, tmp_path / "asked") == 0
+        assert check_fleet(run, tmp_path / "checked") == 0
 
-    assert registered(tmp_path / "asked", 2, 1) == [server.url for server in servers]
+    assert registered(tmp_path / "checked", 2, 1) == [server.url for server in servers]
 
 
-def test_of_two_unlike_servers_both_are_named():
-    answers = [ServerProbe("a", logprobs=(-1.0, -2.0)), ServerProbe("b", logprobs=(-3.0, -4.0))]
+def test_of_two_different_servers_both_are_named():
+    probes = [ServerProbe("a", logprobs=(-1.0, -2.0)), ServerProbe("b", logprobs=(-3.0, -4.0))]
 
-    assert [bool(answer.problem) for answer in compared(answers)] == [True, True]
+    assert [bool(probe.problem) for probe in compare_weights(probes)] == [True, True]

@@ -1,4 +1,4 @@
-"""The script of a job, as text: what it asks for, what it runs, what is refused."""
+"""The rendered script of a job: its directives, its commands, and what is refused."""
 
 import subprocess
 from dataclasses import replace
@@ -12,9 +12,9 @@ from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.slurm.render import _server_gpus, render
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[3] / "configs" / "demo.toml"
 TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0")
-"""Without settings of one's own for them."""
+"""Used unless a test sets them."""
 
 
 def script(tmp_path: Path, *settings: str) -> str:
@@ -30,7 +30,7 @@ def directives(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
-def test_trainer_and_fleet_are_components_with_their_own_nodes(tmp_path):
+def test_trainer_and_fleet_are_components_with_separate_nodes(tmp_path):
     text = script(
         tmp_path,
         "slurm.gpus_per_node=8",
@@ -47,7 +47,7 @@ def test_trainer_and_fleet_are_components_with_their_own_nodes(tmp_path):
     assert "server_options=(--nodes=2 --ntasks-per-node=2 --cpus-per-task=32 --gpus-per-task=4)" in text
 
 
-def test_servers_may_share_the_trainer_s_nodes_or_run_already(tmp_path):
+def test_servers_share_the_trainer_s_nodes_or_are_already_running(tmp_path):
     together, connected = script(tmp_path), script(tmp_path, 'rollout.urls=["http://10.0.0.7:30000"]')
 
     assert "hetjob" not in together + connected
@@ -55,13 +55,13 @@ def test_servers_may_share_the_trainer_s_nodes_or_run_already(tmp_path):
     assert "servers=0\n" in connected
 
 
-def test_a_restart_s_signal_comes_with_time_to_spare_and_the_log_goes_on(tmp_path):
+def test_the_stop_signal_comes_before_the_time_limit_and_the_log_is_appended(tmp_path):
     found = directives(script(tmp_path, "slurm.stop_seconds=600", "slurm.time_limit=2-00:00:00"))
 
     assert {"--signal=B:USR1@600", "--time=2-00:00:00", "--requeue", "--open-mode=append"} <= set(found)
 
 
-def test_steps_run_in_the_container_that_is_asked_for(tmp_path):
+def test_steps_run_in_the_configured_container(tmp_path):
     run = tmp_path / "run"
     mounts = f"{run}:{run},{tmp_path}:{tmp_path},/data:/data"
     settings = ("slurm.image=train.sqsh", 'slurm.mounts=["/data:/data"]', "slurm.python=python3")
@@ -69,11 +69,11 @@ def test_steps_run_in_the_container_that_is_asked_for(tmp_path):
     pyxis = script(tmp_path, "slurm.container=pyxis", *settings)
     apptainer = script(tmp_path, "slurm.container=apptainer", *settings)
 
-    assert f"--container-image=train.sqsh --container-mounts={mounts} python3 -m megatron_rl" in pyxis
-    assert f"apptainer exec --nv --bind {mounts} train.sqsh python3 -m megatron_rl" in apptainer
+    assert f"--container-image=train.sqsh --container-mounts={mounts} python3 -m " in pyxis
+    assert f"apptainer exec --nv --bind {mounts} train.sqsh python3 -m " in apptainer
 
 
-def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
+def test_settings_with_blanks_and_dollars_reach_the_job_unchanged(tmp_path):
     text = script(tmp_path, "rollout.environment={ A = 'x $y' }")
 
     (line,) = [line for line in text.splitlines() if line.startswith("config=(")]
@@ -87,12 +87,12 @@ def test_words_with_blanks_and_dollars_reach_the_job_as_they_are(tmp_path):
         ("slurm.options={ nodes = 3 }", r"slurm.options.nodes \(command line.*is decided by other settings"),
         ("slurm.nodes=3", r"6 ranks|3 ranks cannot be divided"),
         ("slurm.gpus_per_node=8", r"servers would take the trainer's GPUs; write slurm.rollout_nodes"),
-        ("slurm.rollout_nodes=2", r"more than rollout.servers = 1: a server lies on one node"),
+        ("slurm.rollout_nodes=2", r"more than rollout.servers = 1: a server runs on one node"),
         ("slurm.image=x", r"container is 'none' and image 'x'; write both"),
         ("slurm.time_limit=soon", r"slurm.time_limit"),
     ],
 )
-def test_what_no_job_could_be_is_refused(tmp_path, setting, message):
+def test_impossible_jobs_are_refused(tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
         script(tmp_path, setting)
 
@@ -108,7 +108,7 @@ def test_what_no_job_could_be_is_refused(tmp_path, setting, message):
         ("vllm", "{}", False),
     ],
 )
-def test_a_server_is_shared_by_the_gpus_that_it_gets(tmp_path, engine, options, fits):
+def test_the_parallel_size_of_a_server_must_be_its_number_of_gpus(tmp_path, engine, options, fits):
     run = load(Run, [str(DEMO)], [f"rollout.engine={engine}", f"rollout.{engine}={options}", "rollout.servers=4"])
     given = run.run.slurm.model_copy(update={"nodes": 2, "rollout_nodes": 2, "gpus_per_node": 8})
     loaded = replace(run, run=run.run.model_copy(update={"slurm": given}))
@@ -119,7 +119,7 @@ def test_a_server_is_shared_by_the_gpus_that_it_gets(tmp_path, engine, options, 
     assert fits or "a server gets 4 GPUs (slurm.gpus_per_node = 8, rollout.servers = 4 on 2 nodes)" in problems[0]
 
 
-def test_a_run_folder_that_cannot_be_made_is_told_before_anything_is_submitted(tmp_path, capsys):
+def test_a_run_folder_that_cannot_be_created_is_an_error_before_submission(tmp_path, capsys):
     (tmp_path / "file").touch()
 
     assert main(["slurm", str(DEMO), *TWO_NODES, f"log.path={tmp_path / 'file' / 'run'}"]) == 2
@@ -133,4 +133,4 @@ def test_a_script_needs_no_slurm_but_submitting_does(tmp_path, monkeypatch, caps
     assert main(["slurm", *words, "--dry-run"]) == 0
     assert (tmp_path / "run" / "job.sbatch").read_text() == capsys.readouterr().out
     assert main(["slurm", *words, "--submit"]) == 2
-    assert "sbatch is not on this machine's PATH" in capsys.readouterr().err
+    assert "sbatch is not on the PATH of this machine" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.policy.model import build_chunks
 from megatron_rl.policy.process_groups import build_mesh
 from megatron_rl.policy.upstream import repair
-from tests.launch.test_sizing import HF
+from tests.launch.planning.test_estimate import HF
 from tests.policy import families
 from tests.ranks import run_ranks
 
