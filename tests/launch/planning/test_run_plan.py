@@ -77,7 +77,7 @@ def test_bad_files_of_prompts_are_found_before_anything_starts(tmp_path):
         "task.max_prompt_tokens=100",
     )
     assert told.startswith("3 problems:")
-    for words in ("a.jsonl:2", "no line in", "did you mean exact?"):
+    for words in ("a.jsonl:2", "no row in", "did you mean exact?"):
         assert words in told
 
 
