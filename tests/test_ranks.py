@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from tests.ranks import RankError, run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def test_results_come_back_in_rank_order():
     def share() -> tuple[int, torch.Tensor]:

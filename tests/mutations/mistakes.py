@@ -1,6 +1,6 @@
-"""Mistakes that peers have made and ours to make, each as a change of a line, and what must notice it.
+"""Mistakes that trainers of this kind have made or could make, each as a change of one line, and what must detect it.
 
-Plain data: read by the loader in ``sitecustomize.py`` and by ``benchmarks/mutations.py``.
+Plain data, read by the loader in ``sitecustomize.py`` and by ``benchmarks/mutations.py``.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Mistake:
     """One line of the package replaced by a wrong one.
 
     Attributes:
-        name: one word or more, joined by dashes.
-        module: below ``megatron_rl``.
-        right, wrong: source text; ``right`` stands in the module exactly once.
-        checks: pytest node ids, or ``prove LAYOUT OBJECTIVE``; tried in order until one notices.
+        name: words joined by dashes.
+        module: relative to ``megatron_rl``.
+        right, wrong: source text; ``right`` occurs exactly once in the module.
+        checks: pytest node ids, or ``prove LAYOUT OBJECTIVE``; tried in order until one detects it.
     """
 
     name: str
@@ -33,6 +33,12 @@ DIRECTION = "tests/test_policy_loss.py::test_direction_of_the_clip"
 VOCABULARY = "tests/test_vocab.py::test_known_answers"
 SHARDS = "tests/test_vocab.py::test_shards_of_the_vocabulary_give_the_whole_one"
 HEAD = "tests/test_vocab.py::test_head_equals_the_definition"
+
+STREAM = "tests/train/test_stream.py"
+TOO_OLD = f"{STREAM}::test_a_group_that_is_too_old_is_dropped_once_and_its_prompt_asked_for_again_in_its_place"
+ANY_TIMING = f"{STREAM}::test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twice"
+LAG_0 = f"{STREAM}::test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same"
+RESAMPLING = f"{STREAM}::test_dynamic_sampling_fills_the_batch_with_groups_that_teach"
 
 MISTAKES = (
     Mistake(
@@ -164,5 +170,82 @@ MISTAKES = (
         "return self.is_last_stage and group_rank(self.tensor) == 0",
         "return self.is_last_stage",
         ("prove tensor=2 grpo",),
+    ),
+    Mistake(
+        "groups-one-version-too-old-are-trained-on",
+        "rollout.buffer",
+        "oldest = step - self.config.max_lag\n",
+        "oldest = step - self.config.max_lag - 1\n",
+        (TOO_OLD,),
+    ),
+    Mistake(
+        "the-fleet-samples-one-step-too-far-ahead",
+        "rollout.buffer",
+        "last = min(version + self.config.max_lag, self.config.steps - 1)",
+        "last = min(version + self.config.max_lag + 1, self.config.steps - 1)",
+        (LAG_0,),
+    ),
+    Mistake(
+        "groups-without-a-signal-fill-the-batch",
+        "rollout.buffer",
+        "needed -= finished.has_signal",
+        "needed -= 1",
+        (RESAMPLING,),
+    ),
+    Mistake(
+        "every-epoch-in-the-same-order",
+        "data.prompts",
+        "fold_seed((seed, epoch))",
+        "fold_seed((seed, 0))",
+        ("tests/data/test_prompts.py::test_each_epoch_has_every_prompt_once_in_an_order_of_its_own",),
+    ),
+    Mistake(
+        "one-seed-for-all-responses-to-a-prompt",
+        "fleet.request_plan",
+        "fold_seed((*seeds, prompt_hash, repeat, index))",
+        "fold_seed((*seeds, prompt_hash, repeat, 0))",
+        ("tests/fleet/test_fleet.py::test_groups_come_in_order_with_ids_and_seeds_of_their_own",),
+    ),
+    Mistake(
+        "last-token-predicts-the-next-sequence",
+        "data.pack",
+        " & ~self._starts_R[1:]",
+        "",
+        ("tests/data/test_pack.py::test_rows_hold_every_token_once_and_predict_within_sequences",),
+    ),
+    Mistake(
+        "checksum-without-the-last-bytes",
+        "weights.checksum",
+        "    tails_G8[:, : length - whole] = bytes_GN[:, whole:]\n",
+        "",
+        ("tests/weights/test_checksum.py::test_the_sum_is_the_one_of_plain_integers",),
+    ),
+    Mistake(
+        "a-server-that-missed-a-push-keeps-its-old-weights",
+        "fleet.sync",
+        "if self.version is None or member.version == self.version:",
+        "if self.version is None or member.version is not None:",
+        ("tests/fleet/test_fleet.py::test_a_server_that_missed_a_push_gets_it_before_it_gets_a_prompt",),
+    ),
+    Mistake(
+        "a-checkpoint-complete-before-all-ranks-have-written",
+        "train.checkpoints",
+        "while not all(part.exists() for part in parts):",
+        "while not any(part.exists() for part in parts):",
+        ("tests/train/test_checkpoint_files.py::test_a_kill_at_any_moment_leaves_the_last_good_checkpoint",),
+    ),
+    Mistake(
+        "damaged-checkpoint-files-are-loaded",
+        "models.sharded_files",
+        " or _digest(values) != piece.sha256",
+        "",
+        ("tests/train/test_checkpoint_files.py::test_damage_is_an_error_that_names_the_file_and_the_older_checkpoint",),
+    ),
+    Mistake(
+        "a-resumed-run-orders-groups-in-progress-with-other-seeds",
+        "rollout.buffer_state",
+        'for number, _, pending in saved["orders"] for slot in pending}',
+        'for number, _, pending in saved["orders"][:0] for slot in pending}',
+        (f"{STREAM}::test_a_stop_while_waiting_loses_nothing", ANY_TIMING),
     ),
 )

@@ -1,6 +1,6 @@
-"""Plants the mistake that MEGATRON_RL_MISTAKE names: Python imports this file at start if its folder is on the path.
+"""Plants the mistake that MEGATRON_RL_MISTAKE names. Python imports this file at startup if its folder is on the path.
 
-The package on disk stays as it is: the module's source is changed on its way to the compiler, in this process only.
+The files of the package do not change: the source of one module is changed before it is compiled, in this process only.
 """
 
 import os
@@ -14,7 +14,7 @@ from tests.mutations.mistakes import MISTAKES, Mistake
 
 
 class MistakenLoader(SourceFileLoader):
-    """Compiles a module with one line replaced; nothing is read from or written to a cache."""
+    """Compiles a module with one line replaced, without the bytecode cache."""
 
     def __init__(self, fullname: str, path: str, mistake: Mistake) -> None:
         super().__init__(fullname, path)
@@ -23,12 +23,12 @@ class MistakenLoader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         """Return the code of the mistaken module."""
         source = self.get_data(self.path).decode()
-        assert source.count(self.mistake.right) == 1, f"{self.mistake.name} does not fit {self.path} any more"
+        assert source.count(self.mistake.right) == 1, f"{self.mistake.name} no longer fits {self.path}"
         return compile(source.replace(self.mistake.right, self.mistake.wrong), self.path, "exec")
 
 
 class MistakenFinder(MetaPathFinder):
-    """Gives the one module its own loader."""
+    """Finds the mistaken module and gives it a ``MistakenLoader``."""
 
     def __init__(self, mistake: Mistake) -> None:
         self.mistake = mistake
@@ -41,7 +41,7 @@ class MistakenFinder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         assert spec is not None, f"no module {fullname}"
-        assert spec.origin is not None, f"{fullname} is no file"
+        assert spec.origin is not None, f"{fullname} is not a file"
         spec.loader = MistakenLoader(fullname, spec.origin, self.mistake)
         return spec
 
