@@ -156,13 +156,12 @@ def _debug_nonfinite(options: argparse.Namespace) -> int:
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder (log.path of a run)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to write (default: report.html)")
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write only the plots, as PNG files")
 
 
 def _report(options: argparse.Namespace) -> int:
     from megatron_rl.report.main import report
 
-    return report(options.run_folders, options.output, options.png)
+    return report(options.run_folders, options.output)
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 from tests.report.browser import CHROMIUM, Page, with_page  # noqa: E402 (tests are no installed package)
 
 STEPS = 20
-COLOURS = 256
+COLORS = 256
 OBJECTIVES = ("espo", "sspo")
 
 
@@ -61,7 +61,7 @@ def take(report: Path, view: View, picture: Path) -> None:
     """Open the page, go there and write the viewer as PNG."""
 
     async def use(page: Page) -> None:
-        await page.run(f"go({{step: {view.step}, sample: {view.sample}}})")
+        await page.run(f"update({{step: {view.step}, sample: {view.sample}}})")
         find = f"document.querySelector('#tokens [data-token=\"{view.token}\"]')"
         await page.run(f"{find}.dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
         await page.screenshot(picture, "#viewer")
@@ -70,7 +70,7 @@ def take(report: Path, view: View, picture: Path) -> None:
 
     with_page(report, use)
     with Image.open(picture) as taken:
-        taken.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+        taken.convert("RGB").quantize(COLORS).save(picture, optimize=True)
 
 
 def main() -> None:

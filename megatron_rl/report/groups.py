@@ -1,4 +1,4 @@
-"""Runs that differ by nothing but their seed belong together; what the others differ by."""
+"""Groups of runs that differ only in their seed, and the settings in which groups differ."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,42 +8,42 @@ from megatron_rl.report.plot import Series
 from megatron_rl.report.runs import RunFolder
 
 SEED = "train.seed"
-NO_DIFFERENCE = ("log.", "train.resume")
-"""Settings that say where a run is written and shown, or that it was continued: runs may differ by them."""
+IGNORED_SETTINGS = ("log.", "train.resume")
+"""Prefixes of settings in which runs of a group may differ."""
 
-MOST_POINTS = 600
-"""Of a curve: more would make the page large and be no easier to see."""
+MAX_POINTS = 600
+"""Points per curve; more would make the page large without being visible."""
 
 ABSENT = "-"
-LONGEST_LABEL = 48
+MAX_LABEL_LENGTH = 48
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs of one configuration.
+    """Runs with equal settings except for the seed.
 
     Attributes:
-        label: its objective, or what else tells it from the other groups.
-        runs: one a seed.
+        label: name of the objective, with other settings if they are needed to distinguish groups.
+        runs: the runs, usually one per seed.
     """
 
     label: str
     runs: Sequence[RunFolder]
 
     def curve(self, key: str) -> Series | None:
-        """Return a metric by step: the mean over the runs that have it, lowest and highest; None if no run has it."""
+        """Return mean, minimum and maximum over runs of a metric by step; None if no run has it."""
         columns = [values for run in self.runs if (values := run.values(key))]
         steps = sorted({step for values in columns for step in values})
-        at = [[values[step] for values in columns if step in values] for step in steps]
-        if not at:
+        by_step = [[values[step] for values in columns if step in values] for step in steps]
+        if not by_step:
             return None
-        low, high = ([min(v) for v in at], [max(v) for v in at]) if len(columns) > 1 else (None, None)
-        return thinned(Series(self.label, steps, [sum(v) / len(v) for v in at], low, high))
+        low, high = ([min(v) for v in by_step], [max(v) for v in by_step]) if len(columns) > 1 else (None, None)
+        return downsample(Series(self.label, steps, [sum(v) / len(v) for v in by_step], low, high))
 
 
-def thinned(series: Series) -> Series:
-    """Return a curve of at most ``MOST_POINTS``: means over as many neighbours as it takes, bands that hold theirs."""
-    width = -(-len(series.x) // MOST_POINTS)
+def downsample(series: Series) -> Series:
+    """Return a curve of at most ``MAX_POINTS`` points: means of neighboring points, and bands that contain theirs."""
+    width = -(-len(series.x) // MAX_POINTS)
     if width == 1:
         return series
     low, high = series.low, series.high
@@ -62,30 +62,30 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def group_runs(runs: Sequence[RunFolder]) -> list[RunGroup]:
-    """Return the runs in groups of equal settings but for the seed, in the order in which they are named."""
+    """Return the groups of runs with equal settings except for the seed, in the order of their first runs."""
     members: dict[str, list[RunFolder]] = {}
     for run in runs:
-        # Without settings nothing is known to be equal.
-        key = json.dumps(_compared(run), sort_keys=True) if run.settings else f"?{run.name}"
+        # A run without settings is a group of its own.
+        key = json.dumps(_settings_to_compare(run), sort_keys=True) if run.settings else f"?{run.name}"
         members.setdefault(key, []).append(run)
     groups = list(members.values())
     return [RunGroup(label, group) for label, group in zip(_labels(groups), groups, strict=True)]
 
 
-def _compared(run: RunFolder) -> dict[str, object]:
-    return {k: v for k, v in run.settings.items() if k != SEED and not k.startswith(NO_DIFFERENCE)}
+def _settings_to_compare(run: RunFolder) -> dict[str, object]:
+    return {k: v for k, v in run.settings.items() if k != SEED and not k.startswith(IGNORED_SETTINGS)}
 
 
 def differences(groups: Sequence[Sequence[RunFolder]]) -> dict[str, list[object]]:
-    """Return each setting that is not the same in all groups, with its value in each."""
-    settings = [_compared(group[0]) for group in groups]
+    """Return the settings that are not equal in all groups, with the value of each group."""
+    settings = [_settings_to_compare(group[0]) for group in groups]
     keys = dict.fromkeys(key for group in settings for key in group)
     rows = {key: [group.get(key, ABSENT) for group in settings] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def _labels(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
-    """Return the objective's name, with the other differences where it does not do; at worst the first run's name."""
+    """Return labels: the objective, with differing settings if it is not unique, or the name of the first run."""
     objectives = [group[0].objective for group in groups]
     if len(set(objectives)) == len(groups):
         return objectives
@@ -93,18 +93,20 @@ def _labels(groups: Sequence[Sequence[RunFolder]]) -> list[str]:
     labels = []
     for number, group in enumerate(groups):
         same = [other for other, objective in enumerate(objectives) if objective == objectives[number]]
-        own = _telling(different, same, number) if len(same) > 1 else []
-        label = ", ".join([objectives[number], *own])
-        labels.append(label if len(label) <= LONGEST_LABEL and group[0].settings else group[0].name)
+        details = _distinguishing_settings(different, same, number) if len(same) > 1 else []
+        label = ", ".join([objectives[number], *details])
+        labels.append(label if len(label) <= MAX_LABEL_LENGTH and group[0].settings else group[0].name)
     return labels if len(set(labels)) == len(labels) else [group[0].name for group in groups]
 
 
-def _telling(different: Mapping[str, Sequence[object]], same: Sequence[int], number: int) -> list[str]:
-    """Return the settings, as words, that tell a group from those with the same objective."""
-    telling = {key: values for key, values in different.items() if any(values[o] != values[number] for o in same)}
-    return [f"{key.rpartition('.')[2]} {words(values[number])}" for key, values in telling.items()]
+def _distinguishing_settings(different: Mapping[str, Sequence[object]], same: Sequence[int], number: int) -> list[str]:
+    """Return the settings, as text, that distinguish a group from those with the same objective."""
+    distinguishing = {
+        key: values for key, values in different.items() if any(values[o] != values[number] for o in same)
+    }
+    return [f"{key.rpartition('.')[2]} {setting_text(values[number])}" for key, values in distinguishing.items()]
 
 
-def words(value: object) -> str:
-    """Return a setting's value as a person would write it."""
+def setting_text(value: object) -> str:
+    """Return the value of a setting as text."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it. What a run says is text to be escaped, never markup."""
+"""The HTML page, a single file without external resources. All text of runs is escaped."""
 
 import base64
 import hashlib
@@ -8,33 +8,33 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from megatron_rl.report.groups import RunGroup, differences, words
-from megatron_rl.report.panels import CURVES, FEWEST_SEGMENTS, MISMATCH, TIMES, clip_plots, metric_plots, phase_plot
+from megatron_rl.report.groups import RunGroup, differences, setting_text
+from megatron_rl.report.panels import CURVES, MIN_SEGMENTS, MISMATCH, TIMES, clip_plots, metric_plots, phase_plot
 from megatron_rl.report.plot import short
 from megatron_rl.report.runs import Line, RunFolder
 from megatron_rl.report.samples import RecordedSamples
 
-WORST_SHOWN = 8
-"""Tokens of ``mismatch.json`` that are listed for each run."""
+MAX_WORST_TOKENS = 8
+"""Tokens of ``mismatch.json`` that are listed per run."""
 
-LONGEST_CELL = 160
+MAX_CELL_LENGTH = 160
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What is reported on: groups of runs, and what was recorded of their tokens, group by group, run by run."""
+    """The report on groups of runs, with the recorded tokens of each run of each group."""
 
     groups: Sequence[RunGroup]
     samples: Sequence[Sequence[RecordedSamples]]
 
     @property
     def runs(self) -> list[tuple[RunGroup, RunFolder, RecordedSamples]]:
-        """Every run with its group and its samples."""
+        """All runs with their groups and samples."""
         pairs = zip(self.groups, self.samples, strict=True)
-        return [(group, run, own) for group, all_own in pairs for run, own in zip(group.runs, all_own, strict=True)]
+        return [(group, run, own) for group, of_group in pairs for run, own in zip(group.runs, of_group, strict=True)]
 
     def plots(self) -> dict[str, Mapping[str, str]]:
-        """Return for each section the SVG of its plots, by file name."""
+        """Return the plots of each section, as name -> SVG."""
         clips = [[own.clips for own in of_group] for of_group in self.samples]
         phases = phase_plot(self.groups)
         times = dict(metric_plots(self.groups, TIMES))
@@ -48,20 +48,20 @@ class RunReport:
     def html(self) -> str:
         """Return the page."""
         plots = self.plots()
-        several = any(len(group.runs) > 1 for group in self.groups)
-        band = " Lines are means over seeds, bands reach from the lowest to the highest seed." if several else ""
+        has_bands = any(len(group.runs) > 1 for group in self.groups)
+        bands = " Lines are means over seeds; bands reach from the lowest to the highest seed." if has_bands else ""
         body = [
             "<h1>megatron-rl report</h1>",
             '<nav><a href="#runs">Runs</a><a href="#differences">Settings</a><a href="#curves">Curves</a>'
             '<a href="#tokens-section">Tokens and segments</a><a href="#clips">Clips</a>'
             '<a href="#mismatch">Mismatch</a><a href="#times">Times</a></nav>',
             _section("runs", "Runs", self._runs()),
-            _section("differences", "What the runs differ by", self._differences()),
-            _section("curves", "Curves", _plots(plots["curves"], f"One group of runs a colour.{band}")),
+            _section("differences", "Settings that differ", self._differences()),
+            _section("curves", "Curves", _plots(plots["curves"], f"One color per group of runs.{bands}")),
             _section("tokens-section", "Tokens and segments", self._viewer()),
-            _section("clips", "Which segments are clipped", _plots(plots["clips"], CLIPS_WORDS)),
-            _section("mismatch", "Rollout and trainer", [*_plots(plots["mismatch"], MISMATCH_WORDS), *self._worst()]),
-            _section("times", "Where the time goes", _plots(plots["times"], TIMES_WORDS)),
+            _section("clips", "Clipped segments", _plots(plots["clips"], CLIPS_TEXT)),
+            _section("mismatch", "Rollout and trainer", [*_plots(plots["mismatch"], MISMATCH_TEXT), *self._worst()]),
+            _section("times", "Times", _plots(plots["times"], TIMES_TEXT)),
         ]
         return _page("".join(body), _for_script(self._data()))
 
@@ -77,12 +77,12 @@ class RunReport:
         if len(self.groups) == 1:
             runs = len(self.groups[0].runs)
             yield (
-                f"<p>All {runs} runs have the same settings but for their seed.</p>" if runs > 1 else "<p>One run.</p>"
+                f"<p>All {runs} runs have the same settings except for the seed.</p>" if runs > 1 else "<p>One run.</p>"
             )
             return
         rows = differences([group.runs for group in self.groups])
-        yield '<p class="quiet">Settings that are not the same in all groups; those of log and the seed aside.</p>'
-        cells = [[key, *(_cut(words(value)) for value in values)] for key, values in rows.items()]
+        yield '<p class="quiet">Settings that differ between groups, except for the seed and [log].</p>'
+        cells = [[key, *(_truncate(setting_text(value)) for value in values)] for key, values in rows.items()]
         yield _table(["setting", *(group.label for group in self.groups)], cells)
 
     def _viewer(self) -> Iterable[str]:
@@ -91,21 +91,21 @@ class RunReport:
             return
         for _, run, own in self.runs:
             if len(own.lines) < own.recorded:
-                shown = f"{len(own.lines)} of {own.recorded} recorded steps are shown, evenly spread"
+                shown = f"{len(own.lines)} of {own.recorded} recorded steps are shown, evenly spaced"
                 yield f'<p class="quiet">{escape(run.name)}: {shown}.</p>'
-        yield _file("viewer.html")
+        yield _read_resource("viewer.html")
 
     def _worst(self) -> Iterable[str]:
-        known = [(run.name, run.mismatch) for _, run, _ in self.runs if run.mismatch]
-        if not known:
+        reports = [(run.name, run.mismatch) for _, run, _ in self.runs if run.mismatch]
+        if not reports:
             return
-        rows = [[name, str(found.get("step")), str(found.get("verdict", ""))] for name, found in known]
-        yield _table(("run", "newest step", "what the gap comes from"), rows)
-        yield "<details><summary>Tokens on which rollout and trainer agree least</summary>"
+        rows = [[name, str(report.get("step")), str(report.get("verdict", ""))] for name, report in reports]
+        yield _table(("run", "newest step", "cause of the gap"), rows)
+        yield "<details><summary>Tokens with the largest gaps</summary>"
         heads = ("sample", "position", "after", "token", "rollout log-prob", "trainer log-prob", "gap, nats")
-        for name, found in known:
-            tokens = [token for token in found.get("worst_tokens") or [] if isinstance(token, Mapping)]
-            yield f"<h3>{escape(name)}</h3>" + _table(heads, [_worst_row(token) for token in tokens[:WORST_SHOWN]])
+        for name, report in reports:
+            tokens = [token for token in report.get("worst_tokens") or [] if isinstance(token, Mapping)]
+            yield f"<h3>{escape(name)}</h3>" + _table(heads, [_worst_row(token) for token in tokens[:MAX_WORST_TOKENS]])
         yield "</details>"
 
     def _data(self) -> dict[str, object]:
@@ -123,40 +123,40 @@ class RunReport:
         }
 
 
-CLIPS_WORDS = (
-    "All segments of all updates, not only those of the responses above. The first update of a step never clips: its"
-    " ratios are 1. Bars are of all seeds together, lines reach from the lowest to the highest seed. Bins with fewer"
-    f" than {FEWEST_SEGMENTS} segments of a group are left out."
+CLIPS_TEXT = (
+    "All segments of all updates, not only those of the responses above. The first update of a step never clips,"
+    " because its ratios are 1. Bars are over all seeds; lines reach from the lowest to the highest seed. Bins with"
+    f" fewer than {MIN_SEGMENTS} segments of a group are left out."
 )
-MISMATCH_WORDS = "What the rollout engine said about a sampled token, against the trainer with the same weights."
-TIMES_WORDS = "The phases leave out the first step of each run, in which servers start, if there are others."
+MISMATCH_TEXT = "Log-probs of sampled tokens: rollout engine compared with the trainer at the same weights."
+TIMES_TEXT = "Phases do not include the first step of each run, in which servers start, unless it is the only one."
 
 
 def _run_row(group: RunGroup, run: RunFolder) -> list[str]:
     trained = run.trained
     seconds = sum(float(line.get("seconds", {}).get("total", 0.0)) for line in run.lines)
-    ends = []
+    first_and_last = []
     for key in ("accuracy", "reward_mean"):
         values = list(run.values(key).values())
-        ends.append(f"{values[0]:.3f} / {values[-1]:.3f}" if values else "-")
-    asked = run.settings.get("train.steps")
-    steps = str(len(trained)) if asked in (None, len(trained)) else f"{len(trained)} of {asked}"
-    seed = words(run.settings.get("train.seed", "-"))
-    return [group.label, run.name, run.objective, seed, steps, *ends, f"{seconds / 60:.1f} min"]
+        first_and_last.append(f"{values[0]:.3f} / {values[-1]:.3f}" if values else "-")
+    planned = run.settings.get("train.steps")
+    steps = str(len(trained)) if planned in (None, len(trained)) else f"{len(trained)} of {planned}"
+    seed = setting_text(run.settings.get("train.seed", "-"))
+    return [group.label, run.name, run.objective, seed, steps, *first_and_last, f"{seconds / 60:.1f} min"]
 
 
 def _worst_row(token: Mapping[str, object]) -> list[str]:
     engine, trainer = token.get("rollout_logprob"), token.get("trainer_logprob")
     numbers = [short(v) if isinstance(v, int | float) else "not finite" for v in (engine, trainer)]
-    both = isinstance(engine, int | float) and isinstance(trainer, int | float)
-    apart = short(abs(trainer - engine)) if both else "-"
-    texts = [_cut(str(token.get(key, ""))) for key in ("sample", "position", "before", "text")]
-    return [*texts, *numbers, apart]
+    comparable = isinstance(engine, int | float) and isinstance(trainer, int | float)
+    gap = short(abs(trainer - engine)) if comparable else "-"
+    texts = [_truncate(str(token.get(key, ""))) for key in ("sample", "position", "before", "text")]
+    return [*texts, *numbers, gap]
 
 
 def _plots(plots: Mapping[str, str], lead: str) -> Iterable[str]:
     if not plots:
-        yield "<p>Nothing of this was recorded.</p>"
+        yield "<p>Nothing was recorded.</p>"
         return
     yield f'<p class="quiet">{escape(lead)}</p>'
     figures = "".join(f'<div data-plot="{escape(name)}">{svg}</div>' for name, svg in plots.items())
@@ -173,19 +173,19 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]}..."
+def _truncate(text: str) -> str:
+    return text if len(text) <= MAX_CELL_LENGTH else f"{text[:MAX_CELL_LENGTH]}..."
 
 
 def _for_script(data: Line) -> str:
-    """Return JSON that no text in it can turn into markup."""
+    """Return JSON in which no text can be parsed as markup."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _page(body: str, data: str) -> str:
-    """Return the document; the browser is told to run this script alone and to fetch nothing."""
-    style, script = _file("page.css"), _file("viewer.js")
+    """Return the document. Its content security policy allows only this script and no requests."""
+    style, script = _read_resource("page.css"), _read_resource("viewer.js")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -200,5 +200,5 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _file(name: str) -> str:
+def _read_resource(name: str) -> str:
     return (files("megatron_rl.report") / name).read_text(encoding="utf-8")

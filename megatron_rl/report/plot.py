@@ -1,4 +1,4 @@
-"""Plots as SVG text: curves with bands, bars, stacked bars. Nothing but the standard library."""
+"""Plots as SVG text: curves with bands, bars, stacked bars. Uses the standard library only."""
 
 import math
 from collections.abc import Sequence
@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from html import escape
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#a6428a", "#b8860b", "#3a9bd0", "#5b5b5b", "#8b4513")
-"""Told apart also by people who see few colours; dark enough on white."""
+"""Distinguishable with color blindness, and dark enough on white."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 INK, GRID = "#222222", "#dddddd"
 FONT = "DejaVu Sans, Helvetica, Arial, sans-serif"
 CHARACTER = 0.6
-"""Width of a character, as a multiple of the size of the letters."""
+"""Width of a character, as a multiple of the font size."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve, and a band around it.
+    """A curve with an optional band.
 
     Attributes:
-        label: for the legend.
-        x: rising.
-        y: one for each x.
-        low: lower end of the band at each x; None: no band.
-        high: upper end.
+        label: text in the legend.
+        x: increasing values.
+        y: one value per x.
+        low: lower end of the band at each x; None for no band.
+        high: upper end of the band.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """From a value to a place in the picture, in pixels, linear or logarithmic."""
+    """Maps values to pixels, linearly or logarithmically."""
 
     low: float
     high: float
@@ -44,20 +44,20 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the pixel position of a value."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
-    def ticks(self, most: int) -> list[float]:
-        """Return round values to write at the axis, no more than about so many."""
+    def ticks(self, max_count: int) -> list[float]:
+        """Return round values for the labels of the axis, about ``max_count`` at most."""
         if not self.log:
-            return round_values(self.low, self.high, most)
+            return round_values(self.low, self.high, max_count)
         first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-        decades = [10.0**power for power in range(first, last + 1, max(1, -(-(last - first + 1) // most)))]
+        decades = [10.0**power for power in range(first, last + 1, max(1, -(-(last - first + 1) // max_count)))]
         if len(decades) > 1:
             return decades
-        between = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5)]
-        return [value for value in between if self.low <= value <= self.high]
+        candidates = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5)]
+        return [value for value in candidates if self.low <= value <= self.high]
 
 
 def curves(
@@ -70,22 +70,22 @@ def curves(
     width: int = 394,
     height: int = 250,
 ) -> str:
-    """Return curves with their bands as SVG.
+    """Return a plot of curves with bands.
 
     Args:
-        series: at least one; in a logarithmic plot, values that are not positive are left out.
-        title: above the plot.
-        y: what the vertical axis shows, with its unit.
-        x: what the horizontal axis shows.
+        series: at least one curve. A logarithmic plot leaves out values that are not positive.
+        title: title above the plot.
+        y: label of the vertical axis.
+        x: label of the horizontal axis.
         log: whether the vertical axis is logarithmic.
-        width: pixels.
-        height: pixels.
+        width: width in pixels.
+        height: height in pixels.
     """
     frame = Frame(title, y, x, width, height, [s.label for s in series])
     ys = [v for s in series for v in [*s.y, *(s.low or ()), *(s.high or ())] if _drawable(v, log)]
     xs = [v for s in series for v in s.x]
     low, high = _padded(ys, log)
-    across = Axis(*_apart(min(xs, default=0), max(xs, default=1)), frame.left, frame.right)
+    across = Axis(*_nonempty_range(min(xs, default=0), max(xs, default=1)), frame.left, frame.right)
     up = Axis(low, high, frame.bottom, frame.top, log)
     drawn = [_curve(s, across, up, number) for number, s in enumerate(series)]
     return frame.svg([*frame.grid(across, up), *drawn])
@@ -101,7 +101,7 @@ def bars(
     width: int = 600,
     height: int = 260,
 ) -> str:
-    """Return bars side by side as SVG; ``x`` of a series are places among the categories, bands become whiskers."""
+    """Return a bar chart. ``x`` of a series are indices of categories; bands are drawn as whiskers."""
     frame = Frame(title, y, x, width, height, [s.label for s in series])
     low, high = _padded([0.0, *(v for s in series for v in [*s.y, *(s.high or ())])], log=False)
     up = Axis(min(low, 0.0) if low < -1e-12 else 0.0, high, frame.bottom, frame.top)
@@ -119,68 +119,76 @@ def bars(
         _text(frame.left + (place + 0.5) * step, frame.bottom + 14, name, anchor="middle")
         for place, name in enumerate(categories)
     ]
-    return frame.svg([*frame.rules(up), *drawn, *names])
+    return frame.svg([*frame.horizontal_lines(up), *drawn, *names])
 
 
 def stacked(
     rows: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], *, title: str, x: str, width: int = 800
 ) -> str:
-    """Return a horizontal bar for each row as SVG, made of one piece for each part: (name, its length in each row)."""
-    frame = Frame(title, "", x, width, 96 + 30 * len(rows), [name for name, _ in parts], wide=_widest(rows))
+    """Return a stacked horizontal bar chart, with one bar per row.
+
+    Args:
+        rows: labels of the bars.
+        parts: (name, length in each row) of each part of the bars.
+        title: title above the plot.
+        x: label of the horizontal axis.
+        width: width in pixels.
+    """
+    frame = Frame(title, "", x, width, 96 + 30 * len(rows), [name for name, _ in parts], left_margin=_max_width(rows))
     totals = [sum(lengths[row] for _, lengths in parts) for row in range(len(rows))]
     across = Axis(0.0, max([*totals, 1e-9]) * 1.02, frame.left, frame.right)
     step = (frame.bottom - frame.top) / max(len(rows), 1)
     drawn = []
     for row, name in enumerate(rows):
-        begun, top = 0.0, frame.top + row * step + 0.15 * step
+        start, top = 0.0, frame.top + row * step + 0.15 * step
         for number, (_, lengths) in enumerate(parts):
             drawn.append(
-                _box(across(begun), top, across(begun + lengths[row]) - across(begun), 0.7 * step, color(number))
+                _box(across(start), top, across(start + lengths[row]) - across(start), 0.7 * step, color(number))
             )
-            begun += lengths[row]
+            start += lengths[row]
         drawn.append(_text(frame.left - 6, top + 0.35 * step + 4, name, anchor="end"))
-    return frame.svg([*frame.posts(across), *drawn])
+    return frame.svg([*frame.vertical_lines(across), *drawn])
 
 
 class Frame:
-    """The title, the legend and the axes of a plot, and the place that they leave."""
+    """Title, legend and axes of a plot, and the area that remains for its content."""
 
     def __init__(
-        self, title: str, y: str, x: str, width: int, height: int, labels: Sequence[str], *, wide: float = 58
+        self, title: str, y: str, x: str, width: int, height: int, labels: Sequence[str], *, left_margin: float = 58
     ) -> None:
         self.title, self.y, self.x, self.width, self.height, self.labels = title, y, x, width, height, labels
-        self.left, self.right = wide + (14 if y else 0), width - 12.0
+        self.left, self.right = left_margin + (14 if y else 0), width - 12.0
         self._legend = self._legend_rows() if len(labels) > 1 else []
         self.top = 30.0 + 15 * len(self._legend) + 4
         self.bottom = height - (36.0 if x else 22.0)
 
     def _legend_rows(self) -> list[list[tuple[float, int]]]:
-        """Return rows of (left end, which label), as many as it takes."""
+        """Return rows of (left end, index of the label)."""
         rows: list[list[tuple[float, int]]] = [[]]
         left = 10.0
         for number, label in enumerate(self.labels):
-            wide = 26 + _widest([label], size=10)
-            if left + wide > self.width - 6 and rows[-1]:
+            width = 26 + _max_width([label], size=10)
+            if left + width > self.width - 6 and rows[-1]:
                 rows.append([])
                 left = 10.0
             rows[-1].append((left, number))
-            left += wide
+            left += width
         return rows
 
     def grid(self, across: Axis, up: Axis) -> list[str]:
-        """Return rules with the values of both axes."""
-        return [*self.posts(across), *self.rules(up)]
+        """Return the grid lines and labels of both axes."""
+        return [*self.vertical_lines(across), *self.horizontal_lines(up)]
 
-    def posts(self, across: Axis) -> list[str]:
-        """Return a vertical rule at each round value of the horizontal axis."""
+    def vertical_lines(self, across: Axis) -> list[str]:
+        """Return a line and a label at each tick of the horizontal axis."""
         drawn = []
         for value in across.ticks(7):
             drawn.append(_line([(across(value), self.top), (across(value), self.bottom)], GRID))
             drawn.append(_text(across(value), self.bottom + 14, short(value), anchor="middle"))
         return drawn
 
-    def rules(self, up: Axis) -> list[str]:
-        """Return a horizontal rule at each round value of the vertical axis."""
+    def horizontal_lines(self, up: Axis) -> list[str]:
+        """Return a line and a label at each tick of the vertical axis."""
         drawn = []
         for value in up.ticks(5):
             drawn.append(_line([(self.left, up(value)), (self.right, up(value))], GRID))
@@ -188,7 +196,7 @@ class Frame:
         return drawn
 
     def svg(self, drawn: Sequence[str]) -> str:
-        """Return the whole picture."""
+        """Return the SVG document."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
             f'height="{self.height}" role="img" font-family="{FONT}" font-size="10.5" fill="{INK}">'
@@ -206,8 +214,8 @@ class Frame:
             parts.append(_text((self.left + self.right) / 2, self.height - 6, self.x, anchor="middle"))
         if self.y:
             middle = (self.top + self.bottom) / 2
-            turned = f'transform="rotate(-90 12 {middle:.1f})"'
-            parts.append(_text(12, middle, self.y, anchor="middle", more=turned))
+            rotation = f'transform="rotate(-90 12 {middle:.1f})"'
+            parts.append(_text(12, middle, self.y, anchor="middle", attributes=rotation))
         return "".join([*parts, "</svg>"])
 
 
@@ -238,12 +246,12 @@ def _drawable(value: float, log: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def _apart(low: float, high: float) -> tuple[float, float]:
+def _nonempty_range(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _padded(values: Sequence[float], log: bool) -> tuple[float, float]:
-    """Return the ends of a vertical axis that holds all values with some air."""
+    """Return the ends of a vertical axis that contains all values with some padding."""
     if not values:
         return (0.1, 1.0) if log else (0.0, 1.0)
     low, high = min(values), max(values)
@@ -254,18 +262,18 @@ def _padded(values: Sequence[float], log: bool) -> tuple[float, float]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def round_values(low: float, high: float, most: int) -> list[float]:
-    """Return multiples of 1, 2 or 5 times a power of ten between two values, no more than ``most``."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
+def round_values(low: float, high: float, max_count: int) -> list[float]:
+    """Return at most ``max_count`` equally spaced multiples of 1, 2 or 5 times a power of ten between two values."""
+    step = 10.0 ** math.floor(math.log10((high - low) / max_count))
     for factor in (1, 2, 5, 10):
         first, last = math.ceil(low / (step * factor) - 1e-9), math.floor(high / (step * factor) + 1e-9)
-        if last - first + 1 <= most:
+        if last - first + 1 <= max_count:
             break
     return [multiple * step * factor for multiple in range(first, last + 1)]
 
 
 def short(value: float) -> str:
-    """Return a number in few characters."""
+    """Return a short text of a number."""
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e5:
@@ -274,7 +282,7 @@ def short(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(power)}"
 
 
-def _widest(texts: Sequence[str], size: float = 10.5) -> float:
+def _max_width(texts: Sequence[str], size: float = 10.5) -> float:
     return 12 + size * CHARACTER * max(map(len, texts), default=0)
 
 
@@ -293,8 +301,8 @@ def _box(left: float, top: float, width: float, height: float, fill: str) -> str
 
 
 def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", size: float = 10.5, weight: str = "", more: str = ""
+    x: float, y: float, text: str, *, anchor: str = "start", size: float = 10.5, weight: str = "", attributes: str = ""
 ) -> str:
     bold = f' font-weight="{weight}"' if weight else ""
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
-    return f"<text {place}{bold} {more}>{escape(text)}</text>"
+    position = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+    return f"<text {position}{bold} {attributes}>{escape(text)}</text>"

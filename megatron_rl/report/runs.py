@@ -1,4 +1,4 @@
-"""A run folder as a report reads it: also an old one, one that is still written, one whose run was killed."""
+"""Run folders as a report reads them: of finished, running and killed runs and of older versions."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,20 +10,20 @@ from megatron_rl.errors import DataError
 from megatron_rl.observability.file_names import CONFIG, METRICS, MISMATCH, TOKENS
 
 Line = Mapping[str, Any]
-"""One JSON object of a file."""
+"""A JSON object, one line of a file."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left.
+    """The content of a run folder.
 
     Attributes:
-        path: its folder.
-        name: short and unlike that of any other run of the report.
+        path: the folder.
+        name: short name, unique in the report.
         settings: dotted key -> value; empty if there is no ``config.json``.
-        lines: of ``metrics.jsonl``, in order of steps.
-        mismatch: ``mismatch.json``, if there is one.
-        notes: what is missing or broken, in words.
+        lines: lines of ``metrics.jsonl``, in the order of steps.
+        mismatch: content of ``mismatch.json``; None without one.
+        notes: missing or damaged files, as text.
     """
 
     path: Path
@@ -40,71 +40,71 @@ class RunFolder:
 
     @property
     def trained(self) -> list[Line]:
-        """The lines of training steps: the last one may be of an evaluation alone."""
+        """The lines of training steps; the last line may be of an evaluation only."""
         return [line for line in self.lines if "loss" in line]
 
     def values(self, key: str) -> dict[int, float]:
-        """Return step -> number, where it is known; ``a/b`` is the entry b of the metric a, of training steps."""
+        """Return step -> value of a metric. ``a/b`` is entry b of the metric a, of training steps only."""
         head, _, rest = key.partition("/")
-        found: dict[int, float] = {}
+        values: dict[int, float] = {}
         for line in self.trained if rest else self.lines:
             value = line.get(head)
             value = value.get(rest) if rest and isinstance(value, Mapping) else value
             if isinstance(value, int | float):
-                found[int(line["step"])] = float(value)
-        return found
+                values[int(line["step"])] = float(value)
+        return values
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
-    """Return the runs in folders.
+    """Read run folders.
 
     Raises:
-        DataError: a folder holds no run, or is named twice.
+        DataError: a folder is not a run folder, or is given twice.
     """
-    if twice := [str(folder) for number, folder in enumerate(folders) if folder in folders[:number]]:
-        raise DataError(f"named twice: {', '.join(twice)}; name each run folder once")
+    if repeated := [str(folder) for number, folder in enumerate(folders) if folder in folders[:number]]:
+        raise DataError(f"given twice: {', '.join(repeated)}; give each run folder once")
     return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def _read(folder: Path, name: str) -> RunFolder:
     if not (folder / METRICS).is_file():
-        raise DataError(f"{folder} holds no run: it has no {METRICS}; name the log.path of a run")
+        raise DataError(f"{folder} is not a run folder: it has no {METRICS}; give the log.path of a run")
     notes: list[str] = []
     lines = [line for line in json_lines(folder / METRICS, notes) if isinstance(line.get("step"), int)]
-    config = _object(folder / CONFIG, notes)
+    config = _read_object(folder / CONFIG, notes)
     if not lines:
-        notes.append(f"{METRICS} has no whole line yet")
+        notes.append(f"{METRICS} has no complete line yet")
     if not (folder / TOKENS).is_file():
-        notes.append(f"no {TOKENS}: log.tokens was 0, or the run is older than it; so no token is shown")
-    mismatch = _object(folder / MISMATCH, notes) or None
-    return RunFolder(folder, name, dict(_flat(config)), lines, mismatch, notes)
+        notes.append(f"no {TOKENS}: log.tokens was 0, or an older version wrote the run; tokens are not shown")
+    mismatch = _read_object(folder / MISMATCH, notes) or None
+    return RunFolder(folder, name, dict(_flatten(config)), lines, mismatch, notes)
 
 
 def json_lines(path: Path, notes: list[str]) -> Iterator[Line]:
-    """Yield the objects of a file; a line that is none is left out, and noted."""
+    """Yield the JSON objects of a file. Other lines are left out, and a note is added."""
     broken: list[int] = []
     last = 0
     with path.open(encoding="utf-8", errors="replace") as file:
         for last, text in enumerate(file, start=1):
             try:
-                value = json.loads(text, parse_constant=_no_number)
+                value = json.loads(text, parse_constant=_null)
             except json.JSONDecodeError:
                 broken.append(last)
                 continue
             if isinstance(value, dict):
                 yield value
     if broken == [last]:
-        notes.append(f"the last line of {path.name} was cut off: the run was killed, or is writing it")
+        notes.append(f"the last line of {path.name} is incomplete: the run was killed, or is writing it")
     elif broken:
         notes.append(f"lines of {path.name} that are not JSON, left out: {', '.join(map(str, broken[:5]))}")
 
 
-def _object(path: Path, notes: list[str]) -> Line:
+def _read_object(path: Path, notes: list[str]) -> Line:
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"), parse_constant=_no_number)
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"), parse_constant=_null)
     except FileNotFoundError:
         if path.name == CONFIG:
-            notes.append(f"no {CONFIG}: its settings are not known")
+            notes.append(f"no {CONFIG}: the settings are unknown")
         return {}
     except json.JSONDecodeError as error:
         notes.append(f"{path.name} is not JSON: {error}")
@@ -112,20 +112,20 @@ def _object(path: Path, notes: list[str]) -> Line:
     return value if isinstance(value, dict) else {}
 
 
-def _no_number(name: str) -> None:
-    """Return None for NaN and Infinity, which JSON lacks and browsers refuse."""
+def _null(name: str) -> None:
+    """Return None for NaN and Infinity, which are not JSON and which browsers reject."""
 
 
-def _flat(section: Line, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flatten(section: Line, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in section.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the last part of each path, and as many before it as tell them apart."""
+    """Return the last parts of each path, as many as are needed to distinguish the paths."""
     parts = [folder.resolve().parts for folder in folders]
     deepest = max(map(len, parts))
     for count in range(1, deepest + 1):

@@ -1,4 +1,4 @@
-"""Run folders as a run leaves them, small and made up."""
+"""Small synthetic run folders."""
 
 import json
 from pathlib import Path

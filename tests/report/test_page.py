@@ -1,4 +1,4 @@
-"""The page, read as text and in a real browser."""
+"""The report page, as text and in a browser."""
 
 import json
 import re
@@ -15,7 +15,7 @@ EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"doc
 
 
 def evil_runs(folder: Path) -> list[Path]:
-    """Return two runs of two objectives, whose every text tries to be markup."""
+    """Return two runs with two objectives in which every text is malicious markup."""
     runs = []
     for name in ("espo", "sspo"):
         recorded = [
@@ -55,7 +55,7 @@ def page(tmp_path) -> Path:
     return file
 
 
-def test_the_page_is_whole_by_itself_and_no_text_of_a_run_is_markup(page):
+def test_the_page_is_self_contained_and_escapes_all_text(page):
     html = page.read_text()
     tags = Tags()
     tags.feed(html)
@@ -88,80 +88,71 @@ def test_runs_without_tokens_are_shown_without_a_viewer(tmp_path, capsys):
 def test_a_run_that_has_not_finished_a_step_is_shown(tmp_path):
     run = write_run(tmp_path / "young", [])
     assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
-    assert "metrics.jsonl has no whole line yet" in (tmp_path / "report.html").read_text()
+    assert "metrics.jsonl has no complete line yet" in (tmp_path / "report.html").read_text()
 
 
-def test_what_cannot_be_reported_is_one_clear_error(tmp_path, capsys):
+def test_invalid_folders_and_files_are_one_error(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     assert main(["report", str(tmp_path / "none")]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert main(["report", str(run), "--output", str(tmp_path / "none" / "report.html")]) == 2
-    assert "name another place: --output" in capsys.readouterr().err
-
-
-def test_plots_alone_as_png(tmp_path, monkeypatch):
-    pytest.importorskip("resvg_py")
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", *map(str, evil_runs(tmp_path)), "--png", "plots"]) == 0
-    names = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert {"reward_mean.png", "clipped_by_entropy.png", "phases.png"} <= names
-    assert not (tmp_path / "report.html").exists()
+    assert "give another file: --output" in capsys.readouterr().err
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
 
 
 @needs_chromium
-def test_stepping_changes_what_a_browser_shows_and_nothing_is_fetched(page):
-    async def use(shown: Page) -> None:
-        assert await shown.text("#where") == "step 0 (1 of 3 shown)"
-        assert "espo-0-0" in await shown.text("#facts")
-        tokens_shown = await shown.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
+def test_the_viewer_steps_through_responses_and_fetches_nothing(page):
+    async def use(browser: Page) -> None:
+        assert await browser.text("#where") == "step 0 (1 of 3 shown)"
+        assert "espo-0-0" in await browser.text("#facts")
+        tokens_shown = await browser.run("[...document.querySelectorAll('.token')].map((token) => token.textContent)")
         assert tokens_shown == ["Hi", EVIL, " ", "\u23ce\n"]
-        assert await shown.text("#prompt") == EVIL
-        clipped = await shown.run("[...document.querySelectorAll('.token.clipped')].length")
+        assert await browser.text("#prompt") == EVIL
+        clipped = await browser.run("[...document.querySelectorAll('.token.clipped')].length")
         assert clipped == 3
-        assert await shown.text("#segments tr:nth-child(2) td:last-child") == "clipped"
-        assert "+10.5 %" in await shown.text("#segments tr:nth-child(2)")
+        assert await browser.text("#segments tr:nth-child(2) td:last-child") == "clipped"
+        assert "+10.5 %" in await browser.text("#segments tr:nth-child(2)")
 
-        await shown.run("document.getElementById('next').click()")
-        assert await shown.text("#where") == "step 1 (2 of 3 shown)"
-        assert "espo-1-0" in await shown.text("#facts")
+        await browser.run("document.getElementById('next').click()")
+        assert await browser.text("#where") == "step 1 (2 of 3 shown)"
+        assert "espo-1-0" in await browser.text("#facts")
         for _ in range(5):
-            await shown.run("document.getElementById('next').click()")
-        assert await shown.text("#where") == "step 2 (3 of 3 shown)"
-        await shown.run("document.querySelector('#responses [data-sample=\"1\"]').click()")
-        assert "advantage \u22122" in await shown.text("#facts")
-        assert await shown.run("document.querySelectorAll('.token').length") == 2
+            await browser.run("document.getElementById('next').click()")
+        assert await browser.text("#where") == "step 2 (3 of 3 shown)"
+        await browser.run("document.querySelector('#responses [data-sample=\"1\"]').click()")
+        assert "advantage \u22122" in await browser.text("#facts")
+        assert await browser.run("document.querySelectorAll('.token').length") == 2
 
         choose = "document.getElementById('{0}').value = '{1}';"
         choose += " document.getElementById('{0}').dispatchEvent(new Event('change'))"
-        await shown.run(choose.format("run", 1))
-        await shown.run("document.querySelector('#responses [data-sample=\"0\"]').click()")
-        assert "sspo-2-0" in await shown.text("#facts")
+        await browser.run(choose.format("run", 1))
+        await browser.run("document.querySelector('#responses [data-sample=\"0\"]').click()")
+        assert "sspo-2-0" in await browser.text("#facts")
         color = "getComputedStyle(document.querySelectorAll('.token')[3]).backgroundColor"
-        before = await shown.run(color)
-        await shown.run(choose.format("colour", "gap"))
-        assert await shown.run(color) != before
+        before = await browser.run(color)
+        await browser.run(choose.format("color", "gap"))
+        assert await browser.run(color) != before
         bubbling = "new MouseEvent('mouseover', {bubbles: true})"
-        await shown.run(f"document.querySelectorAll('.token')[1].dispatchEvent({bubbling})")
-        assert "log-prob: rollout" in await shown.text("#detail")
+        await browser.run(f"document.querySelectorAll('.token')[1].dispatchEvent({bubbling})")
+        assert "log-prob: rollout" in await browser.text("#detail")
 
-        assert await shown.run("document.title") == "megatron-rl report"
-        assert await shown.run("document.documentElement.scrollWidth") <= 1280
-        assert shown.complaints == []
-        assert [request for request in shown.requests if not request.startswith("file:")] == []
+        assert await browser.run("document.title") == "megatron-rl report"
+        assert await browser.run("document.documentElement.scrollWidth") <= 1280
+        assert browser.complaints == []
+        assert [request for request in browser.requests if not request.startswith("file:")] == []
 
     with_page(page, use)
 
 
 @needs_chromium
-def test_a_script_that_got_into_the_page_would_not_run(page):
+def test_the_content_security_policy_blocks_injected_scripts(page):
     html = page.read_text().replace("<h1>", "<script>document.title='owned'</script><h1>")
     page.write_text(html)
 
-    async def use(shown: Page) -> None:
-        assert await shown.run("document.title") == "megatron-rl report"
-        assert any("Content Security Policy" in complaint for complaint in shown.complaints)
+    async def use(browser: Page) -> None:
+        assert await browser.run("document.title") == "megatron-rl report"
+        assert any("Content Security Policy" in complaint for complaint in browser.complaints)
 
     with_page(page, use)

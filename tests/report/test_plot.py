@@ -1,4 +1,4 @@
-"""Plots are well-formed pictures in which everything lies inside the frame."""
+"""Plots are well-formed SVG with all content inside the frame."""
 
 import math
 import re
@@ -6,9 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from megatron_rl.errors import ConfigError
 from megatron_rl.report.plot import Axis, Series, bars, curves, round_values, short, stacked
-from megatron_rl.report.png import write_plot
 
 BAND = Series("a <b> & c", [0, 1, 2], [1.0, 4.0, 2.0], [0.5, 3.0, 1.0], [2.0, 5.0, 3.0])
 LINE = Series("other", [0, 2], [2.0, 2.5])
@@ -30,14 +28,14 @@ def test_curves_with_bands_are_drawn_and_named():
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1e-9, 1e3], [3.0, 3.0], [-1.0, 1.0], []])
-def test_no_values_break_a_plot(log, values):
+def test_extreme_values_give_valid_plots(log, values):
     svg = curves([Series("x", list(range(len(values))), values)], title="t", log=log)
     ET.fromstring(svg)
     assert "nan" not in svg
     assert all(0 <= x <= 394 and 0 <= y <= 250 for x, y in coordinates(svg))
 
 
-def test_a_legend_too_wide_for_a_line_takes_several():
+def test_a_wide_legend_has_several_lines():
     series = [Series(f"a rather long label {number}", [0, 1], [0.0, 1.0]) for number in range(9)]
     svg = curves(series, title="t")
     places = {m for m in re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>a rather', svg)}
@@ -45,7 +43,7 @@ def test_a_legend_too_wide_for_a_line_takes_several():
     assert all(float(x) + 0.6 * 10 * 20 < 394 for x, _ in places)
 
 
-def test_bars_and_stacked_bars_have_the_lengths_of_their_values():
+def test_lengths_of_bars_are_proportional_to_values():
     root = ET.fromstring(bars(["x", "y"], [Series("s", [0, 1], [0.25, 0.5])], title="t"))
     heights = [float(r.get("height", 0)) for r in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
     assert heights[1] / heights[0] == pytest.approx(2, rel=1e-2)
@@ -72,25 +70,3 @@ def test_a_logarithmic_axis_of_less_than_a_decade_has_ticks_too():
 def test_numbers_are_short(value, text):
     assert short(value) == text
     assert math.isclose(float(short(value)), value)
-
-
-def test_a_plot_is_written_as_what_its_name_says(tmp_path):
-    svg = curves([BAND], title="t")
-    write_plot(svg, tmp_path / "plot.svg")
-    assert (tmp_path / "plot.svg").read_text() == svg
-    with pytest.raises(ConfigError, match=r"write \.svg or \.png"):
-        write_plot(svg, tmp_path / "plot.gif")
-
-
-def test_a_png_has_two_pixels_for_each_of_the_svg_and_letters_in_it(tmp_path):
-    pytest.importorskip("resvg_py")
-    write_plot(curves([BAND], title="t"), tmp_path / "plot.png")
-    data = (tmp_path / "plot.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (788, 500)
-
-
-def test_without_its_package_png_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_rl.report.png.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'megatron-rl\[report\]'"):
-        write_plot("<svg/>", tmp_path / "plot.png")
