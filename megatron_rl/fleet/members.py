@@ -50,7 +50,7 @@ class Member:
     """Version of the server's weights, as far as the fleet knows."""
     waits_for_push: bool = False
     """The server is healthy, but has old weights and gets the current ones only with the next push."""
-    reason: str = "not asked yet"
+    reason: str = "not checked yet"
     """Why the server is not ready."""
     failures: int = 0
     """Failures since the last valid answer; each doubles the time until the next check."""

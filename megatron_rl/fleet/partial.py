@@ -1,4 +1,7 @@
-"""Responses in parts: the output up to a push that aborted them, and the rest, requested with that as a prefix."""
+"""Responses in parts: the output up to a push that aborted them, and the rest, requested with that as a prefix.
+
+Legend: T tokens, L layers, K experts per token.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

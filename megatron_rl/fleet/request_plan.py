@@ -1,4 +1,4 @@
-"""From prompts to requests and back. Requests depend on the prompts and the seed, not on the servers."""
+"""Builds requests from prompts, and groups from results. Requests depend on prompts and seed, not on servers."""
 
 import hashlib
 from collections import Counter

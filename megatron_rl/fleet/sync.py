@@ -129,7 +129,7 @@ class WeightSync:
         elif self.version == version:
             await self.catch_up(member)
         else:
-            raise RolloutError(f"{member.url} has weights {member.version}, {version} were asked for; push them first")
+            raise RolloutError(f"{member.url} has weights {member.version}, not {version}; push them first")
 
     async def _pause(self, member: Member) -> None:
         try:

@@ -167,7 +167,7 @@ class Export:
 
     ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
     be larger, it is never cut. Where the experts of a layer are one tensor, that one comes on top, in host memory.
-    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``own`` are collective: every
+    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``owned_tensors`` are collective: every
     rank must exhaust the same one of them.
     """
 
@@ -176,7 +176,7 @@ class Export:
     bucket_bytes: int
     pick: Callable[[Tensor], Tensor] = Tensor.detach
 
-    def own(self) -> Iterator[tuple[str, Tensor]]:
+    def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that this rank speaks for, on the CPU: those of all ranks together are the model, once."""
         for owner in range(self.mesh.world.size):
             for merged in self._merged(owner):

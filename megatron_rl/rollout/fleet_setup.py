@@ -39,7 +39,7 @@ class PolicyWeights(Protocol):
         """Yield all tensors on the main rank, none on the others."""
         ...
 
-    def own(self) -> Iterator[tuple[str, Tensor]]:
+    def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that this rank owns; the union over ranks is the full model without duplicates."""
         ...
 
@@ -108,10 +108,10 @@ def push_weights(run: Run, world: World, weights: PolicyWeights, version: int, f
     """Push the policy's weights to the fleet; collective. Only the main rank has a fleet."""
     every_rank_writes = transport_name(run, on_gpus=world.device.type == "cuda") == "disk"
     if fleet is not None:
-        fleet.update(weights.own() if every_rank_writes else weights, version)
+        fleet.update(weights.owned_tensors() if every_rank_writes else weights, version)
     elif every_rank_writes:
         gather = partial(gather_json, device=world.device)
-        buckets = _transport(run, world).buckets(weights.own())
+        buckets = _transport(run, world).buckets(weights.owned_tensors())
         write_rank_files(weights_folder(run), version, world.rank, buckets, gather)
     else:
         for _ in weights:  # take part in the collectives

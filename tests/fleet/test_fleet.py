@@ -227,7 +227,7 @@ def test_weights_that_nobody_named_are_version_0_and_others_are_refused() -> Non
     with (
         serving(FakeServer("7")) as (server,),
         fleet_of([server]) as fleet,
-        pytest.raises(RolloutError, match=f"{re.escape(server.url)} has weights 7, 0 were asked for"),
+        pytest.raises(RolloutError, match=f"{re.escape(server.url)} has weights 7, not 0"),
     ):
         sampled(fleet, version=0)
 

@@ -33,7 +33,7 @@ def peaks(folder: str, parallel: dict[str, object], own: bool, bucket_bytes: int
     transport, seen = TensorTransport(bucket_bytes // PARTS), 0
     with LiveBytes() as bytes_:
         weights = policy.weights(bucket_bytes)
-        for bucket in transport.buckets(weights.own() if own else iter(weights)):
+        for bucket in transport.buckets(weights.owned_tensors() if own else iter(weights)):
             seen += sum(tensor.nbytes for _, tensor in bucket)
             bucket.clear()
     return bytes_.peak, seen

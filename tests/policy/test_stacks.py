@@ -20,7 +20,7 @@ def exported(folder: str, parallel: dict[str, object], own: bool) -> dict[str, T
     """Return what this rank hands out."""
     policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
     weights = policy.weights(1 << 16)
-    return {name: tensor.clone() for name, tensor in (weights.own() if own else weights)}
+    return {name: tensor.clone() for name, tensor in (weights.owned_tensors() if own else weights)}
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["to the main rank", "each its own"])
