@@ -167,8 +167,8 @@ class Export:
 
     ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
     be larger, it is never cut. Where the experts of a layer are one tensor, that one comes on top, in host memory.
-    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``owned_tensors`` are collective: every
-    rank must exhaust the same one of them.
+    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``owned_tensors`` are
+    collective: every rank must exhaust the same one of them.
     """
 
     shards: Sequence[LocalParam]
