@@ -1,7 +1,7 @@
-"""What a GPU must show: every path of a layer agrees with the plain one, nothing waits, equal steps have equal bits.
+"""Tests on a GPU: every path of a layer agrees with the plain one, nothing synchronizes, equal steps have equal bits.
 
-Written without one: until docs/gpu.md says otherwise, these have never run on a GPU. `pytest -m gpu`; with
-MEGATRON_RL_REHEARSE=1 on a CPU, which shows no more than that the tests themselves work.
+Run with `pytest -m gpu`. With MEGATRON_RL_REHEARSE=1 they run on a CPU, which only tests the tests. docs/gpu.md says
+whether they have run on a GPU.
 """
 
 import os
@@ -29,13 +29,13 @@ from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
 from tests.test_loss import VOCABULARY, batch_of
 
-REHEARSED = os.environ.get("MEGATRON_RL_REHEARSE") == "1"
-DEVICE = "cpu" if REHEARSED else "cuda"
+REHEARSAL = os.environ.get("MEGATRON_RL_REHEARSE") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), reason="torch sees no CUDA device"),
+    pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason="torch sees no CUDA device"),
 ]
-gpu_only = pytest.mark.skipif(REHEARSED, reason="no rehearsal: it needs a kernel for GPUs")
+gpu_only = pytest.mark.skipif(REHEARSAL, reason="needs a GPU kernel")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def _no_mesh_stays() -> Iterator[None]:
 
 
 def step(folder: Path, dtype: str, *, deterministic: bool = False) -> dict[str, Tensor]:
-    """Return what one step computes, on the GPU."""
+    """Return log-probs, gradients and updated weights of one step on the GPU."""
     world = lone_world()
     make_deterministic(deterministic, world.device)
     policy = Policy(run_of(folder, model={"dtype": dtype}), world, total_updates=1)
@@ -66,7 +66,7 @@ def step(folder: Path, dtype: str, *, deterministic: bool = False) -> dict[str, 
 
 
 def distance(found: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, float]:
-    """Return the norm of each difference over the norm."""
+    """Return the norm of each difference, relative to the norm of the plain result."""
     return {name: float((found[name] - tensor).norm() / (tensor.norm() + 1e-6)) for name, tensor in plain.items()}
 
 
@@ -133,8 +133,8 @@ def test_the_vocabulary_operation_on_a_gpu(backend: Backend, dtype: torch.dtype)
     hidden, weight = torch.randn(300, 64, device=DEVICE).to(dtype), torch.randn(40_000, 64, device=DEVICE).to(dtype)
     targets = torch.randint(0, 40_000, (300,), device=DEVICE)
     results = []
-    for chosen, own in ((backend, dtype), ("plain", torch.float64)):
-        left, right = (matrix.to(own, copy=True).requires_grad_() for matrix in (hidden, weight))
+    for chosen, precision in ((backend, dtype), ("plain", torch.float64)):
+        left, right = (matrix.to(precision, copy=True).requires_grad_() for matrix in (hidden, weight))
         values = head_logprobs_entropies(left, right, targets, backend=chosen)
         (values[0].sum() - values[1].sum()).backward()
         results.append([*(value.detach() for value in values), left.grad, right.grad])

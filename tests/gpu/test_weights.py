@@ -1,4 +1,4 @@
-"""Weights pass between processes of one GPU. The rules of test_gpu.py hold here too."""
+"""Tests of weights that pass between processes on one GPU; run like test_gpu.py."""
 
 import asyncio
 from pathlib import Path
@@ -11,20 +11,20 @@ from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.process import embedded_server
 from megatron_rl.weights.checksum import sums64
 from megatron_rl.weights.ipc import IpcTransport
-from tests.gpu.test_gpu import DEVICE, REHEARSED
+from tests.gpu.test_gpu import DEVICE, REHEARSAL
 from tests.inference_server import tiny
 from tests.weights.test_distributed import healthy
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (REHEARSED or torch.cuda.is_available()), reason="torch sees no CUDA device"),
+    pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason="torch sees no CUDA device"),
 ]
 HERE = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Heads of 8 are too narrow for some kernels of attention.
+    # Some attention kernels need heads wider than 8.
     return tiny.save(request.param, tmp_path_factory.mktemp(request.param), head_dim=32)
 
 
@@ -43,7 +43,7 @@ def test_weights_reach_a_server_of_this_device(folder: Path, tmp_path: Path, buc
 
 
 async def pushed(url: str, transport: IpcTransport, weights: dict[str, torch.Tensor], version: int) -> dict[str, str]:
-    """Push; return the checksums that the server has then."""
+    """Push the weights and return the checksums that the server reports afterwards."""
     client = Client(url)
     report = await transport.push([client], weights.items(), version)
     assert not report.failed, report.failed
