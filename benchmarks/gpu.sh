@@ -43,7 +43,7 @@ setup() {
     if command -v nvidia-smi >/dev/null; then run device nvidia-smi; fi
     run check "$python" -m megatron_rl check
     run tests "$python" -m pytest -m gpu -q
-    run kernels "$python" -m pytest -q tests/test_kernels.py
+    run kernels "$python" -m pytest -q tests/ops/test_kernels.py
 }
 
 parts() {

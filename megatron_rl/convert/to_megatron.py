@@ -28,7 +28,7 @@ from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
 from megatron_rl.models.hf_reader import HFCheckpointReader, fp8_block
 from megatron_rl.models.torch_dist import StoredTensor, TensorChunk, write_metadata, write_tensor
-from megatron_rl.models.torch_dist_reader import CARRIED, checkpoint_slice
+from megatron_rl.models.torch_dist_reader import PASSTHROUGH_PREFIX, checkpoint_slice
 
 
 @dataclass
@@ -63,11 +63,11 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
     source.check(family)
     contents_of_files = _files(source, family)
     _check_dtypes(source, family)
-    files = {e.path.name: e.path.stat() for e in source.files.values()}
+    files = {e.path.name: e.path.stat() for e in source.stored.values()}
     stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
     jobs = []
     for number, contents in enumerate(contents_of_files):
-        size = sum(source.pieces[name].num_bytes for name in contents.hf_names())
+        size = sum(source.tensors[name].num_bytes for name in contents.hf_names())
         file = f"__{number}_0.distcp"
         jobs.append(FileJob(file, size, partial(_write_file, source, family, contents, file)))
     staging = StagingFolder(target, {"to": "megatron", "files": stamps})
@@ -84,7 +84,7 @@ def convert(source_folder: Path, target: Path, threads: int, console: Console) -
 
 def _position(source: HFCheckpointReader, entry: ManifestEntry) -> tuple[str, int]:
     """Return the file and the byte offset of a tensor."""
-    extent = source.files[entry.name]
+    extent = source.stored[entry.name]
     return extent.path.name, extent.offset
 
 
@@ -129,25 +129,25 @@ def _write_file(
         report(values.nbytes)
 
     reader = source.for_thread()
-    reader.watch = update_digest
+    reader.on_read = update_digest
     for name, layer, expert in contents.mapped:
         destination = checkpoint_slice(name, layer, expert, family)
         tensor = name.rule.shard([reader.read(hf_name) for hf_name in name.hf_names(layer, expert)], 0, 1)
-        chunk = write_tensor(output, file, destination.start, tensor.view(destination.box))
-        _add_chunk(tensors, destination.key, destination.full, tensor.dtype, chunk)
+        chunk = write_tensor(output, file, destination.start, tensor.view(destination.slice_shape))
+        _add_chunk(tensors, destination.key, destination.stored_shape, tensor.dtype, chunk)
         for hf_name in name.hf_names(layer, expert):
-            keys[source.pieces[hf_name].of].append(destination.key)
+            keys[source.tensors[hf_name].stored_name].append(destination.key)
     for hf_name in contents.passthrough:
         tensor = reader.read(hf_name)
         chunk = write_tensor(output, file, [0] * tensor.dim(), tensor)
-        _add_chunk(tensors, CARRIED + hf_name, tuple(tensor.shape), tensor.dtype, chunk)
-        keys[source.pieces[hf_name].of].append(CARRIED + hf_name)
+        _add_chunk(tensors, PASSTHROUGH_PREFIX + hf_name, tuple(tensor.shape), tensor.dtype, chunk)
+        keys[source.tensors[hf_name].stored_name].append(PASSTHROUGH_PREFIX + hf_name)
     entries = [
         ManifestEntry(
             name=name,
-            file=source.files[name].path.name,
-            dtype=dtype_name(source.files[name].dtype),
-            shape=source.files[name].shape,
+            file=source.stored[name].path.name,
+            dtype=dtype_name(source.stored[name].dtype),
+            shape=source.stored[name].shape,
             sha256=digest.hexdigest(),
             to=tuple(sorted(set(keys[name]))),
         )

@@ -1,4 +1,4 @@
-"""Checkpoint folders: which kind one holds, and the small files that go from one to the next."""
+"""Checkpoint folders: detect the format, open a reader, and copy the files that are not weights."""
 
 import json
 import shutil
@@ -10,21 +10,21 @@ from megatron_rl.models.hf_mapping.rules import Family, HFConfig
 from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader
 from megatron_rl.models.torch_dist import FORMAT, is_torch_dist
 from megatron_rl.models.torch_dist_reader import TorchDistReader
-from megatron_rl.models.training_checkpoint import INDEX as PIECES
+from megatron_rl.models.training_checkpoint import INDEX as SHARDED_INDEX
 from megatron_rl.models.training_checkpoint import META, SAMPLER, TrainingCheckpointReader
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Config, tokenizer, generation config and chat template go along as they are."""
+"""Files copied unchanged with a checkpoint: config, tokenizer, generation config, chat template."""
 MANIFEST = "manifest.json"
 CONFIG, QUANTIZATION_CONFIG = "config.json", "quantization_config"
-_OF_THE_WEIGHTS = (INDEX, FORMAT, MANIFEST, PIECES, META, SAMPLER)
+_WEIGHT_FILES = (INDEX, FORMAT, MANIFEST, SHARDED_INDEX, META, SAMPLER)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model besides its weights; these will not be quantised, whatever the source's are."""
+    """Copy config, tokenizer and templates; ``quantization_config`` is removed from the copy of config.json."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in _OF_THE_WEIGHTS:
+            if path.is_file() and path.name not in _WEIGHT_FILES:
                 shutil.copyfile(path, target / path.name)
     if (target / CONFIG).is_file() and QUANTIZATION_CONFIG in (hf := read_hf_config(target)):
         write_hf_config(target, {key: value for key, value in hf.items() if key != QUANTIZATION_CONFIG})
@@ -36,26 +36,26 @@ def write_hf_config(folder: Path, hf: HFConfig) -> None:
 
 
 def holds_hf_files(folder: Path) -> bool:
-    """Return whether other programs can read a checkpoint folder: it is neither torch_dist nor our own pieces."""
-    return not is_torch_dist(folder) and not _holds_pieces(folder)
+    """Return whether a checkpoint folder is in Hugging Face format, not torch_dist or a training checkpoint."""
+    return not is_torch_dist(folder) and not _is_training_checkpoint(folder)
 
 
-def _holds_pieces(folder: Path) -> bool:
-    return (folder / META).is_file() and (folder / PIECES).is_file()
+def _is_training_checkpoint(folder: Path) -> bool:
+    return (folder / META).is_file() and (folder / SHARDED_INDEX).is_file()
 
 
 def has_weights(folder: Path) -> bool:
-    """Return whether a folder holds weights of any form, be they whole or not."""
+    """Return whether a folder contains weights in any format, complete or not."""
     return any((folder / name).exists() for name in (META, FORMAT)) or any(folder.glob("*.safetensors*"))
 
 
 def open_checkpoint(folder: Path, family: Family) -> CheckpointReader:
-    """Return the tensors of a checkpoint folder; its config.json is in it in either case.
+    """Return a reader for a checkpoint folder of any format. The folder must contain config.json.
 
     Raises:
-        DataError: the folder holds no checkpoint, or a file of it cannot be read.
+        DataError: the folder contains no checkpoint, or a file cannot be read.
     """
-    if _holds_pieces(folder):
+    if _is_training_checkpoint(folder):
         return TrainingCheckpointReader(folder, family)
     if is_torch_dist(folder):
         return TorchDistReader(folder, family)

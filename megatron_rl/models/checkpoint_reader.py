@@ -19,13 +19,13 @@ from megatron_rl.errors import DataError
 from megatron_rl.models.fp8 import SCALE_SUFFIX
 from megatron_rl.models.hf_mapping.rules import Family
 
-SHOWN = 20
-"""Of many problems, how many an error lists."""
+MAX_LISTED = 20
+"""Maximum number of problems listed in one error message."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor, as ``CheckpointReader.read`` returns it."""
+    """Shape and dtype of the tensor that ``CheckpointReader.read`` returns."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,33 +40,38 @@ class TensorSpec:
 
 
 class CheckpointReader(ABC):
-    """The tensors of a checkpoint under the names of the family's table; one is read at a time."""
+    """Reads the tensors of a checkpoint one at a time, by Hugging Face name.
+
+    Attributes:
+        folder: the checkpoint.
+        specs: shape and dtype of every tensor, by name.
+    """
 
     folder: Path
     specs: Mapping[str, TensorSpec]
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU, in memory of its own."""
+        """Return a tensor on the CPU that shares no memory with other tensors."""
 
     def for_thread(self) -> Self:
-        """Return a reader of the same checkpoint for another thread."""
+        """Return a reader of the same checkpoint for use in another thread."""
         return copy(self)
 
     def is_passthrough(self, name: str, family: Family) -> bool:
-        """Return whether a tensor is none of the model's own: it is carried from checkpoint to checkpoint."""
+        """Return whether a tensor is copied when converting but is not a parameter of the model."""
         is_scale = name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.specs
         return is_scale or family.is_passthrough(name)
 
     def describe_location(self, name: str) -> str:
-        """Return which file holds a tensor, to follow its name in an error; nothing where that helps nobody."""
+        """Return the file that contains a tensor, formatted for an error message; empty if there is no single file."""
         return ""
 
     def check(self, family: Family) -> None:
-        """Compare names and shapes with what the family must have.
+        """Check names, shapes and dtypes against the family's table.
 
         Raises:
-            DataError: lists every tensor that is missing, extra or misshapen.
+            DataError: lists the tensors that are missing, extra, of the wrong shape or not floating-point.
         """
         expected = family.hf_shapes()
         problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in self.specs]
@@ -76,7 +81,7 @@ class CheckpointReader(ABC):
             if n not in expected and not self.is_passthrough(n, family)
         ]
         problems += [
-            f"misshapen: {name} is {list(spec.shape)}, expected {list(expected[name])}"
+            f"wrong shape: {name} is {list(spec.shape)}, expected {list(expected[name])}"
             for name, spec in self.specs.items()
             if name in expected and spec.shape != expected[name]
         ]
@@ -86,6 +91,6 @@ class CheckpointReader(ABC):
             if name in expected and not spec.dtype.is_floating_point
         ]
         if problems:
-            more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-            shown = "\n  ".join(problems[:SHOWN] + more)
+            more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+            shown = "\n  ".join(problems[:MAX_LISTED] + more)
             raise DataError(f"the checkpoint in {str(self.folder)!r} does not fit its config.json:\n  {shown}")

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint folder as a ``CheckpointReader``: safetensors files, with or without an index.
+"""Reads Hugging Face checkpoint folders: safetensors files with or without an index.
 
-Experts may be apart or fused in one tensor a layer, matrices may be FP8 or MXFP4 with a scale for each block: names,
-shapes and values come out as the family's table has them.
+Experts may be separate or fused into one tensor per layer. Matrices may be quantized to FP8 or MXFP4 with one scale per
+block. The reader returns the names, shapes and values of the family's table in either case.
 """
 
 import json
@@ -24,127 +24,127 @@ INDEX = "model.safetensors.index.json"
 
 
 class QuantizedFormat(Protocol):
-    """How quantised tensors become bfloat16."""
+    """Decodes quantized tensors to bfloat16."""
 
     @property
     def scales_suffix(self) -> str:
-        """What follows a tensor's name in that of its scales."""
+        """Suffix that turns the name of a tensor into the name of its scales."""
         ...
 
     @property
     def keeps_scales(self) -> bool:
-        """Whether the scales are also tensors by themselves, which go along to other checkpoints."""
+        """Whether the scales are tensors of the checkpoint themselves, copied when it is converted."""
         ...
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tensor's shape from that of its values in the file."""
+        """Return the shape of the decoded tensor, given the shape of the stored values."""
         ...
 
     def scales_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shape that its scales must have; None: the values themselves have a wrong one."""
+        """Return the expected shape of the scales; None if the stored values have an invalid shape."""
         ...
 
-    def decoded(self, values: Tensor, scales: Tensor) -> Tensor:
-        """Return the tensor."""
+    def decode(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Return the tensor in bfloat16."""
         ...
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """Where a tensor's bytes are, and the scales of its blocks if it is quantised.
+    """The location of a tensor of the table, and of its scales if it is quantized.
 
     Attributes:
-        of: the tensor of the file that it is, or is a part of; and that of its scales.
+        stored_name: name of the tensor in the file; the tensor is all of it or a slice.
+        values: location of the bytes.
+        scales_name: name of the scales in the file; empty if the tensor is not quantized.
+        scales: location of the scales.
+        quantization: decodes values and scales.
     """
 
-    of: str
-    extent: FileTensor
-    scales_of: str = ""
+    stored_name: str
+    values: FileTensor
+    scales_name: str = ""
     scales: FileTensor | None = None
-    coding: QuantizedFormat | None = None
+    quantization: QuantizedFormat | None = None
 
     @property
     def spec(self) -> TensorSpec:
-        """Shape and dtype once it is read."""
-        if self.coding is None:
-            return TensorSpec(self.extent.shape, self.extent.dtype)
-        return TensorSpec(self.coding.shape(self.extent.shape), torch.bfloat16)
+        """Shape and dtype after decoding."""
+        if self.quantization is None:
+            return TensorSpec(self.values.shape, self.values.dtype)
+        return TensorSpec(self.quantization.shape(self.values.shape), torch.bfloat16)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the file that belong to it alone."""
-        own = self.scales if self.coding and not self.coding.keeps_scales else None
-        return self.extent.num_bytes + (own.num_bytes if own else 0)
+        """Bytes in the file that belong to this tensor only."""
+        scales = self.scales if self.quantization and not self.quantization.keeps_scales else None
+        return self.values.num_bytes + (scales.num_bytes if scales else 0)
 
     def item(self, index: int) -> "HFTensor":
         """Return one slice along the first dimension, without that dimension."""
         scales = self.scales.item(index) if self.scales else None
-        return replace(self, extent=self.extent.item(index), scales=scales)
+        return replace(self, values=self.values.item(index), scales=scales)
 
 
 class HFCheckpointReader(CheckpointReader):
-    """The tensors of a Hugging Face folder under the names of the family's table.
+    """Reads the tensors of a Hugging Face folder.
 
     Attributes:
-        files: every tensor as the files have it.
-        pieces: every tensor as the table has it.
+        stored: location of every tensor, by name in the files.
+        tensors: location of every tensor, by name in the family's table.
+        on_read: called with the name in the file and the stored values whenever a tensor is read.
     """
 
     def __init__(self, folder: Path, family: Family, hf: HFConfig) -> None:
         self.folder = folder
-        self.files = hf_tensors(folder)
-        self.pieces = dict(_whole_pieces(self.files, hf))
-        for joined in family.fused:
-            _take_apart(self.pieces, joined, family)
-        self.specs = {name: piece.spec for name, piece in self.pieces.items()}
-
-        self.watch: Callable[[str, Tensor], None] = _ignore
+        self.stored = read_headers(folder)
+        self.tensors = _with_scales(self.stored, hf)
+        for fused in family.fused:
+            _split_fused(self.tensors, fused, family)
+        self.specs = {name: tensor.spec for name, tensor in self.tensors.items()}
+        self.on_read: Callable[[str, Tensor], None] = lambda name, values: None
 
     def describe_location(self, name: str) -> str:
-        """See ``CheckpointReader``."""
-        return f" (in {self.pieces[name].extent.path.name})"
+        """Return the file that contains a tensor, formatted for an error message."""
+        return f" (in {self.tensors[name].values.path.name})"
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, dequantised; ``watch`` is told the name in the file, and shown the bytes."""
-        piece = self.pieces[name]
-        values = piece.extent.read()
-        self.watch(piece.of, values)
-        if piece.scales is None or piece.coding is None:
+        """Return a tensor, dequantized if necessary, on the CPU."""
+        tensor = self.tensors[name]
+        values = tensor.values.read()
+        self.on_read(tensor.stored_name, values)
+        if tensor.scales is None or tensor.quantization is None:
             return values
-        scales = piece.scales.read()
-        if not piece.coding.keeps_scales:
-            self.watch(piece.scales_of, scales)
-        return piece.coding.decoded(values, scales)
+        scales = tensor.scales.read()
+        if not tensor.quantization.keeps_scales:
+            self.on_read(tensor.scales_name, scales)
+        return tensor.quantization.decode(values, scales)
 
 
-def _ignore(name: str, values: Tensor) -> None:
-    """Stand where nobody watches."""
-
-
-def hf_tensors(folder: Path) -> dict[str, FileTensor]:
-    """Return every tensor in the files of the folder.
+def read_headers(folder: Path) -> dict[str, FileTensor]:
+    """Return the location of every tensor in the safetensors files of a folder.
 
     Raises:
-        DataError: no files, an unreadable one, a tensor in two, or files that are not those of the index.
+        DataError: there is no file, a file cannot be read, a tensor is in two files, or the index does not match.
     """
-    where: dict[str, FileTensor] = {}
+    found: dict[str, FileTensor] = {}
     index = _index(folder)
     paths = sorted({folder / file for file in index.values()} if index else folder.glob("*.safetensors"))
     if not paths:
         raise DataError(f"no *.safetensors in {str(folder)!r} (model.path)")
     for path in paths:
-        for name, extent in read_header(path).items():
-            if name in where:
-                raise DataError(f"tensor {name} is in {where[name].path.name} and again in {path.name} of {folder}")
-            where[name] = extent
+        for name, tensor in read_header(path).items():
+            if name in found:
+                raise DataError(f"tensor {name} is in {found[name].path.name} and again in {path.name} of {folder}")
+            found[name] = tensor
     for name, file in index.items():
-        if name not in where or where[name].path != folder / file:
+        if name not in found or found[name].path != folder / file:
             raise DataError(f"{folder / INDEX} says that {name} is in {file}; it is not there")
-    return where
+    return found
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor; empty if the folder has no index."""
+    """Return the file name of each tensor; empty if the folder has no index."""
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -157,46 +157,45 @@ def _index(folder: Path) -> dict[str, str]:
         raise DataError(f"{path} has no weight_map from tensors to files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise DataError(f"{path} puts {name} into {file!r}; a file of the same folder was expected")
+            raise DataError(f"{path} maps {name} to {file!r}; expected the name of a file in the same folder")
         if not (folder / file).is_file():
             raise DataError(f"{path} names {file}, which is not in the folder")
     return weight_map
 
 
-def _whole_pieces(files: Mapping[str, FileTensor], hf: HFConfig) -> dict[str, HFTensor]:
-    """Return the tensors with their scales, if config.json says that they have some."""
+def _with_scales(stored: Mapping[str, FileTensor], hf: HFConfig) -> dict[str, HFTensor]:
+    """Return all tensors, combined with their scales if config.json declares a quantization."""
     method, block = quantization_method(hf), fp8_block(hf)
-    pieces: dict[str, HFTensor] = {}
-    for name, extent in files.items():
-        if block is not None and extent.dtype is torch.float8_e4m3fn:
-            pieces[name] = _coded(files, name, name, FP8Format(block))
+    tensors: dict[str, HFTensor] = {}
+    for name, values in stored.items():
+        if block is not None and values.dtype is torch.float8_e4m3fn:
+            tensors[name] = _quantized(stored, name, name, FP8Format(block))
         elif method == "mxfp4" and name.endswith(BLOCKS_SUFFIX):
             stem = name.removesuffix(BLOCKS_SUFFIX)
-            if stem in files:
+            if stem in stored:
                 raise DataError(f"tensor {stem} is in the checkpoint, and again as {name}")
-            pieces[stem] = _coded(files, name, stem, MXFP4Format())
+            tensors[stem] = _quantized(stored, name, stem, MXFP4Format())
         elif method != "mxfp4" or not name.endswith(SCALES_SUFFIX):
-            pieces[name] = HFTensor(name, extent)
-    return pieces
+            tensors[name] = HFTensor(name, values)
+    return tensors
 
 
-def _coded(files: Mapping[str, FileTensor], name: str, stem: str, coding: QuantizedFormat) -> HFTensor:
-    """Return a quantised tensor, whose scales must be there and fit."""
-    extent, scales = files[name], files.get(stem + coding.scales_suffix)
-    expected = coding.scales_shape(extent.shape)
+def _quantized(stored: Mapping[str, FileTensor], name: str, stem: str, quantization: QuantizedFormat) -> HFTensor:
+    """Return a quantized tensor after checking that its scales exist and have the expected shape."""
+    scales_name = stem + quantization.scales_suffix
+    values, scales = stored[name], stored.get(scales_name)
+    expected = quantization.scales_shape(values.shape)
     if scales is None or scales.shape != expected:
         found = None if scales is None else list(scales.shape)
-        raise DataError(
-            f"{name} {list(extent.shape)} is quantised; its {stem + coding.scales_suffix} is {found}, not {expected}"
-        )
-    return HFTensor(name, extent, stem + coding.scales_suffix, scales, coding)
+        raise DataError(f"{name} {list(values.shape)} is quantized; its {scales_name} is {found}, not {expected}")
+    return HFTensor(name, values, scales_name, scales, quantization)
 
 
 def quantization_method(hf: HFConfig) -> str | None:
-    """Return ``fp8`` or ``mxfp4``, or None if the checkpoint is not quantised.
+    """Return ``fp8`` or ``mxfp4``; None if the checkpoint is not quantized.
 
     Raises:
-        DataError: another quantisation.
+        DataError: the quantization is not supported.
     """
     settings = hf.get("quantization_config")
     if not settings:
@@ -206,17 +205,17 @@ def quantization_method(hf: HFConfig) -> str | None:
         return method
     if method != "fp8" or not isinstance(block, list) or len(block) != 2:
         raise DataError(
-            f"quantization_config {method!r} with weight_block_size {block!r} of config.json cannot be read; fp8 with "
-            "two block sizes and mxfp4 can, and checkpoints that are not quantised"
+            f"quantization_config {method!r} with weight_block_size {block!r} of config.json is not supported; "
+            "supported: mxfp4, fp8 with two block sizes, and checkpoints that are not quantized"
         )
     return "fp8"
 
 
 def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
-    """Return the size of an FP8 block, (rows, columns); None if the checkpoint is not in FP8.
+    """Return the size of an FP8 block, (rows, columns); None if the checkpoint is not FP8.
 
     Raises:
-        DataError: a quantisation that is not known.
+        DataError: the quantization is not supported.
     """
     if quantization_method(hf) != "fp8":
         return None
@@ -224,27 +223,28 @@ def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
     return int(rows), int(columns)
 
 
-def _take_apart(pieces: dict[str, HFTensor], joined: FusedParam, family: Family) -> None:
-    """Replace the tensors of one joined form by their parts."""
-    shapes = {part: name.shapes[index] for name in family.mappings for index, part in enumerate(name.hf)}
-    experts, heights = family.num_experts, [shapes[part][0] for part in joined.parts]
+def _split_fused(tensors: dict[str, HFTensor], fused: FusedParam, family: Family) -> None:
+    """Replace the tensors of one fused form by their parts."""
+    shapes = {part: mapping.shapes[index] for mapping in family.mappings for index, part in enumerate(mapping.hf)}
+    num_experts, heights = family.num_experts, [shapes[part][0] for part in fused.parts]
     for layer in range(family.num_layers):
-        name = joined.hf.format(layer=layer)
-        if name not in pieces:
+        name = fused.hf.format(layer=layer)
+        if name not in tensors:
             continue
-        piece = pieces.pop(name)
-        if isinstance(piece.coding, FP8Format):
-            raise DataError(f"{name} is FP8 and holds several matrices; FP8 is read of single matrices only")
-        expected = (sum(heights), *shapes[joined.parts[0]][1:])
-        expected = (experts, *expected) if joined.is_stacked else expected
-        if piece.spec.shape != expected:
-            raise DataError(f"misshapen: {name} is {list(piece.spec.shape)}, expected {list(expected)}")
-        for expert in range(experts if joined.is_stacked else 1):
-            matrix, row = piece.item(expert) if joined.is_stacked else piece, 0
-            for part, height in zip(joined.parts, heights, strict=True):
-                own = part.format(layer=layer, expert=expert)
-                if own in pieces:
-                    raise DataError(f"tensor {own} is in the checkpoint, and again as a part of {name}")
-                alone = len(joined.parts) == 1
-                pieces[own] = matrix if alone else replace(matrix, extent=matrix.extent.rows(row, height))
+        tensor = tensors.pop(name)
+        if isinstance(tensor.quantization, FP8Format):
+            raise DataError(f"{name} is FP8 and fuses several matrices; FP8 is only supported for single matrices")
+        expected = (sum(heights), *shapes[fused.parts[0]][1:])
+        expected = (num_experts, *expected) if fused.is_stacked else expected
+        if tensor.spec.shape != expected:
+            raise DataError(f"wrong shape: {name} is {list(tensor.spec.shape)}, expected {list(expected)}")
+        for expert in range(num_experts if fused.is_stacked else 1):
+            matrix, row = tensor.item(expert) if fused.is_stacked else tensor, 0
+            for part, height in zip(fused.parts, heights, strict=True):
+                part_name = part.format(layer=layer, expert=expert)
+                if part_name in tensors:
+                    raise DataError(f"tensor {part_name} is in the checkpoint, and again as a part of {name}")
+                is_only_part = len(fused.parts) == 1
+                values = matrix.values if is_only_part else matrix.values.rows(row, height)
+                tensors[part_name] = replace(matrix, values=values)
                 row += height

@@ -1,7 +1,7 @@
-"""Reads safetensors files by their header, a part of a tensor at a time, and trusts nothing in it unchecked.
+"""Reads safetensors files, or slices of their tensors, and validates the header.
 
-The safetensors package maps whole files and cannot say where a tensor's bytes are; here memory holds what is asked for
-and no more, and no size is allocated before it is known to be in the file.
+The safetensors package maps whole files into memory and does not expose byte offsets. This module allocates only the
+requested slice, after checking that the file contains it.
 """
 
 import json
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_rl.errors import DataError
 
-MOST_HEADER_BYTES = 100_000_000
-"""Limit of the format."""
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors format."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,10 +37,12 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Where the bytes of a tensor, or of some of its rows, are.
+    """The location of a tensor, or of a slice along its first dimension, in a file.
 
     Attributes:
-        offset: of the first byte in the file.
+        path: the file.
+        dtype, shape: of the tensor or slice.
+        offset: position of the first byte in the file.
     """
 
     path: Path
@@ -50,11 +52,11 @@ class FileTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, count: int) -> "FileTensor":
-        """Return ``count`` slices along the first dimension."""
+        """Return rows ``first`` to ``first + count`` along the first dimension."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         return FileTensor(self.path, self.dtype, (count, *self.shape[1:]), self.offset + first * row_bytes)
 
@@ -67,7 +69,7 @@ class FileTensor:
         """Return the tensor.
 
         Raises:
-            DataError: the file has become shorter than its header says.
+            DataError: the file is shorter than its header declares.
         """
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
         read_into(self.path, self.offset, buffer)
@@ -75,10 +77,10 @@ class FileTensor:
 
 
 def read_into(path: Path, offset: int, buffer: Tensor) -> None:
-    """Fill a uint8 tensor with the file's bytes from ``offset``.
+    """Fill a uint8 tensor with the bytes of a file, starting at ``offset``.
 
     Raises:
-        DataError: the file ends before.
+        DataError: the file is too short.
     """
     view, done = buffer.numpy().data, 0
     with path.open("rb", buffering=0) as file:
@@ -90,10 +92,10 @@ def read_into(path: Path, offset: int, buffer: Tensor) -> None:
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
-    """Return what is in a safetensors file and where.
+    """Return the location of every tensor in a safetensors file.
 
     Raises:
-        DataError: the header is not one, or does not describe exactly the bytes of the file.
+        DataError: the header is invalid or does not account for every byte of the file.
     """
     try:
         return _read_header(path)
@@ -106,26 +108,26 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-            raise ValueError(f"its header would have {length} bytes, the file has {size}")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"its header length is {length} bytes, the file has {size}")
         text = file.read(length)
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
     start = 8 + length
-    extents = {name: _extent(path, name, entry, start, size) for name, entry in header.items()}
+    tensors = {name: _parse_entry(path, name, entry, start, size) for name, entry in header.items()}
     end = start
-    for name, extent in sorted(extents.items(), key=lambda pair: (pair[1].offset, pair[1].num_bytes)):
-        if extent.offset != end:
-            raise ValueError(f"tensor {name!r} begins at byte {extent.offset}, the one before ends at {end}")
-        end += extent.num_bytes
+    for name, tensor in sorted(tensors.items(), key=lambda pair: (pair[1].offset, pair[1].num_bytes)):
+        if tensor.offset != end:
+            raise ValueError(f"tensor {name!r} begins at byte {tensor.offset}, the previous one ends at {end}")
+        end += tensor.num_bytes
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-    return extents
+    return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -133,27 +135,27 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _extent(path: Path, name: str, entry: object, start: int, size: int) -> FileTensor:
+def _parse_entry(path: Path, name: str, entry: object, start: int, size: int) -> FileTensor:
     if not isinstance(entry, dict):
         raise ValueError(f"the header's entry for {name!r} is {entry!r}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    sizes, places = _counts(shape), _counts(offsets)
-    if sizes is None or places is None or len(places) != 2:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}")
+    sizes, bounds = _counts(shape), _counts(offsets)
+    if sizes is None or bounds is None or len(bounds) != 2:
         raise ValueError(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
-    begin, end = places
-    extent = FileTensor(path, DTYPES[dtype], sizes, start + begin)
-    if end - begin != extent.num_bytes or start + end > size:
+    begin, end = bounds
+    tensor = FileTensor(path, DTYPES[dtype], sizes, start + begin)
+    if end - begin != tensor.num_bytes or start + end > size:
         raise ValueError(
-            f"tensor {name!r} {list(sizes)} {dtype} needs {extent.num_bytes} bytes; its data_offsets {offsets} give "
-            f"{end - begin} of the {size - start} in the file"
+            f"tensor {name!r} {list(sizes)} {dtype} needs {tensor.num_bytes} bytes; its data_offsets {offsets} "
+            f"cover {end - begin} of the {size - start} bytes in the file"
         )
-    return extent
+    return tensor
 
 
 def _counts(value: object) -> tuple[int, ...] | None:
-    """Return a JSON list of sizes; None if it is anything else."""
+    """Return a JSON list of non-negative integers as a tuple; None for any other value."""
     if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 1 << 62 for item in value):
         return None
     return tuple(value)

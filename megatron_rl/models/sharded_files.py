@@ -1,11 +1,11 @@
-"""Tensors on disk in pieces, written by the ranks that hold them and read by ranks that hold other parts.
+"""Sharded tensors on disk: each rank writes the slices it holds, and ranks of another layout can read them.
 
-A tensor is stored as the shards of the layout that wrote it, a shard as one or more runs of its elements in row order
-(the distributed optimizer cuts without regard to rows). A reader with the same number of tensor-parallel ranks takes
-the runs it needs as they are; any other joins all shards by the family's table and cuts them again. Both only move
-values.
+A tensor is stored as the shards of the layout that wrote it. A shard is stored as one or more contiguous slices of its
+flattened elements, because the distributed optimizer splits parameters at arbitrary elements. A reader with the same
+tensor-parallel size reads the slices it needs. Any other reader merges all shards with the family's ``ShardRule`` and
+shards the result again. Values are only moved, so every bit is preserved.
 
-Files are safetensors; an index in JSON says where every piece belongs and its SHA-256. Nothing is unpickled.
+The files are safetensors. A JSON index lists the location and SHA-256 of every slice. Nothing is unpickled.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.errors import DataError
+from megatron_rl.models.checkpoint_reader import MAX_LISTED
 from megatron_rl.models.hf_mapping.rules import Family, ShardRule
 from megatron_rl.util.atomic import flush_to_disk
 
@@ -28,169 +29,170 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class StateSlice(BaseModel):
-    """Where a run of elements belongs."""
+    """A contiguous slice of the flattened elements of one shard of a tensor."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     tensor: str
     """Kind (``model``, ``main``, ``exp_avg``, ``exp_avg_sq``, ``rng``) and name: ``main/output_layer.weight``."""
     shard: Count = 0
-    """The shard that the run is a part of, counted by tensor-parallel rank,"""
+    """Index of the shard: the tensor-parallel rank."""
     shards: Annotated[int, Field(ge=1)] = 1
-    """of so many."""
+    """Number of shards."""
     shape: tuple[Count, ...]
-    """Of the whole shard."""
+    """Shape of the shard."""
     start: Count = 0
-    """The run's first element, in row order of the shard."""
+    """Index of the first element in the flattened shard."""
 
 
 class SavedSlice(StateSlice):
-    """A run of elements as it lies on disk, in the file's tensor of the same name."""
+    """A slice on disk: the tensor called ``tensor`` of a safetensors file."""
 
     count: Count
-    """Elements."""
+    """Number of elements."""
     dtype: Annotated[str, Field(pattern=r"^(float(16|32|64)|bfloat16|uint8|int(8|16|32|64))$")]
-    """Name of the torch type."""
+    """Name of the torch dtype."""
     file: Annotated[str, Field(pattern=r"^rank_\d+\.safetensors$")]
-    """In the checkpoint's folder, never elsewhere."""
+    """File name in the checkpoint's folder."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the elements' bytes."""
+    """SHA-256 of the bytes."""
 
     @property
     def stop(self) -> int:
-        """One past the run's last element."""
+        """Index after the last element in the flattened shard."""
         return self.start + self.count
 
 
-_PIECES = TypeAdapter(list[SavedSlice])
+_SLICES = TypeAdapter(list[SavedSlice])
 
 
-def write_slices(folder: Path, rank: int, pieces: Iterable[tuple[StateSlice, Tensor]]) -> list[SavedSlice]:
-    """Write this rank's pieces to a file of its own, and to the disk itself; return what the index says of them.
+def write_slices(folder: Path, rank: int, slices: Iterable[tuple[StateSlice, Tensor]]) -> list[SavedSlice]:
+    """Write this rank's slices to one file, flushed to disk; return their index entries.
 
-    The tensors are flat, contiguous and on the CPU.
+    The tensors must be one-dimensional, contiguous and on the CPU.
     """
     file = f"rank_{rank:05}.safetensors"
-    tensors = {place.tensor: tensor for place, tensor in pieces}
+    tensors = {where.tensor: tensor for where, tensor in slices}
     save_file(tensors, folder / file)
     flush_to_disk(folder / file)
     return [
         SavedSlice(
-            **place.model_dump(),
+            **where.model_dump(),
             count=len(tensor),
             dtype=str(tensor.dtype).removeprefix("torch."),
             file=file,
             sha256=_digest(tensor),
         )
-        for place, tensor in pieces
+        for where, tensor in slices
     ]
 
 
-def index_json(pieces: Sequence[SavedSlice]) -> str:
-    """Return the index of some pieces as JSON."""
-    return _PIECES.dump_json(list(pieces)).decode()
+def index_json(slices: Sequence[SavedSlice]) -> str:
+    """Return the index of some slices as JSON."""
+    return _SLICES.dump_json(list(slices)).decode()
 
 
 def parse_index(text: str | bytes, path: Path) -> list[SavedSlice]:
-    """Return the pieces of an index that was read from ``path``.
+    """Return the slices listed in an index whose text was read from ``path``.
 
     Raises:
-        DataError: it is not an index.
+        DataError: the text is not an index.
     """
     try:
-        return _PIECES.validate_json(text)
+        return _SLICES.validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path} is not an index of pieces: {first['msg']} {where and f'(at {where})'}") from error
+        raise DataError(f"{path} is not a valid index: {first['msg']} {where and f'(at {where})'}") from error
 
 
 class ShardedStateReader:
-    """Reads any part of any tensor from pieces, each checked against its SHA-256 before a value of it is used.
+    """Reads any slice of any tensor. Every stored slice is checked against its SHA-256 before its values are used.
 
-    At most one tensor is in memory at once: a shard if the layout fits, else all of its shards and the merged whole.
+    At most one tensor is in memory at a time: one shard if the tensor-parallel size matches, else all shards and the
+    merged tensor.
     """
 
-    def __init__(self, folder: Path, pieces: Iterable[SavedSlice]) -> None:
+    def __init__(self, folder: Path, slices: Iterable[SavedSlice]) -> None:
         self.folder = folder
-        self._pieces: dict[str, list[SavedSlice]] = {}
+        self._slices: dict[str, list[SavedSlice]] = {}
         self._files: dict[str, safe_open] = {}
-        for piece in pieces:
-            self._pieces.setdefault(piece.tensor, []).append(piece)
+        for entry in slices:
+            self._slices.setdefault(entry.tensor, []).append(entry)
 
     def __contains__(self, tensor: str) -> bool:
-        return tensor in self._pieces
+        return tensor in self._slices
 
     def names(self, kind: str) -> set[str]:
         """Return the names of all tensors of a kind."""
-        return {tensor.removeprefix(f"{kind}/") for tensor in self._pieces if tensor.startswith(f"{kind}/")}
+        return {tensor.removeprefix(f"{kind}/") for tensor in self._slices if tensor.startswith(f"{kind}/")}
 
-    def read(self, place: StateSlice, layout: ShardRule, count: int | None = None) -> Tensor:
-        """Return the elements from ``place`` on, flat: ``count`` of them, without it the rest of the shard.
+    def read(self, where: StateSlice, rule: ShardRule, count: int | None = None) -> Tensor:
+        """Return ``count`` elements (default: the rest of the shard) from ``where.start`` on, one-dimensional.
 
         Raises:
-            DataError: the tensor is not there, not whole or of another shape, or a file was changed.
+            DataError: the tensor is missing, incomplete or of another shape, or a file was modified.
         """
-        found = self._shards(place.tensor)
-        stop = math.prod(place.shape) if count is None else place.start + count
-        if layout.dim is None or len(found) == place.shards:
-            shard = found[0 if layout.dim is None else place.shard]
-            _check_shape(place, shard[0].shape, self.folder)
-            return self._elements(shard, place.start, stop)
-        shard = layout.shard(self.merged(place.tensor, layout), place.shard, place.shards)
-        _check_shape(place, tuple(shard.shape), self.folder)
-        return shard.flatten()[place.start : stop]
+        shards = self._shards(where.tensor)
+        stop = math.prod(where.shape) if count is None else where.start + count
+        if rule.dim is None or len(shards) == where.shards:
+            slices = shards[0 if rule.dim is None else where.shard]
+            _check_shape(where, slices[0].shape, self.folder)
+            return self._elements(slices, where.start, stop)
+        shard = rule.shard(self.merged(where.tensor, rule), where.shard, where.shards)
+        _check_shape(where, tuple(shard.shape), self.folder)
+        return shard.flatten()[where.start : stop]
 
-    def merged(self, tensor: str, layout: ShardRule) -> tuple[Tensor, ...]:
-        """Return the parameter's Hugging Face tensors (or what belongs to their elements, such as Adam's moments)."""
+    def merged(self, tensor: str, rule: ShardRule) -> tuple[Tensor, ...]:
+        """Return the Hugging Face tensors of a parameter, or of its main values or Adam moments."""
         shards = self._shards(tensor)
-        return layout.merge([self._elements(s, 0, math.prod(s[0].shape)).view(s[0].shape) for s in shards])
+        return rule.merge([self._elements(s, 0, math.prod(s[0].shape)).view(s[0].shape) for s in shards])
 
     def dtype(self, tensor: str) -> torch.dtype:
-        """Return the type of a tensor's elements."""
+        """Return the dtype of a tensor."""
         return getattr(torch, self._shards(tensor)[0][0].dtype)
 
     def _shards(self, tensor: str) -> list[list[SavedSlice]]:
-        """Return the pieces of every shard, in order."""
-        pieces = self._pieces.get(tensor)
-        if not pieces:
+        """Return the slices of every shard, in order."""
+        slices = self._slices.get(tensor)
+        if not slices:
             raise DataError(f"the checkpoint {self.folder} has no tensor {tensor}")
-        shards = [sorted((p for p in pieces if p.shard == n), key=lambda p: p.start) for n in range(pieces[0].shards)]
-        same = {(piece.shards, piece.shape, piece.dtype) for piece in pieces}
-        if len(same) > 1 or not all(shards) or sum(map(len, shards)) != len(pieces):
-            raise DataError(f"the pieces of {tensor} in {self.folder} do not fit together")
+        shards = [sorted((s for s in slices if s.shard == n), key=lambda s: s.start) for n in range(slices[0].shards)]
+        kinds = {(entry.shards, entry.shape, entry.dtype) for entry in slices}
+        if len(kinds) > 1 or not all(shards) or sum(map(len, shards)) != len(slices):
+            raise DataError(f"the slices of {tensor} in {self.folder} are inconsistent")
         return shards
 
-    def _elements(self, pieces: Sequence[SavedSlice], start: int, stop: int) -> Tensor:
-        """Return elements ``start`` to ``stop`` of a shard."""
-        needed = [piece for piece in pieces if piece.start < stop and piece.stop > start]
-        joined = [piece.stop for piece in needed[:-1]] == [piece.start for piece in needed[1:]]
-        if not needed or needed[0].start > start or needed[-1].stop < stop or not joined:
-            raise DataError(f"the pieces of {pieces[0].tensor} in {self.folder} leave a gap or overlap")
-        parts = [self._load(piece)[max(start - piece.start, 0) : stop - piece.start] for piece in needed]
+    def _elements(self, slices: Sequence[SavedSlice], start: int, stop: int) -> Tensor:
+        """Return elements ``start`` to ``stop`` of a flattened shard."""
+        needed = [entry for entry in slices if entry.start < stop and entry.stop > start]
+        is_contiguous = [entry.stop for entry in needed[:-1]] == [entry.start for entry in needed[1:]]
+        if not needed or needed[0].start > start or needed[-1].stop < stop or not is_contiguous:
+            raise DataError(f"the slices of {slices[0].tensor} in {self.folder} leave a gap or overlap")
+        parts = [self._load(entry)[max(start - entry.start, 0) : stop - entry.start] for entry in needed]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _load(self, piece: SavedSlice) -> Tensor:
-        path = self.folder / piece.file
+    def _load(self, entry: SavedSlice) -> Tensor:
+        path = self.folder / entry.file
         try:
-            if piece.file not in self._files:
-                self._files[piece.file] = safe_open(path, framework="pt")
-            file = self._files[piece.file]
-            if file.get_slice(piece.tensor).get_shape() != [piece.count]:
-                raise DataError(f"{path} is not the file that was written: {piece.tensor} has another size")
-            values = file.get_tensor(piece.tensor)
+            if entry.file not in self._files:
+                self._files[entry.file] = safe_open(path, framework="pt")
+            file = self._files[entry.file]
+            if file.get_slice(entry.tensor).get_shape() != [entry.count]:
+                raise DataError(f"{path} was modified: {entry.tensor} has another size")
+            values = file.get_tensor(entry.tensor)
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} is missing or not the file that was written: {error}") from error
-        if values.dtype is not getattr(torch, piece.dtype) or _digest(values) != piece.sha256:
-            raise DataError(f"{path} is missing or not the file that was written: {piece.tensor} has other values")
+            raise DataError(f"{path} is missing or was modified: {error}") from error
+        if values.dtype is not getattr(torch, entry.dtype) or _digest(values) != entry.sha256:
+            raise DataError(f"{path} was modified: {entry.tensor} has other values")
         return values
 
 
 def check_model(reader: ShardedStateReader, family: Family) -> None:
-    """Compare the names of the saved parameters with the model's.
+    """Check the names of the saved parameters against the family's table.
 
     Raises:
-        DataError: any is missing or unknown.
+        DataError: a parameter is missing or unknown.
     """
     found, expected = (
         reader.names("model"),
@@ -199,13 +201,15 @@ def check_model(reader: ShardedStateReader, family: Family) -> None:
     problems = [f"missing: {name}" for name in sorted(expected - found)]
     problems += [f"extra: {name}" for name in sorted(found - expected)]
     if problems:
-        shown = "\n  ".join(problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))
-        raise DataError(f"the checkpoint {reader.folder} is of another model than model.path:\n  {shown}")
+        shown = "\n  ".join(
+            problems[:MAX_LISTED] + ([f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else [])
+        )
+        raise DataError(f"the checkpoint {reader.folder} belongs to another model than model.path:\n  {shown}")
 
 
-def _check_shape(place: StateSlice, shape: Sequence[int], folder: Path) -> None:
-    if tuple(shape) != place.shape:
-        raise DataError(f"{place.tensor} in {folder} is {list(shape)}, the model has {list(place.shape)}")
+def _check_shape(where: StateSlice, shape: Sequence[int], folder: Path) -> None:
+    if tuple(shape) != where.shape:
+        raise DataError(f"{where.tensor} in {folder} is {list(shape)}, the model has {list(where.shape)}")
 
 
 def _digest(values: Tensor) -> str:

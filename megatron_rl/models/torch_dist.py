@@ -1,9 +1,9 @@
-"""megatron-core's distributed checkpoint format (``torch_dist``), written and read a tensor at a time without it.
+"""Reads and writes megatron-core's distributed checkpoint format (``torch_dist``) without megatron-core.
 
-A folder holds ``*.distcp`` files (tensors as ``torch.save`` writes them, one after the other), ``.metadata`` (which
-part of which tensor is where), ``metadata.json`` (name and version of the format) and ``common.pt``. ``.metadata`` is a
-pickle, in torch and megatron-core alike: here it is read by an unpickler that knows the handful of plain classes that
-belong in it and refuses all others, and every number in it is checked before it is used.
+A folder contains ``*.distcp`` files (tensors concatenated as ``torch.save`` writes them), ``.metadata`` (the location
+of every chunk of every tensor), ``metadata.json`` (name and version of the format) and ``common.pt``. ``.metadata`` is
+a pickle. It is loaded by a restricted unpickler that only accepts the plain classes that belong in it, and every number
+in it is validated before use.
 """
 
 import io
@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megatron_rl.errors import DataError
 
 METADATA, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
-MOST_OVERHEAD_BYTES = 1 << 16
-"""What ``torch.save`` adds to a tensor's own bytes, at most."""
+MAX_OVERHEAD_BYTES = 1 << 16
+"""Maximum number of bytes that ``torch.save`` adds to those of a tensor."""
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -54,8 +54,8 @@ _ALLOWED = {
 _DTYPES = {name for name in vars(torch) if isinstance(getattr(torch, name), torch.dtype)}
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Knows the classes of ``.metadata`` and nothing that could run code."""
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Accepts the classes of ``.metadata`` and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
@@ -65,11 +65,13 @@ class _PlainUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class TensorChunk:
-    """A part of a tensor: where it belongs, and where its bytes are.
+    """A rectangular part of a tensor.
 
     Attributes:
-        start: first index of the part, by dimension.
-        offset, length: bytes of the file.
+        start: index of its first element per dimension.
+        shape: its shape.
+        file: name of the file in the checkpoint's folder.
+        offset, length: position and size in the file, bytes.
     """
 
     start: tuple[int, ...]
@@ -81,7 +83,7 @@ class TensorChunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the checkpoint."""
+    """A tensor of the checkpoint: shape, dtype, and the chunks that cover it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -89,22 +91,22 @@ class StoredTensor:
 
 
 def is_torch_dist(folder: Path) -> bool:
-    """Return whether the folder holds such a checkpoint."""
+    """Return whether the folder contains a torch_dist checkpoint."""
     return (folder / METADATA).is_file()
 
 
 def write_tensor(file: BinaryIO, name: str, start: Sequence[int], tensor: Tensor) -> TensorChunk:
-    """Append a part of a tensor to an open ``.distcp`` file of this name; return where it is."""
+    """Append a chunk of a tensor to the open ``.distcp`` file called ``name``; return its location."""
     offset = file.tell()
-    # torch.save writes a view's whole storage
-    whole = tensor.contiguous()
-    own = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
-    torch.save(own, file)
+    compact = tensor.contiguous()
+    if compact.untyped_storage().nbytes() != compact.nbytes:
+        compact = compact.clone()  # torch.save writes the whole storage of a view
+    torch.save(compact, file)
     return TensorChunk(tuple(start), tuple(tensor.shape), name, offset, file.tell() - offset)
 
 
 def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write what makes ``.distcp`` files a checkpoint that megatron-core and torch can load."""
+    """Write the metadata files with which megatron-core and torch can load the ``.distcp`` files of a folder."""
     state: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for name, saved in tensors.items():
@@ -123,15 +125,15 @@ def write_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def read_metadata(folder: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a checkpoint; what is in it besides (objects of the training program) is left out.
+    """Return the tensors of a checkpoint; other objects in it are ignored.
 
     Raises:
-        DataError: it is not such a checkpoint, is damaged, or names a class or file that it should not.
+        DataError: the folder contains no such checkpoint, it is damaged, or it names an unexpected class or file.
     """
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            metadata = _PlainUnpickler(file).load()
+            metadata = _RestrictedUnpickler(file).load()
         return _checked(folder, metadata)
     except DataError:
         raise
@@ -170,7 +172,7 @@ def _volume(chunk: TensorChunk) -> int:
 def _counts(values: Iterable[int]) -> tuple[int, ...]:
     counts = tuple(int(value) for value in values)
     if any(not 0 <= count < 1 << 62 for count in counts):
-        raise ValueError(f"{counts} are no sizes")
+        raise ValueError(f"{counts} are not valid sizes")
     return counts
 
 
@@ -181,25 +183,27 @@ def _check_chunk(
         start + size <= full for start, size, full in zip(chunk.start, chunk.shape, shape, strict=True)
     )
     if not inside:
-        raise DataError(f"{name} {list(shape)} has a part at {list(chunk.start)} of {list(chunk.shape)}")
+        raise DataError(
+            f"{name} {list(shape)} has a part {list(chunk.shape)} at {list(chunk.start)}, outside of the tensor"
+        )
     if chunk.file not in sizes:
-        raise DataError(f"{name} is in {chunk.file!r}, which is no *.distcp file of the checkpoint's folder")
+        raise DataError(f"{name} is in {chunk.file!r}, which is not a *.distcp file in the checkpoint's folder")
     _counts((chunk.offset, chunk.length))
     if chunk.offset + chunk.length > sizes[chunk.file]:
         raise DataError(
             f"{name} is in {chunk.file} at bytes {chunk.offset} to {chunk.offset + chunk.length}; "
             f"the file has {sizes[chunk.file]}"
         )
-    own = _volume(chunk) * dtype.itemsize
-    if not own <= chunk.length <= own + MOST_OVERHEAD_BYTES:
-        raise DataError(f"a part {list(chunk.shape)} {dtype} of {name} would have {chunk.length} bytes, not {own}")
+    expected = _volume(chunk) * dtype.itemsize
+    if not expected <= chunk.length <= expected + MAX_OVERHEAD_BYTES:
+        raise DataError(f"a part {list(chunk.shape)} {dtype} of {name} has {chunk.length} bytes, expected {expected}")
 
 
 def read_region(folder: Path, name: str, saved: StoredTensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return a box of a tensor, put together from the parts that it lies in.
+    """Return the region of a tensor with this start and shape, assembled from the chunks that overlap it.
 
     Raises:
-        DataError: a part cannot be read, or is not what the metadata says.
+        DataError: a chunk cannot be read or does not match the metadata.
     """
     region = None
     filled = 0
@@ -210,19 +214,19 @@ def read_region(folder: Path, name: str, saved: StoredTensor, start: Sequence[in
         if any(a >= b for a, b in zip(low, high, strict=True)):
             continue
         part = _read_chunk(folder, name, saved.dtype, chunk)
-        part = part[_box(low, high, chunk.start)]
+        part = part[_slices(low, high, chunk.start)]
         filled += part.numel()
         if part.shape == torch.Size(shape):
             return part
         if region is None:
             region = torch.empty(tuple(shape), dtype=saved.dtype)
-        region[_box(low, high, start)] = part
+        region[_slices(low, high, start)] = part
     if region is None or filled != region.numel():
-        raise DataError(f"{name} {list(saved.shape)} in {folder} does not hold {list(shape)} at {list(start)}")
+        raise DataError(f"{name} {list(saved.shape)} in {folder} does not cover {list(shape)} at {list(start)}")
     return region
 
 
-def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a - zero, b - zero) for a, b, zero in zip(low, high, origin, strict=True))
 
 

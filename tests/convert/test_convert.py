@@ -237,7 +237,7 @@ def test_outputs_are_compared_on_a_prompt(demo: Path, tmp_path: Path) -> None:
     [
         (lambda t: t.pop("model.norm.weight"), "missing: model.norm.weight"),
         (lambda t: t.update({"model.layers.0.more": torch.zeros(2)}), "extra: model.layers.0.more"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(65)}), r"misshapen: model.norm.weight is \[65\]"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(65)}), r"wrong shape: model.norm.weight is \[65\]"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}), "not a floating-point tensor"),
         (
             lambda t: t.update({"model.layers.1.mlp.experts.0.up_proj.weight": torch.zeros(48, 64).bfloat16()}),

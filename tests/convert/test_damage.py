@@ -18,7 +18,7 @@ from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.models.hf_mapping.rules import Family
-from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader, hf_tensors
+from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader, read_headers
 from megatron_rl.models.safetensor_files import read_header
 from megatron_rl.models.torch_dist import METADATA, read_metadata, read_region
 from tests.policy import families
@@ -86,7 +86,7 @@ def test_an_index_cannot_leave_its_folder(source: Path, tmp_path: Path, file: ob
     (tmp_path / "hf" / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
 
     with pytest.raises(MegatronRLError, match=r"index\.json"):
-        hf_tensors(tmp_path / "hf")
+        read_headers(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": []}', "{}", '{"weight_map": {"a": {}}}', "\x00"])
@@ -95,7 +95,7 @@ def test_an_index_that_is_none_is_refused(source: Path, tmp_path: Path, text: st
     (tmp_path / "hf" / INDEX).write_text(text)
 
     with pytest.raises(MegatronRLError, match=r"index\.json"):
-        hf_tensors(tmp_path / "hf")
+        read_headers(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_tensor_in_two_files_is_refused(source: Path, tmp_path: Path) -> None:
     save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "hf" / "more.safetensors")
 
     with pytest.raises(MegatronRLError, match=r"model\.norm\.weight is in model\.safetensors and again in more"):
-        hf_tensors(tmp_path / "hf")
+        read_headers(tmp_path / "hf")
 
 
 def test_fused_and_split_experts_together_are_an_error(tmp_path: Path) -> None:

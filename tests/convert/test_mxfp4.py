@@ -42,7 +42,7 @@ def test_every_pattern_under_a_scale_is_the_specification_s_number(scale: int) -
     low, high = torch.arange(16), torch.arange(16).flip(0)
     blocks = (low + 16 * high).to(torch.uint8)[None, None]
 
-    (found,) = MXFP4Format().decoded(blocks, torch.tensor([[scale]], dtype=torch.uint8)).T
+    (found,) = MXFP4Format().decode(blocks, torch.tensor([[scale]], dtype=torch.uint8)).T
 
     expected = [number(part) * 2.0 ** (scale - 127) for byte in range(16) for part in (byte, 15 - byte)]
     assert found.dtype is torch.bfloat16
@@ -53,12 +53,12 @@ def test_every_pattern_under_a_scale_is_the_specification_s_number(scale: int) -
 def test_the_scale_that_is_no_number_makes_none() -> None:
     blocks, scales = random_blocks(2, 1)
     scales[0] = 255
-    assert MXFP4Format().decoded(blocks, scales).isnan().sum(0).tolist() == [32, 0]
+    assert MXFP4Format().decode(blocks, scales).isnan().sum(0).tolist() == [32, 0]
 
 
 def test_it_is_what_transformers_reads() -> None:
     blocks, scales = random_blocks(3, 10, 4)
-    assert torch.equal(MXFP4Format().decoded(blocks, scales), convert_moe_packed_tensors(blocks, scales))
+    assert torch.equal(MXFP4Format().decode(blocks, scales), convert_moe_packed_tensors(blocks, scales))
 
 
 def published(folder: Path) -> tuple[Path, Path]:

@@ -84,7 +84,7 @@ def test_resuming_with_another_model(tmp_path, straight, refusal):
     kept = {name: tensor for name, tensor in tensors.items() if f"layers.{layers - 1}." not in name}
     save_file(kept, model / "model.safetensors")
     said = refusal(*train(straight, "train.resume=true", f"model.path={model}"))
-    assert "is of another model than model.path" in said
+    assert "belongs to another model than model.path" in said
     assert f"extra: decoder.layers.{layers - 1}.input_layernorm.weight" in said
 
 
@@ -97,7 +97,7 @@ def test_resuming_from_a_checkpoint_with_a_part_cut_off(tmp_path, straight, refu
         (newest / name).write_bytes(whole[: len(whole) // 2])
         said = refusal(*train(folder, "train.resume=true"))
         assert str(newest / name) in said
-        assert said.endswith(f"delete {newest} to go on from {older}\n")
+        assert said.endswith(f"delete {newest} to continue from {older}\n")
         (newest / name).write_bytes(whole)
 
 

@@ -182,7 +182,7 @@ def test_bfloat16_stays_near_float32(model: Path, truth: dict[str, Tensor]) -> N
         (lambda tensors: tensors.update({"model.extra": torch.zeros(2)}), "extra: model.extra"),
         (
             lambda tensors: tensors.update({"model.layers.0.mlp.gate.weight": torch.zeros(8, 65)}),
-            r"misshapen: model.layers.0.mlp.gate.weight is \[8, 65\], expected \[8, 64\]",
+            r"wrong shape: model.layers.0.mlp.gate.weight is \[8, 65\], expected \[8, 64\]",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Hugging Face families that this package can train."""
+"""Model families that this package can train, by the ``model_type`` of Hugging Face."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,15 +21,15 @@ FAMILIES: Mapping[str, Callable[[HFConfig], Family]] = {
     "kimi_k2": deepseek.v3,
     "gpt_oss": gpt_oss.family,
 }
-"""``model_type`` of config.json -> the function that reads it."""
+"""``model_type`` of config.json -> function that builds the family from config.json."""
 
 
 def read_hf_config(folder: Path) -> HFConfig:
     """Return ``config.json`` of a Hugging Face checkpoint folder.
 
     Raises:
-        ConfigError: no such folder or file.
-        DataError: not valid JSON.
+        ConfigError: the folder or the file does not exist.
+        DataError: the file is not valid JSON or not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -41,7 +41,7 @@ def read_hf_config(folder: Path) -> HFConfig:
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(hf, dict):
-        raise DataError(f"{path} holds no JSON object, but {type(hf).__name__}")
+        raise DataError(f"{path} must hold a JSON object; found {type(hf).__name__}")
     return hf
 
 
@@ -49,7 +49,7 @@ def family_of(hf: HFConfig) -> Family:
     """Return the family of a parsed config.json.
 
     Raises:
-        ConfigError: the model type is not in the table, or a needed key is missing.
+        ConfigError: the model type is not supported, or a key is missing or has a wrong type.
     """
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
@@ -63,4 +63,4 @@ def family_of(hf: HFConfig) -> Family:
     except KeyError as error:
         raise ConfigError(f"config.json of a {model_type} model has no key {error}") from error
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError(f"config.json of a {model_type} model has a value of the wrong kind: {error}") from error
+        raise ConfigError(f"config.json of a {model_type} model has a value of the wrong type: {error}") from error

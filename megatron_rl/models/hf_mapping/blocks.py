@@ -1,4 +1,4 @@
-"""What families share: the entries of each kind of layer, and the fields that every config.json names alike."""
+"""Building blocks of families: table entries per kind of layer, and TransformerConfig fields common to all families."""
 
 import math
 from collections.abc import Iterable
@@ -26,10 +26,10 @@ Layers = tuple[int, ...]
 
 
 def common_fields(hf: HFConfig) -> dict[str, object]:
-    """Return the fields of TransformerConfig that all families here share.
+    """Return the TransformerConfig fields that all families share.
 
     Raises:
-        ConfigError: an activation other than silu, or a window that is shorter than the longest sequence.
+        ConfigError: the activation is not silu, or the attention window is shorter than the maximum sequence length.
     """
     if (activation := hf.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"hidden_act {activation!r} of config.json is not supported; only silu is")
@@ -37,7 +37,8 @@ def common_fields(hf: HFConfig) -> dict[str, object]:
     if window and window < hf["max_position_embeddings"]:
         raise ConfigError(
             f"sliding_window {window} of config.json is shorter than max_position_embeddings "
-            f"{hf['max_position_embeddings']}, and attention over a window is not supported; lower the latter to it"
+            f"{hf['max_position_embeddings']}; this family does not support sliding-window attention, so lower "
+            "max_position_embeddings to sliding_window"
         )
     return {
         "num_layers": hf["num_hidden_layers"],
@@ -53,7 +54,7 @@ def common_fields(hf: HFConfig) -> dict[str, object]:
 
 
 def rope_settings(hf: HFConfig) -> dict[str, object]:
-    """Return the rotary settings under the names of transformers 5, whichever version wrote them."""
+    """Return the rotary settings with the key names of transformers 5, for config.json of any version."""
     rope = dict(
         hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
     )
@@ -74,23 +75,26 @@ def unscaled_rope_base(hf: HFConfig) -> float:
 
 
 def yarn_fields(hf: HFConfig) -> dict[str, object]:
-    """Return the fields of a YaRN rotary embedding (those of ``YarnConfig``); none for a plain one.
+    """Return the fields of a YaRN rotary embedding (arXiv 2309.00071) for ``YarnConfig``; empty if it is unscaled.
 
     Raises:
-        ConfigError: another scaling, or a factor for the angles that megatron-core cannot be told.
+        ConfigError: the embedding is scaled in another way, or ``attention_factor`` cannot be expressed in
+            megatron-core.
     """
     rope = rope_settings(hf)
     if rope["rope_type"] != "yarn":
         unscaled_rope_base(hf)
         return {}
-    factor, own = float(str(rope["factor"])), rope.get("attention_factor")
+    factor, attention_factor = float(str(rope["factor"])), rope.get("attention_factor")
     scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    if own is not None:
+    if attention_factor is not None:
         if factor <= 1:
-            raise ConfigError(f"attention_factor {own} of config.json needs a factor above 1, which is {factor}")
-        scales = (float(str(own)) - 1) / (0.1 * math.log(factor)), 0.0
+            raise ConfigError(
+                f"attention_factor {attention_factor} of config.json needs a factor above 1; factor is {factor}"
+            )
+        scales = (float(str(attention_factor)) - 1) / (0.1 * math.log(factor)), 0.0
     elif not all(scales):
-        scales = 1.0, 0.0  # transformers takes both or neither
+        scales = 1.0, 0.0  # transformers uses mscale and mscale_all_dim only if both are set
     return {
         "yarn_rotary_scaling_factor": factor,
         "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
@@ -110,12 +114,12 @@ def reject(hf: HFConfig, **unsupported: object) -> None:
 
 
 def all_layers(hf: HFConfig) -> Layers:
-    """Return the numbers of all decoder layers."""
+    """Return the indices of all decoder layers."""
     return tuple(range(hf["num_hidden_layers"]))
 
 
 def embedding_and_head(hf: HFConfig) -> Mappings:
-    """Return embedding, last norm and, unless it is the embedding, the output head."""
+    """Return the embedding, the final norm and, unless tied, the output head."""
     rows, table = ShardVocabulary(hf["vocab_size"]), (hf["vocab_size"], hf["hidden_size"])
     tied = bool(hf.get("tie_word_embeddings", False))
     return (
@@ -126,7 +130,7 @@ def embedding_and_head(hf: HFConfig) -> Mappings:
 
 
 def layer_norms(hf: HFConfig) -> Mappings:
-    """Return the norms in front of attention and feed-forward network."""
+    """Return the norms before attention and before the feed-forward network."""
     shape = ((hf["hidden_size"],),)
     return (
         replicated(LAYER + "input_layernorm.weight", HF + "input_layernorm.weight", shape, all_layers(hf)),
@@ -135,12 +139,12 @@ def layer_norms(hf: HFConfig) -> Mappings:
 
 
 def replicated(megatron: str, hf_name: str, shapes: tuple[Shape, ...], layers: Layers) -> ParamMapping:
-    """Return an entry that every rank holds whole."""
+    """Return an entry that is replicated on every rank."""
     return ParamMapping(megatron, (hf_name,), Replicate(), shapes, layers)
 
 
 def head_dim(hf: HFConfig) -> int:
-    """Return the width of an attention head."""
+    """Return the dimension of an attention head."""
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
@@ -155,7 +159,7 @@ def attention_fields(hf: HFConfig, *, bias: bool, norm: bool) -> dict[str, objec
 
 
 def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Mappings:
-    """Return grouped-query attention: ``bias`` on query, key and value, ``norm`` on query and key of each head."""
+    """Return grouped-query attention, with ``bias`` on query, key and value or a ``norm`` per query and key head."""
     width, layers = head_dim(hf), all_layers(hf)
     heads, groups, hidden = hf["num_attention_heads"], hf["num_key_value_heads"], hf["hidden_size"]
     qkv, rows = FuseQKV(heads, groups, width), (heads * width, groups * width, groups * width)
@@ -178,7 +182,7 @@ def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Mappings:
 
 
 def mlp(hf: HFConfig, width: int, layers: Layers, megatron: str = "mlp.", hf_prefix: str = "mlp.") -> Mappings:
-    """Return a gated feed-forward network of this width."""
+    """Return a gated feed-forward network with intermediate size ``width``."""
     hidden, inside, outside = hf["hidden_size"], LAYER + megatron, HF + hf_prefix
     gate_up = (outside + "gate_proj.weight", outside + "up_proj.weight")
     return (
@@ -190,17 +194,17 @@ def mlp(hf: HFConfig, width: int, layers: Layers, megatron: str = "mlp.", hf_pre
 
 
 def expert_count(hf: HFConfig, key: str) -> int:
-    """Return the number of experts of a layer, under the family's own key or the one of transformers 5."""
+    """Return the experts per layer, from the family's key or from transformers 5's ``num_local_experts``."""
     return hf["num_local_experts"] if key not in hf and "num_local_experts" in hf else hf[key]
 
 
 def router(hf: HFConfig, experts: int, layers: Layers, hf_name: str = "mlp.gate.weight") -> Mappings:
-    """Return the router's matrix."""
+    """Return the router's weight."""
     return (replicated(LAYER + "mlp.router.weight", HF + hf_name, ((experts, hf["hidden_size"]),), layers),)
 
 
 def router_bias(experts: int, layers: Layers) -> Mappings:
-    """Return the bias that moves the choice of experts, not their weights: no gradient reaches it."""
+    """Return the bias that affects which experts are chosen but not their gate weights; it gets no gradient."""
     name = HF + "mlp.gate.e_score_correction_bias"
     return (replicated(LAYER + "mlp.router.expert_bias", name, ((experts,),), layers),)
 
@@ -210,11 +214,11 @@ EXPERT_PARTS = (
     "mlp.experts.{expert}.up_proj.weight",
     "mlp.experts.{expert}.down_proj.weight",
 )
-"""Gate, up and down matrix of an expert, as most families name them."""
+"""Names of an expert's gate, up and down matrices in most families."""
 
 
 def experts(hf: HFConfig, count: int, width: int, layers: Layers, parts: tuple[str, ...] = EXPERT_PARTS) -> Mappings:
-    """Return the experts, each a gated feed-forward network of this width."""
+    """Return ``count`` experts, each a gated feed-forward network with intermediate size ``width``."""
     hidden, inside = hf["hidden_size"], LAYER + "mlp.experts.local_experts.{expert}."
     gate, up, down = (HF + part for part in parts)
     wide = ((width, hidden), (width, hidden))
@@ -225,7 +229,7 @@ def experts(hf: HFConfig, count: int, width: int, layers: Layers, parts: tuple[s
 
 
 def fused_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, ...]:
-    """Return the fused form: one tensor for all gate and up matrices of a layer, one for all down matrices."""
+    """Return the fused form: per layer one tensor with all gate and up matrices and one with all down matrices."""
     gate, up, down = (HF + part for part in parts)
     return (
         FusedParam(HF + "mlp.experts.gate_up_proj", (gate, up)),
@@ -234,13 +238,13 @@ def fused_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, ..
 
 
 def mtp_layers(hf: HFConfig, key: str = "num_nextn_predict_layers") -> tuple[str, ...]:
-    """Return the patterns of multi-token-prediction layers, which stand after the decoder's and are not trained."""
+    """Return patterns of the multi-token-prediction layers, which follow the decoder layers and are not trained."""
     first = hf["num_hidden_layers"]
     return tuple(rf"model\.layers\.{first + number}\..*" for number in range(hf.get(key) or 0))
 
 
 def moe_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int) -> dict[str, object]:
-    """Return the fields of a mixture of experts in these layers."""
+    """Return the TransformerConfig fields for mixture-of-experts in these layers."""
     sparse = set(layers)
     return {
         "num_moe_experts": count,
@@ -251,4 +255,4 @@ def moe_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int) -
 
 
 ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""Tensors that old checkpoints have and that follow from the configuration."""
+"""Patterns of rotary buffers in old checkpoints; they can be computed from config.json."""

@@ -1,6 +1,7 @@
-"""DeepSeek-V2, DeepSeek-V3 and Moonlight: latent attention, shared experts, first layers dense.
+"""DeepSeek-V2, DeepSeek-V3 and Moonlight: latent attention, shared experts, dense first layers.
 
-V3 (and Moonlight, which has its model type) chooses experts by biased sigmoids, V2 by a softmax.
+V3 (and Moonlight, which uses its model type) selects experts by sigmoid scores plus a bias, V2 by softmax scores.
+DeepSeek-V2: arXiv 2405.04434; DeepSeek-V3: arXiv 2412.19437.
 """
 
 from megatron_rl.errors import ConfigError
@@ -27,13 +28,13 @@ def v3(hf: HFConfig) -> Family:
 
 
 def biased_routing(hf: HFConfig) -> dict[str, object]:
-    """Return the fields of DeepSeek-V3's routing; the bias is left as the checkpoint has it.
+    """Return the fields of DeepSeek-V3's routing; the expert bias stays as in the checkpoint.
 
     Raises:
-        ConfigError: weights that are not made to add up to 1, which megatron-core does for sigmoids.
+        ConfigError: ``norm_topk_prob`` is false; megatron-core always normalizes the gate weights of sigmoid routing.
     """
     if not hf.get("norm_topk_prob", True):
-        raise ConfigError("norm_topk_prob is false in config.json; megatron-core always normalises sigmoid routing")
+        raise ConfigError("norm_topk_prob is false in config.json; megatron-core always normalizes sigmoid routing")
     return {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -44,21 +45,21 @@ def biased_routing(hf: HFConfig) -> dict[str, object]:
 
 
 def expert_groups(hf: HFConfig, *, best: int) -> dict[str, object]:
-    """Return the fields of a choice among the experts of the best groups only; none if every group is among them.
+    """Return the fields of group-limited routing; empty if all groups are selected.
 
     Args:
         hf: config.json.
-        best: by how many of its experts the model rates a group.
+        best: the score of a group is the sum of its ``best`` highest expert scores.
 
     Raises:
-        ConfigError: megatron-core, which rates a group by its topk // topk_group best experts, would rate otherwise.
+        ConfigError: megatron-core would score groups differently; it uses topk // topk_group experts.
     """
     groups, chosen, topk = hf.get("n_group") or 1, hf.get("topk_group") or 1, hf["num_experts_per_tok"]
     if chosen >= groups:
         return {}
     if topk // chosen != best:
         raise ConfigError(
-            f"topk_group {chosen} and num_experts_per_tok {topk} of config.json: megatron-core rates a group by its "
+            f"topk_group {chosen} and num_experts_per_tok {topk} of config.json: megatron-core scores a group by its "
             f"{topk // chosen} best experts, {hf['model_type']} by {best}"
         )
     return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
@@ -101,15 +102,17 @@ def _family(hf: HFConfig, routing: dict[str, object], *, has_bias: bool) -> Fami
 
 
 def latent_fields(hf: HFConfig) -> dict[str, object]:
-    """Return the fields of latent attention and of its rotary embedding, plain or YaRN.
+    """Return the fields of multi-head latent attention and of its rotary embedding, unscaled or YaRN.
 
     Raises:
-        ConfigError: another scaling of the rotary embedding.
+        ConfigError: the rotary embedding is scaled in another way.
     """
     rope = blocks.rope_settings(hf)
     kinds = {"default": "rope", "yarn": "yarn"}
     if rope["rope_type"] not in kinds:
-        raise ConfigError(f"rope_type {rope['rope_type']!r} of config.json is none of {', '.join(kinds)}")
+        raise ConfigError(
+            f"rope_type {rope['rope_type']!r} of config.json is not supported; supported: {', '.join(kinds)}"
+        )
     fields: dict[str, object] = {
         "multi_latent_attention": True,
         "qk_layernorm": True,
@@ -135,28 +138,30 @@ def latent_fields(hf: HFConfig) -> dict[str, object]:
 
 
 def latent_attention(hf: HFConfig) -> blocks.Mappings:
-    """Return latent attention: down to the latents (whole on every rank), norms, up to the heads (cut by head)."""
+    """Return latent attention: down projections (replicated), norms, and up projections (sharded by head)."""
     heads, hidden, layers = hf["num_attention_heads"], hf["hidden_size"], blocks.all_layers(hf)
     nope, rope, value = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
     query_rank, rank = hf.get("q_lora_rank"), hf["kv_lora_rank"]
 
-    def cut(megatron: str, name: str, shape: tuple[int, int], dim: int = 0) -> ParamMapping:
+    def sharded(megatron: str, name: str, shape: tuple[int, int], dim: int = 0) -> ParamMapping:
         return ParamMapping(blocks.ATTENTION + megatron, (blocks.HF_ATTENTION + name,), Shard(dim), (shape,), layers)
 
-    def whole(megatron: str, name: str, shape: tuple[int, ...]) -> ParamMapping:
+    def replicated(megatron: str, name: str, shape: tuple[int, ...]) -> ParamMapping:
         return blocks.replicated(blocks.ATTENTION + megatron, blocks.HF_ATTENTION + name, (shape,), layers)
 
-    query: tuple[ParamMapping, ...] = (cut("linear_q_proj.weight", "q_proj.weight", (heads * (nope + rope), hidden)),)
+    query: tuple[ParamMapping, ...] = (
+        sharded("linear_q_proj.weight", "q_proj.weight", (heads * (nope + rope), hidden)),
+    )
     if query_rank:
         query = (
-            whole("linear_q_down_proj.weight", "q_a_proj.weight", (query_rank, hidden)),
-            whole("q_layernorm.weight", "q_a_layernorm.weight", (query_rank,)),
-            cut("linear_q_up_proj.weight", "q_b_proj.weight", (heads * (nope + rope), query_rank)),
+            replicated("linear_q_down_proj.weight", "q_a_proj.weight", (query_rank, hidden)),
+            replicated("q_layernorm.weight", "q_a_layernorm.weight", (query_rank,)),
+            sharded("linear_q_up_proj.weight", "q_b_proj.weight", (heads * (nope + rope), query_rank)),
         )
     return (
         *query,
-        whole("linear_kv_down_proj.weight", "kv_a_proj_with_mqa.weight", (rank + rope, hidden)),
-        whole("kv_layernorm.weight", "kv_a_layernorm.weight", (rank,)),
-        cut("linear_kv_up_proj.weight", "kv_b_proj.weight", (heads * (nope + value), rank)),
-        cut("linear_proj.weight", "o_proj.weight", (hidden, heads * value), dim=1),
+        replicated("linear_kv_down_proj.weight", "kv_a_proj_with_mqa.weight", (rank + rope, hidden)),
+        replicated("kv_layernorm.weight", "kv_a_layernorm.weight", (rank,)),
+        sharded("linear_kv_up_proj.weight", "kv_b_proj.weight", (heads * (nope + value), rank)),
+        sharded("linear_proj.weight", "o_proj.weight", (hidden, heads * value), dim=1),
     )

@@ -1,4 +1,4 @@
-"""Dense decoders: Llama, Qwen2 and Qwen2.5, Qwen3. They differ in the bias and norms of attention and in rope."""
+"""Dense decoders: Llama, Qwen2, Qwen2.5 and Qwen3. They differ in attention bias, norms and rotary scaling."""
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.hf_mapping import blocks
@@ -24,10 +24,10 @@ def qwen3(hf: HFConfig) -> Family:
 
 
 def llama_rope(hf: HFConfig) -> tuple[float, float | None]:
-    """Return base and factor of Llama's rotary embedding; megatron-core fixes what else Llama 3 scales it by.
+    """Return base and scaling factor of Llama's rotary embedding; megatron-core hard-codes Llama 3's other constants.
 
     Raises:
-        ConfigError: a scaling that megatron-core does not have.
+        ConfigError: the scaling is not available in megatron-core.
     """
     rope = blocks.rope_settings(hf)
     if rope["rope_type"] != "llama3":
@@ -35,7 +35,9 @@ def llama_rope(hf: HFConfig) -> tuple[float, float | None]:
     fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
     for key, value in fixed.items():
         if rope.get(key) != value:
-            raise ConfigError(f"{key} = {rope.get(key)} of config.json's llama3 rope; megatron-core has {value} only")
+            raise ConfigError(
+                f"{key} = {rope.get(key)} of config.json's llama3 rope is not supported; megatron-core only has {value}"
+            )
     return float(str(rope["rope_theta"])), float(str(rope["factor"]))
 
 

@@ -1,4 +1,4 @@
-"""GLM-4.5: half of each head rotates, experts chosen by biased sigmoids, first layers dense, one shared expert."""
+"""GLM-4.5 (arXiv 2508.06471): partial rotary embedding, DeepSeek-V3's routing, dense first layers, a shared expert."""
 
 from megatron_rl.models.hf_mapping import blocks
 from megatron_rl.models.hf_mapping.deepseek import biased_routing

@@ -1,6 +1,6 @@
-"""gpt-oss: attention with sinks, biases and windows in turn, YaRN, experts with biases and a clamped gate.
+"""gpt-oss (arXiv 2508.10925): attention sinks and biases, alternating windows, YaRN, biased experts, clamped gate.
 
-A checkpoint has the experts of a layer in one tensor only, each matrix transposed, gate and up columns in turn.
+Checkpoints store the experts of a layer stacked in one tensor: matrices transposed, gate and up columns interleaved.
 """
 
 import torch
@@ -16,14 +16,15 @@ from megatron_rl.models.hf_mapping.rules import (
     ParamMapping,
     Replicate,
     Shard,
+    ShardRule,
 )
 
 ALPHA = 1.702
-"""Of the gate: x * sigmoid(ALPHA * x)."""
+"""Constant of the gate's activation, x * sigmoid(ALPHA * x)."""
 
 
 def quick_gelu(gate: Tensor) -> Tensor:
-    """Return the gate's activation."""
+    """Return gate * sigmoid(ALPHA * gate), same shape."""
     return gate * torch.sigmoid(ALPHA * gate)
 
 
@@ -52,10 +53,12 @@ def family(hf: HFConfig) -> Family:
             *blocks.embedding_and_head(hf),
             *blocks.layer_norms(hf),
             *blocks.attention(hf, **attention),
-            _own("self_attention.linear_proj.bias", "self_attn.o_proj.bias", hf["hidden_size"], hf),
-            _own("self_attention.core_attention.softmax_offset", "self_attn.sinks", hf["num_attention_heads"], hf, 0),
+            _vector("self_attention.linear_proj.bias", "self_attn.o_proj.bias", hf["hidden_size"], hf),
+            _vector(
+                "self_attention.core_attention.softmax_offset", "self_attn.sinks", hf["num_attention_heads"], hf, 0
+            ),
             *blocks.router(hf, count, layers, "mlp.router.weight"),
-            _own("mlp.router.bias", "mlp.router.bias", count, hf),
+            _vector("mlp.router.bias", "mlp.router.bias", count, hf),
             *experts,
         ),
         vocab_size=hf["vocab_size"],
@@ -67,10 +70,10 @@ def family(hf: HFConfig) -> Family:
 
 
 def window_fields(hf: HFConfig) -> dict[str, object]:
-    """Return the fields of the windows: how far a token looks back, and in which layers.
+    """Return the fields of sliding-window attention: the window size and which layers use it.
 
     Raises:
-        ConfigError: a kind of layer that is not known.
+        ConfigError: ``layer_types`` has an unknown value or the wrong length.
     """
     window, kinds = hf.get("sliding_window"), hf.get("layer_types")
     kinds = kinds or [("sliding_attention", "full_attention")[layer % 2] for layer in blocks.all_layers(hf)]
@@ -80,7 +83,7 @@ def window_fields(hf: HFConfig) -> dict[str, object]:
         raise ConfigError(f"layer_types of config.json has {len(kinds)} entries for {hf['num_hidden_layers']} layers")
     if not window:
         return {}
-    # transformers counts a token itself as one of its window, transformer-engine does not
+    # transformers counts the query token as part of the window; megatron-core does not
     return {
         "window_size": (window - 1, 0),
         "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds],
@@ -88,14 +91,12 @@ def window_fields(hf: HFConfig) -> dict[str, object]:
 
 
 def stacked_experts(hf: HFConfig, count: int, width: int) -> tuple[ParamMapping, ...]:
-    """Return the experts, each part of one as it lies in the tensor of its layer."""
+    """Return the experts; each entry maps one expert's slice of the stacked tensor."""
     hidden, layers = hf["hidden_size"], blocks.all_layers(hf)
 
-    def part(
-        megatron: str, hf_name: str, layout: FuseInterleavedGateUp | Shard | Replicate, shape: tuple[int, ...]
-    ) -> ParamMapping:
+    def part(megatron: str, hf_name: str, rule: ShardRule, shape: tuple[int, ...]) -> ParamMapping:
         inside = blocks.LAYER + "mlp.experts.local_experts.{expert}." + megatron
-        return ParamMapping(inside, (blocks.HF + "mlp.experts.{expert}." + hf_name,), layout, (shape,), layers, count)
+        return ParamMapping(inside, (blocks.HF + "mlp.experts.{expert}." + hf_name,), rule, (shape,), layers, count)
 
     return (
         part("linear_fc1.weight", "gate_up_proj", FuseInterleavedGateUp(), (hidden, 2 * width)),
@@ -105,7 +106,7 @@ def stacked_experts(hf: HFConfig, count: int, width: int) -> tuple[ParamMapping,
     )
 
 
-def _own(megatron: str, hf_name: str, size: int, hf: HFConfig, dim: int | None = None) -> ParamMapping:
-    """Return an entry with one dimension, cut over tensor-parallel ranks or not."""
-    layout = Replicate() if dim is None else Shard(dim)
-    return ParamMapping(blocks.LAYER + megatron, (blocks.HF + hf_name,), layout, ((size,),), blocks.all_layers(hf))
+def _vector(megatron: str, hf_name: str, size: int, hf: HFConfig, dim: int | None = None) -> ParamMapping:
+    """Return an entry with one dimension, sharded over tensor-parallel ranks if ``dim`` is given."""
+    rule = Replicate() if dim is None else Shard(dim)
+    return ParamMapping(blocks.LAYER + megatron, (blocks.HF + hf_name,), rule, ((size,),), blocks.all_layers(hf))

@@ -1,4 +1,4 @@
-"""Mixtral: experts in every layer, none shared, the weights of the chosen ones add up to 1."""
+"""Mixtral: experts in every layer, no shared expert, softmax over the selected experts (arXiv 2401.04088)."""
 
 from megatron_rl.models.hf_mapping import blocks
 from megatron_rl.models.hf_mapping.rules import Family, FusedParam, HFConfig

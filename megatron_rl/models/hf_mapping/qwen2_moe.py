@@ -1,4 +1,4 @@
-"""Qwen2-MoE: bias on query, key and value, and an expert that all tokens share, behind a gate."""
+"""Qwen2-MoE: bias on query, key and value, and a shared expert with a sigmoid gate."""
 
 from megatron_rl.models.hf_mapping import blocks
 from megatron_rl.models.hf_mapping.qwen3_moe import split_layers

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: attention with norms on query and key, softmax routing."""
+"""Qwen3-MoE: RMSNorm on queries and keys, softmax routing (arXiv 2505.09388)."""
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.hf_mapping import blocks
@@ -37,7 +37,7 @@ def family(hf: HFConfig) -> Family:
 
 
 def split_layers(hf: HFConfig) -> tuple[blocks.Layers, blocks.Layers]:
-    """Return the layers without and with experts, as Qwen names them."""
+    """Return the dense layers and the layers with experts, from Qwen's config keys."""
     step, named = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
     layers = blocks.all_layers(hf)
     sparse = tuple(layer for layer in layers if layer not in named and (layer + 1) % step == 0)

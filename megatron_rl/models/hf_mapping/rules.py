@@ -1,7 +1,7 @@
-"""How Hugging Face tensors become one rank's Megatron tensor, and back: the only code that knows sharding layouts.
+"""Maps Hugging Face tensors to the shard of one Megatron rank and back. No other module knows how tensors are sharded.
 
-A family is a table of ``ParamMapping`` entries; loading, pushing and converting all follow from it. ``shard`` and
-``merge`` are exact inverses: they only cut, reorder and pad, so values keep every bit.
+A model family is a table of ``ParamMapping`` entries. Loading, exporting, pushing and converting weights all use this
+table. ``shard`` and ``merge`` are exact inverses: they slice, reorder and pad, and change no bit of a value.
 """
 
 import re
@@ -17,29 +17,29 @@ from megatron_rl.data.routes import RouteShape
 
 Shape = tuple[int, ...]
 HFConfig = Mapping[str, Any]
-"""A parsed config.json: its values are whatever the JSON holds."""
+"""A parsed config.json."""
 
 
 class ShardRule(Protocol):
-    """A rule between the Hugging Face tensors of one entry and the shards of one Megatron tensor."""
+    """Converts the Hugging Face tensors of one ``ParamMapping`` to shards of the Megatron tensor and back."""
 
     @property
     def dim(self) -> int | None:
-        """The dimension that is cut over tensor-parallel ranks; None for a tensor that every rank holds whole."""
+        """The dimension sharded over tensor-parallel ranks; None if every rank holds the full tensor."""
         ...
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """Return the shard of tensor-parallel rank ``rank`` of ``size``."""
+        """Return the shard of tensor-parallel rank ``rank`` of ``size`` ranks."""
         ...
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the Hugging Face tensors from all shards in rank order."""
+        """Return the Hugging Face tensors, given the shards of all ranks in rank order."""
         ...
 
 
 @dataclass(frozen=True)
 class Replicate:
-    """The same on every rank."""
+    """Every rank holds the full tensor."""
 
     dim: int | None = None
 
@@ -54,25 +54,34 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Shard:
-    """Cut in equal pieces along one dimension (of the Megatron tensor, where the other one is transposed)."""
+    """Equal chunks along one dimension.
+
+    Attributes:
+        dim: dimension of the Megatron tensor.
+        transposed: the Hugging Face tensor is the transpose of the Megatron tensor.
+    """
 
     dim: int
     transposed: bool = False
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """Return piece ``rank``."""
-        whole = parts[0].T.contiguous() if self.transposed else parts[0]
-        return whole.chunk(size, self.dim)[rank]
+        """Return chunk ``rank``."""
+        full = parts[0].T.contiguous() if self.transposed else parts[0]
+        return full.chunk(size, self.dim)[rank]
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Join the pieces."""
-        whole = torch.cat(list(shards), self.dim)
-        return (whole.T if self.transposed else whole,)
+        """Concatenate the chunks."""
+        full = torch.cat(list(shards), self.dim)
+        return (full.T if self.transposed else full,)
 
 
 @dataclass(frozen=True)
 class ShardVocabulary:
-    """Rows of the vocabulary, padded with zeros so that every rank holds equally many."""
+    """Vocabulary rows, padded with zeros so that all ranks hold the same number of rows.
+
+    Attributes:
+        rows: number of rows without padding.
+    """
 
     rows: int
     dim: int = 0
@@ -84,13 +93,19 @@ class ShardVocabulary:
         return torch.cat([rows, rows.new_zeros(per_rank - len(rows), *rows.shape[1:])])
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Join the rows and drop the padding."""
+        """Concatenate the rows and drop the padding."""
         return (torch.cat(list(shards))[: self.rows],)
 
 
 @dataclass(frozen=True)
 class FuseQKV:
-    """Query, key and value rows interleaved by query group: [q of group 0, k 0, v 0, q of group 1, ...]."""
+    """Query, key and value rows interleaved by query group: [q of group 0, k 0, v 0, q of group 1, ...].
+
+    Attributes:
+        heads: query heads.
+        groups: query groups, which equal key-value heads.
+        head_dim: rows per head.
+    """
 
     heads: int
     groups: int
@@ -98,12 +113,12 @@ class FuseQKV:
     dim: int = 0
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """Return the groups of this rank."""
+        """Return this rank's groups, fused."""
         query, key, value = (part.unflatten(0, (self.groups, -1)).chunk(size)[rank] for part in parts)
         return torch.cat([query, key, value], dim=1).flatten(0, 1)
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Take the groups apart again."""
+        """Return the full query, key and value matrices."""
         grouped = torch.cat(list(shards)).unflatten(0, (self.groups, -1))
         sizes = [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
         return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
@@ -111,36 +126,36 @@ class FuseQKV:
 
 @dataclass(frozen=True)
 class FuseGateUp:
-    """Gate rows above up rows within each shard."""
+    """Each shard is its rows of the gate matrix followed by its rows of the up matrix."""
 
     dim: int = 0
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """Return this rank's gate rows, then its up rows."""
+        """Return this rank's gate rows followed by its up rows."""
         return torch.cat([part.chunk(size)[rank] for part in parts])
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the whole gate and the whole up matrix."""
+        """Return the full gate matrix and the full up matrix."""
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
 
 
 @dataclass(frozen=True)
 class FuseInterleavedGateUp:
-    """Gate and up in one Hugging Face tensor, in turn along its last dimension: [inputs, gate 0, up 0, gate 1, ...].
+    """As ``FuseGateUp``, from one Hugging Face tensor with gate and up interleaved: [..., (gate 0, up 0, gate 1, ...)].
 
-    The Megatron tensor has gate rows above up rows within each shard. A bias has that one dimension only.
+    The last dimension of the Hugging Face tensor is the first of the Megatron tensor. A bias has only this dimension.
     """
 
     dim: int = 0
 
     def shard(self, parts: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """Return this rank's gate rows, then its up rows."""
+        """Return this rank's gate rows followed by its up rows."""
         rows = parts[0].movedim(-1, 0)
         return torch.cat([rows[half::2].chunk(size)[rank] for half in range(2)])
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the whole tensor."""
+        """Return the full interleaved tensor."""
         halves = [shard.chunk(2) for shard in shards]
         rows = shards[0].new_empty(sum(len(shard) for shard in shards), *shards[0].shape[1:])
         for half in range(2):
@@ -150,10 +165,18 @@ class FuseInterleavedGateUp:
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One entry: a Megatron name, the Hugging Face names that make it, their shapes, and the rule between them.
+    """One entry of a family's table: a Megatron parameter, the Hugging Face tensors it is made of, and the rule.
 
-    ``{layer}`` and ``{expert}`` stand for global indices. Megatron names are those of the local layer spec, not of
-    transformer-engine's.
+    Names may contain ``{layer}`` and ``{expert}``, which stand for global indices. Megatron names are those of the
+    local layer spec, not of transformer-engine's.
+
+    Attributes:
+        megatron: name of the Megatron parameter.
+        hf: names of the Hugging Face tensors.
+        rule: conversion between the two.
+        shapes: shapes of the Hugging Face tensors.
+        layers: layers that have the parameter. Ignored if the names have no ``{layer}``.
+        experts: experts per layer, each with its own tensor; 0 if the parameter does not belong to an expert.
     """
 
     megatron: str
@@ -161,68 +184,71 @@ class ParamMapping:
     rule: ShardRule
     shapes: tuple[Shape, ...]
     layers: tuple[int, ...] = (0,)
-    """The layers that have it; meaningless where no ``{layer}`` is in the names."""
     experts: int = 0
-    """How many copies a layer has, one an expert; 0 for a tensor that no expert owns."""
 
     @property
     def is_expert(self) -> bool:
-        """True where each expert has a tensor of its own."""
+        """True if each expert has its own tensor."""
         return self.experts > 0
 
     @cached_property
     def full_shape(self) -> Shape:
-        """Shape of the Megatron tensor if one rank holds all of it."""
+        """Shape of the Megatron tensor at tensor-parallel size 1."""
         parts = [torch.empty(shape, device="meta") for shape in self.shapes]
         return tuple(self.rule.shard(parts, 0, 1).shape)
 
     def megatron_name(self, layer: int, expert: int) -> str:
-        """Return the Megatron name for these indices."""
+        """Return the Megatron name at these indices."""
         return self.megatron.format(layer=layer, expert=expert)
 
     def hf_names(self, layer: int, expert: int) -> tuple[str, ...]:
-        """Return the Hugging Face names for these indices."""
+        """Return the Hugging Face names at these indices."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.hf)
 
     def instances(self) -> Iterator[tuple[int, int]]:
-        """Yield the (layer, expert) of every copy."""
+        """Yield (layer, expert) of every parameter that this entry describes."""
         return ((layer, expert) for layer in self.layers for expert in range(self.experts or 1))
 
 
 @dataclass(frozen=True)
 class FusedParam:
-    """Another form that a checkpoint may have: one tensor whose rows are those of ``parts``, one below the other.
+    """An alternative form in a checkpoint: one tensor that concatenates the rows of several.
 
-    Where the parts belong to experts, the tensor has one more dimension in front, over the experts.
+    If the parts belong to experts, the tensor has an additional first dimension over the experts.
+
+    Attributes:
+        hf: name of the fused tensor.
+        parts: names of the tensors that it replaces.
+        required: the fused form is the only one, so exports use it too. Its parts then belong to one ``ParamMapping``.
     """
 
     hf: str
     parts: tuple[str, ...]
     required: bool = False
-    """There is no other form: what goes out has it too. Its parts are then those of one entry of the table."""
 
     @property
     def is_stacked(self) -> bool:
-        """True where it holds all experts of a layer."""
+        """True if the tensor holds all experts of a layer."""
         return "{expert}" in self.parts[0]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model as megatron-core must build it, and its table of names.
+    """The architecture of a model: megatron-core's settings and the table of parameter names.
 
     Attributes:
-        fields: arguments of TransformerConfig.
-        mappings: the table.
-        vocab_size: true vocabulary, before padding.
-        max_position_embeddings: longest sequence.
+        fields: arguments of megatron-core's TransformerConfig.
+        mappings: the table of parameter names.
+        vocab_size: vocabulary size without padding.
+        max_position_embeddings: maximum sequence length, tokens.
         rotary_base: base of the rotary embedding.
-        rotary_percent: share of a head's dimensions that rotate.
-        rotary_factor: by which Llama 3 stretches long wavelengths; None: not at all.
-        tied: the output head is the embedding.
+        rotary_percent: fraction of the dimensions of a head that is rotated.
+        rotary_factor: scaling factor of Llama 3's rotary embedding; None: unscaled.
+        tied: the output head shares the embedding's weight.
         dense_layers: layers without experts.
-        fused: other forms of some tensors.
-        passthrough: patterns of tensors that a checkpoint may have besides: they go along, training does not see them.
+        fused: alternative forms of some tensors.
+        passthrough: patterns of additional tensors that a checkpoint may have. They are copied when a checkpoint is
+            converted and are not trained.
     """
 
     fields: Mapping[str, object]
@@ -244,7 +270,7 @@ class Family:
 
     @property
     def num_experts(self) -> int:
-        """Number of experts of a mixture layer; 0 for a dense model."""
+        """Experts per mixture-of-experts layer; 0 for a dense model."""
         return int(str(self.fields.get("num_moe_experts") or 0))
 
     @property
@@ -254,30 +280,30 @@ class Family:
 
     @property
     def attention_window(self) -> int:
-        """Tokens that one sees in a layer with a window, itself included; 0 where no layer has one."""
+        """Tokens that a query attends to in a sliding-window layer, itself included; 0 if no layer has a window."""
         size = self.fields.get("window_size")
         return size[0] + 1 if isinstance(size, tuple) else 0
 
     @property
     def num_windowed_layers(self) -> int:
-        """How many layers have a window."""
+        """Number of layers with sliding-window attention."""
         layers = self.fields.get("window_attn_skip_freq")
         return sum(layers) if isinstance(layers, list) else 0
 
     @property
     def route_shape(self) -> RouteShape:
-        """What a record of its tokens' experts looks like."""
+        """Shape of the record of the experts that each token was routed to."""
         layers = tuple(n for n in range(self.num_layers) if n not in self.dense_layers) if self.num_experts else ()
         per_token = int(str(self.fields.get("moe_router_topk") or 0))
         return RouteShape(layers, self.num_layers, self.num_experts, per_token)
 
     @cached_property
     def stacked_names(self) -> Mapping[str, str]:
-        """Parts of a layer's experts that only come stacked -> the tensor that they make; names with placeholders."""
+        """Name of an expert tensor -> name of the stacked tensor, for tensors that only exist in stacked form."""
         return {fused.parts[0]: fused.hf for fused in self.fused if fused.required}
 
     def fused_parts(self, *, required: bool = False) -> dict[str, tuple[str, ...]]:
-        """Return the parts of each joined tensor, in the order of its bytes; ``only``: where there is no other form."""
+        """Return the parts of each fused tensor, in memory order; ``required`` selects those with no other form."""
         return {
             fused.hf.format(layer=layer): tuple(
                 part.format(layer=layer, expert=expert)
@@ -290,19 +316,19 @@ class Family:
         }
 
     def parameters(self) -> Iterator[tuple[ParamMapping, int, int]]:
-        """Yield every parameter of the model: its table entry, layer and expert (0 where the entry has none)."""
-        for name in self.mappings:
-            for layer, expert in name.instances():
-                yield name, layer, expert
+        """Yield (table entry, layer, expert) of every parameter; the indices are 0 where they do not apply."""
+        for mapping in self.mappings:
+            for layer, expert in mapping.instances():
+                yield mapping, layer, expert
 
     def hf_shapes(self) -> dict[str, Shape]:
-        """Return the name and shape of every tensor that a checkpoint of this model must hold."""
+        """Return the shape of every tensor that a checkpoint of this model must contain, by name."""
         shapes: dict[str, Shape] = {}
-        for name, layer, expert in self.parameters():
-            shapes.update(zip(name.hf_names(layer, expert), name.shapes, strict=True))
+        for mapping, layer, expert in self.parameters():
+            shapes.update(zip(mapping.hf_names(layer, expert), mapping.shapes, strict=True))
         return shapes
 
     def is_passthrough(self, hf_name: str) -> bool:
-        """Return whether this tensor, which the table does not have, may be there all the same."""
+        """Return whether a checkpoint may contain this tensor although the table does not list it."""
         tied_head = self.tied and hf_name == "lm_head.weight"
         return tied_head or any(re.fullmatch(pattern, hf_name) for pattern in self.passthrough)

@@ -1,6 +1,7 @@
-"""Names of transformer-engine's layers, which checkpoints of megatron-core have, as names of the local layers.
+"""Converts parameter names between transformer-engine's layer spec and the local layer spec.
 
-transformer-engine fuses a norm into the matrix product after it, and numbers experts' weights in one module.
+megatron-core's checkpoints use transformer-engine's names: a norm is fused into the linear layer that follows
+it, and the weights of all experts are numbered in one module.
 """
 
 import re
@@ -16,14 +17,14 @@ _TO_LOCAL = (
 
 
 def to_local_name(name: str) -> str:
-    """Return the name that the same tensor has in the local layer spec."""
+    """Return the name of the same parameter in the local layer spec."""
     for pattern, replacement in _TO_LOCAL:
         name = pattern.sub(replacement, name)
     return name
 
 
 def torch_dist_key(name: ParamMapping, layer: int, family: Family) -> str:
-    """Return the key of a tensor in megatron-core's distributed checkpoints, with layers apart and experts stacked."""
+    """Return the key of a parameter in megatron-core's distributed checkpoints: one key per layer, experts stacked."""
     key = name.megatron.format(layer=layer, expert="{expert}")
     key = key.replace("mlp.experts.local_experts.{expert}.", "mlp.experts.experts.")
     if family.has_latent_attention:

@@ -1,4 +1,4 @@
-"""Sharding rules cut and join without changing a bit."""
+"""Sharding rules are exact inverses, and families read config.json."""
 
 import json
 from pathlib import Path
@@ -110,5 +110,5 @@ def test_yarn_has_the_angles_and_the_factor_that_transformers_gives(changes, tru
 
 
 def test_an_attention_factor_without_stretching_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"attention_factor 0\.5.*factor above 1, which is 1\.0"):
+    with pytest.raises(ConfigError, match=r"attention_factor 0\.5.*factor above 1; factor is 1\.0"):
         yarn(attention_factor=0.5, factor=1.0)
