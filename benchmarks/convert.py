@@ -58,13 +58,13 @@ import torch
 from pathlib import Path
 from mbridge import AutoBridge
 from megatron_rl.config.schema import Run
-from megatron_rl.distributed.mesh import lone_world
+from megatron_rl.distributed.mesh import single_rank_world
 from megatron_rl.policy.engine import Policy
 from tests.policy.test_mbridge import EngineNames
 from transformers import AutoConfig
 folder, target = sys.argv[1:]
 settings = {"model": {"path": folder, "dtype": "bfloat16"}, "parallel": {"distributed_optimizer": False}}
-view = EngineNames(Policy(Run.model_validate(settings), lone_world(), total_updates=1))
+view = EngineNames(Policy(Run.model_validate(settings), single_rank_world(), total_updates=1))
 view.named_parameters = lambda *a, **k: iter(view.named.items())
 config = AutoConfig.from_pretrained(folder)
 config.rope_theta = 10000.0

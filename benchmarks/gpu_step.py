@@ -104,13 +104,13 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
     from megatron_rl.algorithms.loss import make_loss, prepare
     from megatron_rl.algorithms.objectives import GRPO
     from megatron_rl.data.types import Batch
-    from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, lone_world, make_deterministic
+    from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, make_deterministic, single_rank_world
     from megatron_rl.policy import engine
 
     if arguments.deterministic:
         os.environ.update(DETERMINISTIC_ENVIRONMENT)
     size = SIZES["tiny" if arguments.tiny else arguments.size]
-    world = lone_world()
+    world = single_rank_world()
     make_deterministic(arguments.deterministic, world.device)
     setattr(engine, "load_weights", fill)  # noqa: B010 (a benchmark needs no checkpoint)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch
-from megatron_rl.distributed.mesh import lone_world
+from megatron_rl.distributed.mesh import single_rank_world
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.policy.engine import Policy
@@ -50,7 +50,7 @@ def logprobs(folder: Path, tokens_T: Tensor) -> Tensor:
 def _by_megatron(folder: Path, tokens_T: Tensor) -> Tensor:
     length = len(tokens_T)
     settings = {"model": {"path": str(folder), "dtype": "float32"}, "train": {"tokens_per_microbatch": length}}
-    policy = Policy(Run.model_validate(settings), lone_world(), total_updates=1)
+    policy = Policy(Run.model_validate(settings), single_rank_world(), total_updates=1)
     mask_T = torch.arange(length) > 0
     batch = Batch(torch.tensor([length]), {"input_ids_T": tokens_T, "loss_mask_T": mask_T})
     scored = policy.compute_logprobs(batch).logprobs_T[1:]

@@ -1,4 +1,4 @@
-"""Collectives that are no-ops without a group, so that callers never ask whether they run in parallel."""
+"""Collectives that are no-ops without a process group, so that callers need no special case for a single rank."""
 
 import json
 
@@ -6,22 +6,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
+RankGroup = dist.ProcessGroup | None
+"""Ranks that take part in a collective; None: this rank only."""
 
 
-def group_size(group: Group) -> int:
-    """Return the number of ranks in the group; 1 without one."""
+def group_size(group: RankGroup) -> int:
+    """Return the number of ranks in the group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
-def group_rank(group: Group) -> int:
-    """Return this rank's position in the group; 0 without one."""
+def group_rank(group: RankGroup) -> int:
+    """Return this rank's index in the group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 @torch.no_grad()
-def sum_over(group: Group, tensor: Tensor) -> Tensor:
-    """Return the sum over the group's ranks, without gradient. Same shape on every rank."""
+def sum_over(group: RankGroup, tensor: Tensor) -> Tensor:
+    """Return the sum of the ranks' tensors, same shape, detached. All shapes must be equal."""
     if group_size(group) == 1:
         return tensor.detach()
     total = tensor.detach().clone()
@@ -30,8 +31,8 @@ def sum_over(group: Group, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def max_over(group: Group, tensor: Tensor) -> Tensor:
-    """Return the element-wise maximum over the group's ranks, without gradient. Same shape on every rank."""
+def max_over(group: RankGroup, tensor: Tensor) -> Tensor:
+    """Return the element-wise maximum of the ranks' tensors, same shape, detached. All shapes must be equal."""
     if group_size(group) == 1:
         return tensor.detach()
     largest = tensor.detach().clone()
@@ -40,8 +41,8 @@ def max_over(group: Group, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather_over(group: Group, tensor: Tensor) -> Tensor:
-    """Return the ranks' tensors stacked on a new first dimension, in rank order, without gradient. Equal shapes."""
+def gather_over(group: RankGroup, tensor: Tensor) -> Tensor:
+    """Return the ranks' tensors stacked in rank order, [ranks, ...], detached. All shapes must be equal."""
     if group_size(group) == 1:
         return tensor.detach()[None]
     stacked = tensor.new_empty(group_size(group), *tensor.shape)
@@ -54,7 +55,7 @@ def gather_over(group: Group, tensor: Tensor) -> Tensor:
 def broadcast_tensor(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device
 ) -> Tensor:
-    """Return the source rank's tensor on every rank of the world, on the CPU. ``tensor`` is read on the source only."""
+    """Return the source rank's tensor on every rank of the world, on the CPU. Other ranks' ``tensor`` is ignored."""
     if dtype is torch.bool:
         sent = None if tensor is None else tensor.to(torch.uint8)
         return broadcast_tensor(sent, shape, torch.uint8, source, device).to(torch.bool)
@@ -67,7 +68,7 @@ def broadcast_tensor(
 
 
 def broadcast_json(value: object, source: int, device: torch.device) -> object:
-    """Return the source rank's JSON value on every rank of the world. ``value`` is read on the source only."""
+    """Return the source rank's JSON value on every rank of the world. Other ranks' ``value`` is ignored."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -1,8 +1,9 @@
-"""megatron-core without a GPU: the few symbols of torch and megatron-core that must be replaced, and why.
+"""Runs megatron-core without a GPU by replacing a few symbols of torch and megatron-core, each with its reason.
 
-Everything else in the package runs the same code on CPU and CUDA. ``activate`` must be called before a model is
-built. Each entry names its target, so that ``missing_targets`` can say what a new megatron-core has moved.
-Measured with megatron-core 0.16.1 to 0.19.2 and torch 2.13.
+All other code of the package is the same on CPU and CUDA. ``activate`` must be called before a model is built. Each
+replacement names its target, so that ``missing_targets`` can list the symbols that a new megatron-core has moved.
+Repairs of megatron-core that are not specific to CPUs are in ``policy.upstream``.
+Tested with megatron-core 0.16.1 to 0.19.2 and torch 2.13.
 """
 
 import importlib
@@ -21,14 +22,20 @@ SUPPORTED_MEGATRON_CORE = ("0.16", "0.17", "0.18", "0.19")
 
 @dataclass(frozen=True)
 class Replacement:
-    """One symbol, written ``module:attribute.path``, with the reason it cannot stay."""
+    """The replacement of one symbol.
+
+    Attributes:
+        target: the symbol, as ``module:attribute.path``.
+        reason: why it must be replaced.
+        value: the new value.
+    """
 
     target: str
     reason: str
     value: object
 
     def owner(self) -> tuple[object, str]:
-        """Return the object that holds the symbol, and the symbol's name in it."""
+        """Return the object that has the attribute, and the attribute's name."""
         module, _, path = self.target.partition(":")
         *parents, name = path.split(".")
         holder: object = importlib.import_module(module)
@@ -38,9 +45,9 @@ class Replacement:
 
 
 def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function with ``device="cuda"`` read as cpu and pinned memory ignored.
+    """Return the factory function with ``device="cuda"`` mapped to the CPU and ``pin_memory`` ignored.
 
-    megatron-core writes the literal about sixty times (schedules, optimizer, gradient clipping, router statistics).
+    megatron-core has the literal "cuda" about sixty times (schedules, optimizer, gradient clipping, router statistics).
     """
 
     @wraps(make)
@@ -55,17 +62,17 @@ def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _as_on_cuda(tensor: Tensor, *args: object, _type: Callable[..., object] = Tensor.type, **kwargs: object) -> object:
-    """Stand in for ``Tensor.type``: without arguments it names the type as megatron-core's assertions expect."""
+    """Replace ``Tensor.type``: type names contain torch.cuda, as megatron-core's assertions expect."""
     named = _type(tensor, *args, **kwargs)
     return named.replace("torch.", "torch.cuda.", 1) if isinstance(named, str) else named
 
 
-def _stay(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _return_self(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
     return tensor
 
 
 def _splits_on_host(dispatcher: object, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
-    """Stand in for the asynchronous copy of the token counts to the host: they are there already."""
+    """Replace the asynchronous copy of token counts to the host, where they already are."""
     if point == getattr(dispatcher, "cuda_dtoh_point"):  # noqa: B009 (megatron-core's class, unknown here)
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             splits = getattr(dispatcher, name, None)
@@ -91,7 +98,7 @@ def _manual_seed(seed: int) -> None:
 
 
 class _NoStream(torch.cpu.Stream):
-    """A stream whose work is done when the call returns."""
+    """A stream on which all work is synchronous."""
 
     def wait_stream(self, stream: object) -> None:
         """Return at once."""
@@ -115,25 +122,23 @@ _FACTORIES = ("tensor", "zeros", "ones", "full", "empty", "arange", "zeros_like"
 
 REPLACEMENTS = (
     *(
-        Replacement(f"torch:{name}", 'megatron-core makes tensors with device="cuda"', _on_cpu(getattr(torch, name)))
+        Replacement(f"torch:{name}", 'megatron-core creates tensors with device="cuda"', _on_cpu(getattr(torch, name)))
         for name in _FACTORIES
     ),
-    Replacement("torch:Tensor.cuda", "there is no other device to move to", _stay),
+    Replacement("torch:Tensor.cuda", "the CPU is the only device", _return_self),
     Replacement("torch:Tensor.type", "gradient clipping and two optimizers ask for torch.cuda types", _as_on_cuda),
-    # Functions of ours, not torch.cpu's: the compiler keeps a table of torch's functions, each only once.
+    # Not torch.cpu's functions themselves: torch.compile keeps a table in which each torch function occurs once.
     Replacement("torch.cuda:current_device", "about forty buffers are made on the current device", _current_device),
     Replacement("torch.cuda:current_stream", "gradient reduction (0.18 on) makes streams wait", _current_stream),
     Replacement("torch.cuda:synchronize", "pipeline communication and checkpoints wait for the device", _synchronize),
-    Replacement(f"{_DISPATCHER}.cuda_dtoh_stream", "the dispatcher makes a CUDA stream otherwise", _NoStream()),
+    Replacement(f"{_DISPATCHER}.cuda_dtoh_stream", "the dispatcher would create a CUDA stream", _NoStream()),
     Replacement(
         f"{_DISPATCHER}._maybe_dtoh_and_synchronize", "it copies token counts with CUDA streams", _splits_on_host
     ),
     Replacement(f"{_RANDOM}:_get_cuda_rng_state", "recomputation saves the CUDA generator", _get_rng_state),
     Replacement(f"{_RANDOM}:_set_cuda_rng_state", "recomputation restores the CUDA generator", _set_rng_state),
     Replacement("torch.cuda:get_rng_state", "the random tracker reads the CUDA generator", _get_rng_state),
-    Replacement(
-        "torch._dynamo.config:disable", "megatron-core compiles small functions: seconds each, and a C++ compiler", True
-    ),
+    Replacement("torch._dynamo.config:disable", "compiling megatron-core's small functions takes seconds each", True),
     Replacement("torch.cuda:manual_seed", "the random tracker seeds the CUDA generator", _manual_seed),
 )
 
@@ -152,24 +157,24 @@ _is_active = False
 
 
 def activate() -> None:
-    """Make megatron-core run on CPU in this process; once is enough, again is harmless.
+    """Apply all replacements in this process. Later calls do nothing.
 
     Raises:
-        ConfigError: where CUDA is available, or megatron-core is of a version that was not measured.
+        ConfigError: CUDA is available, or the version of megatron-core was not tested.
     """
     global _is_active
     if _is_active:
         return
     if torch.cuda.is_available():
         raise ConfigError(
-            "the CPU stand-ins for CUDA were asked for where CUDA is available; unset MEGATRON_RL_DEVICE or set "
+            "CUDA is available, but the CPU replacements were requested; unset MEGATRON_RL_DEVICE, or set "
             "CUDA_VISIBLE_DEVICES= to hide the GPUs"
         )
     found = version("megatron-core")
     if not found.startswith(SUPPORTED_MEGATRON_CORE) or (missing := missing_targets()):
         detail = "" if not found.startswith(SUPPORTED_MEGATRON_CORE) else f"; missing: {', '.join(missing)}"
         raise ConfigError(
-            f"megatron-core {found} was not measured on CPU{detail}; "
+            f"megatron-core {found} was not tested on CPU{detail}; "
             f"install a version that starts with {' or '.join(SUPPORTED_MEGATRON_CORE)}"
         )
     for replacement in REPLACEMENTS:

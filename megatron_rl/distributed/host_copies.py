@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory, so that they can be written while the originals change."""
+"""Copies tensors to host memory, so that they can be written to disk while the originals change."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -10,20 +10,20 @@ Key = TypeVar("Key")
 
 
 class HostCopies:
-    """Holds one copy of each tensor. The memory is kept for the next time: to get it anew takes longer than to copy."""
+    """Reusable host buffers, one per tensor. Allocating pinned memory takes longer than copying."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     @torch.no_grad()
     def take(self, tensors: Iterable[tuple[Key, Tensor]]) -> list[tuple[Key, Tensor]]:
-        """Return copies on the CPU under the same keys; they are valid until the next call."""
+        """Return (key, copy on the CPU) pairs in the same order. The copies are valid until the next call."""
         copies = []
         for number, (key, tensor) in enumerate(tensors):
             if number == len(self._buffers):
                 self._buffers.append(torch.empty(0))
             if self._buffers[number].shape != tensor.shape or self._buffers[number].dtype is not tensor.dtype:
-                on_device = tensor.device.type != "cpu"  # which copies to pinned memory at full speed
+                on_device = tensor.device.type != "cpu"  # pinned memory is copied to at full bandwidth
                 self._buffers[number] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
             copies.append((key, self._buffers[number].copy_(tensor)))
         return copies

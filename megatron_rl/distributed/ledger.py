@@ -1,8 +1,8 @@
-"""Which collectives this rank has entered: the newest few, so that a hang can be explained.
+"""Records the most recent collectives of this rank, so that a hang can be diagnosed.
 
-``keep_ledger()`` puts a recorder in front of the functions of ``torch.distributed`` that everybody calls, megatron-core
-included; call it before megatron is imported, which keeps some of them by value. Each call costs about a microsecond.
-Point-to-point messages are seen where they are sent in batches, as megatron's pipeline does.
+``record_collectives()`` wraps the functions of ``torch.distributed``. Call it before megatron-core is imported, because
+megatron-core copies references to some of them. The overhead is about one microsecond per call. Point-to-point messages
+are recorded if they are sent in batches, as megatron-core's pipeline does.
 """
 
 import functools
@@ -43,23 +43,23 @@ RECORDED = (
     "scatter_object_list",
 )
 
-KEPT = 64
-"""Newest entries that a ledger keeps."""
+MAX_CALLS = 64
+"""Number of recent calls that a ledger keeps."""
 
 
 @dataclass
-class Entry:
+class CollectiveCall:
     """One call of a collective.
 
     Attributes:
         operation: name of the function.
-        group: name of the process group, the same on all its ranks.
-        ranks: who takes part.
-        number: how many collectives of this group this rank has entered, this one included.
-        size_bytes: of the tensors handed in.
+        group: name of the process group, equal on all of its ranks.
+        ranks: global ranks of the group.
+        number: how many collectives of this group this rank has entered, including this one.
+        size_bytes: total size of the tensor arguments.
         source: file and line of the caller.
-        entered_seconds: by this machine's monotonic clock.
-        left: whether the call has returned; on a GPU that says nothing about the work.
+        entered_seconds: time of the call by this machine's monotonic clock.
+        left: whether the call has returned. On a GPU, the collective may still be running.
     """
 
     operation: str
@@ -71,53 +71,53 @@ class Entry:
     entered_seconds: float
     left: bool = False
 
-    def words(self) -> str:
-        """Return the entry for people."""
-        where = ",".join(map(str, self.ranks))
-        return f"{self.operation} number {self.number} of ranks [{where}], {self.size_bytes} bytes, at {self.source}"
+    def describe(self) -> str:
+        """Return a description for the hang report."""
+        ranks = ",".join(map(str, self.ranks))
+        return f"{self.operation} number {self.number} of ranks [{ranks}], {self.size_bytes} bytes, at {self.source}"
 
 
 class Ledger:
-    """The collectives of one process."""
+    """The recent collectives of one process."""
 
     def __init__(self) -> None:
-        self.entries: deque[Entry] = deque(maxlen=KEPT)
+        self.entries: deque[CollectiveCall] = deque(maxlen=MAX_CALLS)
         self.progress = 0
-        """Grows whenever a collective is entered or left."""
+        """Incremented whenever a collective is entered or left."""
         self._counts: Counter[str] = Counter()
 
-    def enter(self, operation: str, group: dist.ProcessGroup | None, size_bytes: int, source: str) -> Entry:
-        """Note that a collective begins."""
+    def enter(self, operation: str, group: dist.ProcessGroup | None, size_bytes: int, source: str) -> CollectiveCall:
+        """Record the start of a collective."""
         group = group or dist.group.WORLD
         name = group.group_name if group is not None else "?"
         ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
         self._counts[name] += 1
-        entry = Entry(operation, name, ranks, self._counts[name], size_bytes, source, time.monotonic())
+        entry = CollectiveCall(operation, name, ranks, self._counts[name], size_bytes, source, time.monotonic())
         self.entries.append(entry)
         self.progress += 1
         return entry
 
-    def leave(self, entry: Entry) -> None:
-        """Note that the call has returned."""
+    def leave(self, entry: CollectiveCall) -> None:
+        """Record that the call has returned."""
         entry.left = True
         self.progress += 1
 
-    def newest(self) -> dict[str, Entry]:
-        """Return the newest entry of each group."""
+    def newest(self) -> dict[str, CollectiveCall]:
+        """Return the most recent call of each group."""
         return {entry.group: entry for entry in tuple(self.entries)}
 
-    def waiting(self) -> Entry | None:
-        """Return the collective that this rank is in."""
+    def waiting(self) -> CollectiveCall | None:
+        """Return the collective that this rank is waiting in; None if there is none."""
         return next((entry for entry in reversed(tuple(self.entries)) if not entry.left), None)
 
     def as_json(self) -> list[Mapping[str, object]]:
-        """Return the entries, oldest first."""
+        """Return the calls as JSON objects, oldest first."""
         return [asdict(entry) for entry in tuple(self.entries)]
 
 
 @functools.cache
-def keep_ledger() -> Ledger:
-    """Begin to record, once in a process; return the ledger."""
+def record_collectives() -> Ledger:
+    """Start recording, at most once per process; return the ledger."""
     ledger = Ledger()
     for name in RECORDED:
         if hasattr(dist, name):
@@ -158,7 +158,7 @@ def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
 
 
 def _caller(frame: FrameType) -> str:
-    """Return file and line of a call, the path from the package on."""
+    """Return file and line of a call, with the path relative to the package."""
     parts = frame.f_code.co_filename.split("/")
     package = next((i for i, part in enumerate(parts) if part in ("megatron", "megatron_rl", "torch")), len(parts) - 1)
     return f"{'/'.join(parts[package:])}:{frame.f_lineno}"

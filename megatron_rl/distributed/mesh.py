@@ -1,4 +1,4 @@
-"""Which rank this process is, on which device, and which ranks it works with along each axis of the mesh."""
+"""Rank, device and process groups of this process."""
 
 import os
 from dataclasses import dataclass
@@ -8,13 +8,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.distributed import cpu
-from megatron_rl.distributed.collectives import Group, group_rank, group_size
+from megatron_rl.distributed.collectives import RankGroup, group_rank, group_size
 from megatron_rl.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of the trainer, and this one's device."""
+    """The trainer's ranks.
+
+    Attributes:
+        rank: index of this rank.
+        size: number of ranks.
+        device: device of this rank.
+    """
 
     rank: int
     size: int
@@ -22,47 +28,50 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that talks to the fleet and writes the run folder."""
+        """True on rank 0, which talks to the fleet and writes the run folder."""
         return self.rank == 0
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The process groups of this rank along each axis; None would mean an axis of size one, megatron always makes one.
+    """This rank's process group along each parallelism axis.
 
     Attributes:
         world: all ranks.
-        tensor: ranks that share each matrix and the vocabulary.
-        pipeline: ranks that share the layers.
-        context: ranks that share each sequence.
-        data: ranks that hold the same shard of the dense weights and the same part of each sequence.
-        expert_tensor, expert, expert_data: the same for the experts.
-        experts: ranks that together hold all experts of a layer once; those of ``expert_tensor`` follow each other.
+        tensor: tensor-parallel ranks, which shard matrices and the vocabulary.
+        pipeline: pipeline-parallel ranks, which split the layers.
+        context: context-parallel ranks, which split each sequence.
+        data: data-parallel ranks: same shard of the dense weights, same part of each sequence, different rows.
+        expert_tensor: ranks that shard the matrices of one expert.
+        expert: expert-parallel ranks, which split the experts of a layer.
+        expert_data: ranks with the same shard of the same experts.
+        experts: ranks that together hold each expert of a layer once; ranks of one ``expert_tensor`` group are
+            consecutive.
     """
 
     world: World
-    tensor: Group
-    pipeline: Group
-    context: Group
-    data: Group
-    expert_tensor: Group
-    expert: Group
-    expert_data: Group
-    experts: Group
+    tensor: RankGroup
+    pipeline: RankGroup
+    context: RankGroup
+    data: RankGroup
+    expert_tensor: RankGroup
+    expert: RankGroup
+    expert_data: RankGroup
+    experts: RankGroup
 
     @property
     def is_last_stage(self) -> bool:
-        """True on the ranks that hold the last layers and the output head."""
+        """True on the ranks of the last pipeline stage, which hold the output head."""
         return group_rank(self.pipeline) == group_size(self.pipeline) - 1
 
     @property
     def reports_tokens(self) -> bool:
-        """True on exactly one rank for every token: the last stage's first tensor rank."""
+        """True on exactly one rank per token: tensor-parallel rank 0 of the last pipeline stage."""
         return self.is_last_stage and group_rank(self.tensor) == 0
 
 
-def launched_rank() -> tuple[int, int, int] | None:
-    """Return (rank, size, local rank) as torchrun or srun set them, or None where nobody launched us as a rank."""
+def rank_from_environment() -> tuple[int, int, int] | None:
+    """Return (rank, number of ranks, local rank) as set by torchrun or srun; None if neither launched this process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
@@ -71,13 +80,17 @@ def launched_rank() -> tuple[int, int, int] | None:
     return None
 
 
-def task_number() -> int:
-    """Return which task of its Slurm step this process is, 0 outside of Slurm."""
+def slurm_task_index() -> int:
+    """Return the index of this process in its Slurm step; 0 outside of Slurm."""
     return int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def on_cuda() -> bool:
-    """Return whether this process trains on a GPU: if there is one, unless MEGATRON_RL_DEVICE=cpu."""
+    """Return whether this process uses a GPU: if there is one, unless MEGATRON_RL_DEVICE=cpu.
+
+    Raises:
+        ConfigError: MEGATRON_RL_DEVICE has an invalid value, or is cuda without a GPU.
+    """
     chosen = os.environ.get("MEGATRON_RL_DEVICE", "auto")
     if chosen not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"MEGATRON_RL_DEVICE is {chosen!r}; write auto, cpu or cuda")
@@ -89,13 +102,20 @@ def on_cuda() -> bool:
 
 
 def start_world(timeout_seconds: float, deterministic: bool) -> World:
-    """Join the other ranks: NCCL on GPUs, gloo on CPU with megatron-core's stand-ins activated.
+    """Initialize torch.distributed: NCCL on GPUs; gloo on CPUs, with the replacements of ``distributed.cpu``.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (or Slurm's task variables).
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or Slurm's task variables.
+
+    Args:
+        timeout_seconds: timeout of collectives.
+        deterministic: see ``make_deterministic``.
+
+    Raises:
+        ConfigError: this process was not launched as a rank.
     """
-    launched = launched_rank()
+    launched = rank_from_environment()
     if launched is None:
-        raise ConfigError("this process is no trainer rank: RANK and WORLD_SIZE are not set; use `megatron-rl train`")
+        raise ConfigError("RANK and WORLD_SIZE are not set, so this process is not a rank; use `megatron-rl train`")
     rank, size, local_rank = launched
     if deterministic:
         for name, value in DETERMINISTIC_ENVIRONMENT.items():
@@ -109,25 +129,25 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
 
 
 DETERMINISTIC_ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # matrix products: a workspace for each stream
-    "NCCL_ALGO": "^NVLS",  # sums in the switch come in any order
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # one cuBLAS workspace per stream
+    "NCCL_ALGO": "^NVLS",  # reductions in the switch have no fixed order
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # transformer-engine's attention
 }
-"""What libraries on GPUs want to hear before they start; a value that is set already stays."""
+"""Environment variables that make GPU libraries deterministic. Values that are already set are not overwritten."""
 
 
 def make_deterministic(deterministic: bool, device: torch.device) -> None:
-    """Make torch's operations give equal bits in every run, or stop doing so.
+    """Turn torch's deterministic algorithms on or off.
 
-    An operation that cannot is an error on a GPU, which names it: torch's attention is deterministic only where such
-    operations are errors and not mere warnings. Fresh memory is not filled first, which torch would do as well.
+    On a GPU, an operation without a deterministic implementation raises an error. Warnings would not suffice, because
+    torch's attention is deterministic only in error mode. Uninitialized memory is not filled, to save time.
     """
     torch.use_deterministic_algorithms(deterministic, warn_only=device.type != "cuda")
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (not in torch's stubs)
 
 
-def lone_world() -> World:
-    """Make this process the only rank there is; it listens on no port."""
+def single_rank_world() -> World:
+    """Initialize torch.distributed with this process as the only rank, without opening a port."""
     device, backend = _prepare_device(0)
     if not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -135,7 +155,7 @@ def lone_world() -> World:
 
 
 def _prepare_device(local_rank: int) -> tuple[torch.device, str]:
-    """Return this rank's device, ready to be used, and the backend that talks between such devices."""
+    """Initialize this rank's device; return it and the torch.distributed backend for it."""
     if on_cuda():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

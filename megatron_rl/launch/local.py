@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
-from megatron_rl.distributed.ledger import keep_ledger
-from megatron_rl.distributed.mesh import launched_rank
+from megatron_rl.distributed.ledger import record_collectives
+from megatron_rl.distributed.mesh import rank_from_environment
 from megatron_rl.launch.failures import reporting_failure
 from megatron_rl.launch.planning.run_plan import RunPlan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
@@ -18,7 +18,7 @@ from megatron_rl.train.resume import check_resumable
 
 def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
     """Train; return the exit code: 0 at the end, 130 after a stop request (resumable), 75 after a hang."""
-    launched = launched_rank()
+    launched = rank_from_environment()
     if launched is not None:
         rank, size, _ = launched
         if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
@@ -28,7 +28,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
                 _print_warnings(plan)
                 prepare_folder(loaded.run)
         quiet_upstream()
-        keep_ledger()
+        record_collectives()
         with reporting_failure():
             from megatron_rl.train.rank import run_rank
 

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_rl.distributed.ledger import Entry, keep_ledger
+from megatron_rl.distributed.ledger import CollectiveCall, record_collectives
 from megatron_rl.distributed.mesh import World
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.exit_codes import HUNG
@@ -41,7 +41,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, world: World, limit_seconds: float) -> None:
         self._folder, self._rank, self._size, self._limit = folder, world.rank, world.size, limit_seconds
-        self._ledger = keep_ledger()
+        self._ledger = record_collectives()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -105,7 +105,7 @@ def stacks() -> str:
     return "\n".join(parts)
 
 
-def report(answers: Mapping[int, tuple[Sequence[Entry], str]], size: int, limit_seconds: float) -> str:
+def report(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]], size: int, limit_seconds: float) -> str:
     """Return what is known of a hang, for people.
 
     Args:
@@ -123,7 +123,7 @@ def report(answers: Mapping[int, tuple[Sequence[Entry], str]], size: int, limit_
         lines.append("  every rank has entered the same collectives: the network, or a GPU, does not finish one")
     for rank, (entries, _) in answers.items():
         inside = next((entry for entry in reversed(entries) if not entry.left), None)
-        lines.append(f"  rank {rank} " + (f"waits in {inside.words()}" if inside else "is in no collective"))
+        lines.append(f"  rank {rank} " + (f"waits in {inside.describe()}" if inside else "is in no collective"))
     for rank in behind or answers:
         lines += [
             f"-- rank {rank}, {line}" if line.startswith("thread") else line for line in answers[rank][1].split("\n")
@@ -131,9 +131,9 @@ def report(answers: Mapping[int, tuple[Sequence[Entry], str]], size: int, limit_
     return "\n".join(lines) + "\n"
 
 
-def late(answers: Mapping[int, tuple[Sequence[Entry], str]]) -> dict[int, str]:
+def late(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]]) -> dict[int, str]:
     """Return for each rank that others wait for what it has not entered, in words."""
-    newest: dict[str, dict[int, Entry]] = defaultdict(dict)
+    newest: dict[str, dict[int, CollectiveCall]] = defaultdict(dict)
     for rank, (entries, _) in answers.items():
         for entry in entries:
             newest[entry.group][rank] = entry
@@ -143,7 +143,8 @@ def late(answers: Mapping[int, tuple[Sequence[Entry], str]]) -> dict[int, str]:
         for rank in ahead.ranks:
             number = by_rank[rank].number if rank in by_rank else 0
             if rank in answers and number < ahead.number and not ahead.left:
-                found[rank] = f"rank {rank} has not come to {ahead.words()}; its last of that group was number {number}"
+                last = f"its last of that group was number {number}"
+                found[rank] = f"rank {rank} has not entered {ahead.describe()}; {last}"
     return found
 
 
@@ -151,9 +152,9 @@ def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _read(folder: Path, ranks: Sequence[int]) -> dict[int, tuple[list[Entry], str]]:
+def _read(folder: Path, ranks: Sequence[int]) -> dict[int, tuple[list[CollectiveCall], str]]:
     found = {}
     for rank in ranks:
         answer = json.loads((folder / f"rank_{rank}.json").read_text())
-        found[rank] = ([Entry(**entry) for entry in answer["ledger"]], answer["stack"])
+        found[rank] = ([CollectiveCall(**entry) for entry in answer["ledger"]], answer["stack"])
     return found

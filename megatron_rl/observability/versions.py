@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from megatron_rl.ops.head import backend_in_words
+from megatron_rl.ops.head import describe_backend
 from megatron_rl.policy.backends import backends_for, describe_backends
 
 REQUIRED = ("megatron-rl", "torch", "megatron-core", "transformers", "safetensors", "numpy", "pydantic", "aiohttp")
@@ -31,7 +31,7 @@ def found_versions() -> dict[str, str | None]:
     found["c++ compiler"] = _compiler()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     found |= describe_backends(backends_for(torch.bfloat16, device_type), device_type)
-    found["vocabulary operation"] = backend_in_words(device_type)
+    found["vocabulary operation"] = describe_backend(device_type)
     return found
 
 

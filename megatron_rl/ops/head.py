@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.distributed.collectives import Group, group_rank
+from megatron_rl.distributed.collectives import RankGroup, group_rank
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops.products import WideProducts, brgemm_found
 from megatron_rl.ops.tiles import Passes, Upstream, compiled_passes, compiler_found, eager_passes
@@ -67,7 +67,7 @@ class VocabShard:
     first_id: int
     rows: int
     temperature: float
-    group: Group
+    group: RankGroup
     columns: int
     passes: Passes
     shifted: bool = True
@@ -86,7 +86,7 @@ def head_logprobs_entropies(
     targets_R: Tensor,
     *,
     temperature: float = 1.0,
-    group: Group = None,
+    group: RankGroup = None,
     vocab_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _passes(backend: Backend, device_type: str) -> Passes:
     return compiled_passes(device_type) if backend == "tiles+compile" else eager_passes()
 
 
-def backend_in_words(device_type: str) -> str:
+def describe_backend(device_type: str) -> str:
     """Return which backend serves a vocabulary of more than one tile on this kind of device, for people."""
     words = BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
     if device_type != "cpu":

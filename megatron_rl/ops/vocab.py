@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.distributed.collectives import Group, gather_over, group_rank
+from megatron_rl.distributed.collectives import RankGroup, gather_over, group_rank
 
 LOWEST_LOG = -1e4
 """Stands for log 0 where a probability is multiplied by its logarithm: e^-1e4 is exactly 0 in every floating type."""
@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 def vocab_logprobs_entropies(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, group: Group = None
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, group: RankGroup = None
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(logits / temperature) at the targets, and the entropy of that distribution in nats.
 
@@ -71,7 +71,7 @@ class _VocabLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
-        ctx: _VocabContext, logits_NV: Tensor, targets_N: Tensor, temperature: float, group: Group
+        ctx: _VocabContext, logits_NV: Tensor, targets_N: Tensor, temperature: float, group: RankGroup
     ) -> tuple[Tensor, Tensor]:
         columns_N = targets_N - group_rank(group) * logits_NV.shape[1]
         parts = []
@@ -141,7 +141,7 @@ def pick(logits_NV: Tensor, columns_N: Tensor) -> Tensor:
     return picked_N.masked_fill(~inside_N, -torch.inf)
 
 
-def finish(sums_KN: Tensor, target_logits_N: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def finish(sums_KN: Tensor, target_logits_N: Tensor, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities, entropies and normalisers from each rank's sums, merged in rank order."""
     parts_PKN = gather_over(group, torch.cat((sums_KN, target_logits_N[None])))
     peak_N, total_N, tilt_N = merge_sums(parts_PKN[:, :3])

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_rl.distributed.collectives import Group, gather_over, group_rank, group_size
+from megatron_rl.distributed.collectives import RankGroup, gather_over, group_rank, group_size
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import open_checkpoint
@@ -44,11 +44,11 @@ class LocalParam:
         """The Hugging Face tensors that it is a part of."""
         return self.name.hf_names(self.layer, self.expert)
 
-    def group(self, mesh: Mesh) -> Group:
+    def group(self, mesh: Mesh) -> RankGroup:
         """The ranks that hold the other shards of the same tensor."""
         return mesh.expert_tensor if self.name.is_expert else mesh.tensor
 
-    def whole_group(self, mesh: Mesh) -> Group:
+    def whole_group(self, mesh: Mesh) -> RankGroup:
         """The ranks that hold shards of the same tensor of a checkpoint."""
         return mesh.experts if self.stack else self.group(mesh)
 
@@ -232,7 +232,7 @@ def _buckets(shards: Sequence[LocalParam], bucket_bytes: int) -> Iterator[list[L
         yield bucket
 
 
-def _gather(bucket: Sequence[LocalParam], group: Group, pick: Callable[[Tensor], Tensor]) -> Tensor:
+def _gather(bucket: Sequence[LocalParam], group: RankGroup, pick: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the shards of all ranks of the bucket's group, [ranks, elements], by one collective."""
     if group_size(group) > 1:
         return gather_over(group, torch.cat([pick(shard.parameter).flatten() for shard in bucket]))

@@ -27,7 +27,7 @@ def test_refused_for_a_version_that_was_not_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu, "_is_active", False)
     monkeypatch.setattr(cpu, "version", lambda name: "0.99.0")
 
-    with pytest.raises(ConfigError, match=r"megatron-core 0\.99\.0 was not measured"):
+    with pytest.raises(ConfigError, match=r"megatron-core 0\.99\.0 was not tested"):
         cpu.activate()
 
 

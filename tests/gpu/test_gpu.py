@@ -16,7 +16,7 @@ from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.distributed.mesh import lone_world, make_deterministic
+from megatron_rl.distributed.mesh import single_rank_world, make_deterministic
 from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from megatron_rl.policy.attention import varying
 from megatron_rl.policy.backends import PLAIN_VARIABLE
@@ -52,7 +52,7 @@ def _no_mesh_stays() -> Iterator[None]:
 
 def step(folder: Path, dtype: str, *, deterministic: bool = False) -> dict[str, Tensor]:
     """Return log-probs, gradients and updated weights of one step on the GPU."""
-    world = lone_world()
+    world = single_rank_world()
     make_deterministic(deterministic, world.device)
     policy = Policy(run_of(folder, model={"dtype": dtype}), world, total_updates=1)
     batch = case()

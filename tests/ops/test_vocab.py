@@ -17,7 +17,7 @@ from megatron_rl.ops import head, vocab
 from megatron_rl.ops.head import (
     HeadLogprobs,
     VocabShard,
-    backend_in_words,
+    describe_backend,
     choose_backend,
     head_logprobs_entropies,
 )
@@ -271,7 +271,7 @@ def test_choice_of_the_backend(monkeypatch):
     monkeypatch.setattr(head, "compiler_found", lambda device_type: False)
     monkeypatch.delenv(head.BACKEND_VARIABLE)
     assert choose_backend("auto", "cpu", num_tiles=2) == "tiles"
-    assert backend_in_words("cpu").startswith("tiles, eager; bfloat16 products ")
+    assert describe_backend("cpu").startswith("tiles, eager; bfloat16 products ")
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.distributed.ledger import Entry, keep_ledger
+from megatron_rl.distributed.ledger import CollectiveCall, record_collectives
 from megatron_rl.distributed.mesh import World
 from megatron_rl.observability.hang_watchdog import Watchdog, late, report
 from tests.ranks import RankError, run_ranks
 
 
 def _skips_one(folder: Path, limit_seconds: float) -> None:
-    keep_ledger()
+    record_collectives()
     rank, size = dist.get_rank(), dist.get_world_size()
     pair = dist.new_group([0, 1])
     with Watchdog(folder, World(rank, size, torch.device("cpu")), limit_seconds):
@@ -32,15 +32,15 @@ def test_the_report_names_the_rank_that_skipped_a_collective(tmp_path, capfd):
         run_ranks(_skips_one, 3, tmp_path, 2.0)
 
     text = (tmp_path / "report.txt").read_text()
-    assert "rank 1 has not come to all_reduce number 3 of ranks [0,1], 16 bytes, at" in text
+    assert "rank 1 has not entered all_reduce number 3 of ranks [0,1], 16 bytes, at" in text
     assert "test_hang.py" in text
     assert "rank 0 waits in all_reduce" in text
     assert "rank 1 waits in barrier" in text
     assert "thread MainThread" in text
 
 
-def entry(rank_count: int, number: int, *, left: bool, group: str = "0") -> Entry:
-    return Entry("all_reduce", group, range(rank_count), number, 4, "x.py:1", 0.0, left)
+def entry(rank_count: int, number: int, *, left: bool, group: str = "0") -> CollectiveCall:
+    return CollectiveCall("all_reduce", group, range(rank_count), number, 4, "x.py:1", 0.0, left)
 
 
 def test_ranks_that_came_are_not_blamed():
@@ -61,7 +61,7 @@ def test_a_rank_that_does_not_answer_and_a_link_that_does_not_finish_are_told_ap
 
 
 def _nothing_is_late(folder: Path) -> int:
-    keep_ledger()
+    record_collectives()
     with Watchdog(folder, World(dist.get_rank(), 2, torch.device("cpu")), 1.0):
         dist.all_reduce(torch.ones(1))
         time.sleep(2.5)  # busy with something that is no collective

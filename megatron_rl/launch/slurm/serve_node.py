@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl.config.schema import Run, load_run
-from megatron_rl.distributed.mesh import task_number
+from megatron_rl.distributed.mesh import slurm_task_index
 from megatron_rl.errors import ConfigError
 from megatron_rl.fleet.servers import END, server_of, write_address
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
@@ -51,7 +51,7 @@ def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
         registry: folder in which the trainer looks for addresses.
         host: address to listen on; None: the address of this node.
     """
-    number = task_number()
+    number = slurm_task_index()
     server = server_of(run, number, host or node_address())
     registry.mkdir(parents=True, exist_ok=True)
     delay = FIRST_RESTART_SECONDS
