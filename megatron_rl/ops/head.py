@@ -1,15 +1,17 @@
-"""The fused LM head: log-probabilities and entropies straight from hidden states, without ever holding the logits.
+"""The fused LM head: log-probabilities and entropies from hidden states, without materializing the logits.
 
-Legend: R tokens, H hidden size, V this rank's shard of the vocabulary, C columns of one tile, A H + ``SHIFT_COLUMNS``.
+Legend: R trained tokens, H hidden size, V entries of this rank's vocabulary shard, C columns of a tile, A = H +
+``SHIFT_COLUMNS``.
 
-The logits exist one tile at a time, and are computed again in the backward pass; two floats per token are kept. Sums
-are formed in float32 or wider. Four products of 2 R H V operations are all the work that counts:
+Logits exist one tile at a time and are recomputed in the backward pass; two floats per token are saved. Sums are in
+float32 or float64. The cost is four matrix products of 2 R H V operations each:
 
-* forward, logits from 16-bit inputs with a float32 result (ops/products.py);
-* backward, log p again, in the inputs' type. Rounded to bfloat16, a logit of 30 would be off by 0.06 and its
-  probability by 6 %. So the product forms log p = z - normaliser before it rounds: hidden carries the normaliser, as a
-  sum of two bfloat16, in two more columns, the weight ones. A probability is then off by 2^-9 |log p| of itself;
-* backward, the gradients to hidden (added up in float32 over the tiles) and to the weight (written once a tile).
+* forward: logits from 16-bit inputs with a float32 result (ops/products.py);
+* backward: log p, in the inputs' dtype. A logit of 30 rounded to bfloat16 would have an error of 0.06, and its
+  probability an error of 6 %. Therefore the product computes log p = z - normalizer before rounding: hidden has two
+  additional columns with the negative normalizer, as a sum of two bfloat16, and the weight has ones there. The relative
+  error of a probability is then 2^-9 |log p|;
+* backward: the gradients of hidden (accumulated in float32 over tiles) and of the weight (written once per tile).
 """
 
 import importlib.util
@@ -24,16 +26,16 @@ from torch.autograd.function import once_differentiable
 from megatron_rl.distributed.collectives import RankGroup, group_rank
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops.products import WideProducts, brgemm_found
-from megatron_rl.ops.tiles import Passes, Upstream, compiled_passes, compiler_found, eager_passes
-from megatron_rl.ops.vocab import Context, finish, merge_sums, pick, vocab_logprobs_entropies, wide
+from megatron_rl.ops.tiles import TilePasses, UpstreamGradients, compiled_passes, compiler_found, eager_passes
+from megatron_rl.ops.vocab import AutogradContext, finish, merge_sums, pick, vocab_logprobs_entropies, wide
 
 Backend = Literal["auto", "plain", "tiles", "tiles+compile", "tiles+triton"]
-"""``plain`` holds all logits (the reference), ``tiles`` runs eagerly; ``tiles+compile`` lets torch fuse the
-element-wise passes, ``tiles+triton`` has kernels of our own. ``auto`` is ``tiles+compile`` where a compiler is found
+"""``plain`` materializes all logits (the reference); ``tiles`` runs eagerly; ``tiles+compile`` fuses the element-wise
+passes with torch.compile; ``tiles+triton`` uses Triton kernels. ``auto`` is ``tiles+compile`` if a compiler is found
 and there is more than one tile, else ``tiles``."""
 
 BACKENDS: dict[Backend, str] = {
-    "auto": "chosen by what is found",
+    "auto": "chosen automatically",
     "plain": "plain",
     "tiles": "tiles, eager",
     "tiles+compile": "tiles, compiled",
@@ -41,27 +43,27 @@ BACKENDS: dict[Backend, str] = {
 }
 
 BACKEND_VARIABLE = "MEGATRON_RL_HEAD"
-"""Environment variable that says what ``auto`` is."""
+"""Environment variable that overrides ``auto``."""
 
 TILE_COLUMNS = {"cpu": 8192, "cuda": 16384}
-"""Columns of a tile by kind of device: enough that products run at full speed, few enough to be small in memory."""
+"""Columns per tile by device type: large enough for full speed of the products, small enough to save memory."""
 
 SHIFT_COLUMNS = 8
-"""Columns added to hidden and weight to take off the normaliser: two are used, eight keep rows aligned to 16 bytes."""
+"""Columns added to hidden and weight to subtract the normalizer: two are used, eight keep rows aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which part of the vocabulary a rank computes, and how.
+    """A rank's shard of the vocabulary and the settings of the operation.
 
     Attributes:
-        first_id: token id of the first row of the rank's weight.
-        rows: rows that are tokens of the model; those after are padding.
+        first_id: token id of the first row of this rank's weight.
+        rows: rows that are vocabulary entries; later rows are padding.
         temperature: divides the logits.
-        group: the ranks that share the vocabulary.
-        columns: most columns of a tile.
+        group: the ranks that shard the vocabulary.
+        columns: maximum number of columns per tile.
         passes: the element-wise passes.
-        shifted: whether 16-bit logits are computed again in 16 bits, less the normaliser; else in float32.
+        shifted: recompute 16-bit logits minus the normalizer in 16 bits; otherwise recompute them in float32.
     """
 
     first_id: int
@@ -69,12 +71,12 @@ class VocabShard:
     temperature: float
     group: RankGroup
     columns: int
-    passes: Passes
+    passes: TilePasses
     shifted: bool = True
 
     @property
     def tiles(self) -> list[slice]:
-        """The rows of the weight, tile by tile: of one width but for a few rows, so that one kernel fits them all."""
+        """Slices of the weight's rows, nearly equal in width so that one compiled kernel serves all."""
         num_tiles = -(-self.rows // self.columns)
         width = min(self.columns, -(-self.rows // max(num_tiles, 1) // 8) * 8)
         return [slice(i, min(i + width, self.rows)) for i in range(0, self.rows, max(width, 1))]
@@ -92,21 +94,25 @@ def head_logprobs_entropies(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the targets and entropies (nats) of softmax(hidden weight^T / temperature), [R] each.
 
-    Differentiable in both results; float32, or float64 if the inputs are. As with a column-parallel linear layer, the
-    gradient of ``hidden_RH`` is the part that comes through this rank's shard (add up over the group), that of
-    ``weight_VH`` is complete.
+    Both results are differentiable, in float32 (float64 for float64 inputs). As with a column-parallel linear layer,
+    the gradient of ``hidden_RH`` is this rank's contribution, to be summed over the group; that of ``weight_VH`` is
+    complete.
 
     Args:
-        hidden_RH: the last hidden states, equal on every rank of the group; R may be 0.
-        weight_VH: this rank's rows of the output layer; rank r of the group holds ids from r * V on.
+        hidden_RH: last hidden states, equal on every rank of the group; R may be 0.
+        weight_VH: this rank's rows of the output layer; rank r of the group holds ids r * V to (r + 1) * V - 1.
         targets_R: int64 token ids.
         temperature: divides the logits.
-        group: the ranks that share the vocabulary; one all-gather of four floats a token.
-        vocab_size: ids from here on are padding, with probability 0; none: no padding.
-        backend: see ``Backend``.
+        group: the ranks that shard the vocabulary. Communication is one all-gather of four floats per token.
+        vocab_size: ids from ``vocab_size`` on are padding, with probability 0; None: no padding.
+        backend: implementation, see ``Backend``.
+
+    Raises:
+        ValueError: hidden and weight have different dtypes.
+        ConfigError: the backend is unknown or not installed.
     """
     if hidden_RH.dtype != weight_VH.dtype:
-        raise ValueError(f"hidden is {hidden_RH.dtype}, weight {weight_VH.dtype}: cast one of them")
+        raise ValueError(f"hidden is {hidden_RH.dtype}, weight is {weight_VH.dtype}: cast one of them")
     num_rows, columns = len(weight_VH), TILE_COLUMNS[weight_VH.device.type]
     first_id = group_rank(group) * num_rows
     rows = num_rows if vocab_size is None else min(max(vocab_size - first_id, 0), num_rows)
@@ -119,19 +125,23 @@ def head_logprobs_entropies(
 
 
 def choose_backend(backend: Backend, device_type: str, num_tiles: int) -> Backend:
-    """Return what ``auto`` stands for on this kind of device; the others as they are."""
-    if backend == "auto" and (asked := os.environ.get(BACKEND_VARIABLE)):
-        named = [known for known in BACKENDS if known == asked]
-        if not named:
-            raise ConfigError(f"{BACKEND_VARIABLE}={asked} is not a backend: write one of {', '.join(BACKENDS)}")
-        backend = named[0]
+    """Return the backend that ``auto`` selects for this device type; other values are returned unchanged.
+
+    Raises:
+        ConfigError: the environment variable has an unknown value.
+    """
+    if backend == "auto" and (value := os.environ.get(BACKEND_VARIABLE)):
+        known = [name for name in BACKENDS if name == value]
+        if not known:
+            raise ConfigError(f"{BACKEND_VARIABLE}={value} is not a backend: write one of {', '.join(BACKENDS)}")
+        backend = known[0]
     if backend != "auto":
         return backend
-    # One tile is over before the compiler has started.
+    # A single tile takes less time than compilation.
     return "tiles+compile" if num_tiles > 1 and compiler_found(device_type) else "tiles"
 
 
-def _passes(backend: Backend, device_type: str) -> Passes:
+def _passes(backend: Backend, device_type: str) -> TilePasses:
     if backend == "tiles+triton":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError("the backend tiles+triton needs the package triton, which is not installed; write tiles")
@@ -142,19 +152,19 @@ def _passes(backend: Backend, device_type: str) -> Passes:
 
 
 def describe_backend(device_type: str) -> str:
-    """Return which backend serves a vocabulary of more than one tile on this kind of device, for people."""
-    words = BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
+    """Return a description of the backend that ``auto`` selects for more than one tile on this device type."""
+    name = BACKENDS[choose_backend("auto", device_type, num_tiles=2)]
     if device_type != "cpu":
-        return words
-    return f"{words}; bfloat16 products {'by brgemm' if brgemm_found() else 'widened to float32 (twice the time)'}"
+        return name
+    return f"{name}; bfloat16 products {'by brgemm' if brgemm_found() else 'widened to float32 (twice the time)'}"
 
 
-class _HeadContext(Context, Protocol):
+class _HeadContext(AutogradContext, Protocol):
     shard: VocabShard
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """The differentiable operation; saves its inputs and two floats a token."""
+    """The differentiable operation; saves its inputs and two floats per token."""
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
@@ -166,7 +176,7 @@ class HeadLogprobs(torch.autograd.Function):
         scale = torch.full((), 1 / shard.temperature, dtype=dtype, device=hidden_RH.device)
         products = WideProducts(hidden_RH)
         buffer = hidden_RH.new_empty(len(hidden_RH) * min(shard.columns, shard.rows), dtype=dtype)
-        # A rank may hold nothing but padding.
+        # A rank may hold only padding.
         sums_PKR = [_no_sums(hidden_RH, dtype)]
         target_logits_PR = [torch.full_like(sums_PKR[0][0], -torch.inf)]
         for tile in shard.tiles:
@@ -186,14 +196,14 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override] - the base takes anything
         ctx: _HeadContext, u_R: Tensor | None, v_R: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Return the gradients to hidden and weight, from those to log-probabilities (u) and entropies (v)."""
+        """Return the gradients of hidden and weight, given those of log-probabilities (u) and entropies (v)."""
         hidden_RH, weight_VH, columns_R, saved_2R = ctx.saved_tensors
         shard = ctx.shard
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         scale = torch.full((), 1 / shard.temperature, dtype=saved_2R.dtype, device=hidden_RH.device)
-        again = _Recomputed(hidden_RH, saved_2R[0], shard)
+        again = _RecomputedLogits(hidden_RH, saved_2R[0], shard)
         u_R, v_R = (None if upstream_R is None else upstream_R * scale for upstream_R in (u_R, v_R))
-        upstream = Upstream(torch.stack((again.rest_R, saved_2R[1])), u_R, v_R)
+        upstream = UpstreamGradients(torch.stack((again.rest_R, saved_2R[1])), u_R, v_R)
         hidden_gradient = torch.zeros_like(hidden_RH, dtype=saved_2R.dtype) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
         for tile in shard.tiles:
@@ -208,11 +218,11 @@ class HeadLogprobs(torch.autograd.Function):
         return hidden_gradient, weight_gradient, None, None
 
 
-class _Recomputed:
-    """The logits of the backward pass, tile after tile in the same memory.
+class _RecomputedLogits:
+    """Recomputes the logits of the backward pass, one tile at a time in the same memory.
 
     Attributes:
-        rest_R: what is still to be taken from the scaled logits to get log p.
+        rest_R: the value to subtract from the scaled logits to get log p.
     """
 
     def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, shard: VocabShard) -> None:
@@ -220,7 +230,7 @@ class _Recomputed:
         self._slopes = hidden_RH.new_empty(len(hidden_RH) * width)
         narrow = hidden_RH.dtype != normalizers_R.dtype
         self._shifted = (
-            _Shifted(hidden_RH, normalizers_R, shard.temperature, width) if narrow and shard.shifted else None
+            _ShiftedLogits(hidden_RH, normalizers_R, shard.temperature, width) if narrow and shard.shifted else None
         )
         self.rest_R = normalizers_R if self._shifted is None else self._shifted.rest_R
         self._products = WideProducts(hidden_RH)
@@ -228,7 +238,7 @@ class _Recomputed:
         self._logits = self._slopes if in_place else torch.empty_like(self._slopes, dtype=self._products.dtype)
 
     def logits(self, tile_CH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unscaled logits of a tile, less a shift, and where its slopes go: the same memory if it can be."""
+        """Return the unscaled logits of a tile minus the shift, and the buffer for its slopes."""
         slopes_RC, logits_RC = (
             _part(buffer, len(self.rest_R), len(tile_CH)) for buffer in (self._slopes, self._logits)
         )
@@ -237,8 +247,8 @@ class _Recomputed:
         return self._products.into(logits_RC, tile_CH), slopes_RC
 
 
-class _Shifted:
-    """Logits less the normaliser in 16 bits, formed by the product itself: -shift rides on hidden, 1 on the weight."""
+class _ShiftedLogits:
+    """Computes logits minus the normalizer in one 16-bit product; the normalizer is in additional columns of hidden."""
 
     def __init__(self, hidden_RH: Tensor, normalizers_R: Tensor, temperature: float, columns: int) -> None:
         width_H, dtype = hidden_RH.shape[1], hidden_RH.dtype
@@ -258,19 +268,19 @@ class _Shifted:
 
 
 def _part(buffer: Tensor, num_rows: int, columns: int) -> Tensor:
-    """Return a contiguous [R, C] in the front of a flat buffer."""
+    """Return the front of a one-dimensional buffer as a contiguous [R, C]."""
     return buffer[: num_rows * columns].view(num_rows, columns)
 
 
 def _no_sums(hidden_RH: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the (peak, total, tilt) of no column, [3, R]."""
+    """Return the (peak, total, tilt) of an empty set of columns, [3, R]."""
     sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=dtype)
     sums_KR[0] = torch.finfo(dtype).min / 2
     return sums_KR
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to ``total``; a CPU rounds each product of 16-bit inputs to 16 bits."""
+    """Add left @ right to ``total``; on a CPU, each product of 16-bit inputs is rounded to 16 bits first."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif left.is_cuda:
@@ -280,7 +290,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _plain(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Return the same from all logits at once."""
+    """Return log-probabilities and entropies, [R] each, from materialized logits."""
     dtype = wide(hidden_RH.dtype)
     logits_RV = hidden_RH.to(dtype) @ weight_VH.to(dtype).T
     padding_V = torch.arange(len(weight_VH), device=weight_VH.device) >= shard.rows

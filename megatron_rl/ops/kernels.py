@@ -1,6 +1,6 @@
-"""The passes over one tile of logits as Triton kernels: each reads the tile once, whatever the compiler would choose.
+"""The passes over one tile of logits as Triton kernels, each of which reads the tile once.
 
-Legend: R tokens, C columns of the tile. Run so far in Triton's interpreter only, on a CPU.
+Legend: R trained tokens, C columns of the tile. So far these kernels have only run in Triton's interpreter, on a CPU.
 """
 
 import torch
@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_rl.ops.tiles import Passes, Upstream, eager_passes
+from megatron_rl.ops.tiles import TilePasses, UpstreamGradients, eager_passes
 from megatron_rl.ops.vocab import LOWEST_LOG
 
 BLOCK_COLUMNS = 2048
-"""Columns that one program holds in registers."""
+"""Columns that one Triton program processes at a time."""
 
 WARPS = 8
 
 
-def kernel_passes() -> Passes:
-    """Return the passes as kernels; eager ones for float64."""
+def kernel_passes() -> TilePasses:
+    """Return the passes as Triton kernels; float64 runs eagerly."""
     eager = eager_passes()
 
     def sums(logits_RC: Tensor, scale: Tensor) -> Tensor:
@@ -32,16 +32,20 @@ def kernel_passes() -> Passes:
             )
         return sums_3R
 
-    def slopes(out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: Upstream, scale: Tensor) -> None:
+    def slopes(
+        out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: UpstreamGradients, scale: Tensor
+    ) -> None:
         if upstream.saved_2R.dtype is torch.float64:
             eager.slopes(out_RC, logits_RC, columns_R, upstream, scale)
         elif len(logits_RC):
             _launch_slopes(out_RC, logits_RC, columns_R, upstream, scale)
 
-    return Passes(sums, slopes)
+    return TilePasses(sums, slopes)
 
 
-def _launch_slopes(out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: Upstream, scale: Tensor) -> None:
+def _launch_slopes(
+    out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: UpstreamGradients, scale: Tensor
+) -> None:
     num_rows, columns = logits_RC.shape
     normalizers_R, entropies_R = upstream.saved_2R
     u_R, v_R = upstream.u_R, upstream.v_R
@@ -74,22 +78,22 @@ def _sums_kernel(
     lowest_log: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write (peak, total, tilt) of one row; what was summed is rescaled when the peak rises."""
+    """Write (peak, total, tilt) of one row; running sums are rescaled whenever the peak increases."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(scale)
     peak, total, tilt = lowest, 0.0, 0.0
     for start in range(0, columns, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < columns
-        z = tl.load(logits + row * columns + place, mask=inside, other=0.0).to(tl.float32) * factor
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        z = tl.load(logits + row * columns + column, mask=inside, other=0.0).to(tl.float32) * factor
         z = tl.where(inside, z, -float("inf"))
         higher = tl.maximum(peak, tl.max(z, 0))
         drop = peak - higher
-        kept = tl.exp(drop)
+        decay = tl.exp(drop)
         shifted = tl.maximum(z - higher, lowest_log)
         powers = tl.exp(shifted)
-        tilt = kept * (tilt + tl.maximum(drop, lowest_log) * total) + tl.sum(shifted * powers, 0)
-        total = kept * total + tl.sum(powers, 0)
+        tilt = decay * (tilt + tl.maximum(drop, lowest_log) * total) + tl.sum(shifted * powers, 0)
+        total = decay * total + tl.sum(powers, 0)
         peak = higher
     tl.store(sums + row, peak)
     tl.store(sums + num_rows + row, total)
@@ -112,11 +116,11 @@ def _slopes_kernel(
     HAS_V: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write u ([j = y] - p_j) - v p_j (log p_j + H) of one row's block; out may be logits."""
+    """Write u ([j = y] - p_j) - v p_j (log p_j + H) for one block of one row; ``out`` may be ``logits``."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < columns
-    z = tl.load(logits + row * columns + place, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    z = tl.load(logits + row * columns + column, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
     logs = tl.maximum(z - tl.load(normalizers + row), lowest_log)
     factors = tl.zeros_like(logs)
     if HAS_V:
@@ -125,5 +129,5 @@ def _slopes_kernel(
         factors += tl.load(us + row)
     slopes = -tl.exp(logs) * factors
     if HAS_U:
-        slopes = tl.where(place == tl.load(targets + row), slopes + tl.load(us + row), slopes)
-    tl.store(out + row * columns + place, slopes.to(out.dtype.element_ty), mask=inside)
+        slopes = tl.where(column == tl.load(targets + row), slopes + tl.load(us + row), slopes)
+    tl.store(out + row * columns + column, slopes.to(out.dtype.element_ty), mask=inside)

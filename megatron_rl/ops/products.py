@@ -1,10 +1,11 @@
-"""Matrix products of 16-bit inputs with a float32 result, which rounds nothing that the inputs had not rounded.
+"""Matrix products of 16-bit inputs with a float32 result, without rounding to 16 bits.
 
-Legend: R rows of the left matrix, C columns of the result (rows of the right matrix), K the dimension summed over.
+Legend: R rows of the left matrix, C columns of the result (rows of the right matrix), K contracted dimension.
 
-A GPU has them (``out_dtype``). For a CPU torch has none, but its library exports the kernel that its own attention uses
-(``brgemm`` of oneDNN: bfloat16 pairs multiplied and added in float32). It is called directly where the processor has
-the instructions and a trial product comes out right; else inputs are widened, at more than twice the time.
+On a GPU, torch has such products (``out_dtype``). On a CPU it has none in its public interface, but libtorch exports
+the kernel that its attention uses (oneDNN's ``brgemm``: bfloat16 products accumulated in float32). This module calls
+that kernel if the processor has the instructions and a trial product is correct. Otherwise inputs are converted to
+float32, which takes more than twice the time.
 """
 
 import ctypes
@@ -22,31 +23,31 @@ from torch import Tensor
 from megatron_rl.ops.vocab import wide
 
 Kernel = Literal["own type", "wide result", "brgemm", "widened"]
-"""How a product is formed: in the type of its inputs, which is wide already; by ``out_dtype``; by oneDNN; or from
-widened inputs."""
+"""How a product is computed: in the inputs' dtype, which is float32 or float64 already; by ``out_dtype``; by oneDNN; or
+after conversion to float32."""
 
 PANEL = 64
-"""Columns that the kernel takes at a time: the right matrix is laid out in panels of this width."""
+"""Columns per kernel call: the right matrix is repacked in panels of this width."""
 
 BLOCK_BYTES = 2 * 1024**2
-"""Rows of the left matrix are taken in blocks that stay in cache while the panels pass by."""
+"""Size of a block of rows of the left matrix, chosen to stay in cache while all panels are processed."""
 
 DEPTH = 256
-"""Products added up in one go. Their sum is added to the others': shorter sums lose fewer bits."""
+"""Length of the contracted dimension per kernel call; adding up shorter partial sums loses fewer bits."""
 
 BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 """``at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add_C, const BFloat16*, const BFloat16*, float*, is_vnni)``:
-the name spells the types of its arguments, so that a library which has the name takes them."""
+the mangled name encodes the argument types, so a library with this symbol accepts these arguments."""
 
 BRGEMM_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
-"""Gives back what the kernel set up in a thread (tile registers)."""
+"""Releases the thread's tile registers that the kernel configured."""
 
-LIMITS_OF_ONEDNN = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-"""Environment variables that forbid instructions: the kernel would end the process, so it is left alone."""
+ISA_LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Environment variables that disable instructions. If one is set, the kernel is not used: it could crash."""
 
 
 def kernel_for(tensor: Tensor) -> Kernel:
-    """Return how products of tensors like this one are formed."""
+    """Return how products with this left matrix are computed."""
     if tensor.dtype == wide(tensor.dtype):
         return "own type"
     if tensor.is_cuda:
@@ -56,10 +57,10 @@ def kernel_for(tensor: Tensor) -> Kernel:
 
 
 class WideProducts:
-    """left @ right^T in float32 or wider, for one left matrix and many right ones.
+    """left @ right^T in float32 or float64, for one left matrix and many right matrices.
 
     Attributes:
-        dtype: of the results.
+        dtype: dtype of the results.
     """
 
     def __init__(self, left_RK: Tensor) -> None:
@@ -68,7 +69,7 @@ class WideProducts:
         self._left_RK = (left_RK.to(self.dtype) if self._kernel == "widened" else left_RK).contiguous()
 
     def into(self, out_RC: Tensor, right_CK: Tensor) -> Tensor:
-        """Write the product with ``right_CK`` (of the left matrix's type) to a contiguous [R, C] and return it."""
+        """Write the product with ``right_CK`` to ``out_RC``, which must be contiguous, and return it."""
         if self._kernel == "brgemm":
             return _brgemm_into(out_RC, self._left_RK, right_CK)
         if self._kernel == "wide result":
@@ -78,10 +79,10 @@ class WideProducts:
 
 @cache
 def brgemm_found() -> bool:
-    """Return whether bfloat16 products with a float32 result can be had on this CPU."""
+    """Return whether oneDNN's bfloat16 products with a float32 result work on this CPU."""
     usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if not usable or not known() or any(os.environ.get(name) for name in LIMITS_OF_ONEDNN):
+    if not usable or not known() or any(os.environ.get(name) for name in ISA_LIMITS):
         return False
     try:
         _exported()
@@ -90,13 +91,13 @@ def brgemm_found() -> bool:
     generator = torch.Generator().manual_seed(0)
     left_RK, right_CK = (torch.randn(rows, 34, generator=generator).bfloat16() for rows in (5, PANEL + 7))
     found_RC = _brgemm_into(torch.empty(5, PANEL + 7), left_RK, right_CK)
-    # 34 products of values up to 4, added in float32.
+    # Sums of 34 products of values up to about 4, in float32.
     return bool(torch.allclose(found_RC, left_RK.float() @ right_CK.float().T, rtol=0, atol=1e-4))
 
 
 @cache
 def _exported() -> tuple[Callable[..., None], Callable[[bool], None]]:
-    """Return the product and the release; raises AttributeError or OSError where the library has none."""
+    """Return libtorch's brgemm and its release function; raises AttributeError or OSError if they do not exist."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     product, release = library[BRGEMM], library[BRGEMM_RELEASE]
     product.argtypes = [ctypes.c_long] * 6 + [ctypes.c_bool] + [ctypes.c_void_p] * 3 + [ctypes.c_bool]
@@ -107,7 +108,7 @@ def _exported() -> tuple[Callable[..., None], Callable[[bool], None]]:
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Return threads of this process: a forked one has none of its parent's."""
+    """Return the threads of this process; a forked process does not inherit its parent's threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"brgemm-{process}")
 
 
@@ -128,7 +129,7 @@ def _brgemm_into(out_RC: Tensor, left_RK: Tensor, right_CK: Tensor) -> Tensor:
 
 
 def _panels(right_CK: Tensor) -> Tensor:
-    """Return [C] in panels, padded: [panels, K / 2, ``PANEL``] of pairs, each pair two bfloat16 of one column."""
+    """Return the matrix repacked as [panels, K / 2, ``PANEL``] int32, each holding two bfloat16 of a column."""
     columns, width = right_CK.shape
     padded = -(-columns // PANEL) * PANEL
     if padded != columns:
@@ -138,7 +139,7 @@ def _panels(right_CK: Tensor) -> Tensor:
 
 
 def _multiply(out_RC: Tensor, left_RK: Tensor, panels: Tensor, first: int, last: int) -> None:
-    """Multiply by the panels from ``first`` to ``last``, block of rows by block of rows, in the calling thread."""
+    """Multiply by panels ``first`` to ``last``, one block of rows at a time, in the calling thread."""
     product, release = _exported()
     (num_rows, width), columns = left_RK.shape, out_RC.shape[1]
     block = max(BLOCK_BYTES // (2 * width), 1)

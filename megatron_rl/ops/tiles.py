@@ -1,6 +1,6 @@
-"""The element-wise passes over one tile of logits: eager in chunks of rows, or fused into one by torch.compile.
+"""Element-wise passes over one tile of logits: eager on chunks of rows, or fused by torch.compile.
 
-Legend: R tokens, C columns of the tile.
+Legend: R trained tokens, C columns of the tile.
 """
 
 import importlib.util
@@ -26,22 +26,21 @@ INDUCTOR_OPTIONS: dict[str, Options] = {
     "cpu": {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False},
     "cuda": {"split_reductions": False},
 }
-"""CPU: what the first use need not pay for. Trial programs for each vector width (what the processor reports is
-believed), and precompiled headers, which pay off from the fourth kernel on and start the compiler in every later
-process. GPU: a row is never split, however few rows the first call happens to have."""
+"""CPU: avoid start-up costs. Skip the trial programs per vector width, and precompiled headers, which only pay off from
+the fourth kernel on. GPU: never split the reduction of a row, whatever the number of rows in the first call."""
 
-FEWEST_ROWS = {"cpu": 2, "cuda": 256}
-"""Tiles of fewer rows are not compiled for: a size of one would be compiled anew, a GPU would be half empty."""
+MIN_COMPILED_ROWS = {"cpu": 2, "cuda": 256}
+"""Smaller tiles run eagerly: a size of one would be recompiled, and a GPU would be underused."""
 
 
 @dataclass(frozen=True)
-class Upstream:
-    """What the slopes of a tile depend on besides its logits; [R] each, in float32 or wider.
+class UpstreamGradients:
+    """Inputs of the backward pass over a tile other than its logits, in float32 or float64.
 
     Attributes:
-        saved_2R: what to take from the scaled logits to get log p, and the entropy of the whole vocabulary.
-        u_R: upstream gradient of the log-probability by the unscaled logits, if any.
-        v_R: the same of the entropy.
+        saved_2R: the value to subtract from scaled logits to get log p, and the entropy over the full vocabulary.
+        u_R: upstream gradient of the log-probability, divided by the temperature; None if there is none.
+        v_R: upstream gradient of the entropy, divided by the temperature; None if there is none.
     """
 
     saved_2R: Tensor
@@ -50,26 +49,28 @@ class Upstream:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Both passes. ``scale`` is one over the temperature, a tensor of no dimension.
+class TilePasses:
+    """The forward and the backward pass over a tile. ``scale`` is 1 / temperature, a zero-dimensional tensor.
 
     Attributes:
         sums: (logits_RC, scale) -> (peak, total, tilt), [3, R].
-        slopes: (out_RC, logits_RC, columns_R, upstream, scale) -> None; writes the gradient, may write in place.
+        slopes: (out_RC, logits_RC, columns_R, upstream, scale) -> None; writes the gradient of the logits to
+            ``out_RC``,
+            which may be ``logits_RC``.
     """
 
     sums: Callable[[Tensor, Tensor], Tensor]
-    slopes: Callable[[Tensor, Tensor, Tensor, Upstream, Tensor], None]
+    slopes: Callable[[Tensor, Tensor, Tensor, UpstreamGradients, Tensor], None]
 
 
-def eager_passes() -> Passes:
-    """Return the passes in plain torch, over a few rows at a time so that temporaries stay small."""
-    return Passes(_eager_sums, _eager_slopes)
+def eager_passes() -> TilePasses:
+    """Return the passes in eager torch, on chunks of rows to bound the size of temporaries."""
+    return TilePasses(_eager_sums, _eager_slopes)
 
 
 @cache
-def compiled_passes(device_type: str) -> Passes:
-    """Return the passes fused by torch.compile; eager ones for small tiles, and where no compiler works."""
+def compiled_passes(device_type: str) -> TilePasses:
+    """Return the passes fused by torch.compile; small tiles, and all tiles after a compiler error, run eagerly."""
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor import config
@@ -78,40 +79,42 @@ def compiled_passes(device_type: str) -> Passes:
     options: Options = {name: value for name, value in INDUCTOR_OPTIONS[device_type].items() if name in known}
     fused_sums = torch.compile(_sums, dynamic=True, options=options)
     fused_slopes = torch.compile(_slopes, dynamic=True, options=options)
-    broken: list[str] = []
+    errors: list[str] = []
 
-    def usable(logits_RC: Tensor) -> bool:
-        return not broken and len(logits_RC) >= FEWEST_ROWS[device_type] and logits_RC.shape[1] > 1
+    def use_compiled(logits_RC: Tensor) -> bool:
+        return not errors and len(logits_RC) >= MIN_COMPILED_ROWS[device_type] and logits_RC.shape[1] > 1
 
-    def give_up(error: BackendCompilerFailed) -> None:
-        broken.append(str(error))
-        log.warning("torch.compile failed, the vocabulary operation goes on without it: %s", str(error)[:2000])
+    def disable(error: BackendCompilerFailed) -> None:
+        errors.append(str(error))
+        log.warning("torch.compile failed; the vocabulary operation runs eagerly: %s", str(error)[:2000])
 
     def sums(logits_RC: Tensor, scale: Tensor) -> Tensor:
-        if usable(logits_RC):
+        if use_compiled(logits_RC):
             try:
-                with dynamo_config.patch(disable=False):  # ``parallel.cpu`` disables it for megatron-core's functions
+                with dynamo_config.patch(disable=False):  # distributed.cpu disables it for megatron-core
                     return fused_sums(logits_RC, scale)
             except BackendCompilerFailed as error:
-                give_up(error)
+                disable(error)
         return _eager_sums(logits_RC, scale)
 
-    def slopes(out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: Upstream, scale: Tensor) -> None:
-        if usable(logits_RC):
+    def slopes(
+        out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: UpstreamGradients, scale: Tensor
+    ) -> None:
+        if use_compiled(logits_RC):
             saved_2R, u_R, v_R = upstream.saved_2R, upstream.u_R, upstream.v_R
             try:
                 with dynamo_config.patch(disable=False):
                     return fused_slopes(out_RC, logits_RC, columns_R, saved_2R, u_R, v_R, scale)
             except BackendCompilerFailed as error:
-                give_up(error)
+                disable(error)
         return _eager_slopes(out_RC, logits_RC, columns_R, upstream, scale)
 
-    return Passes(sums, slopes)
+    return TilePasses(sums, slopes)
 
 
 @cache
 def compiler_found(device_type: str) -> bool:
-    """Return whether torch.compile can build kernels: Triton on a GPU; a C++ compiler and Python's headers on a CPU."""
+    """Return whether torch.compile can build kernels: Triton on a GPU; a C++ compiler and Python headers on a CPU."""
     if device_type == "cuda":
         return importlib.util.find_spec("triton") is not None
     compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
@@ -132,7 +135,7 @@ def _slopes(
     v_R: Tensor | None,
     scale: Tensor,
 ) -> None:
-    """Write u ([j = y] - p_j) - v p_j (log p_j + H), in one expression that fuses."""
+    """Write u ([j = y] - p_j) - v p_j (log p_j + H), as one expression that torch.compile fuses."""
     normalizers_R, entropies_R = saved_2R.unbind(0)
     logs_RC = (logits_RC.to(normalizers_R.dtype) * scale - normalizers_R[:, None]).clamp(min=LOWEST_LOG)
     powers_RC = logs_RC.exp()
@@ -153,7 +156,9 @@ def _eager_sums(logits_RC: Tensor, scale: Tensor) -> Tensor:
     return torch.cat(parts, 1) if parts else logits_RC.new_zeros(3, 0)
 
 
-def _eager_slopes(out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: Upstream, scale: Tensor) -> None:
+def _eager_slopes(
+    out_RC: Tensor, logits_RC: Tensor, columns_R: Tensor, upstream: UpstreamGradients, scale: Tensor
+) -> None:
     for rows in chunks_of_rows(logits_RC):
         out_RC[rows] = softmax_gradient(
             logits_RC[rows].to(wide(logits_RC.dtype)) * scale,

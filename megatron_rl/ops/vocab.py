@@ -1,14 +1,16 @@
-"""Log-probabilities and entropies from logits whose vocabulary is spread over the ranks of a group.
+"""Log-probabilities and entropies from vocabulary-parallel logits.
 
-Legend: N tokens, V this rank's shard of the vocabulary (rank r holds the ids from r * V on), P ranks, K the three sums.
+Legend: N tokens, V entries of this rank's vocabulary shard (rank r holds ids r * V to (r + 1) * V - 1), P ranks or
+tiles, K statistics per token.
 
-A shard, or a tile of one, is summarised by three sums per token: peak = max z, total = sum e^(z - peak) and
-tilt = sum (z - peak) e^(z - peak). They merge exactly, in any number, and give with the target's logit z_y
+A shard, or a tile of one, is reduced to three statistics per token: peak = max z, total = sum e^(z - peak) and tilt =
+sum (z - peak) e^(z - peak), with logits z. Statistics of disjoint parts of the vocabulary merge exactly, and give with
+the target's logit z_y
 
     log p(y) = z_y - peak - log total        H = log total - tilt / total
 
-Backward, with upstream u of the log-probability and v of the entropy: dz_j = u ([j = y] - p_j) - v p_j (log p_j + H).
-The normaliser peak + log total and H are the two floats per token that both gradients need.
+Backward, with upstream gradients u of the log-probability and v of the entropy, in nats: dz_j = u ([j = y] - p_j) - v
+p_j (log p_j + H). Only the normalizer peak + log total and H are saved, two floats per token.
 """
 
 from typing import Protocol
@@ -20,54 +22,57 @@ from torch.autograd.function import once_differentiable
 from megatron_rl.distributed.collectives import RankGroup, gather_over, group_rank
 
 LOWEST_LOG = -1e4
-"""Stands for log 0 where a probability is multiplied by its logarithm: e^-1e4 is exactly 0 in every floating type."""
+"""Lower bound of log p, to avoid 0 * inf in p log p; e^-1e4 is exactly 0 in every floating-point type."""
 
 CHUNK_ELEMENTS = 1 << 22
-"""Logits that are exponentiated at once, so that temporaries stay small next to the logits."""
+"""Maximum number of logits exponentiated at once, to bound the size of temporaries."""
 
 
 def vocab_logprobs_entropies(
     logits: Tensor, targets: Tensor, *, temperature: float = 1.0, group: RankGroup = None
 ) -> tuple[Tensor, Tensor]:
-    """Return log softmax(logits / temperature) at the targets, and the entropy of that distribution in nats.
+    """Return log softmax(logits / temperature) at the targets, and the entropy of that distribution, in nats.
 
-    Both are differentiable and have the shape of ``targets``, in float32 (float64 for float64 logits). Ids that the
-    model lacks, such as the rows that pad a vocabulary, have the logit -inf: they count as probability 0.
+    Both results are differentiable and have the shape of ``targets``, in float32 (float64 for float64 logits). A logit
+    of -inf, such as that of a padding entry of the vocabulary, has probability 0.
 
     Args:
         logits: [..., V], this rank's shard.
-        targets: [...], int64 ids of the whole vocabulary, equal on every rank of the group.
+        targets: [...], int64 global ids, equal on every rank of the group.
         temperature: divides the logits.
-        group: the ranks that share the vocabulary; one all-gather of four floats a token.
+        group: the ranks that shard the vocabulary. Communication is one all-gather of four floats per token.
+
+    Raises:
+        ValueError: the shapes of logits and targets do not match.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"logits {list(logits.shape)} do not fit targets {list(targets.shape)}: expected [..., V] and [...]"
+            f"logits {list(logits.shape)} do not match targets {list(targets.shape)}: expected [..., V] and [...]"
         )
     shape = targets.shape
     logprobs, entropies = _VocabLogprobs.apply(logits.flatten(0, -2), targets.flatten(), temperature, group)
     return logprobs.view(shape), entropies.view(shape)
 
 
-class Context(Protocol):
-    """What autograd's context offers, which its own class does not declare."""
+class AutogradContext(Protocol):
+    """Attributes of autograd's context that torch's class does not declare."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None:
-        """Keep tensors for the backward pass."""
+        """Save tensors for the backward pass."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Choose zeros (True) or None for the gradient of an output that was not used."""
+        """Choose zeros (True) or None (False) for the gradient of an unused output."""
 
 
-class _VocabContext(Context, Protocol):
+class _VocabContext(AutogradContext, Protocol):
     temperature: float
 
 
 class _VocabLogprobs(torch.autograd.Function):
-    """The differentiable operation on [N, V]; saves the logits and two floats a token."""
+    """The differentiable operation on [N, V]; saves the logits and two floats per token."""
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
@@ -104,18 +109,18 @@ class _VocabLogprobs(torch.autograd.Function):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that sums are formed in: at least float32."""
+    """Return the dtype of sums: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Return the logits in at least float32, divided by the temperature."""
+    """Return the logits divided by the temperature, in float32 or float64."""
     logits = logits.to(wide(logits.dtype))
     return logits if temperature == 1.0 else logits / temperature
 
 
 def softmax_sums(logits_NV: Tensor) -> Tensor:
-    """Return (peak, total, tilt) over the last dimension, [3, N]. A row of -inf alone gives a total of 0."""
+    """Return (peak, total, tilt) over the last dimension, [3, N]. A row with only -inf has total 0."""
     peak_N = logits_NV.amax(1).clamp(min=torch.finfo(logits_NV.dtype).min / 2)
     shifted_NV = (logits_NV - peak_N[:, None]).clamp_(min=LOWEST_LOG)
     powers_NV = shifted_NV.exp()
@@ -124,7 +129,7 @@ def softmax_sums(logits_NV: Tensor) -> Tensor:
 
 
 def merge_sums(sums_PKN: Tensor) -> Tensor:
-    """Return the (peak, total, tilt) of several disjoint parts of the vocabulary taken together, [3, N]."""
+    """Return the (peak, total, tilt), [3, N], of the union of P disjoint parts of the vocabulary, [P, 3, N]."""
     peaks_PN, totals_PN, tilts_PN = sums_PKN.unbind(1)
     peak_N = peaks_PN.amax(0)
     shifts_PN = peaks_PN - peak_N
@@ -134,7 +139,7 @@ def merge_sums(sums_PKN: Tensor) -> Tensor:
 
 
 def pick(logits_NV: Tensor, columns_N: Tensor) -> Tensor:
-    """Return each token's logit at its column, -inf where the column lies outside."""
+    """Return each token's logit at its column, [N]; -inf if the column is outside of the shard or tile."""
     width = logits_NV.shape[1]
     inside_N = (columns_N >= 0) & (columns_N < width)
     picked_N = logits_NV.gather(1, columns_N.clamp(0, width - 1)[:, None])[:, 0]
@@ -142,11 +147,11 @@ def pick(logits_NV: Tensor, columns_N: Tensor) -> Tensor:
 
 
 def finish(sums_KN: Tensor, target_logits_N: Tensor, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities, entropies and normalisers from each rank's sums, merged in rank order."""
+    """Return log-probabilities, entropies and normalizers, [N] each, from the statistics of all ranks."""
     parts_PKN = gather_over(group, torch.cat((sums_KN, target_logits_N[None])))
     peak_N, total_N, tilt_N = merge_sums(parts_PKN[:, :3])
     log_total_N = total_N.log()
-    # Every rank but the owner of the target sent -inf.
+    # Ranks that do not hold the target sent -inf.
     logprobs_N = parts_PKN[:, 3].amax(0) - peak_N - log_total_N
     return logprobs_N, log_total_N - tilt_N / total_N, peak_N + log_total_N
 
@@ -157,11 +162,11 @@ def softmax_gradient(
     """Return u ([j = y] - p_j) - v p_j (log p_j + H) for the columns of a shard or tile, [N, V].
 
     Args:
-        logits_NV: scaled logits.
-        columns_N: the target's column; may lie outside.
-        saved_2N: normaliser and entropy of the whole vocabulary.
-        u_N: upstream gradient of the log-probability, if any.
-        v_N: upstream gradient of the entropy, if any.
+        logits_NV: logits divided by the temperature.
+        columns_N: column of the target; may be outside of the shard or tile.
+        saved_2N: normalizer and entropy over the full vocabulary.
+        u_N: upstream gradient of the log-probability, or None.
+        v_N: upstream gradient of the entropy, or None.
     """
     normalizers_N, entropies_N = saved_2N
     logs_NV = (logits_NV - normalizers_N[:, None]).clamp_(min=LOWEST_LOG)
@@ -181,6 +186,6 @@ def softmax_gradient(
 
 
 def chunks_of_rows(logits_NV: Tensor) -> list[slice]:
-    """Return slices of rows with at most ``CHUNK_ELEMENTS`` logits each, or of one row."""
+    """Return row slices with at most ``CHUNK_ELEMENTS`` logits each, but at least one row."""
     rows = max(1, CHUNK_ELEMENTS // max(logits_NV.shape[1], 1))
     return [slice(start, start + rows) for start in range(0, len(logits_NV), rows)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops.head import head_logprobs_entropies
-from megatron_rl.ops.tiles import Upstream, eager_passes
+from megatron_rl.ops.tiles import UpstreamGradients, eager_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -84,7 +84,9 @@ def test_slopes_are_the_eager_ones(which: str, dtype: torch.dtype) -> None:
     entropies_R = -(logs_RC.exp() * logs_RC).sum(-1)
     saved_2R = torch.stack(((logits_RC.float() * factor).logsumexp(-1), entropies_R))
     u_R, v_R = (torch.linspace(-1, 2, 4, device=DEVICE) * sign for sign in (1, -1))
-    upstream = Upstream(saved_2R, u_R if which in ("u", "both") else None, v_R if which in ("v", "both") else None)
+    upstream = UpstreamGradients(
+        saved_2R, u_R if which in ("u", "both") else None, v_R if which in ("v", "both") else None
+    )
     columns_R = torch.tensor([0, 2999, -5, 4000], device=DEVICE)  # two targets lie in other tiles
     outs = []
     for passes in (kernel_passes(), eager_passes()):

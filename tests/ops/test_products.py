@@ -90,7 +90,7 @@ def test_which_kernel_serves_what(monkeypatch):
     assert kernel_for(torch.zeros(1, 8, dtype=torch.bfloat16)) == "widened"
 
 
-@pytest.mark.parametrize("variable", products.LIMITS_OF_ONEDNN)
+@pytest.mark.parametrize("variable", products.ISA_LIMITS)
 def test_forbidden_instructions_are_left_alone(monkeypatch, forgetful, variable):
     monkeypatch.setenv(variable, "AVX2")
     assert not brgemm_found()

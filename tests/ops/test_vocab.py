@@ -17,11 +17,11 @@ from megatron_rl.ops import head, vocab
 from megatron_rl.ops.head import (
     HeadLogprobs,
     VocabShard,
-    describe_backend,
     choose_backend,
+    describe_backend,
     head_logprobs_entropies,
 )
-from megatron_rl.ops.tiles import Passes, compiled_passes, compiler_found, eager_passes
+from megatron_rl.ops.tiles import TilePasses, compiled_passes, compiler_found, eager_passes
 from megatron_rl.ops.vocab import vocab_logprobs_entropies
 from tests.ranks import run_ranks
 
@@ -96,7 +96,7 @@ def test_leading_dimensions_are_kept_and_wrong_ones_refused():
     logprobs, entropies = vocab_logprobs_entropies(logits, targets)
     assert logprobs.shape == entropies.shape == (2, 3)
     torch.testing.assert_close((logprobs, entropies), full(logits, targets, 1.0), **EXACT)
-    with pytest.raises(ValueError, match=r"logits \[2, 3, 5\] do not fit targets \[2\]"):
+    with pytest.raises(ValueError, match=r"logits \[2, 3, 5\] do not match targets \[2\]"):
         vocab_logprobs_entropies(logits, targets[:, 0])
 
 
@@ -247,7 +247,7 @@ def test_an_unused_entropy_costs_nothing_and_ranks_speak_once():
     hidden, weight = random(6, 5).requires_grad_(), random(30, 5, seed=1).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocab, "gather_over", gather)
-        shard = VocabShard(0, 30, 1.0, None, 8, Passes(eager.sums, slopes))
+        shard = VocabShard(0, 30, 1.0, None, 8, TilePasses(eager.sums, slopes))
         HeadLogprobs.apply(hidden, weight, torch.arange(6), shard)[0].sum().backward()
     assert seen == [None] * 4
     assert calls == [(4, 6)]
