@@ -1,4 +1,4 @@
-"""The stand-ins for CUDA: their targets exist, and they stay away from machines that have a GPU."""
+"""The replacements of distributed.cpu: their targets exist, and they are refused on machines with a GPU."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def test_refused_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu, "_is_active", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    with pytest.raises(ConfigError, match="where CUDA is available"):
+    with pytest.raises(ConfigError, match="CUDA is available"):
         cpu.activate()
 
 
-def test_refused_for_a_version_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_for_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_is_active", False)
     monkeypatch.setattr(cpu, "version", lambda name: "0.99.0")
 
