@@ -28,7 +28,7 @@ def _skips_one(folder: Path, limit_seconds: float) -> None:
 
 
 def test_the_report_names_the_rank_that_skipped_a_collective(tmp_path, capfd):
-    with pytest.raises(RankError, match="died without a word"):  # each has ended itself
+    with pytest.raises(RankError, match="exited without a result"):  # each has ended itself
         run_ranks(_skips_one, 3, tmp_path, 2.0)
 
     text = (tmp_path / "report.txt").read_text()
