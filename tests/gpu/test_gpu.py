@@ -16,7 +16,7 @@ from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.distributed.mesh import single_rank_world, make_deterministic
+from megatron_rl.distributed.mesh import make_deterministic, single_rank_world
 from megatron_rl.ops.head import Backend, head_logprobs_entropies
 from megatron_rl.policy.attention import varying
 from megatron_rl.policy.backends import PLAIN_VARIABLE
