@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences: what is wrong, the value seen, where it was set, what to write instead."""
+"""Turns pydantic's errors into sentences: what is wrong, the value, where it was set, what to write instead."""
 
 import difflib
 import json
@@ -11,11 +11,11 @@ from pydantic_core import ErrorDetails
 from megatron_rl.config.sources import Key
 from megatron_rl.config.tree import all_fields, field_at, lookup, members, section_at
 
-Places = Mapping[Key, str]
+Origins = Mapping[Key, str]
 
 
-def explain(model: type[BaseModel], table: Mapping[str, object], origins: Places, error: ValidationError) -> list[str]:
-    """Return one sentence a wrong key, in the order of the tree."""
+def explain(model: type[BaseModel], table: Mapping[str, object], origins: Origins, error: ValidationError) -> list[str]:
+    """Return one sentence per wrong key, in schema order."""
     found: dict[Key, str] = {}
     for detail in error.errors(include_url=False):
         key = _key(model, table, detail["loc"])
@@ -25,42 +25,44 @@ def explain(model: type[BaseModel], table: Mapping[str, object], origins: Places
 
 
 def _key(model: type[BaseModel], table: Mapping[str, object], loc: Sequence[int | str]) -> Key:
-    """Return the key that an error's location means: pydantic adds tags and names of types to it."""
+    """Return the key of an error's location, without the tags and type names that pydantic adds."""
     section: type[BaseModel] | None = model
-    here: object = table
+    value: object = table
     key: Key = ()
     tags: Mapping[str, type[BaseModel]] = {}
     for part in loc:
         if part in tags:
             tags = {}
             continue
-        if not isinstance(part, str) or (section is None and not (isinstance(here, Mapping) and part in here)):
+        if not isinstance(part, str) or (section is None and not (isinstance(value, Mapping) and part in value)):
             break
         key = (*key, part)
         field = section.model_fields.get(part) if section else None
-        here = here.get(part) if isinstance(here, Mapping) else None
-        section = section_at(field, here)
+        value = value.get(part) if isinstance(value, Mapping) else None
+        section = section_at(field, value)
         tags = members(field) if field is not None and field.discriminator else {}
     return key
 
 
 def _sentence(
-    model: type[BaseModel], table: Mapping[str, object], origins: Places, key: Key, detail: ErrorDetails
+    model: type[BaseModel], table: Mapping[str, object], origins: Origins, key: Key, detail: ErrorDetails
 ) -> str:
     dotted, kind = ".".join(key), detail["type"]
     if kind == "extra_forbidden":
-        return f"unknown key {dotted}: {_show(detail['input'])} ({_place(origins, key)}); {_suggest(model, table, key)}"
+        return (
+            f"unknown key {dotted}: {_show(detail['input'])} ({_origin(origins, key)}); {_suggest(model, table, key)}"
+        )
     if kind == "missing":
         return _missing(model, table, key)
     if kind == "union_tag_invalid":
         context = detail["ctx"]
         dotted = f"{dotted}.{context['discriminator'].strip(chr(39))}"
         tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        place = _place(origins, tuple(dotted.split(".")))
-        return f'no such {dotted}: "{context["tag"]}" ({place}); {_choose(str(context["tag"]), tags)}'
+        origin = _origin(origins, tuple(dotted.split(".")))
+        return f'no such {dotted}: "{context["tag"]}" ({origin}); {_choose(str(context["tag"]), tags)}'
     if kind in ("value_error", "assertion_error"):
-        return f"{dotted or 'configuration'}: {_remedy(detail)} ({_places_named(origins, key, detail['msg'])})"
-    return f"wrong value for {dotted}: {_show(detail['input'])} ({_place(origins, key)}); {_remedy(detail)}"
+        return f"{dotted or 'configuration'}: {_remedy(detail)} ({_origins_named(origins, key, detail['msg'])})"
+    return f"wrong value for {dotted}: {_show(detail['input'])} ({_origin(origins, key)}); {_remedy(detail)}"
 
 
 def _show(value: object) -> str:
@@ -68,23 +70,23 @@ def _show(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _place(origins: Places, key: Key) -> str:
-    """Return where a key was set; for a table, where its settings were."""
+def _origin(origins: Origins, key: Key) -> str:
+    """Return where a key was set; for a table, where its settings were set."""
     if key in origins:
         return origins[key]
-    below = [place for other, place in origins.items() if other[: len(key)] == key]
+    below = [origin for other, origin in origins.items() if other[: len(key)] == key]
     return ", ".join(dict.fromkeys(below)) or "default"
 
 
-def _places_named(origins: Places, key: Key, message: str) -> str:
-    """Return where the settings were set that a message about a table names; of all of them where it names none."""
+def _origins_named(origins: Origins, key: Key, message: str) -> str:
+    """Return where the settings named in a message about a table were set, or all of the table if it names none."""
     named = {
-        other: place
-        for other, place in origins.items()
+        other: origin
+        for other, origin in origins.items()
         if other[: len(key)] == key
         and re.search(rf"(?<![\w.]){re.escape('.'.join(other[len(key) :]))}(?![\w.])", message)
     }
-    return _place(named or origins, key)
+    return _origin(named or origins, key)
 
 
 def _missing(model: type[BaseModel], table: Mapping[str, object], key: Key) -> str:
@@ -137,26 +139,26 @@ def _choose(value: str, choices: Sequence[str]) -> str:
 
 
 def _suggest(model: type[BaseModel], table: Mapping[str, object], key: Key) -> str:
-    """Return what the writer of an unknown key may have meant."""
+    """Return a suggestion for an unknown key."""
     *above, name = key
     prefix = tuple(above)
     field = field_at(model, table, prefix) if prefix else None
     section = section_at(field, lookup(table, prefix)) if prefix else model
-    here = list(section.model_fields) if section else []
-    if close := difflib.get_close_matches(name, here, 1, 0.75):
-        return f"did you mean {'.'.join((*prefix, close[0]))}?"
-    everywhere = [(other, kind) for other, _, kind in all_fields(model)]
-    if kinds := [kind for other, kind in everywhere if other == key and kind]:
-        return f"it belongs to {' or '.join(kinds)}"
-    for other, kind in everywhere:
-        if other[-1] == name:
-            return f"did you mean {'.'.join(other)}{f', with {kind}' if kind else ''}?"
-    words = set(name.split("_"))
-    if inside := [known for known in here if set(known.split("_")) <= words]:
-        return f"did you mean {'.'.join((*prefix, max(inside, key=len)))}?"
-    if close := difflib.get_close_matches(name, here, 1):
-        return f"did you mean {'.'.join((*prefix, close[0]))}?"
-    names = {other[-1]: other for other, _ in everywhere}
+    names = list(section.model_fields) if section else []
     if close := difflib.get_close_matches(name, names, 1, 0.75):
-        return f"did you mean {'.'.join(names[close[0]])}?"
-    return f"known here: {', '.join(here)}"
+        return f"did you mean {'.'.join((*prefix, close[0]))}?"
+    everywhere = [(other, condition) for other, _, condition in all_fields(model)]
+    if conditions := [condition for other, condition in everywhere if other == key and condition]:
+        return f"it belongs to {' or '.join(conditions)}"
+    for other, condition in everywhere:
+        if other[-1] == name:
+            return f"did you mean {'.'.join(other)}{f', with {condition}' if condition else ''}?"
+    words = set(name.split("_"))
+    if contained := [known for known in names if set(known.split("_")) <= words]:
+        return f"did you mean {'.'.join((*prefix, max(contained, key=len)))}?"
+    if close := difflib.get_close_matches(name, names, 1):
+        return f"did you mean {'.'.join((*prefix, close[0]))}?"
+    keys = {other[-1]: other for other, _ in everywhere}
+    if close := difflib.get_close_matches(name, keys, 1, 0.75):
+        return f"did you mean {'.'.join(keys[close[0]])}?"
+    return f"known keys: {', '.join(names)}"

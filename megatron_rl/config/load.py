@@ -1,6 +1,6 @@
-"""From sources to a typed tree: merge, resolve, validate, and explain every problem at once.
+"""Merges config files and ``key=value`` words, resolves paths, and validates the result against a schema.
 
-This file knows no setting by name; ``config.schema`` is the tree.
+This module knows no setting by name; ``config.schema`` has the schema.
 """
 
 import json
@@ -15,19 +15,19 @@ from pydantic.fields import FieldInfo
 
 from megatron_rl.config.explain import explain
 from megatron_rl.config.section import ReadFrom
-from megatron_rl.config.sources import Key, Source, raise_problems, read_sources
-from megatron_rl.config.tree import field_at, lookup, marks_of, section_of
+from megatron_rl.config.sources import ConfigSource, Key, raise_problems, read_sources
+from megatron_rl.config.tree import annotations_of, field_at, lookup, section_of
 
 T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A valid configuration and where it came from.
+    """A valid configuration and its origins.
 
     Attributes:
-        run: the typed tree.
-        origins: where each setting that is not left at its default was written, by dotted key.
+        run: the typed configuration.
+        origins: where each setting was written, by dotted key; settings at their default are absent.
     """
 
     run: T
@@ -46,14 +46,18 @@ class Loaded(Generic[T]):
 
 
 def load(model: type[T], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Loaded[T]:
-    """Return the configuration that files and ``key=value`` words give, later ones stronger; raise ConfigError."""
+    """Load a configuration from files and ``key=value`` words; later files override earlier ones, words override files.
+
+    Raises:
+        ConfigError: the configuration is invalid; the message lists all problems.
+    """
     sources = read_sources(files, overrides)
     table: dict[str, object] = {}
     for source in sources:
         table = merge(model, table, source.table)
     table = _with_default_kinds(model, table)
     owners = {key: _owner(sources, key) for key in leaves(table)}
-    origins = {key: source.place(key) or "command line" for key, source in owners.items() if source is not None}
+    origins = {key: source.origin(key) or "command line" for key, source in owners.items() if source is not None}
     for key, source in owners.items():
         if source is not None:
             _resolve_path(model, table, key, source.folder)
@@ -72,9 +76,9 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def merge(model: type[BaseModel] | None, base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
-    """Return ``base`` with ``over`` laid on top, table by table.
+    """Return ``base`` updated with ``over``, table by table.
 
-    A table whose kind changes, such as ``objective.name``, starts anew: options of one kind mean nothing to another.
+    If the discriminator of a table changes, such as ``objective.name``, the table of ``base`` is discarded.
     """
     merged = dict(base)
     for name, value in over.items():
@@ -91,7 +95,7 @@ def merge(model: type[BaseModel] | None, base: Mapping[str, object], over: Mappi
 
 
 def _kind(field: FieldInfo | None) -> tuple[str, object] | None:
-    """Return the discriminating key of a table and its default, if the table is of several kinds."""
+    """Return the discriminator of a union of sections and its default value, or None."""
     if field is None or not isinstance(field.discriminator, str):
         return None
     return field.discriminator, getattr(field.default, field.discriminator)
@@ -107,7 +111,7 @@ def _with_default_kinds(model: type[BaseModel], table: Mapping[str, object]) -> 
 
 
 def leaves(table: Mapping[str, object], prefix: Key = ()) -> Iterator[Key]:
-    """Yield the key of every value that is not a table, and of every empty table."""
+    """Yield the keys of all values that are not tables, and of empty tables."""
     for name, value in table.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, (*prefix, name))
@@ -115,8 +119,8 @@ def leaves(table: Mapping[str, object], prefix: Key = ()) -> Iterator[Key]:
             yield (*prefix, name)
 
 
-def _owner(sources: Sequence[Source], key: Key) -> Source | None:
-    """Return the strongest source that sets this very key."""
+def _owner(sources: Sequence[ConfigSource], key: Key) -> ConfigSource | None:
+    """Return the last source that sets the key itself."""
     for source in reversed(sources):
         if lookup(source.table, key) is not None:
             return source
@@ -124,8 +128,10 @@ def _owner(sources: Sequence[Source], key: Key) -> Source | None:
 
 
 def _resolve_path(model: type[BaseModel], table: dict[str, object], key: Key, folder: Path) -> None:
-    field = field_at(model, table, key) or field_at(model, table, key[:-1])  # of a table: what its values are
-    marks = [mark for mark in marks_of(field) if isinstance(mark, ReadFrom)] if field else []
+    field = field_at(model, table, key) or field_at(
+        model, table, key[:-1]
+    )  # in a dictionary the field is that of the dictionary
+    marks = [mark for mark in annotations_of(field) if isinstance(mark, ReadFrom)] if field else []
     holder = lookup(table, key[:-1])
     value = lookup(table, key)
     if marks and isinstance(value, str) and isinstance(holder, dict) and value and marks[0].when in value:
@@ -133,12 +139,12 @@ def _resolve_path(model: type[BaseModel], table: dict[str, object], key: Key, fo
 
 
 def to_json(run: BaseModel) -> str:
-    """Return the whole tree as JSON, defaults and nulls included; user names and passwords in URLs are masked."""
+    """Return the configuration as JSON with all defaults; credentials in URLs are masked."""
     return re.sub(r'://[^/@"\s]*@', "://***@", run.model_dump_json(indent=2)) + "\n"
 
 
 def settings(run: BaseModel, prefix: Key = ()) -> Iterator[tuple[str, object, str]]:
-    """Yield dotted key, value and documentation of every setting, in the order of the tree."""
+    """Yield (dotted key, value, description) of every setting, in schema order."""
     for name, field in type(run).model_fields.items():
         value = getattr(run, name)
         if isinstance(value, BaseModel):
@@ -148,7 +154,7 @@ def settings(run: BaseModel, prefix: Key = ()) -> Iterator[tuple[str, object, st
 
 
 def _plain(value: object) -> object:
-    """Return a table of sections as a table of what is set in them."""
+    """Return a dictionary of sections as a dictionary of their settings that are not at the default."""
     if not isinstance(value, Mapping):
         return value
     return {k: v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for k, v in value.items()}

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen group of typed, documented settings that refuses unknown keys."""
+    """A frozen group of typed settings; unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -16,18 +16,18 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class ReadFrom:
-    """Marks a field that names something to read, which ``config.load`` resolves against the file that sets it.
+    """Marks a field with a path, which ``config.load`` resolves relative to the file that sets it.
 
     Attributes:
-        when: only values that contain this text are paths.
+        when: only values that contain this text are paths; empty: all values.
     """
 
     when: str = ""
 
 
 InputPath = Annotated[str, ReadFrom()]
-"""A file or folder to read. A relative path begins at the folder of the TOML file that sets it; in ``key=value`` and in
-``log.path``, which is written to, at the folder where the command runs."""
+"""A file or folder to read. A relative path is relative to the folder of the TOML file that sets it; in ``key=value``,
+and in ``log.path``, to the working directory."""
 
 PathToFunction = Annotated[str, ReadFrom(when=".py:")]
-"""A name, or ``path/to/file.py:function`` with a path as in ``InputPath``."""
+"""A name, or ``path/to/file.py:function`` with a path like ``InputPath``."""

@@ -1,4 +1,4 @@
-"""Where settings come from: TOML files and ``key=value`` words, each remembered with its place."""
+"""Reads settings from TOML files and ``key=value`` words, and records where each was written."""
 
 import datetime
 import difflib
@@ -16,34 +16,38 @@ Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file, or all ``key=value`` words together.
+class ConfigSource:
+    """The settings of one file, or of all ``key=value`` words.
 
     Attributes:
-        table: the settings, nested.
-        places: where each table and each setting was written, such as ``configs/demo.toml:12``.
-        folder: where its relative paths begin.
+        table: the settings, as nested tables.
+        origins: where each table and setting was written, such as ``configs/demo.toml:12``.
+        folder: base of relative paths.
     """
 
     table: Mapping[str, object]
-    places: Mapping[Key, str]
+    origins: Mapping[Key, str]
     folder: Path
 
-    def place(self, key: Key) -> str | None:
-        """Return where a setting was written; a setting in an inline table has the place of its table."""
+    def origin(self, key: Key) -> str | None:
+        """Return where a setting was written, or None; a setting in an inline table has the origin of the table."""
         for length in range(len(key), 0, -1):
-            if key[:length] in self.places:
-                return self.places[key[:length]]
+            if key[:length] in self.origins:
+                return self.origins[key[:length]]
         return None
 
 
-def read_sources(files: Sequence[str | Path], overrides: Sequence[str]) -> list[Source]:
-    """Read everything, later ones stronger; a ConfigError names all that cannot be read."""
+def read_sources(files: Sequence[str | Path], overrides: Sequence[str]) -> list[ConfigSource]:
+    """Read all sources, weakest first.
+
+    Raises:
+        ConfigError: a source cannot be read; the message lists all problems.
+    """
     problems: list[str] = []
-    sources: list[Source] = []
+    sources: list[ConfigSource] = []
     for file in files:
         if list(map(str, files)).count(str(file)) > 1:
-            problems.append(f"config file named twice: {file}; name it once")
+            problems.append(f"config file given twice: {file}; give it once")
             continue
         try:
             sources.append(read_file(Path(file)))
@@ -58,7 +62,7 @@ def read_sources(files: Sequence[str | Path], overrides: Sequence[str]) -> list[
 
 
 def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
-    """Raise a ConfigError that lists the problems, if there are any."""
+    """Raise a ConfigError that lists the problems, unless there are none."""
     lines = list(problems)
     if len(lines) == 1:
         raise ConfigError(lines[0])
@@ -66,8 +70,8 @@ def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
         raise ConfigError("\n".join([f"{len(lines)} problems:", *(f"  - {line}" for line in lines)]))
 
 
-def read_file(path: Path) -> Source:
-    """Read a TOML file, or the ``config.json`` that a run left in its folder."""
+def read_file(path: Path) -> ConfigSource:
+    """Read a TOML file, or the ``config.json`` of a run folder."""
     if not path.is_file():
         raise ConfigError(f"no config file {path}; {_available(path)}")
     text = path.read_text(encoding="utf-8")
@@ -80,17 +84,17 @@ def read_file(path: Path) -> Source:
         where = f"{path}:{place[1]}" if place else str(path)
         reason = str(error).partition(" (at ")[0]
         raise ConfigError(f"not valid TOML: {reason} ({where}); strings need quotes, a key may be set once") from error
-    return Source(table, {key: f"{path}:{line}" for key, line in key_lines(text).items()}, path.resolve().parent)
+    return ConfigSource(table, {key: f"{path}:{line}" for key, line in key_lines(text).items()}, path.resolve().parent)
 
 
-def _read_json(path: Path, text: str) -> Source:
+def _read_json(path: Path, text: str) -> ConfigSource:
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not valid JSON: {error} ({path}); give the config.json of a run, or a TOML file") from error
     if not isinstance(table, dict):
         raise ConfigError(f"not a JSON object: {path}; give the config.json of a run, or a TOML file")
-    return Source(table, {(name,): str(path) for name in table}, path.resolve().parent)
+    return ConfigSource(table, {(name,): str(path) for name in table}, path.resolve().parent)
 
 
 def _available(path: Path) -> str:
@@ -107,7 +111,7 @@ _SETTING = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[
 
 
 def key_lines(text: str) -> dict[Key, int]:
-    """Return the line, from 1, of every table and setting of a TOML text."""
+    """Return the line number, from 1, of every table and setting of a TOML text."""
     lines: dict[Key, int] = {}
     table: Key = ()
     for number, line in enumerate(text.splitlines(), start=1):
@@ -123,10 +127,10 @@ def _split(dotted: str) -> Key:
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
-def read_overrides(words: Sequence[str]) -> Source:
-    """Read ``key=value`` words: values as in TOML, and anything else a string without quotes."""
+def read_overrides(words: Sequence[str]) -> ConfigSource:
+    """Read ``key=value`` words; a value that is not TOML is a string."""
     table: dict[str, object] = {}
-    places: dict[Key, str] = {}
+    origins: dict[Key, str] = {}
     problems: list[str] = []
     for word in words:
         name, equals, text = word.partition("=")
@@ -135,16 +139,16 @@ def read_overrides(words: Sequence[str]) -> Source:
             problems.append(
                 f"not an override: {word!r} (command line); write section.key=value, or a file ending in .toml"
             )
-        elif key in places:
+        elif key in origins:
             problems.append(f"{name} is set twice (command line: {word}); set it once")
         else:
-            places[key] = f"command line: {word}"
+            origins[key] = f"command line: {word}"
             try:
                 _put(table, key, parse_value(text))
             except ConfigError as error:
                 problems.append(f"{error} (command line: {word})")
     raise_problems(problems)
-    return Source(table, places, Path.cwd())
+    return ConfigSource(table, origins, Path.cwd())
 
 
 def _put(table: dict[str, object], key: Key, value: object) -> None:
@@ -159,7 +163,7 @@ def _put(table: dict[str, object], key: Key, value: object) -> None:
 
 
 def parse_value(text: str) -> object:
-    """Return the value of a TOML expression; what is none is a string."""
+    """Return the value of a TOML expression, or the text itself if it is not one."""
     text = text.strip()
     try:
         value = tomllib.loads(f"value = {text}")["value"]

@@ -1,4 +1,4 @@
-"""The task sections of the configuration: where prompts come from and who judges the answers."""
+"""Configuration sections of tasks, environments and rewards."""
 
 import re
 from typing import Annotated, Literal, TypeVar
@@ -8,28 +8,28 @@ from pydantic import Field, model_validator
 from megatron_rl.config.section import InputPath, PathToFunction, Section
 
 Option = bool | int | float | str | list[bool | int | float | str]
-"""A value that is handed on as it is."""
+"""An option value that is passed through."""
 
 S = TypeVar("S", "JsonlTask", "ReasoningGymTask")
 
 
-def _system_prompt_has_a_template(task: S) -> S:
+def _check_system_prompt(task: S) -> S:
     if task.system_prompt and not task.chat_template:
         raise ValueError("system_prompt is set but chat_template is off; set task.chat_template = true")
     return task
 
 
 class ChainedArithmeticTask(Section):
-    """Sums to do from left to right, modulo 10; made on the fly, with a held-out split."""
+    """Sums evaluated from left to right, modulo 10; generated, with a held-out split."""
 
     name: Literal["chained_arithmetic"] = "chained_arithmetic"
     min_operations: Annotated[int, Field(ge=1, le=9)] = 3
-    """Fewest operations of an expression."""
+    """Minimum operations per expression."""
     max_operations: Annotated[int, Field(ge=1, le=9)] = 5
-    """Most operations of an expression."""
+    """Maximum operations per expression."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> "ChainedArithmeticTask":
+    def _check_order(self) -> "ChainedArithmeticTask":
         if self.min_operations > self.max_operations:
             raise ValueError(
                 f"min_operations {self.min_operations} is above max_operations {self.max_operations}; swap them"
@@ -38,118 +38,119 @@ class ChainedArithmeticTask(Section):
 
 
 class JsonlTask(Section):
-    """Prompts and answers from files: one JSON object a line, Parquet, or a folder of ``Dataset.save_to_disk``."""
+    """Prompts and answers from JSON lines, Parquet files, or a folder of ``Dataset.save_to_disk``."""
 
     name: Literal["jsonl", "parquet", "datasets"] = "jsonl"
     path: InputPath
-    """The training file; of Parquet also a folder or a pattern such as ``data/train-*.parquet``."""
+    """Training file; for Parquet also a folder or a pattern such as ``data/train-*.parquet``."""
     heldout_path: InputPath | None = None
-    """The file for evaluation; without a value ``heldout_fraction`` of the training file is kept for it."""
+    """Evaluation file; default: ``heldout_fraction`` of the training file."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the lines, chosen by a hash of the prompt, that is never trained on; unused with ``heldout_path``."""
+    """Fraction of prompts held out for evaluation, selected by hash."""
     prompt_field: str = "prompt"
-    """Name of the field with the question: a text, or with ``chat_template`` also a list of turns."""
+    """Field of the prompt: a text, or with ``chat_template`` also a list of turns."""
     answer_field: str = "answer"
-    """Name of the field with the answer; ``a.b`` is b within a."""
+    """Field of the answer; ``a.b`` is field b of a."""
     verifier: PathToFunction = "exact"
     """``exact``, ``number``, ``regex`` (the answer is the pattern), ``math`` (needs math-verify), ``code`` (the answer
-    holds tests), ``path/to/file.py:function``, or the URL of a server: docs/tasks.md."""
+    contains tests), ``path/to/file.py:function``, or the URL of a server; see docs/tasks.md."""
     chat_template: bool = False
-    """Send the prompt as a user's turn through the tokenizer's chat template."""
+    """Format the prompt as a user turn with the tokenizer's chat template."""
     system_prompt: str = ""
-    """System turn before the prompt; only with ``chat_template``."""
+    """System turn; needs ``chat_template``."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Longer prompts are left out, and counted."""
+    """Maximum prompt length, in tokens; longer prompts are skipped and counted."""
 
-    _checked = model_validator(mode="after")(_system_prompt_has_a_template)
+    _checked = model_validator(mode="after")(_check_system_prompt)
 
 
-class Share(Section):
-    """One task of a mixture."""
+class MixtureTask(Section):
+    """One reasoning-gym task of a mixture."""
 
     dataset: str = ""
-    """Name of the reasoning-gym task; without a value the key of the table."""
+    """Name of the reasoning-gym task; default: the key of the table."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the prompts, relative to the other weights."""
+    """Relative sampling weight."""
     level: Annotated[int, Field(ge=0)] | None = None
-    """Level of the task's curriculum, 0 the easiest; without a value the task's own defaults."""
+    """Curriculum level, from 0; default: the task's own settings."""
     options: dict[str, Option] = Field(default_factory=dict)
-    """Fields of the task's configuration, as in reasoning-gym; stronger than ``level``."""
+    """Fields of reasoning-gym's task configuration, overriding ``level``."""
 
 
 class ReasoningGymTask(Section):
-    """Tasks that reasoning-gym makes and scores, one or a mixture; needs the package reasoning-gym."""
+    """One reasoning-gym task or a mixture; needs the package reasoning-gym."""
 
     name: Literal["reasoning_gym"] = "reasoning_gym"
-    mixture: dict[str, Share]
-    """A table for each task: ``chain_sum = {}``, or a name of yours with ``dataset``; inside: ``weight``, ``level`` of
-    its curriculum, ``options``."""
+    mixture: dict[str, MixtureTask]
+    """One table per task, ``chain_sum = {}`` or any name with ``dataset``; keys: ``weight``, ``level``, ``options``."""
     extract: Literal["tag", "boxed", "number", "last_line", "whole"] = "tag"
-    """What of a response is scored: the last ``<answer>...</answer>``, the last ``\\boxed{...}``, the last number, the
-    last line that is not empty, or everything."""
+    """Scored part of a response: the last ``<answer>...</answer>``, the last ``\\boxed{...}``, the last number, the
+    last non-empty line, or the whole response."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.125
-    """Share of the questions, chosen by a hash of their text, that is never trained on."""
+    """Fraction of questions held out for evaluation, selected by hash."""
     chat_template: bool = False
-    """Send the question as a user's turn through the tokenizer's chat template."""
+    """Format the question as a user turn with the tokenizer's chat template."""
     system_prompt: str = ""
-    """System turn before the question; only with ``chat_template``."""
+    """System turn; needs ``chat_template``."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Longer questions are replaced by others, and counted."""
+    """Maximum prompt length, in tokens; longer questions are replaced and counted."""
 
-    _checked = model_validator(mode="after")(_system_prompt_has_a_template)
+    _checked = model_validator(mode="after")(_check_system_prompt)
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> "ReasoningGymTask":
+    def _check_mixture(self) -> "ReasoningGymTask":
         if not self.mixture:
-            raise ValueError("mixture is empty; write [task.mixture.chain_sum], or another task of reasoning-gym")
+            raise ValueError(
+                "mixture is empty; write [task.mixture.chain_sum], or the table of another reasoning-gym task"
+            )
         return self
 
 
 AnyTask = ChainedArithmeticTask | JsonlTask | ReasoningGymTask
 
 
-class Environment(Section):
-    """What answers the model between its turns: responses of several turns, with tools or without."""
+class EnvironmentConfig(Section):
+    """The environment of multi-turn responses."""
 
     name: PathToFunction = ""
-    """``calculator``, or ``path/to/file.py:Class``; none without a value. A turn ends where sampling does: at the
-    end-of-sequence token or one of ``rollout.sampling.stop_token_ids``."""
+    """``calculator`` or ``path/to/file.py:Class``; empty for single-turn responses. A turn ends at the end-of-sequence
+    token or at one of ``rollout.sampling.stop_token_ids``."""
     role: str = ""
-    """Role in the chat template of what the environment says, such as ``tool`` or ``user``; without a value it is put
-    in as it is."""
+    """Chat-template role of the environment's messages, such as ``tool``; empty: insert them without a template."""
     max_turns: Annotated[int, Field(ge=1)] = 8
-    """Turns of the model in a response; one that wants more is truncated."""
+    """Maximum model turns per response; longer responses are truncated."""
 
 
 class Reward(Section):
-    """What a response earns: the task's own score, and what is added to it."""
+    """Reward terms and their weights."""
 
     weights: dict[str, float] = Field(default_factory=dict)
-    """Weight of each reward by its name, ``task``, ``format``, ``overlong`` or one of ``verifiers``; 1 if not given."""
+    """Weights of the rewards ``task``, ``format``, ``overlong`` and those of ``verifiers``; default 1 each."""
     verifiers: dict[str, PathToFunction] = Field(default_factory=dict)
-    """More rewards: names of yours, each with a verifier as in ``task.verifier``."""
+    """More rewards by name, each with a verifier as in ``task.verifier``."""
     format: str = ""
-    """The reward ``format``: 1 if the whole response matches this regular expression, 0 if not. ``think`` stands for
+    """Regular expression of the reward ``format``: 1 if the whole response matches, else 0. ``think`` means
     ``<think>...</think><answer>...</answer>``."""
     overlong_tokens: Annotated[int, Field(ge=0)] = 0
-    """The reward ``overlong``, DAPO's: 0, over the last so many of ``max_new_tokens`` linearly down to -1; 0: none."""
+    """Length of DAPO's ``overlong`` penalty, which falls linearly from 0 to -1 over the last so many of
+    ``max_new_tokens``; 0: none."""
     workers: Annotated[int, Field(ge=1)] = 2
-    """Processes that verify, beside sampling and training."""
+    """Verifier processes."""
     seconds: Annotated[float, Field(gt=0)] = 10.0
-    """A response that takes longer to verify is unverified, and the process that hangs is ended."""
+    """Time limit per verification; the response is then unverified and the process is restarted."""
     http_batch: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Responses that a verifier behind HTTP is asked about at once, at most; above 1 with lists: docs/tasks.md."""
+    """Maximum responses per request to an HTTP verifier; above 1 the request has lists."""
     allow_code: bool = False
-    """Let the verifier ``code`` run what the model wrote. Its sandbox has limits: docs/tasks.md."""
+    """Allow the verifier ``code`` to run generated programs; docs/tasks.md describes its sandbox."""
 
     @model_validator(mode="after")
-    def _names(self) -> "Reward":
-        for taken in {"task", "format", "overlong"} & self.verifiers.keys():
-            raise ValueError(f"verifiers.{taken}: the name is taken; choose another one")
+    def _check_names(self) -> "Reward":
+        for reserved in {"task", "format", "overlong"} & self.verifiers.keys():
+            raise ValueError(f"verifiers.{reserved}: the name is reserved; choose another one")
         known = self.names
         for name in self.weights:
             if name not in known:
-                raise ValueError(f"weights.{name}: there is no such reward; there are {', '.join(known)}")
+                raise ValueError(f"weights.{name}: no such reward; one of {', '.join(known)}")
         try:
             re.compile(self.format)
         except re.error as error:
@@ -158,11 +159,11 @@ class Reward(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All rewards that are given."""
-        more = [name for name, on in (("format", self.format), ("overlong", self.overlong_tokens)) if on]
-        return ("task", *self.verifiers, *more)
+        """Names of all configured rewards."""
+        others = [name for name, on in (("format", self.format), ("overlong", self.overlong_tokens)) if on]
+        return ("task", *self.verifiers, *others)
 
     @property
     def weights_in_order(self) -> tuple[float, ...]:
-        """The weights of ``names``."""
+        """Weights in the order of ``names``."""
         return tuple(self.weights.get(name, 1.0) for name in self.names)

@@ -1,4 +1,4 @@
-"""Questions about a tree of sections: what is at a key, which kinds can a table be."""
+"""Lookups in a tree of configuration sections, some of which are unions selected by a discriminator."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from megatron_rl.config.sources import Key
 
 
 def members(field: FieldInfo | None) -> dict[str, type[BaseModel]]:
-    """Return the sections that a field can hold, by the value of its discriminator; ``""`` if there is only one."""
+    """Return the sections that a field can hold, by discriminator value; by ``""`` if there is only one."""
     if field is None:
         return {}
     is_union = get_origin(field.annotation) in (Union, types.UnionType)
@@ -29,12 +29,12 @@ def _tags(section: type[BaseModel], discriminator: str) -> tuple[str, ...]:
 
 
 def section_of(field: FieldInfo | None) -> type[BaseModel] | None:
-    """Return the section that a field holds if there is only one kind."""
+    """Return the section of a field that is not a union, else None."""
     return members(field).get("")
 
 
 def section_at(field: FieldInfo | None, table: object) -> type[BaseModel] | None:
-    """Return the section that a field holds, chosen by the table's discriminator."""
+    """Return the section of a field, selected by the discriminator in the table."""
     kinds = members(field)
     if field is None or not isinstance(field.discriminator, str):
         return kinds.get("")
@@ -43,36 +43,36 @@ def section_at(field: FieldInfo | None, table: object) -> type[BaseModel] | None
 
 
 def field_at(model: type[BaseModel], table: Mapping[str, object], key: Key) -> FieldInfo | None:
-    """Return the field at a key, None if there is none."""
+    """Return the field at a key, or None."""
     section: type[BaseModel] | None = model
     field: FieldInfo | None = None
-    here: object = table
+    value: object = table
     for part in key:
         field = section.model_fields.get(part) if section else None
-        here = here.get(part) if isinstance(here, Mapping) else None
-        section = section_at(field, here)
+        value = value.get(part) if isinstance(value, Mapping) else None
+        section = section_at(field, value)
     return field
 
 
-def marks_of(field: FieldInfo) -> list[object]:
-    """Return what a field is annotated with, also where only one side of ``InputPath | None`` is."""
+def annotations_of(field: FieldInfo) -> list[object]:
+    """Return the annotations of a field, including those inside a union such as ``InputPath | None``."""
     parts = [getattr(part, "__metadata__", ()) for part in get_args(field.annotation)]
     return [*field.metadata, *(mark for part in parts for mark in part)]
 
 
-def all_fields(model: type[BaseModel], prefix: Key = (), kind: str = "") -> Iterator[tuple[Key, FieldInfo, str]]:
-    """Yield key, field and kind of every setting; kind is such as ``objective.name = "espo"``, or empty."""
+def all_fields(model: type[BaseModel], prefix: Key = (), condition: str = "") -> Iterator[tuple[Key, FieldInfo, str]]:
+    """Yield (key, field, condition) of every setting; a condition is ``objective.name = "espo"`` or empty."""
     for name, field in model.model_fields.items():
         kinds = members(field)
         for tag, section in kinds.items():
-            label = f'{".".join((*prefix, name))}.{field.discriminator} = "{tag}"' if tag else kind
+            label = f'{".".join((*prefix, name))}.{field.discriminator} = "{tag}"' if tag else condition
             yield from all_fields(section, (*prefix, name), label)
         if not kinds:
-            yield (*prefix, name), field, kind
+            yield (*prefix, name), field, condition
 
 
 def lookup(table: object, key: Key) -> object:
-    """Return what nested tables hold at a key, None if nothing."""
+    """Return the value of nested tables at a key, or None."""
     for part in key:
         table = table.get(part) if isinstance(table, Mapping) else None
     return table

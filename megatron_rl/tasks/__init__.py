@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, Environment, JsonlTask, Reward
+from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, EnvironmentConfig, JsonlTask, Reward
 from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.base import Task, Tokenizer, Verdict
 from megatron_rl.tasks.chained_arithmetic import ChainedArithmetic
@@ -23,7 +23,7 @@ def make_task(options: AnyTask, tokenizer: Tokenizer) -> Task:
     return ReasoningGym(options, tokenizer)
 
 
-def check_task(options: AnyTask, reward: Reward, environment: Environment) -> Iterator[str]:
+def check_task(options: AnyTask, reward: Reward, environment: EnvironmentConfig) -> Iterator[str]:
     """Yield the problems of a task, its rewards and its environment (files, packages, names). Needs no tokenizer."""
     if environment.name:
         try:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Protocol, cast
 
-from megatron_rl.config.tasks import ReasoningGymTask, Share
+from megatron_rl.config.tasks import MixtureTask, ReasoningGymTask
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.errors import ConfigError, DataError
@@ -110,7 +110,7 @@ class MixtureDatasets:
             ) from error
 
 
-def _level_options(name: str, label: str, component: Share) -> Mapping[str, object]:
+def _level_options(name: str, label: str, component: MixtureTask) -> Mapping[str, object]:
     """Return the dataset options of a curriculum level."""
     if component.level is None:
         return {}

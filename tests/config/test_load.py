@@ -229,7 +229,7 @@ def test_overrides_that_are_none_or_twice_or_broken(write):
 
 def test_the_same_file_twice_is_an_error(write):
     file = write("a.toml", '[wall]\nplace = "x"\n')
-    assert problems(file, file) == [f"config file named twice: {file}; name it once"]
+    assert problems(file, file) == [f"config file given twice: {file}; give it once"]
 
 
 def test_lines_are_found_in_every_way_of_writing_a_key():

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_rl.config.tasks import Environment, JsonlTask, Reward
+from megatron_rl.config.tasks import EnvironmentConfig, JsonlTask, Reward
 from megatron_rl.data.prompts import PromptStream, first_prompts
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks import check_task
@@ -109,7 +109,7 @@ def test_conversations_go_through_the_chat_template(folder):
     ],
 )
 def test_unreadable_files_are_reported_before_any_work(folder, name, path, words):
-    (problem,) = check_task(JsonlTask(name=name, path=str(folder / path)), Reward(), Environment())
+    (problem,) = check_task(JsonlTask(name=name, path=str(folder / path)), Reward(), EnvironmentConfig())
     assert words in problem
 
 

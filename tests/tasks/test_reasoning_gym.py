@@ -11,7 +11,7 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.config.tasks import ReasoningGymTask, Share
+from megatron_rl.config.tasks import MixtureTask, ReasoningGymTask
 from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Response
 from megatron_rl.errors import ConfigError, DataError
@@ -19,7 +19,7 @@ from megatron_rl.tasks import make_task
 from megatron_rl.tasks.reasoning_gym import HASH_SEED_DEPENDENT, ReasoningGym, check_gym
 from tests.tasks.test_jsonl import Bytes
 
-SUMS = {"chain_sum": Share(options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})}
+SUMS = {"chain_sum": MixtureTask(options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})}
 
 
 def gym(mixture=None, **options) -> ReasoningGym:
@@ -53,9 +53,9 @@ def test_no_question_is_in_both_splits_even_of_a_task_with_few():
 
 def test_a_mixture_follows_its_weights_and_says_task_and_difficulty():
     mixture = {
-        "chain_sum": Share(weight=3),
-        "hard": Share(dataset="chain_sum", options={"min_terms": 5, "max_terms": 6}),
-        "spell_backward": Share(weight=2, level=1),
+        "chain_sum": MixtureTask(weight=3),
+        "hard": MixtureTask(dataset="chain_sum", options={"min_terms": 5, "max_terms": 6}),
+        "spell_backward": MixtureTask(weight=2, level=1),
     }
     prompts = first_prompts(gym(mixture).prompts("train", 0), 600)
     found = Counter((prompt.metadata["task"], prompt.metadata["difficulty"]) for prompt in prompts)
@@ -65,7 +65,7 @@ def test_a_mixture_follows_its_weights_and_says_task_and_difficulty():
 
 
 def test_levels_make_harder_questions():
-    easy, hard = (gym({"spell_backward": Share(level=level)}).prompts("train", 0) for level in (0, 3))
+    easy, hard = (gym({"spell_backward": MixtureTask(level=level)}).prompts("train", 0) for level in (0, 3))
     assert max(len(p.answer) for p in first_prompts(easy, 50)) < max(len(p.answer) for p in first_prompts(hard, 50))
 
 
@@ -96,7 +96,7 @@ def test_a_verifier_without_the_prompts_gives_the_same_score():
 
 
 def test_partial_credit_of_the_package_is_the_reward_but_not_correct():
-    task = gym({"letter_counting": Share(), "spell_backward": Share()}, extract="whole")
+    task = gym({"letter_counting": MixtureTask(), "spell_backward": MixtureTask()}, extract="whole")
     prompt = next(p for p in first_prompts(task.prompts("train", 0), 20) if p.metadata["task"] == "spell_backward")
     verdict = task.verify(prompt, answered(prompt.answer[:-1] + "?"))
     assert verdict.score not in (None, 0.0, 1.0)
@@ -104,9 +104,9 @@ def test_partial_credit_of_the_package_is_the_reward_but_not_correct():
 
 
 def test_questions_that_are_too_long_are_replaced_and_counted(caplog):
-    plain = [len(p.input_ids) for p in first_prompts(gym({"spell_backward": Share()}).prompts("train", 0), 40)]
+    plain = [len(p.input_ids) for p in first_prompts(gym({"spell_backward": MixtureTask()}).prompts("train", 0), 40)]
     limit = sorted(plain)[20]
-    task = gym({"spell_backward": Share()}, max_prompt_tokens=limit)
+    task = gym({"spell_backward": MixtureTask()}, max_prompt_tokens=limit)
     assert max(len(p.input_ids) for p in first_prompts(task.prompts("train", 0), 40)) <= limit
     assert task.too_long > 5
     assert f"more than {limit} tokens" in caplog.text
@@ -117,12 +117,12 @@ def test_questions_that_are_too_long_are_replaced_and_counted(caplog):
 @pytest.mark.parametrize(
     ("mixture", "words"),
     [
-        ({"chain_summ": Share()}, "did you mean chain_sum?"),
-        ({"composite": Share()}, "no such task"),
-        ({"x": Share(dataset="chain_sum", options={"min_term": 1})}, "unknown option 'min_term'"),
-        ({"x": Share(dataset="chain_sum", options={"seed": 1})}, "unknown option 'seed'"),
-        ({"chain_sum": Share(options={"min_terms": 9, "max_terms": 2})}, "rejects"),
-        ({"chain_sum": Share(level=99)}, "levels 0 to"),
+        ({"chain_summ": MixtureTask()}, "did you mean chain_sum?"),
+        ({"composite": MixtureTask()}, "no such task"),
+        ({"x": MixtureTask(dataset="chain_sum", options={"min_term": 1})}, "unknown option 'min_term'"),
+        ({"x": MixtureTask(dataset="chain_sum", options={"seed": 1})}, "unknown option 'seed'"),
+        ({"chain_sum": MixtureTask(options={"min_terms": 9, "max_terms": 2})}, "rejects"),
+        ({"chain_sum": MixtureTask(level=99)}, "levels 0 to"),
     ],
 )
 def test_an_invalid_mixture_is_one_error_before_any_work(mixture, words):
@@ -141,9 +141,9 @@ def test_a_missing_package_is_a_clear_error(monkeypatch):
 def test_tasks_that_depend_on_the_hash_seed_need_one(monkeypatch):
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     with pytest.raises(ConfigError, match=r"ransom_note .*set PYTHONHASHSEED=0"):
-        gym({"ransom_note": Share(), **SUMS})
+        gym({"ransom_note": MixtureTask(), **SUMS})
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    assert gym({"ransom_note": Share()}).prompts("train", 0)[0].answer in ("True", "False")
+    assert gym({"ransom_note": MixtureTask()}).prompts("train", 0)[0].answer in ("True", "False")
 
 
 HASH_QUESTIONS = """

@@ -17,7 +17,7 @@ import torch
 from megatron_rl.algorithms.advantages import overlong_penalty
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.config.tasks import Environment, JsonlTask, Reward
+from megatron_rl.config.tasks import EnvironmentConfig, JsonlTask, Reward
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
 from megatron_rl.rollout.collect import collect
@@ -312,9 +312,9 @@ def test_import_errors_and_missing_packages_are_reported(tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": "q", "answer": "7"}\n')
     task = JsonlTask(path=str(file), verifier=f"{tmp_path}/judge.py:judge")
-    assert "cannot be imported: ModuleNotFoundError" in next(check_task(task, Reward(), Environment()))
+    assert "cannot be imported: ModuleNotFoundError" in next(check_task(task, Reward(), EnvironmentConfig()))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    problem = next(check_task(JsonlTask(path=str(file), verifier="math"), Reward(), Environment()))
+    problem = next(check_task(JsonlTask(path=str(file), verifier="math"), Reward(), EnvironmentConfig()))
     assert "pip install 'megatron-rl[tasks]'" in problem
 
 
@@ -328,9 +328,9 @@ def test_paths_of_verifiers_are_relative_to_the_configuration_file(tmp_path):
     [
         ("advantage.kind=gdpo", "for several rewards"),
         ("reward.overlong_tokens=9", "at most 8 tokens"),
-        ("reward.weights={ fromat = 1 }", "there is no such reward; there are task"),
+        ("reward.weights={ fromat = 1 }", "no such reward; one of task"),
         ("reward.format=(", "not a regular expression"),
-        ('reward.verifiers={ task = "exact" }', "the name is taken"),
+        ('reward.verifiers={ task = "exact" }', "the name is reserved"),
     ],
 )
 def test_invalid_rewards_are_errors(tmp_path, words, found):
