@@ -326,7 +326,7 @@ def test_paths_of_verifiers_are_relative_to_the_configuration_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("advantage.kind=gdpo", "for several rewards"),
+        ("advantage.kind=gdpo", "needs several rewards"),
         ("reward.overlong_tokens=9", "at most 8 tokens"),
         ("reward.weights={ fromat = 1 }", "no such reward; one of task"),
         ("reward.format=(", "not a regular expression"),
