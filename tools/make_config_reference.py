@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron_rl.config.schema import Run
 from megatron_rl.config.tree import members
-from megatron_rl.observability.recorder import DOCUMENTED
+from megatron_rl.observability.metric_keys import METRIC_KEYS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MADE = "<!-- Made by tools/make_config_reference.py: change the code, then run it. -->"
@@ -138,7 +138,7 @@ def _default(field: FieldInfo) -> str:
 
 def folder_page() -> str:
     """Return docs/run-folder.md."""
-    rows = [f"| `{key}` | {_cell(meaning)} |" for key, meaning in DOCUMENTED.items()]
+    rows = [f"| `{key}` | {_cell(meaning)} |" for key, meaning in METRIC_KEYS.items()]
     return "\n".join([MADE, FOLDER_HEAD.rstrip("\n"), *rows]) + "\n\nNumbers that are not finite are written as null.\n"
 
 

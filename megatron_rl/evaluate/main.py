@@ -17,7 +17,7 @@ from megatron_rl.evaluate.servers import VERSION, serving
 from megatron_rl.evaluate.tables import make_console, notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
 from megatron_rl.launch.planning.run_plan import check_sampling
-from megatron_rl.rollout.evaluation_requests import heldout_prompts, question
+from megatron_rl.rollout.evaluation import evaluation_request, heldout_prompts
 from megatron_rl.rollout.fleet_setup import FleetTokenizer
 from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.rollout.stream import verify_groups
@@ -92,7 +92,7 @@ def _sample(
         bar = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
         versions = range(VERSION, VERSION + 1)
         requests = fleet.submit(
-            *question(run, prompts, target.step), versions, indices=missing, routes=requested_routes(run)
+            *evaluation_request(run, prompts, target.step), versions, indices=missing, routes=requested_routes(run)
         )
         first_index = {verify_groups(pending, verifier): first for first, pending in requests}
         try:

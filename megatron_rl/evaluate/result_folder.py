@@ -16,7 +16,7 @@ from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.observability.recorder import sample_record
+from megatron_rl.rollout.records import sample_record
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.util.atomic import replace_text
 

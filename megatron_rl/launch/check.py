@@ -18,7 +18,7 @@ from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.model_sizes import ModelSizes
 from megatron_rl.launch.planning.run_plan import BatchSizes, make_plan, max_prompt_tokens
 from megatron_rl.launch.planning.tables import memory_table, step_table, suggestions_table
-from megatron_rl.observability.versions import OPTIONAL, found_versions
+from megatron_rl.launch.versions import OPTIONAL, found_versions
 
 SOFTWARE_USE = {
     "transformer-engine": "layers on GPUs; without it, megatron-core's local layers",

@@ -1,7 +1,7 @@
 """``megatron-rl train``: starts the trainer ranks on this machine, or is one rank if torchrun or srun started it."""
 
+import logging
 import os
-import sys
 from collections.abc import Sequence
 
 from megatron_rl.config.load import Loaded
@@ -12,36 +12,50 @@ from megatron_rl.launch.failures import reporting_failure
 from megatron_rl.launch.planning.run_plan import RunPlan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
+from megatron_rl.launch.versions import found_versions
 from megatron_rl.observability.run_folder import prepare_folder
 from megatron_rl.train.resume import check_resumable
+from megatron_rl.util.logs import StderrHandler, logging_to
+
+log = logging.getLogger(__name__)
 
 
 def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
     """Train; return the exit code: 0 at the end, 130 after a stop request (resumable), 75 after a hang."""
     launched = rank_from_environment()
-    if launched is not None:
+    level = logging.INFO if launched is None or launched[0] == 0 else logging.WARNING
+    with logging_to(StderrHandler("megatron-rl train"), level):
+        if launched is None:
+            return _run_ranks(loaded, words)
         rank, size, _ = launched
-        if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
-            plan = make_plan(loaded, size)
-            check_resumable(loaded.run)
-            if rank == 0:
-                _print_warnings(plan)
-                prepare_folder(loaded.run)
-        quiet_upstream()
-        record_collectives()
-        with reporting_failure():
-            from megatron_rl.train.rank import run_rank
+        return _run_rank(loaded, rank, size)
 
-            return run_rank(loaded)
+
+def _run_ranks(loaded: Loaded[Run], words: Sequence[str]) -> int:
     plan = make_plan(loaded)
-    _print_warnings(plan)
+    _log_warnings(plan)
     check_resumable(loaded.run)
-    for change in prepare_folder(loaded.run):
-        sys.stderr.write(f"megatron-rl train: resumed with a changed setting: {change}\n")
+    for change in prepare_folder(loaded.run, found_versions()):
+        log.info("resumed with a changed setting: %s", change)
     command = ["megatron_rl", "train", *words]
     return LocalRanks(command, plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
 
 
-def _print_warnings(plan: RunPlan) -> None:
+def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
+    if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
+        plan = make_plan(loaded, size)
+        check_resumable(loaded.run)
+        if rank == 0:
+            _log_warnings(plan)
+            prepare_folder(loaded.run, found_versions())
+    quiet_upstream()
+    record_collectives()
+    with reporting_failure():
+        from megatron_rl.train.rank import run_rank
+
+        return run_rank(loaded)
+
+
+def _log_warnings(plan: RunPlan) -> None:
     for warning in plan.warnings:
-        sys.stderr.write(f"megatron-rl train: warning: {warning}\n")
+        log.warning(warning)

@@ -1,24 +1,29 @@
-"""A run on the console: a live table on a terminal, one line a step elsewhere."""
+"""A run on the console: one table row per step, live on a terminal, and log messages, also in ``console.log``."""
 
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.util.logs import message_of
+
 ROWS_ON_SCREEN = 20
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its head, its width, and the metric and format of its cells."""
+    """A column of the table: its header, its width, and the metric and format of its cells."""
 
-    head: str
+    header: str
     width: int
     metric: str = ""
-    form: str = ""
+    format: str = ""
 
 
 COLUMNS = (
@@ -33,12 +38,12 @@ COLUMNS = (
     Column("left", 8),
 )
 PHASES_COLUMN = 7
-BESIDE = ("total", "fleet")
-"""Times that are not of a phase of the trainer."""
+NOT_PHASES = ("total", "fleet")
+"""Keys of ``seconds`` that are not phases of the trainer."""
 
 
-class Board:
-    """The rows that a run has shown so far, on a terminal as a table that grows."""
+class ConsoleTable:
+    """The table of a run: live on a terminal, plain lines elsewhere."""
 
     def __init__(self, total_steps: int, *, terminal: bool | None = None) -> None:
         self.console = Console(highlight=False, force_terminal=terminal)
@@ -46,25 +51,25 @@ class Board:
         self.rows: list[tuple[str, ...]] = []
         self._totals: list[float] = []
         self._status = "starting"
-        self._headed = False
+        self._has_header = False
         self._live: Live | None = None
         if self.console.is_terminal:
             self._live = Live(self._render(), console=self.console, refresh_per_second=4)
             self._live.start()
 
-    def doing(self, phase: str) -> None:
-        """Show which phase is going on."""
+    def show_phase(self, phase: str) -> None:
+        """Show the current phase below the live table."""
         self._status = phase
         if self._live:
             self._live.update(self._render())
 
-    def row(self, step: int, metrics: Mapping[str, float | int | None], seconds: Mapping[str, float]) -> list[str]:
-        """Show the row of a step; return what belongs into the log."""
+    def add_row(self, step: int, metrics: Mapping[str, float | int | None], seconds: Mapping[str, float]) -> list[str]:
+        """Show the row of a step; return its lines for the log, the header before the first row."""
         self._totals.append(seconds.get("total", 0.0))
-        cells = cells_of(step, self.total_steps, metrics, seconds, self._left(step))
+        cells = make_cells(step, self.total_steps, metrics, seconds, self._seconds_left(step))
         self.rows.append(cells)
-        lines = [] if self._headed else [_line([column.head for column in COLUMNS])]
-        self._headed = True
+        lines = [] if self._has_header else [_line([column.header for column in COLUMNS])]
+        self._has_header = True
         lines.append(_line(cells))
         if self._live:
             self._live.update(self._render())
@@ -73,61 +78,80 @@ class Board:
                 self.console.out(line)
         return lines
 
-    def say(self, message: str) -> None:
-        """Show a line of text, above the live table."""
-        self.console.out(message)
-
     def close(self) -> None:
-        """Leave the last table on the screen."""
+        """End the live table; its last state remains on the screen."""
         if self._live:
             self._status = ""
             self._live.update(self._render(), refresh=True)
             self._live.stop()
             self._live = None
 
-    def _left(self, step: int) -> float:
-        """Return the seconds that the steps after this one will take, if they take as long as the latest ones."""
+    def _seconds_left(self, step: int) -> float:
+        """Return the estimated time of the remaining steps, at the mean time of the latest ones."""
         latest = self._totals[-ROWS_ON_SCREEN:]
         return sum(latest) / len(latest) * max(self.total_steps - step - 1, 0)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
         for number, column in enumerate(COLUMNS):
-            table.add_column(column.head, justify="left" if number == PHASES_COLUMN else "right")
+            table.add_column(column.header, justify="left" if number == PHASES_COLUMN else "right")
         for cells in self.rows[-ROWS_ON_SCREEN:]:
             table.add_row(*cells)
         return Group(table, Text(f"  {self._status} ..." if self._status else "", style="dim"))
 
 
-def cells_of(
+class ConsoleHandler(logging.Handler):
+    """Shows log messages on the console, above a live table, and appends them to ``console.log``."""
+
+    def __init__(self, console: Console, file: TextIO) -> None:
+        super().__init__()
+        self._console, self._file = console, file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show and append a message."""
+        message = message_of(record)
+        self._console.out(message)
+        self.append(message)
+
+    def append(self, line: str) -> None:
+        """Append a line with the time of day to the file, without showing it."""
+        self.acquire()
+        try:
+            self._file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            self._file.flush()
+        finally:
+            self.release()
+
+
+def make_cells(
     step: int,
     total_steps: int,
     metrics: Mapping[str, float | int | None],
     seconds: Mapping[str, float],
-    left: float,
+    seconds_left: float,
 ) -> tuple[str, ...]:
-    """Return a row: a dash where there is nothing to tell."""
+    """Return the cells of a row; a dash marks a missing value."""
     cells = []
     for column in COLUMNS:
         value = metrics.get(column.metric)
-        cells.append("-" if value is None else column.form.format(value))
+        cells.append("-" if value is None else column.format.format(value))
     total, tokens = seconds.get("total", 0.0), metrics.get("tokens")
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name not in BESIDE)
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name not in NOT_PHASES)
     cells[0] = f"{step}/{total_steps}"
     cells[-3] = f"{tokens / total:,.0f}" if tokens and total else "-"
     cells[-2] = f"{phases} = {total:.1f}" if phases else f"{total:.1f}"
-    cells[-1] = duration(left)
+    cells[-1] = duration(seconds_left)
     return tuple(cells)
 
 
 def duration(seconds: float) -> str:
-    """Return a time such as 4:05 or 1:02:03."""
+    """Return a duration as 4:05 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _line(cells: list[str] | tuple[str, ...]) -> str:
+def _line(cells: Sequence[str]) -> str:
     padded = []
     for number, (cell, column) in enumerate(zip(cells, COLUMNS, strict=True)):
         padded.append(cell.ljust(column.width) if number == PHASES_COLUMN else cell.rjust(column.width))

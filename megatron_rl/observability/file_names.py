@@ -1,4 +1,4 @@
-"""What the files of a run folder are called; for those who only read one, without torch."""
+"""Names of the files in a run folder. Importing this module does not import torch."""
 
 CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINITE = (
     "config.json",

@@ -1,4 +1,4 @@
-"""Traces of torch's profiler for chosen steps, to be opened in https://ui.perfetto.dev or chrome://tracing."""
+"""Traces of torch's profiler for selected steps; open them in https://ui.perfetto.dev or chrome://tracing."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,18 +7,18 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 PHASES = ("score", "train", "weights")
-"""Phases with work for the device."""
+"""Phases that use the device."""
 
 
 class Traces:
-    """Traces the phases of some steps of this rank into ``folder/step_N_PHASE_rank_R.json.gz``."""
+    """Traces the phases of selected steps on this rank to ``folder/step_N_PHASE_rank_R.json.gz``."""
 
     def __init__(self, folder: Path, steps: Sequence[int], rank: int) -> None:
         self._folder, self._steps, self._rank = folder, frozenset(steps), rank
 
     @contextmanager
     def __call__(self, step: int, phase: str) -> Iterator[None]:
-        """Trace the block if it is one of those asked for."""
+        """Trace a ``with`` block if its step and phase are selected."""
         if step not in self._steps or phase not in PHASES:
             yield
             return

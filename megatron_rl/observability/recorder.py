@@ -1,79 +1,45 @@
-"""What a run tells: ``metrics.jsonl`` and ``rollouts.jsonl`` to programs, ``console.log`` and a table to people."""
+"""The records of a run: metrics, samples, tokens and the group ledger as JSON lines, and messages on the console."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from io import TextIOWrapper
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_rl.data.types import Group, Prompt, Response
-from megatron_rl.observability.console import Board
+from megatron_rl.data.step import StepReport, StepSamples
+from megatron_rl.data.types import Batch, Metrics
+from megatron_rl.observability.console import ConsoleHandler, ConsoleTable
 from megatron_rl.observability.file_names import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, TOKENS
+from megatron_rl.observability.metric_keys import METRIC_KEYS
+from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.observability.run_folder import keep_steps_before
-from megatron_rl.observability.sinks import Read, Sink, flat
-from megatron_rl.tasks.base import Verdict
+from megatron_rl.observability.sinks import ReadGauges, Sink, flat
+from megatron_rl.observability.step_metrics import StepMetrics
+from megatron_rl.observability.token_record import TokenRecord
+from megatron_rl.util.logs import logging_to
 
-DOCUMENTED: Mapping[str, str] = {
-    "step": "rollout batch, from 0; the line of the last evaluation alone has the number of steps",
-    "weight_version": "version of the weights that the step trains: one more for each step",
-    "reward_mean": "mean reward of the verified responses",
-    "reward_std": "standard deviation of their rewards over the batch",
-    "unverified_fraction": "responses for which the verifier gave no reward",
-    "unverified_declined": "responses whose verifier returned None; this and the next three over all groups sampled",
-    "unverified_raised": "responses whose verifier raised an exception or died",
-    "unverified_timed_out": "responses whose verifier took longer than reward.seconds",
-    "unverified_invalid": "responses whose verifier returned NaN, infinity or no number",
-    "unverified_environment": "responses whose environment failed",
-    "reward/NAME": "mean of each reward without its weight, where there are several",
-    "response_tokens_mean": "sampled tokens of a response, stop token included",
-    "truncated_fraction": "responses that reached rollout.sampling.max_new_tokens",
-    "zero_variance_fraction": "prompts whose responses all have the same reward, and so teach nothing",
-    "loss": "what was minimised, mean over the step's updates",
-    "entropy_mean": "nats a trained token, of the policy at the start of the step",
-    "ratio_mean": "mean importance ratio over trained tokens",
-    "ratio_max": "largest importance ratio",
-    "first_ratio_max": "the same in the first update alone, where every ratio must be 1",
-    "clipped_fraction": "trained tokens without a gradient because of the clip",
-    "gradient_fraction": "trained tokens with a gradient: not clipped, and neither advantage nor weight is 0",
-    "gradient_kept": "sum of |d loss / d log-prob| over trained tokens, as a share of the plain policy gradient's",
-    "segments_mean": "segments (tokens that share a ratio) of a response",
-    "policy_kl_mean": "k3 estimate of KL(old || current), nats a token",
-    "reference_kl_mean": "k3 estimate of KL(current || reference), where one is used",
-    "correction_mean": "mean weight against the rollout mismatch, where one is used",
-    "mismatch_kl": "k3 estimate of KL(rollout || trainer) on the sampled tokens, nats a token",
-    "mismatch_p50": "median of the absolute difference of the two log-probs",
-    "mismatch_p90": "90th percentile of it",
-    "mismatch_p99": "99th percentile of the absolute difference of the two log-probs",
-    "mismatch_max": "largest absolute difference of the two log-probs",
-    "routing_differs_tokens": "tokens that engine and trainer sent to other experts in any layer, where both are known",
-    "routing_differs_layers": "the same over pairs of a token and a layer with experts",
-    "routing_missing_tokens": "tokens whose experts the engine should have returned and did not: the live router chose",
-    "grad_norm": "global gradient norm before clipping, mean over the step's updates",
-    "lr": "learning rate of the last update",
-    "tokens": "prompt and response tokens of the batch",
-    "lag_mean": "weight versions that a trained token is older than the weights of its step, mean over tokens",
-    "lag_max": "the largest of them",
-    "mixed_versions_fraction": "responses whose tokens come from more than one version of the weights",
-    "groups_no_signal": "groups whose rewards are all equal, of all that were sampled for the step",
-    "groups_surplus": "groups left over when the batch was full; train.oversample, train.max_resample_rounds",
-    "groups_too_old": "groups sampled again because a token was older than rollout.max_lag allows",
-    "refills": "resampling rounds: how many times more prompts were requested to replace groups without a signal",
-    "seconds": "wall time of each phase, of the step as ``total``, and ``fleet``: how long a server had work meanwhile",
-    "accuracy": "share of the responses to held-out prompts that are right, mean over prompts; only where evaluated",
-    "evaluated_prompts": "held-out prompts behind ``accuracy``",
-}
-"""Every key of ``metrics.jsonl``. A number that is not finite is written as null."""
+log = logging.getLogger(__name__)
 
 Metric = float | int | None
 
 
 class RunRecorder:
-    """Writes a run's records. Made without a folder, as on all ranks but one, it only times.
+    """Records a run. Without a folder, as on all ranks but the main one, it only measures the time of phases.
 
-    Lines of ``step`` and later that an earlier run left are dropped, so that a resumed run repeats none.
+    While it is open it shows the log messages of the package on the console and writes them to ``console.log``.
+
+    Args:
+        folder: the run folder; lines of ``step`` and later steps, left by an earlier run, are removed from its files.
+        total_steps: number of steps of the run.
+        step: the first step.
+        mismatch: writes ``mismatch.json``.
+        tokens: makes the lines of ``tokens.jsonl``.
+        sinks: trackers that receive the metrics.
+        traces: profiles a phase of a step.
+        terminal: whether the console is a terminal; None: detect it.
     """
 
     def __init__(
@@ -82,19 +48,29 @@ class RunRecorder:
         total_steps: int,
         step: int = 0,
         *,
+        mismatch: MismatchReport | None = None,
+        tokens: TokenRecord | None = None,
         sinks: Sequence[Sink] = (),
         traces: Callable[[int, str], AbstractContextManager[object]] = lambda step, phase: nullcontext(),
         terminal: bool | None = None,
     ) -> None:
         self.folder, self._sinks, self._traces, self._step = folder, sinks, traces, step
-        self.board = Board(total_steps, terminal=terminal) if folder else None
+        self._mismatch, self._tokens = mismatch, tokens
+        self._metrics, self._samples = StepMetrics(), StepSamples()
         self._seconds: dict[str, float] = {}
-        self._began: float | None = None  # the first phase begins the first step
+        self._clocks: dict[str, tuple[Callable[[], float], float]] = {}
+        self._began: float | None = None  # the first step begins with the first phase
         self._files: dict[str, TextIO] = {}
+        self._table: ConsoleTable | None = None
+        self._console: ConsoleHandler | None = None
+        self._logging = ExitStack()
         if folder:
             for name in (METRICS, ROLLOUTS, TOKENS, LEDGER):
                 keep_steps_before(folder / name, step)
-            self._files = {name: _appending(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
+            self._files = {name: _open(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
+            self._table = ConsoleTable(total_steps, terminal=terminal)
+            self._console = ConsoleHandler(self._table.console, self._files[CONSOLE])
+            self._logging.enter_context(logging_to(self._console))
 
     def __enter__(self) -> "RunRecorder":
         return self
@@ -107,112 +83,119 @@ class RunRecorder:
         """Add the time of a ``with`` block to the phase of this name."""
         began = time.perf_counter()
         self._began = began if self._began is None else self._began
-        if self.board:
-            self.board.doing(name)
+        if self._table:
+            self._table.show_phase(name)
         try:
             with self._traces(self._step, name):
                 yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def note(self, name: str, seconds: float) -> None:
-        """Add a time that is measured elsewhere, and overlaps with the phases."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+    def add_clock(self, name: str, read: Callable[[], float]) -> None:
+        """Record under this name how much a clock advances per step: seconds that overlap with the phases."""
+        self._clocks[name] = (read, 0.0)
+
+    def register_gauges(self, read: ReadGauges) -> None:
+        """Let the sinks read gauges between two steps."""
+        for sink in self._sinks:
+            sink.register(read)
+
+    def evaluation(self, result: tuple[float, int] | None) -> None:
+        """Record an accuracy and its number of prompts."""
+        self._metrics.evaluation(result)
+
+    def rollout(self, step: int, batch: Batch, samples: StepSamples) -> None:
+        """Record the batch of a step and its samples."""
+        if self.folder is None:
+            return
+        self._samples = samples
+        self._write_lines(ROLLOUTS, samples.lines)
+        self._write_lines(LEDGER, samples.ledger)
+        self._metrics.rollout(step, batch, samples.counts)
+
+    def logprobs(self, step: int, minibatches: Sequence[Batch]) -> None:
+        """Record the log-probs and entropies of the old policy, and how far the rollout engine's differ."""
+        if self.folder is None:
+            return
+        batch = Batch.join(minibatches)
+        self._metrics.logprobs(batch)
+        verdict = self._mismatch.compare(step, self._samples.groups, batch) if self._mismatch else None
+        if verdict is not None:
+            log.info(verdict)
+
+    def update(self, minibatch: Batch, metrics: Metrics, report: StepReport) -> None:
+        """Record an optimizer step: its mini-batch, the metrics of its loss, and its report."""
+        if self.folder is None:
+            return
+        self._metrics.update(metrics, report)
+        if self._tokens and metrics.tokens:
+            self._tokens.add(minibatch.add(metrics.tokens))
+
+    def sample_id(self, index: int) -> str | None:
+        """Return the id of a response of the newest step by its ``sample_index_B``; None on the other ranks."""
+        ids = [response.id for group in self._samples.groups for response in group.responses]
+        return ids[index] if ids else None
+
+    def finish_step(self, step: int) -> None:
+        """Write the tokens and metrics of a step, and start to time the next one."""
+        if self._tokens and self._tokens.updates:
+            self._write_lines(TOKENS, [self._tokens.take(step, self._samples.groups)])
+        metrics, self._metrics = self._metrics.summary(), StepMetrics()
+        self.write(step, metrics)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """End a step: write its line, show its row, and begin to time the next."""
-        unknown = sorted(name for name in set(metrics) - set(DOCUMENTED) if not name.startswith("reward/"))
-        assert not unknown, f"metrics without documentation: {unknown}; add them to journal.DOCUMENTED"
+        """Write the metrics of a step to the file, the table and the sinks."""
+        unknown = sorted(name for name in set(metrics) - set(METRIC_KEYS) if not name.startswith("reward/"))
+        assert not unknown, f"metrics without documentation: {unknown}; add them to METRIC_KEYS"
         now = time.perf_counter()
-        seconds = {name: round(value, 4) for name, value in self._seconds.items()}
+        seconds = {name: round(value, 4) for name, value in (self._seconds | self._read_clocks()).items()}
         seconds["total"] = round(now - (self._began or now), 4)
         self._seconds.clear()
         self._began, self._step = now, step + 1
-        if self.board is None:
+        if self._table is None or self._console is None:
             return
-        self._line(METRICS, {"step": step, **{k: _finite(v) for k, v in metrics.items()}, "seconds": seconds})
-        for line in self.board.row(step, metrics, seconds):
-            self._log(line)
+        line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}, "seconds": seconds}
+        self._write_lines(METRICS, [line])
+        for row in self._table.add_row(step, metrics, seconds):
+            self._console.append(row)
         for sink in self._sinks:
             sink.write(step, flat(metrics, seconds))
 
-    def rollouts(self, step: int, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]) -> None:
-        """Write every sample of a step with its reward."""
-        if self.folder is None:
-            return
-        for group, group_verdicts in zip(groups, verdicts, strict=True):
-            for response, verdict in zip(group.responses, group_verdicts, strict=True):
-                record = sample_record(group.prompt, response, verdict)
-                self._line(ROLLOUTS, {"step": step, **record, "weight_versions": response.weight_versions})
-        self._files[ROLLOUTS].flush()
-
-    def tokens(self, record: Mapping[str, object]) -> None:
-        """Write what became of a step's tokens; see ``train.tokens``."""
-        if self.folder is None:
-            return
-        if TOKENS not in self._files:
-            self._files[TOKENS] = _appending(self.folder / TOKENS)
-        self._line(TOKENS, record)
-        self._files[TOKENS].flush()
-
-    def ledger(self, entries: Iterable[Mapping[str, object]]) -> None:
-        """Write what became of the groups of a step; see ``train.ledger``."""
-        if self.folder is None:
-            return
-        for entry in entries:
-            self._line(LEDGER, entry)
-        self._files[LEDGER].flush()
-
-    def watch(self, read: Read) -> None:
-        """Let the sinks ask how the run stands."""
-        for sink in self._sinks:
-            sink.watch(read)
-
-    def say(self, message: str) -> None:
-        """Show a line to people."""
-        if self.board:
-            self.board.say(message)
-            self._log(message)
+    def summarize(self, *, resumable: bool) -> None:
+        """End the live table, and say how the run went and where its files are."""
+        if self.folder is not None and self._table is not None:
+            self._table.close()
+            for line in run_summary(self.folder, resumable=resumable):
+                log.info(line)
 
     def close(self) -> None:
-        """End the live table and close the files."""
-        if self.board:
-            self.board.close()
-        for file in self._files.values():
-            file.close()
+        """Close the sinks, the table and the files."""
         for sink in self._sinks:
             sink.close()
-        self._files = {}
+        if self._table:
+            self._table.close()
+        self._logging.close()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
         self._sinks = ()
 
-    def _line(self, name: str, record: Mapping[str, object]) -> None:
-        self._files[name].write(json.dumps(record, allow_nan=False) + "\n")
-        if name == METRICS:
-            self._files[name].flush()
+    def _read_clocks(self) -> dict[str, float]:
+        now = {name: read() for name, (read, _) in self._clocks.items()}
+        advanced = {name: now[name] - before for name, (_, before) in self._clocks.items()}
+        self._clocks = {name: (read, now[name]) for name, (read, _) in self._clocks.items()}
+        return advanced
 
-    def _log(self, line: str) -> None:
-        self._files[CONSOLE].write(f"{time.strftime('%H:%M:%S')} {line}\n")
-        self._files[CONSOLE].flush()
-
-
-def sample_record(prompt: Prompt, response: Response, verdict: Verdict) -> dict[str, object]:
-    """Return a sample with its reward, as JSON."""
-    return {
-        "id": response.id,
-        "prompt_id": prompt.id,
-        "prompt": prompt.text,
-        "answer": prompt.answer,
-        "response": response.text,
-        "reward": verdict.score,
-        "rewards": dict(verdict.rewards),
-        "correct": verdict.correct,
-        "reason": verdict.reason,
-        "finish_reason": response.finish_reason,
-        "tokens": len(response.output_ids),
-    }
+    def _write_lines(self, name: str, records: Iterable[Mapping[str, object]]) -> None:
+        if self.folder is None:
+            return
+        if name not in self._files:  # tokens.jsonl exists only if tokens are recorded
+            self._files[name] = _open(self.folder / name)
+        self._files[name].writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        self._files[name].flush()
 
 
-def _appending(path: Path) -> TextIOWrapper:
+def _open(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
@@ -225,23 +208,23 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def farewell(folder: Path, *, resumable: bool) -> list[str]:
-    """Return how a run went, where it is and how to look at it, in words."""
+def run_summary(folder: Path, *, resumable: bool) -> list[str]:
+    """Return the lines that end a run: its accuracy, its files, and how to continue it."""
     contents = {
-        METRICS: "one JSON object a step",
+        METRICS: "one JSON object per step",
         ROLLOUTS: "every sample with its reward",
-        TOKENS: "tokens and segments of a few samples a step, for megatron-rl report",
+        TOKENS: "tokens and segments of a few samples per step, for megatron-rl report",
         CONSOLE: "the lines above, with the time of day",
-        MISMATCH: "the tokens on which engine and trainer agree least, newest step",
+        MISMATCH: "the tokens of the newest step on which engine and trainer differ most",
         CONFIG: "all settings",
         "export": "the trained model, a Hugging Face checkpoint",
     }
     lines = []
     accuracies = [line["accuracy"] for line in read_metrics(folder) if "accuracy" in line]
     if accuracies:
-        lines.append(f"accuracy on held-out prompts: {accuracies[0]:.3f} at first, {accuracies[-1]:.3f} at last")
+        lines.append(f"accuracy on held-out prompts: {accuracies[0]:.3f} at the start, {accuracies[-1]:.3f} at the end")
     lines.append(f"run folder: {folder}")
-    lines += [f"  {name:15} {words}" for name, words in contents.items() if (folder / name).exists()]
+    lines += [f"  {name:15} {content}" for name, content in contents.items() if (folder / name).exists()]
     if resumable:
         lines.append("to continue it: the same command with train.resume=true")
     return lines

@@ -1,4 +1,4 @@
-"""The run folder: what is written into it before the first step, and what is kept when a run resumes."""
+"""The run folder: the files written before the first step, and the lines removed when a run resumes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,15 +8,14 @@ from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.observability.file_names import CONFIG, METRICS, VERSIONS
-from megatron_rl.observability.versions import found_versions
 from megatron_rl.util.atomic import replace_text, replaced
 
 
-def prepare_folder(run: Run) -> list[str]:
-    """Make the run folder with ``config.json`` and ``versions.json``; return what a resumed run changes, in words.
+def prepare_folder(run: Run, versions: Mapping[str, str | None]) -> list[str]:
+    """Create the run folder with ``config.json`` and ``versions.json``; return the settings that a resumed run changes.
 
     Raises:
-        ConfigError: the folder holds a run already and ``train.resume`` is off, or it cannot be written.
+        ConfigError: the folder holds a run and ``train.resume`` is off, or it cannot be written.
     """
     folder = Path(run.log.path)
     config = folder / CONFIG
@@ -28,7 +27,7 @@ def prepare_folder(run: Run) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(config.read_text()) if config.exists() else None
         replace_text(config, to_json(run))
-        replace_text(folder / VERSIONS, json.dumps(found_versions(), indent=2) + "\n")
+        replace_text(folder / VERSIONS, json.dumps(versions, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write the run folder {folder} (log.path): {error.strerror}") from error
     except json.JSONDecodeError as error:
@@ -37,7 +36,7 @@ def prepare_folder(run: Run) -> list[str]:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Return whether a step was finished here; a run that failed before may be started again in the same place."""
+    """Return whether a step was finished in this folder; a run that failed earlier may be started again in it."""
     metrics = folder / METRICS
     return (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "checkpoints").glob("step_*"))
 
@@ -52,7 +51,7 @@ def _changes(before: Mapping[str, object], after: Mapping[str, object], prefix: 
 
 
 def keep_steps_before(path: Path, step: int) -> None:
-    """Drop the JSON lines of this step and later ones, and a last line that was cut off."""
+    """Remove the JSON lines of this step and later steps, and an incomplete last line."""
     if not path.exists():
         return
     with path.open("rb") as lines, replaced(path) as kept:

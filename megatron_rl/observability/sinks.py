@@ -1,6 +1,6 @@
-"""Where else a run's metrics go: trackers chosen by name, and an endpoint that Prometheus reads. None is needed.
+"""Sinks receive the metrics of a run: trackers chosen by name, and an endpoint that Prometheus reads.
 
-All keep their data in the run folder unless the environment names a server, so that they work without a network.
+Trackers keep their data in the run folder unless the environment names a server, so they work without a network.
 """
 
 import importlib
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rl.config.schema import Log
-from megatron_rl.observability.gauges import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -23,94 +22,94 @@ PACKAGES: Mapping[str, str] = {
     "trackio": "trackio",
     "prometheus": "prometheus_client",
 }
-"""The module that each sink imports."""
+"""Sink -> the module that it imports."""
 
-Read = Callable[[], Iterable[Snapshot]]
-"""Tells how a run stands at the moment."""
+ReadGauges = Callable[[], Iterable[tuple[str, str, float, Mapping[str, str]]]]
+"""Returns the current gauges: name, description, value, and labels that distinguish gauges of the same name."""
 
 PREFIX = "megatron_rl_"
-"""Of the gauges that Prometheus sees."""
+"""Prefix of the names of Prometheus gauges."""
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step."""
+    """Receives the metrics of a run."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take a step's numbers; times are named ``seconds/PHASE``."""
+        """Send the metrics of a step; times are named ``seconds/PHASE``."""
         ...
 
-    def watch(self, read: Read) -> None:
-        """Ask this whenever somebody wants to know how the run stands between two steps."""
+    def register(self, read: ReadGauges) -> None:
+        """Read gauges with this function whenever they are requested."""
         ...
 
     def close(self) -> None:
-        """Finish what is not sent yet."""
+        """Send what is not sent yet, and release resources."""
         ...
 
 
 def missing_packages(settings: Log) -> Iterator[tuple[str, str]]:
-    """Yield each sink that is asked for and whose package is not installed, and what to write."""
-    for name in asked(settings):
+    """Yield the name of each configured sink whose package is not installed, and what to do about it."""
+    for name in sink_names(settings):
         if find_spec(PACKAGES[name]) is None:
             yield name, f"needs the package {PACKAGES[name]}: pip install 'megatron-rl[track]', or leave it out"
 
 
-def asked(settings: Log) -> tuple[str, ...]:
-    """Return the names of all sinks of a run."""
+def sink_names(settings: Log) -> tuple[str, ...]:
+    """Return the names of the configured sinks."""
     return (*settings.sinks, *(["prometheus"] if settings.prometheus_port is not None else []))
 
 
 def open_sinks(settings: Log, config: Mapping[str, object]) -> list[Sink]:
-    """Return the sinks of a run; ``config`` is what trackers show as its settings."""
+    """Return the configured sinks; ``config`` has the settings that trackers show."""
     folder = Path(settings.path).absolute()
-    makers: dict[str, Callable[[], Sink]] = {
+    factories: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: _TensorBoard(folder),
         "wandb": lambda: _Wandb(folder, settings.project, config),
         "mlflow": lambda: _MLflow(folder, settings.project, config),
         "trackio": lambda: _Trackio(folder, settings.project, config),
         "prometheus": lambda: Prometheus(settings.prometheus_port or 0, settings.prometheus_host),
     }
-    return [FaultTolerantSink(name, makers[name]()) for name in asked(settings)]
+    return [FaultTolerantSink(name, factories[name]()) for name in sink_names(settings)]
 
 
 def flat(metrics: Mapping[str, object], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers of a step under one level of names; what is not a number is left out."""
+    """Return the numbers of a step with flat names; values that are not numbers are omitted."""
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     return numbers | {f"seconds/{name}": value for name, value in seconds.items()}
 
 
 class FaultTolerantSink:
-    """A sink that may fail without harm to the run: it is told of once, and not asked again."""
+    """Wraps a sink. The first failure is logged and disables the sink; training continues."""
 
     def __init__(self, name: str, sink: Sink) -> None:
         self._name, self._sink, self._works = name, sink, True
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """See ``Sink``."""
-        self._guarded(lambda: self._sink.write(step, numbers))
+        """Send the metrics of a step."""
+        self._call(lambda: self._sink.write(step, numbers))
 
-    def watch(self, read: Read) -> None:
-        """See ``Sink``."""
-        self._guarded(lambda: self._sink.watch(read))
+    def register(self, read: ReadGauges) -> None:
+        """Register a function that reads gauges."""
+        self._call(lambda: self._sink.register(read))
 
     def close(self) -> None:
-        """See ``Sink``."""
-        self._guarded(self._sink.close)
+        """Close the sink."""
+        self._call(self._sink.close)
 
-    def _guarded(self, call: Callable[[], None]) -> None:
+    def _call(self, call: Callable[[], None]) -> None:
         if not self._works:
             return
         try:
             call()
-        # Trackers raise errors of their own on top of these two; all derive from one of them.
+        # The errors that trackers define derive from one of these.
         except (OSError, RuntimeError, ValueError) as error:
             self._works = False
             log.warning("log.sinks: %s failed and gets no more metrics: %s", self._name, error)
 
 
 class _Tracker:
-    def watch(self, read: Read) -> None:
-        """Trackers get steps only."""
+    def register(self, read: ReadGauges) -> None:
+        """Do nothing: trackers receive steps only."""
 
 
 class _TensorBoard(_Tracker):
@@ -130,7 +129,7 @@ class _Wandb(_Tracker):
     def __init__(self, folder: Path, project: str, config: Mapping[str, object]) -> None:
         wandb = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        # One name for every start of a run: a resumed one goes on in the same curve.
+        # The same id for every start of a run, so that a resumed run continues its curves.
         names = {"project": project, "name": folder.name, "id": folder.name}
         self._run = wandb.init(**names, dir=str(folder), config=dict(config), mode=mode, resume="allow")
 
@@ -148,7 +147,7 @@ class _MLflow(_Tracker):
             self._mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         self._mlflow.set_experiment(project)
         self._mlflow.start_run(run_name=folder.name)
-        # A parameter of MLflow is one line of at most 500 characters.
+        # MLflow limits the value of a parameter to 500 characters.
         self._mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -172,10 +171,10 @@ class _Trackio(_Tracker):
 
 
 class Prometheus:
-    """Serves the newest step's numbers on ``/metrics``, and how the run stands when asked.
+    """Serves the metrics of the newest step and the current gauges on ``/metrics``.
 
     Args:
-        port: 0 takes a free one.
+        port: port to listen on; 0 chooses a free one.
         host: address to listen on.
     """
 
@@ -187,46 +186,45 @@ class Prometheus:
 
     @property
     def port(self) -> int:
-        """Where it answers."""
+        """The port that the endpoint listens on."""
         return int(self._server.server_port)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """See ``Sink``."""
+        """Set the gauges to the metrics of a step."""
         for name, value in {"step": float(step), **numbers}.items():
             known = self._gauges.get(name)
             if known is None:
-                safe, words = PREFIX + name.replace("/", "_"), f"{name}, newest step"
-                known = self._gauges[name] = self._client.Gauge(safe, words, registry=self._registry)
+                safe, description = PREFIX + name.replace("/", "_"), f"{name}, newest step"
+                known = self._gauges[name] = self._client.Gauge(safe, description, registry=self._registry)
             known.set(value)
 
-    def watch(self, read: Read) -> None:
-        """See ``Sink``; read anew for every request, in the endpoint's thread."""
-        self._registry.register(_Live(read))
+    def register(self, read: ReadGauges) -> None:
+        """Read these gauges for every request, in the endpoint's thread."""
+        self._registry.register(_GaugeCollector(read))
 
     def close(self) -> None:
-        """See ``Sink``."""
+        """Stop the endpoint."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
-class _Live:
-    """A collector as prometheus_client asks for them."""
+class _GaugeCollector:
+    """A custom collector of prometheus_client."""
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: ReadGauges) -> None:
         self._read = read
         self._family: Any = importlib.import_module("prometheus_client.core").GaugeMetricFamily
 
     def collect(self) -> Iterator[object]:
-        """Yield the gauges, those of one name together."""
+        """Yield the gauges, grouped by name."""
         families: dict[str, Any] = {}
-        for reading in self._read():
-            if reading.name not in families:
-                name, labels = PREFIX + reading.name, list(reading.labels)
-                families[reading.name] = self._family(name, reading.words, labels=labels)
-            families[reading.name].add_metric(list(reading.labels.values()), reading.value)
+        for name, description, value, labels in self._read():
+            if name not in families:
+                families[name] = self._family(PREFIX + name, description, labels=list(labels))
+            families[name].add_metric(list(labels.values()), value)
         yield from families.values()
 
     def describe(self) -> list[object]:
-        """Return nothing: what there is, is known when asked."""
+        """Return nothing, because the gauges are known only when they are read."""
         return []

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_rl.config.schema import Run
 from megatron_rl.data.loss_inputs import LossFn
 from megatron_rl.data.pack import Row, RowRules, one_row, pack
+from megatron_rl.data.step import StepReport
 from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.distributed.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.distributed.mesh import World
@@ -44,14 +45,6 @@ from megatron_rl.policy.upstream import repair
 Result = TypeVar("Result")
 LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
 """(row, output of the last stage) -> megatron's triple: scalar to differentiate, token count, what to keep."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did: the global gradient norm before clipping, and the learning rate it used."""
-
-    grad_norm: float
-    lr: float
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class StepBatch:
         """All groups, the used ones first."""
         return [*self.used, *(dropped.finished for dropped in self.dropped)]
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdicts of all groups' responses."""
+        return [verdict for finished in self.groups for verdict in finished.verdicts]
+
 
 @dataclass
 class StepPlan:

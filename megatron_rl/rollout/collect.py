@@ -1,4 +1,4 @@
-"""From sampled groups and verdicts to a batch, and the same batch to every rank.
+"""Batches: groups and verdicts collated into columns, and broadcast to every rank.
 
 Legend: T tokens, B responses.
 """
@@ -22,9 +22,10 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     """Return all responses as one batch with rewards and advantages.
 
     Columns: ``input_ids_T``; ``loss_mask_T``, True on sampled tokens; ``rollout_logprobs_T``, 0 on prompts;
-    ``weight_versions_T``, the weights that sampled a token, -1 on prompts; ``sample_index_B``, the place of the sample
-    among all of the step, as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``;
-    ``advantages_B``. With the engine's experts also those of ``route_columns``.
+    ``weight_versions_T``, the version of the weights that sampled a token, -1 on prompts; ``sample_index_B``, the index
+    of the response among all responses of the step, as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``;
+    ``truncated_B``; ``group_ids_B``, the index of the group; ``advantages_B``. If the engine returns the experts it
+    chose, also the columns of ``route_columns``.
     """
     responses = [
         (number, group.prompt, response) for number, group in enumerate(groups) for response in group.responses
@@ -59,7 +60,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     if (shape := requested_routes(run)) is not None:
         columns |= route_columns([response for _, _, response in responses], lengths, shape)
     batch = Batch(torch.tensor(lengths), columns)
-    return drop_signalless(batch) if run.train.filter_zero_variance else batch
+    return drop_zero_advantage_groups(batch) if run.train.filter_zero_variance else batch
 
 
 def _advantages(
@@ -69,38 +70,38 @@ def _advantages(
     if kind != "gdpo":
         return advantages(kind, rewards_B, group_ids_B, verified_B)
     rows = [[verdict.rewards.get(name, 0.0) for name in names] for verdict in verdicts]
-    weights_K = torch.tensor(run.reward.weights_in_order, dtype=torch.float64)
-    return gdpo(torch.tensor(rows, dtype=torch.float64), group_ids_B, weights_K, verified_B)
+    weights = torch.tensor(run.reward.weights_in_order, dtype=torch.float64)
+    return gdpo(torch.tensor(rows, dtype=torch.float64), group_ids_B, weights, verified_B)
 
 
 def token_versions(response: Response) -> list[int]:
-    """Return which weights sampled each output token, -1 where the engine did not say or nothing was."""
+    """Return the weight version of each output token; -1 if it is unknown or the token was not sampled."""
     versions = [-1] * len(response.output_ids)
     for version, start, end in response.weight_versions:
         versions[start:end] = [version] * (min(end, len(versions)) - start)
-    for start, end in response.observed:  # pieces by the same weights are one span, whatever lies between
+    for start, end in response.observed:  # a span of one version may include observed tokens
         versions[start:end] = [-1] * (end - start)
     return versions
 
 
-def drop_signalless(batch: Batch) -> Batch:
-    """Leave out the groups whose advantages are all zero, unless that would leave nothing."""
+def drop_zero_advantage_groups(batch: Batch) -> Batch:
+    """Drop groups whose advantages are all zero, unless that would drop the whole batch."""
     signal = torch.zeros(int(batch["group_ids_B"].max()) + 1, dtype=torch.bool)
     signal[batch["group_ids_B"][batch["advantages_B"] != 0]] = True
     kept = signal[batch["group_ids_B"]].nonzero().flatten()
     return batch.select(kept) if len(kept) else batch
 
 
-def share(batch: Batch | None, world: World) -> Batch | None:
-    """Return the main rank's batch on every rank; None, which means that there is none to come, likewise."""
-    own: Mapping[str, Tensor] = {} if batch is None else {"lengths_B": batch.lengths_B, **batch.columns}
-    own_header = [[name, list(column.shape), str(column.dtype).removeprefix("torch.")] for name, column in own.items()]
-    sent = broadcast_json(None if batch is None else own_header, source=0, device=world.device)
-    header = cast(list[tuple[str, list[int], str]] | None, sent)
+def broadcast_batch(batch: Batch | None, world: World) -> Batch | None:
+    """Return the main rank's batch, or its None, on every rank. Collective."""
+    sent: Mapping[str, Tensor] = {} if batch is None else {"lengths_B": batch.lengths_B, **batch.columns}
+    described = [[name, list(column.shape), str(column.dtype).removeprefix("torch.")] for name, column in sent.items()]
+    received = broadcast_json(None if batch is None else described, source=0, device=world.device)
+    header = cast(list[tuple[str, list[int], str]] | None, received)
     if header is None:
         return None
     columns = {
-        name: broadcast_tensor(own.get(name), tuple(shape), getattr(torch, dtype), source=0, device=world.device)
+        name: broadcast_tensor(sent.get(name), tuple(shape), getattr(torch, dtype), source=0, device=world.device)
         for name, shape, dtype in header
     }
     return Batch(columns.pop("lengths_B"), columns)

@@ -1,6 +1,6 @@
-"""The engine's record of experts as columns of a batch.
+"""The experts that the engine chose, as columns of a batch.
 
-Legend: T tokens, L layers with experts, E experts that a token takes in each.
+Legend: T tokens, L layers with experts, K experts per token.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ def requested_routes(run: Run) -> RouteShape | None:
 
 
 def route_columns(responses: Sequence[Response], lengths: Sequence[int], shape: RouteShape) -> Columns:
-    """Return ``rollout_routes_T``, [T, L, E], and ``rollout_routed_T``, True where the engine said which experts.
+    """Return ``rollout_routes_T`` [T, L, K], and ``rollout_routed_T`` [T], True where the engine returned its choice.
 
     Raises:
-        RolloutError: no response has a record at all.
+        RolloutError: no response has a routing record.
     """
     if responses and all(response.routes is None for response in responses):
         raise RolloutError(
@@ -34,12 +34,12 @@ def route_columns(responses: Sequence[Response], lengths: Sequence[int], shape: 
             " with --enable-return-routed-experts, or set rollout.routing_replay to r2 or none"
         )
     dtype = getattr(torch, shape.dtype)
-    routes_TLE = torch.zeros(sum(lengths), *shape.each, dtype=dtype)
+    routes_TLK = torch.zeros(sum(lengths), *shape.each, dtype=dtype)
     routed_T = torch.zeros(sum(lengths), dtype=torch.bool)
     start = 0
     for response, length in zip(responses, lengths, strict=True):
         if response.routes is not None:
-            routes_TLE[start : start + length - 1] = response.routes
+            routes_TLK[start : start + length - 1] = response.routes
             routed_T[start : start + length - 1] = True
         start += length
-    return {"rollout_routes_T": routes_TLE, "rollout_routed_T": routed_T}
+    return {"rollout_routes_T": routes_TLK, "rollout_routed_T": routed_T}

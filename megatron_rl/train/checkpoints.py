@@ -108,7 +108,7 @@ class Checkpoints:
             writing.result()
         self._writing = []
 
-    def load(self) -> tuple[int, JSON]:
+    def load(self) -> tuple[int, JSON | None]:
         """Restore the newest checkpoint; return how many rollout batches it has seen, and the sampler's state.
 
         Without a checkpoint: 0 and nothing.
@@ -118,7 +118,7 @@ class Checkpoints:
         """
         newest = newest_checkpoint(self.run)
         if newest is None:
-            return 0, {}
+            return 0, None
         meta = read_meta(newest)
         sampler_state = json.loads(read_checked(newest, SAMPLER, meta))
         reader = open_sharded_state(newest, meta)

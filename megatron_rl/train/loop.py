@@ -1,75 +1,71 @@
 """The algorithm.
 
     prompts -> rollouts -> rewards -> advantages -> one batch, the same on every rank
-            -> old log-probs and entropies (policy, forward only)
-            -> segments, windows, weights (whole responses; nothing here depends on theta)
-            -> packed rows: ratio per segment -> cost -> weighted sum -> gradient -> optimizer step
+            -> log-probs and entropies of the old policy (forward only)
+            -> segments, windows, weights (on whole responses; independent of the current weights)
+            -> ratio per segment -> cost per token -> weighted sum -> gradient -> optimizer step
             -> weights to the fleet
 
-Every rank runs this file. Which rank does what is known below (``parallel``, ``policy``) and in ``Sampler``.
+Every rank runs this file. The modules it calls know which rank does what, and how batches are packed.
 """
 
 from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.config.schema import Run
-from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.observability.recorder import RunRecorder
-from megatron_rl.observability.step_metrics import StepMetrics
 from megatron_rl.policy.engine import Policy
+from megatron_rl.rollout.controller import RolloutController
+from megatron_rl.rollout.evaluation import Evaluation
 from megatron_rl.train.checkpoints import Checkpoints
-from megatron_rl.train.sampler import Sampler
 
 
 def train(
     run: Run,
     policy: Policy,
-    sampler: Sampler,
+    rollouts: RolloutController,
+    evaluation: Evaluation,
     vocabulary: Vocabulary,
     checkpoints: Checkpoints,
-    journal: RunRecorder,
+    recorder: RunRecorder,
     start: int,
 ) -> int:
-    """Train from rollout batch ``start`` on; return how many are done, fewer than ``train.steps`` if asked to stop."""
+    """Train from step ``start``; return the number of finished steps, below ``train.steps`` after a stop request."""
     objective, correction, kl = run.objective, run.correction, run.kl
-    loss = make_loss(objective, kl, keep_tokens=run.log.tokens > 0)
+    loss_fn = make_loss(objective, kl, keep_tokens=run.log.tokens > 0)
 
     for step in range(start, run.train.steps):
-        metrics = StepMetrics(step)
+        if evaluation.is_due(step):
+            with recorder.phase("evaluate"):
+                recorder.evaluation(evaluation.run(step))
 
-        if sampler.evaluates(step):
-            with journal.phase("evaluate"):
-                metrics.evaluated(sampler.evaluate(step))
-
-        with journal.phase("rollout"):
-            batch = sampler.sample(step)
-        if batch is None:
-            checkpoints.save(step, sampler.state())
+        with recorder.phase("rollout"):
+            batch = rollouts.next_batch(step)
+        if batch is None:  # a stop was requested
+            checkpoints.save(step, rollouts.state())
             return step
-        metrics.sampled(batch, sampler.counts)
+        recorder.rollout(step, batch, rollouts.samples)
 
-        minibatches: list[Batch] = batch.split(run.train.updates_per_step, seed=(run.train.seed, step))
+        minibatches = batch.split(run.train.updates_per_step, seed=(run.train.seed, step))
 
-        with journal.phase("score"):
+        with recorder.phase("score"):
             minibatches = [m.add(policy.compute_logprobs(m).as_old()) for m in minibatches]
             if kl.coefficient:
                 with policy.reference_weights():
                     minibatches = [m.add(policy.compute_logprobs(m).as_reference()) for m in minibatches]
-        metrics.scored(minibatches)
-        sampler.compare(step, minibatches)
+        recorder.logprobs(step, minibatches)
 
-        with journal.phase("train"):
+        with recorder.phase("train"):
             for minibatch in minibatches:
                 prepared = minibatch.add(prepare(minibatch, objective, correction, vocabulary))
-                summed = policy.forward_backward(prepared, loss)
-                metrics.updated(summed, policy.optim_step())
-                sampler.record(step, prepared, summed)
+                metrics = policy.forward_backward(prepared, loss_fn)
+                recorder.update(prepared, metrics, policy.optim_step())
 
-        with journal.phase("weights"):
-            sampler.load(policy.weights(run.weights.bucket_bytes), version=step + 1)
+        with recorder.phase("weights"):
+            rollouts.push_weights(policy.weights(run.weights.bucket_bytes), version=step + 1)
 
-        journal.write(step, metrics.summary())
+        recorder.finish_step(step)
         if checkpoints.is_due(step + 1):
-            with journal.phase("checkpoint"):
-                checkpoints.write_due(step + 1, sampler.state())
+            with recorder.phase("checkpoint"):
+                checkpoints.write_due(step + 1, rollouts.state())
 
     return run.train.steps

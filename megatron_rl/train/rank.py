@@ -1,6 +1,6 @@
-"""One trainer rank from start to end: joins the others, builds its parts, runs the loop, leaves the run in order."""
+"""One trainer rank: joins the others, builds its parts, runs the loop, and ends the run."""
 
-import sys
+import signal
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -15,24 +15,31 @@ from megatron_rl.distributed.mesh import World, start_world
 from megatron_rl.observability.hang_watchdog import Watchdog
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.observability.profile import Traces
-from megatron_rl.observability.recorder import RunRecorder, farewell
+from megatron_rl.observability.recorder import RunRecorder
 from megatron_rl.observability.sinks import open_sinks
+from megatron_rl.observability.token_record import TokenRecord
 from megatron_rl.policy.engine import Policy
+from megatron_rl.rollout.backend import RolloutBackend
+from megatron_rl.rollout.controller import RolloutController
+from megatron_rl.rollout.evaluation import Evaluation
 from megatron_rl.rollout.fleet_setup import FleetTokenizer, open_fleet
+from megatron_rl.rollout.stop import StopSignal
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_verifier
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.loop import train
 from megatron_rl.train.nonfinite_dump import nonfinite_dump
-from megatron_rl.train.sampler import FollowingSampler, MainSampler, Sampler
 from megatron_rl.util.exit_codes import STOPPED
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Each requests a stop after the current step; srun forwards only the last one."""
 
 
 def run_rank(loaded: Loaded[Run]) -> int:
     """Run this rank; return its exit code."""
     run = loaded.run
-    # The watchdog knows more than the groups' own timeout, which is there for a rank without one.
+    # The watchdog reports more than the timeout of the process groups, which covers ranks without a watchdog.
     longest = max(run.train.step_timeout_seconds, run.rollout.start_timeout_seconds)
     world = start_world(2 * longest, run.train.deterministic)
     torch.manual_seed(run.train.seed)
@@ -40,54 +47,71 @@ def run_rank(loaded: Loaded[Run]) -> int:
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
     vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size)
     checkpoints = Checkpoints(run, world, policy)
-    start, sampler_state = checkpoints.load() if run.train.resume else (0, {})
+    start, state = checkpoints.load() if run.train.resume else (0, None)
     with ExitStack() as stack:
-        journal = stack.enter_context(_journal(run, world, start))
-        with journal.phase("start"):
-            sampler = _sampler(run, world, journal, tokenizer, stack)
-            dist.barrier()  # to wait for servers that load a model is no hang
+        recorder = stack.enter_context(_open_recorder(run, world, tokenizer, start))
+        with recorder.phase("start"):
+            stop = StopSignal()
+            backend = _open_backend(run, world, tokenizer, stack) if world.is_main else None
+            rollouts = RolloutController(run, world, backend, stop, state)
+            evaluation = Evaluation(run, backend, stop)
+            recorder.register_gauges(rollouts.gauges)
+            recorder.add_clock("fleet", rollouts.fleet_seconds)
+            for number in STOP_SIGNALS:  # the main rank stops all of them, by ending the loop
+                signal.signal(number, stop.request if world.is_main else signal.SIG_IGN)
+            dist.barrier()  # waiting for servers that load a model is not a hang
             stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
-            if start:
-                sampler.load_state(sampler_state)
-            if run.train.resume:  # servers of others may have newer weights than the checkpoint
-                sampler.load(policy.weights(run.weights.bucket_bytes), version=start)
-        with nonfinite_dump(run, policy, sampler.name_of):
-            done = train(run, policy, sampler, vocabulary, checkpoints, journal, start)
+            if run.train.resume:  # servers that outlived the last run may have newer weights than the checkpoint
+                rollouts.push_weights(policy.weights(run.weights.bucket_bytes), version=start)
+        with nonfinite_dump(run, policy, recorder.sample_id):
+            done = train(run, policy, rollouts, evaluation, vocabulary, checkpoints, recorder, start)
         finished = done == run.train.steps
         if finished:
-            _finish(run, policy, sampler, checkpoints, journal)
+            _finish(run, policy, rollouts, evaluation, checkpoints, recorder)
         checkpoints.finish()
+        recorder.summarize(resumable=not finished)
     dist.destroy_process_group()
-    if world.is_main:
-        sys.stdout.write("\n".join(farewell(Path(run.log.path), resumable=not finished)) + "\n")
-    # The others end with 0: srun would take the first 130 for a failure, and kill the ranks that are not so far yet.
+    # The others end with 0: srun would take the first 130 for a failure and kill ranks that have not ended yet.
     return 0 if finished or not world.is_main else STOPPED
 
 
-def _journal(run: Run, world: World, start: int) -> RunRecorder:
+def _open_recorder(run: Run, world: World, tokenizer: FleetTokenizer, start: int) -> RunRecorder:
     folder = Path(run.log.path)
     traces = Traces(folder / "profile", run.log.profile_steps, world.rank)
     if not world.is_main:
         return RunRecorder(None, run.train.steps, start, traces=traces)
-    shown = {key: value for key, value, _ in settings(run) if key != "rollout.environment"}  # which may hold secrets
-    return RunRecorder(folder, run.train.steps, start, sinks=open_sinks(run.log, shown), traces=traces)
+    shown = {key: value for key, value, _ in settings(run) if key != "rollout.environment"}  # it may hold secrets
+    return RunRecorder(
+        folder,
+        run.train.steps,
+        start,
+        mismatch=MismatchReport(run, tokenizer),
+        tokens=TokenRecord(run.log.tokens, tokenizer),
+        sinks=open_sinks(run.log, shown),
+        traces=traces,
+    )
 
 
-def _sampler(run: Run, world: World, journal: RunRecorder, tokenizer: FleetTokenizer, stack: ExitStack) -> Sampler:
-    if not world.is_main:
-        return FollowingSampler(run, world)
-    verifier = stack.enter_context(closing(open_verifier(run)))  # both take seconds: they start side by side
+def _open_backend(run: Run, world: World, tokenizer: FleetTokenizer, stack: ExitStack) -> RolloutBackend:
+    verifier = stack.enter_context(closing(open_verifier(run)))  # starts while the fleet starts
     fleet = stack.enter_context(open_fleet(run, world, tokenizer))
-    sources = (fleet, make_task(run.task, tokenizer), verifier)
-    return MainSampler(run, world, sources, journal, MismatchReport(run, tokenizer))
+    return RolloutBackend(fleet, make_task(run.task, tokenizer), verifier)
 
 
-def _finish(run: Run, policy: Policy, sampler: Sampler, checkpoints: Checkpoints, journal: RunRecorder) -> None:
-    if sampler.evaluates(run.train.steps):
-        with journal.phase("evaluate"):
-            result = sampler.evaluate(run.train.steps)
+def _finish(
+    run: Run,
+    policy: Policy,
+    rollouts: RolloutController,
+    evaluation: Evaluation,
+    checkpoints: Checkpoints,
+    recorder: RunRecorder,
+) -> None:
+    if evaluation.is_due(run.train.steps):
+        with recorder.phase("evaluate"):
+            result = evaluation.run(run.train.steps)
         if result is not None:
-            journal.write(run.train.steps, {"accuracy": result[0], "evaluated_prompts": result[1]})
-    checkpoints.save(run.train.steps, sampler.state())
+            recorder.evaluation(result)
+            recorder.finish_step(run.train.steps)
+    checkpoints.save(run.train.steps, rollouts.state())
     if run.checkpoint.export:
         export_hf(policy, run, Path(run.log.path) / "export")

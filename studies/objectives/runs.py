@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+from megatron_rl.launch.versions import found_versions
 from megatron_rl.observability.file_names import METRICS, NONFINITE
-from megatron_rl.observability.versions import found_versions
 from megatron_rl.util.child_process import ending_with_parent
 from studies.objectives.cells import Cell, RunResult
 

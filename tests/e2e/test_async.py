@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.fleet.process import ServerProcess, embedded_server
-from megatron_rl.rollout.group_ledger import TRAINED, audit
+from megatron_rl.rollout.buffer import TRAINED
 from tests.e2e.job import ONE_RANK, ROOT, Job, same_result
+from tests.e2e.ledger import audit
 
 RESUME = "train.resume=true"
 LAG = ("rollout.max_lag=1", "rollout.rows_per_request=4", "train.steps=6")

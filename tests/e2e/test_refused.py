@@ -23,7 +23,7 @@ def refusal(monkeypatch, capsys):
     def run(*words: str) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(subprocess.Popen, "__init__", started)
-            patch.setattr("megatron_rl.observability.run_folder.found_versions", dict)
+            patch.setattr("megatron_rl.launch.local.found_versions", dict)
             assert main(words) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"megatron-rl {words[0]}: ")

@@ -11,8 +11,9 @@ from urllib.parse import urlparse
 
 import pytest
 
-from megatron_rl.rollout.group_ledger import TRAINED, audit
+from megatron_rl.rollout.buffer import TRAINED
 from tests.e2e.job import ONE_RANK, Job, metrics_of
+from tests.e2e.ledger import audit
 
 STEPS, EVERY = 200, 10
 DEMO_SIZES = (

@@ -21,11 +21,11 @@ from megatron_rl.config.tasks import EnvironmentConfig, JsonlTask, Reward
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import ConfigError
 from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.records import failure_counts, reward_means, unverified_message
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.tasks.pool import InlineVerifier, VerifierPool, open_verifier
 from megatron_rl.tasks.reward import RewardFunction, runs_inline
-from megatron_rl.train.sampler import failures, lost_words, reward_means
 
 PROMPT = Prompt("p", (1, 2), "q", "7")
 
@@ -101,14 +101,14 @@ def test_a_failing_verifier_is_counted_and_affects_one_response(run_with_verifie
     assert verdicts[1][0].score == 1.0
     assert "RuntimeError: bad luck" in verdicts[0][1].reason
     assert "reward.seconds" in verdicts[0][2].reason
-    assert failures(verdicts[0]) == {
+    assert failure_counts(verdicts[0]) == {
         "unverified_declined": 1,
         "unverified_raised": 4,
         "unverified_timed_out": 3,
         "unverified_invalid": 3,
         "unverified_environment": 0,
     }
-    words = lost_words(3, verdicts[0])
+    words = unverified_message(3, verdicts[0])
     assert words is not None
     assert words.startswith(
         "step 3: 10 of 15 responses unverified (4 raised, 3 timed out, 3 invalid); the first: Runtime"

@@ -36,9 +36,9 @@ def numbers() -> dict[str, Any]:
 
 def write_run(folder: Path, losses: list[float]) -> Path:
     folder.mkdir()
-    with RunRecorder(folder, len(losses)) as journal:
+    with RunRecorder(folder, len(losses)) as recorder:
         for step, loss in enumerate(losses):
-            journal.write(step, {"loss": loss})
+            recorder.write(step, {"loss": loss})
     return folder
 
 

@@ -29,7 +29,7 @@ from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.links import free_gpu_bytes, measure_links
 from megatron_rl.launch.slurm.fleet_check import check_fleet
-from megatron_rl.observability.versions import found_versions
+from megatron_rl.launch.versions import found_versions
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 

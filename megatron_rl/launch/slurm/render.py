@@ -23,7 +23,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.config.sources import raise_problems
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.run_plan import make_plan
-from megatron_rl.observability.versions import package_version
+from megatron_rl.launch.versions import package_version
 from megatron_rl.util.atomic import replace_text
 
 JOB_BODY = Path(__file__).with_name("job.sh")

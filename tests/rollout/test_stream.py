@@ -24,7 +24,7 @@ from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, StepBatch
-from megatron_rl.rollout.group_ledger import entries
+from megatron_rl.rollout.records import ledger_lines
 from megatron_rl.rollout.stream import Sampled, Stream, Verified
 from megatron_rl.tasks.base import Verdict
 from megatron_rl.weights.tensor import TensorTransport
@@ -153,7 +153,7 @@ def fates(taken: Sequence[StepBatch]) -> list[dict[str, Any]]:
     return [
         dict(entry)
         for step, part in enumerate(taken)
-        for entry in entries(step, part, {i for i, held in enumerate(part.used) if held.has_signal})
+        for entry in ledger_lines(step, part, {i for i, held in enumerate(part.used) if held.has_signal})
     ]
 
 

@@ -1,4 +1,4 @@
-"""What software a run used: printed by ``megatron-rl check``, kept as ``versions.json`` in the run folder."""
+"""The software that a run uses: printed by ``megatron-rl check`` and written to ``versions.json``."""
 
 import platform
 import shutil
@@ -23,7 +23,7 @@ def package_version(name: str) -> str | None:
 
 
 def found_versions() -> dict[str, str | None]:
-    """Return everything that can change a run's numbers or speed; None for what was not found."""
+    """Return the version of everything that can change the numbers or the speed of a run; None if it was not found."""
     found: dict[str, str | None] = {"python": platform.python_version(), "machine": platform.machine()}
     found |= {name: package_version(name) for name in (*REQUIRED, *OPTIONAL)}
     found["cuda"] = torch.version.cuda
@@ -43,9 +43,9 @@ def _gpus() -> str | None:
 
 
 def _compiler() -> str | None:
-    """Return the first line that the C++ compiler says about itself; megatron-core builds its helpers with one."""
+    """Return the first line of the C++ compiler's version; megatron-core compiles its helpers with it."""
     path = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if path is None:
         return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
-    return said.splitlines()[0] if said else path
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+    return output.splitlines()[0] if output else path

@@ -21,7 +21,7 @@ from megatron_rl.fleet.members import Timeouts
 from megatron_rl.observability.profile import Traces
 from megatron_rl.observability.recorder import RunRecorder
 from megatron_rl.observability.sinks import FaultTolerantSink, Prometheus, missing_packages, open_sinks
-from megatron_rl.rollout.gauges import readings
+from megatron_rl.rollout.gauges import gauges
 from megatron_rl.rollout.stream import Stream
 from megatron_rl.tasks import make_task
 from megatron_rl.weights.tensor import TensorTransport
@@ -32,7 +32,7 @@ DEMO = ROOT / "configs" / "demo.toml"
 METRICS = {"reward_mean": 0.5, "grad_norm": 2, "accuracy": None}
 
 
-def journal_with(tmp_path: Path, *names: str) -> RunRecorder:
+def recorder_with(tmp_path: Path, *names: str) -> RunRecorder:
     settings = Log.model_validate({"path": str(tmp_path / "run"), "sinks": names})
     (tmp_path / "run").mkdir(exist_ok=True)
     return RunRecorder(tmp_path / "run", 2, sinks=open_sinks(settings, {"train.steps": 2}), terminal=False)
@@ -46,11 +46,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> Non
 
 def test_tensorboard_holds_every_number_of_every_step(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with journal_with(tmp_path, "tensorboard") as journal:
+    with recorder_with(tmp_path, "tensorboard") as recorder:
         for step in range(2):
-            with journal.phase("train"):
+            with recorder.phase("train"):
                 pass
-            journal.write(step, METRICS)
+            recorder.write(step, METRICS)
 
     found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     found.Reload()
@@ -66,8 +66,8 @@ def test_wandb_goes_on_with_the_run_of_the_same_name_and_is_offline_without_a_ke
     run = SimpleNamespace(log=lambda numbers, step: given.append((step, numbers)), finish=lambda: given.append("end"))
     fake(monkeypatch, "wandb", init=lambda **words: options.update(words) or run)
 
-    with journal_with(tmp_path, "wandb") as journal:
-        journal.write(0, METRICS)
+    with recorder_with(tmp_path, "wandb") as recorder:
+        recorder.write(0, METRICS)
 
     assert options["mode"] == "offline"
     assert (options["id"], options["resume"]) == ("run", "allow")
@@ -83,15 +83,15 @@ def test_mlflow_and_trackio_keep_their_data_in_the_run_folder(tmp_path, monkeypa
     fake(monkeypatch, "mlflow", **{n: lambda *a, n=n, **k: given.append((n, a, k)) for n in names})
     fake(monkeypatch, "trackio", **{n: lambda *a, n=n, **k: given.append((n, a, k)) for n in ("init", "log", "finish")})
 
-    with journal_with(tmp_path, "mlflow", "trackio") as journal:
-        journal.write(0, METRICS)
+    with recorder_with(tmp_path, "mlflow", "trackio") as recorder:
+        recorder.write(0, METRICS)
 
     assert given[0] == ("set_tracking_uri", (f"sqlite:///{tmp_path}/run/mlflow.db",), {})
     assert [call[0] for call in given].count("log_metrics") == 1
     assert [call[0] for call in given].count("log") == 1
 
 
-def test_a_sink_that_fails_is_told_of_once_and_the_run_goes_on(caplog):
+def test_the_first_failure_of_a_sink_is_logged_and_training_continues(caplog):
     calls = []
 
     class Broken:
@@ -99,8 +99,8 @@ def test_a_sink_that_fails_is_told_of_once_and_the_run_goes_on(caplog):
             calls.append(step)
             raise OSError("no route to host")
 
-        def watch(self, read):
-            calls.append("watched")
+        def register(self, read):
+            calls.append("registered")
 
         def close(self):
             calls.append("closed")
@@ -146,7 +146,7 @@ def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
         Fleet.open([good.url, bad.url], TensorTransport(1 << 20), timeouts, sequences_per_request=2) as fleet,
     ):
         stream = Stream(run, fleet, make_task(run.task, AutoTokenizer.from_pretrained(run.model.path)))
-        endpoint.watch(lambda: readings(stream, fleet))
+        endpoint.register(lambda: gauges(stream))
         try:
             before = scraped(endpoint)
             good.delay_seconds = bad.delay_seconds = 1.0
@@ -163,7 +163,7 @@ def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
         finally:
             endpoint.close()
 
-    making, finished = (f'megatron_rl_queue_groups{{state="{state}"}}' for state in ("in the making", "finished"))
+    making, finished = (f'megatron_rl_queue_groups{{state="{state}"}}' for state in ("in progress", "finished"))
     up, lag = (f'megatron_rl_server_{name}{{server="%s"}}' for name in ("up", "weights_lag"))
     assert (before[making], before[finished], before["megatron_rl_servers_up"]) == (0, 0, 2)
     assert (waiting[making], waiting[finished], waiting["megatron_rl_queue_steps"]) == (6, 0, 2)
@@ -182,9 +182,9 @@ def keep_run(tmp_path: Path, name: str, **environment: str) -> Path:
     """Write two steps to a real tracker, in a process of its own: each keeps what it is told first. Return RUN."""
     pytest.importorskip(name)
     code = (
-        "import sys; from pathlib import Path; from tests.train.test_sinks import METRICS, journal_with\n"
-        f"with journal_with(Path(sys.argv[1]), {name!r}) as journal:\n"
-        "    for step in range(2): journal.write(step, METRICS)\n"
+        "import sys; from pathlib import Path; from tests.observability.test_sinks import METRICS, recorder_with\n"
+        f"with recorder_with(Path(sys.argv[1]), {name!r}) as recorder:\n"
+        "    for step in range(2): recorder.write(step, METRICS)\n"
     )
     unset = ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "TRACKIO_DIR")
     kept = {variable: value for variable, value in os.environ.items() if variable not in unset}
@@ -231,11 +231,11 @@ def test_a_sink_without_its_package_is_found_before_the_run(monkeypatch):
 
 
 def test_only_the_phases_and_steps_asked_for_are_traced(tmp_path):
-    journal = RunRecorder(None, 3, traces=Traces(tmp_path, [1], rank=4))
+    recorder = RunRecorder(None, 3, traces=Traces(tmp_path, [1], rank=4))
     for step in range(3):
         for phase in ("rollout", "train"):
-            with journal.phase(phase):
+            with recorder.phase(phase):
                 pass
-        journal.write(step, {})
+        recorder.write(step, {})
 
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001_train_rank_4.json.gz"]

@@ -33,7 +33,7 @@ def test_the_report_names_the_rank_that_skipped_a_collective(tmp_path, capfd):
 
     text = (tmp_path / "report.txt").read_text()
     assert "rank 1 has not entered all_reduce number 3 of ranks [0,1], 16 bytes, at" in text
-    assert "test_hang.py" in text
+    assert "test_hang_watchdog.py" in text
     assert "rank 0 waits in all_reduce" in text
     assert "rank 1 waits in barrier" in text
     assert "thread MainThread" in text

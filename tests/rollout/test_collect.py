@@ -43,8 +43,8 @@ def test_the_correction_is_against_the_weights_that_made_each_token(batch, level
 
 
 def test_lags_are_counted_by_token_and_mixtures_by_response(batch):
-    metrics = StepMetrics(5)
-    metrics.sampled(batch, {})
-    values = metrics._values
+    metrics = StepMetrics()
+    metrics.rollout(5, batch, {})
+    values = metrics.summary()
     assert (values["lag_mean"], values["lag_max"]) == (pytest.approx((3 + 4 * 1) / 5), 3)
     assert values["mixed_versions_fraction"] == 0.5

@@ -1,0 +1,64 @@
+"""Accuracy on held-out prompts: during a run, and the same requests for ``megatron-rl eval``.
+
+The requests depend only on the configuration and the step, so the same weights give the same responses in both.
+"""
+
+from functools import partial
+
+from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.data.prompts import first_prompts
+from megatron_rl.data.types import Prompt
+from megatron_rl.rollout.backend import RolloutBackend
+from megatron_rl.rollout.routes import requested_routes
+from megatron_rl.rollout.stop import StopRequested, StopSignal
+from megatron_rl.tasks.base import Task
+
+EVALUATION = 0x6576616C
+"""Part of the sampling seeds of evaluations, which makes them differ from those of training."""
+
+EvaluationRequest = tuple[tuple[Prompt, ...], int, Sampling, tuple[int, int, int]]
+"""Prompts, responses per prompt, sampling parameters and seed: the first arguments of ``Fleet.submit``."""
+
+
+def heldout_prompts(run: Run, task: Task) -> tuple[Prompt, ...]:
+    """Return the first ``evaluate.prompts`` held-out prompts, or all there are."""
+    return first_prompts(task.prompts("heldout", run.train.seed), run.evaluate.prompts)
+
+
+def evaluation_request(run: Run, prompts: tuple[Prompt, ...], step: int) -> EvaluationRequest:
+    """Return the request that evaluates the weights after ``step`` rollout batches."""
+    # Temperature 0 is greedy decoding, which the validation of training's own sampling refuses.
+    sampling = run.rollout.sampling.model_copy(update={"temperature": run.evaluate.temperature})
+    return prompts, run.evaluate.samples, sampling, (run.train.seed, step, EVALUATION)
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Return whether ``evaluate.every`` asks for an evaluation before this step, or after the last one."""
+    every = run.evaluate.every
+    return every > 0 and (step % every == 0 or step == run.train.steps)
+
+
+class Evaluation:
+    """Evaluates the fleet's weights on held-out prompts. Every rank has one; the main rank's computes the result."""
+
+    def __init__(self, run: Run, backend: RolloutBackend | None, stop: StopSignal) -> None:
+        self._run, self._backend, self._stop = run, backend, stop
+        self._prompts = heldout_prompts(run, backend.task) if backend and run.evaluate.every else ()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to evaluate before this step; the same on every rank."""
+        return evaluation_due(self._run, step)
+
+    def run(self, step: int) -> tuple[float, int] | None:
+        """Return the accuracy and the number of prompts; None after a stop request, and on the other ranks."""
+        if self._backend is None:
+            return None
+        request = evaluation_request(self._run, self._prompts, step)
+        sample = partial(self._backend.fleet.generate, *request, step, requested_routes(self._run))
+        try:
+            groups = self._stop.wait(sample)
+            verdicts = self._stop.wait(self._backend.verifier.submit(groups).result)
+        except StopRequested:
+            return None
+        correct = [verdict.correct for group in verdicts for verdict in group]
+        return sum(correct) / len(correct), len(groups)

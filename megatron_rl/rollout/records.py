@@ -1,0 +1,108 @@
+"""What a run records about the groups of a step: samples, their fates, and counts.
+
+A line of ``ledger.jsonl`` tells what became of a group that was sampled for training:
+
+    {"step": 3, "group": "0.3/p17", "samples": 8, "fate": "trained", "lag": 1}
+
+Its samples are ``group/0`` to ``group/7``. The line is written when the step takes or drops the group; a resumed run
+drops the lines of the steps that it repeats. So no group appears twice, and every step has the groups it requested.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import get_args
+
+from megatron_rl.config.schema import Run
+from megatron_rl.data.step import StepSamples
+from megatron_rl.data.types import Batch, Prompt, Response
+from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, FinishedGroup, StepBatch
+from megatron_rl.tasks.base import Failure, Verdict
+
+Json = Mapping[str, object]
+
+
+def step_samples(step: int, taken: StepBatch, batch: Batch, run: Run) -> StepSamples:
+    """Return the records of a step whose batch is made of ``taken.used``."""
+    trained = set(batch["group_ids_B"].tolist())
+    return StepSamples(
+        groups=[group.group for group in taken.groups],
+        lines=list(sample_lines(step, taken.groups)) if run.log.rollouts else (),
+        ledger=list(ledger_lines(step, taken, trained)),
+        counts=group_counts(taken) | failure_counts(taken.verdicts) | reward_means(taken.verdicts),
+    )
+
+
+def sample_record(prompt: Prompt, response: Response, verdict: Verdict) -> dict[str, object]:
+    """Return a response with its reward, as JSON."""
+    return {
+        "id": response.id,
+        "prompt_id": prompt.id,
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "response": response.text,
+        "reward": verdict.score,
+        "rewards": dict(verdict.rewards),
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "finish_reason": response.finish_reason,
+        "tokens": len(response.output_ids),
+    }
+
+
+def sample_lines(step: int, groups: Sequence[FinishedGroup]) -> Iterator[Json]:
+    """Yield the lines of ``rollouts.jsonl``: one per response."""
+    for finished in groups:
+        for response, verdict in zip(finished.group.responses, finished.verdicts, strict=True):
+            record = sample_record(finished.group.prompt, response, verdict)
+            yield {"step": step, **record, "weight_versions": response.weight_versions}
+
+
+def ledger_lines(step: int, taken: StepBatch, trained: Collection[int]) -> Iterator[Json]:
+    """Yield the lines of ``ledger.jsonl``; ``trained`` has the indices of the used groups that are in the batch."""
+    for index, finished in enumerate(taken.used):
+        yield _ledger_line(step, finished, TRAINED if index in trained else NO_SIGNAL)
+    for dropped in taken.dropped:
+        yield _ledger_line(step, dropped.finished, dropped.fate)
+
+
+def _ledger_line(step: int, finished: FinishedGroup, fate: str) -> Json:
+    oldest = finished.group.oldest_version
+    lag = None if oldest < 0 else step - oldest
+    return {"step": step, "group": finished.group.id, "samples": len(finished.verdicts), "fate": fate, "lag": lag}
+
+
+def group_counts(taken: StepBatch) -> dict[str, float | int]:
+    """Return how many groups of a step are not trained on, by reason, and the number of resampling rounds."""
+    sampled = [*taken.used, *(dropped.finished for dropped in taken.dropped if dropped.fate != TOO_OLD)]
+    no_signal = sum(not group.has_signal for group in sampled)
+    fates = Counter(dropped.fate for dropped in taken.dropped)
+    return {
+        "zero_variance_fraction": no_signal / len(sampled),
+        "groups_no_signal": no_signal,
+        "groups_surplus": fates[SURPLUS],
+        "groups_too_old": fates[TOO_OLD],
+        "refills": taken.resample_rounds,
+    }
+
+
+def failure_counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Return how many responses have no score, by what happened to their verifier."""
+    failures = Counter(verdict.failure for verdict in verdicts)
+    return {f"unverified_{failure}": failures[failure] for failure in get_args(Failure) if failure}
+
+
+def reward_means(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Return the mean of each reward over the verified responses; empty if there is only one reward."""
+    rewards = [verdict.rewards for verdict in verdicts if verdict.rewards]
+    return {f"reward/{name}": sum(r[name] for r in rewards) / len(rewards) for name in (rewards[0] if rewards else ())}
+
+
+def unverified_message(step: int, verdicts: Sequence[Verdict]) -> str | None:
+    """Return a message with the number of failures of verifiers and the first reason; None without failures."""
+    failed = [verdict for verdict in verdicts if verdict.failure not in ("", "declined")]
+    if not failed:
+        return None
+    counts = Counter(verdict.failure.replace("_", " ") for verdict in failed)
+    reasons = ", ".join(f"{count} {failure}" for failure, count in counts.items())
+    total = f"{len(failed)} of {len(verdicts)} responses unverified"
+    return f"step {step}: {total} ({reasons}); the first: {failed[0].reason}"

@@ -1,0 +1,38 @@
+"""The run folder before the first step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
+from megatron_rl.observability.run_folder import prepare_folder
+
+
+def prepare(folder: Path, *settings: str) -> list[str]:
+    return prepare_folder(load(Run, [], ["model.path=x", f"log.path={folder}", *settings]).run, {"torch": "2.9"})
+
+
+def test_the_folder_is_created_with_settings_and_versions(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    assert prepare(folder) == []
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 100
+    assert json.loads((folder / "versions.json").read_text()) == {"torch": "2.9"}
+
+
+def test_a_used_folder_is_refused_unless_resumed_and_changes_are_returned(tmp_path):
+    prepare(tmp_path)
+    prepare(tmp_path)  # nothing was trained yet: a failed start may be repeated
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ConfigError, match=r"train\.resume=true"):
+        prepare(tmp_path)
+    changes = prepare(tmp_path, "train.resume=true", "train.steps=7", "optimizer.lr=0.5")
+    assert changes == ["optimizer.lr: 1e-06 -> 0.5", "train.steps: 100 -> 7"]
+
+
+def test_a_folder_that_cannot_be_created_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write the run folder .*log\.path"):
+        prepare(tmp_path / "file" / "run")
