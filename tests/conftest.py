@@ -1,13 +1,13 @@
 """For all tests: hypothesis without deadlines, ranks forked without threads, and the option ``--quick``.
 
-``--quick`` leaves out the tests with the marker ``processes``, and fails any other test that starts a Python process,
-forks, or listens on a port.
+``--quick`` leaves out the tests with the marker ``processes``, and fails any other test that starts a process, forks,
+or listens on a port.
 """
 
 import sys
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import pytest
 import torch
@@ -19,6 +19,20 @@ settings.load_profile("house")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="only tests that start no process and no server")
+
+
+PROCESS_FOLDERS = {"contract", "e2e", "slurm"}
+"""Folders of ``tests/`` whose tests all have the marker ``processes``; elsewhere modules and tests are marked."""
+VERSION_QUERIES = {"c++", "git"}
+"""Programs that are only asked for their version; a test that starts nothing else needs no marker."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).parts[0] in PROCESS_FOLDERS:
+            item.add_marker("processes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,11 +56,11 @@ class Quick:
         setattr(BaseProcess, "start", noted_start)  # noqa: B010 (the audit hook does not see processes that are spawned)
 
     def audit(self, event: str, arguments: tuple[object, ...]) -> None:
-        """Note forks, Python processes and ports."""
+        """Note forks, processes and ports."""
         if event in ("os.fork", "os.posix_spawn", "socket.bind"):
             self.found.append(event)
-        elif event == "subprocess.Popen" and PurePath(str(arguments[0])).name.startswith("python"):
-            self.found.append("a Python process")
+        elif event == "subprocess.Popen" and (name := PurePath(str(arguments[0])).name) not in VERSION_QUERIES:
+            self.found.append(f"the process {name}")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("processes")])

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from tests.policy import families
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -8,6 +8,8 @@ import torch
 from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, start_world
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def started(deterministic: bool, given: dict[str, str]) -> dict[str, object]:
     for name in DETERMINISTIC_ENVIRONMENT:

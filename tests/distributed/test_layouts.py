@@ -9,6 +9,8 @@ from megatron_rl.config.schema import Run
 from megatron_rl.prove.layouts import DEFAULT
 from megatron_rl.prove.main import prove
 
+pytestmark = pytest.mark.processes
+
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 FAST = (
     "packing=false,recompute=full",

@@ -20,6 +20,8 @@ from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.torch_dist import is_torch_dist
 from tests.e2e.job import ONE_RANK, ROOT, Job
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = ("evaluate.prompts=24", "evaluate.samples=2")
 
 

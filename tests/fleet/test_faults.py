@@ -21,6 +21,8 @@ from megatron_rl.weights.disk import DiskTransport
 from megatron_rl.weights.tensor import TensorTransport
 from tests.inference_server.tiny import prompts_of
 
+pytestmark = pytest.mark.processes
+
 TIMEOUTS = Timeouts(
     request_timeout_seconds=60,
     control_timeout_seconds=20,

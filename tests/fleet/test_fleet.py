@@ -31,6 +31,8 @@ from tests.fleet.fake import (
     wrong_version,
 )
 
+pytestmark = pytest.mark.processes
+
 TIMEOUTS = Timeouts(
     request_timeout_seconds=5,
     control_timeout_seconds=1,

@@ -20,6 +20,8 @@ from megatron_rl.fleet.protocol import GenerationResult
 from megatron_rl.weights.tensor import TensorTransport
 from tests.inference_server.tiny import prompts_of
 
+pytestmark = pytest.mark.processes
+
 TIMEOUTS = Timeouts(60, 20, 20, 90, 0.1, 0.5, 5)
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(*range(3, 11)))]
 LONG = Sampling(max_new_tokens=200)

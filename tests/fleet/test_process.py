@@ -16,6 +16,8 @@ from megatron_rl.fleet.process import ServerProcess, embedded_server
 from megatron_rl.util.ports import free_port
 from megatron_rl.weights.tensor import TensorTransport
 
+pytestmark = pytest.mark.processes
+
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 STUBBORN = [
     sys.executable,

@@ -26,7 +26,10 @@ TIMEOUTS = Timeouts(
     probe_failures=2,
     attempts=4,
 )
-pytestmark = pytest.mark.skipif(not Path(PROGRAM).exists(), reason="no sglang-router: tools/sglang-router makes it")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not Path(PROGRAM).exists(), reason="no sglang-router: tools/sglang-router makes it"),
+]
 
 
 @pytest.fixture

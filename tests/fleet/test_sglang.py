@@ -8,6 +8,8 @@ import pytest
 from megatron_rl.errors import ConfigError
 from megatron_rl.fleet.sglang import arguments, option_names, sglang_server, wrong_options
 
+pytestmark = pytest.mark.processes
+
 HELP = """usage: launch_server.py [-h] --model-path MODEL_PATH [--host HOST] [--tp-size N]
 options:
   --tensor-parallel-size N, --tp-size N

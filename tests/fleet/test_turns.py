@@ -23,6 +23,8 @@ from megatron_rl.weights.tensor import TensorTransport
 from tests.contract.test_routes import SHAPE, chosen_by_transformers
 from tests.inference_server.tiny import prompts_of
 
+pytestmark = pytest.mark.processes
+
 PROMPTS = [Prompt(f"p{i}", tuple(ids), "", "") for i, ids in enumerate(prompts_of(3, 7, 5, 4))]
 SAMPLING = Sampling(max_new_tokens=40, stop_token_ids=tuple(range(8)), temperature=0.7)
 RUN = load(Run, [], ["model.path=x"]).run

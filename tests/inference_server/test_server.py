@@ -19,6 +19,8 @@ from megatron_rl.inference_server.requests import BadRequest, parse_request
 from megatron_rl.inference_server.server import EmbeddedServer
 from tests.inference_server.tiny import running
 
+pytestmark = pytest.mark.processes
+
 DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 
 

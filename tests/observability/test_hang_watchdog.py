@@ -13,6 +13,8 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.observability.hang_watchdog import Watchdog, late, report
 from tests.ranks import RankError, run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def _skips_one(folder: Path, limit_seconds: float) -> None:
     record_collectives()

@@ -14,7 +14,7 @@ from tests.policy import families
 from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 BUCKET_BYTES = 192 << 10
 """Above four times the largest parameter, gate and up of a dense layer (48 KiB): no parameter is ever cut."""

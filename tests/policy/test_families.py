@@ -24,7 +24,7 @@ from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "one rank": (1, {}),

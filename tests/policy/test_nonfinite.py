@@ -27,6 +27,8 @@ from megatron_rl.train.nonfinite_dump import (
 )
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 MODEL = Path(__file__).parent.parent.parent / "configs" / "demo-model"
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one rank": (1, []),

@@ -14,7 +14,7 @@ from megatron_rl.policy.engine import Policy
 from tests.policy.tiny import by_transformers, case, lonely_case, run_of, save_model
 from tests.ranks import RankError, run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "one rank": (1, {}),

@@ -15,7 +15,7 @@ from tests.policy.test_parity import weighted
 from tests.policy.tiny import by_transformers, case, run_of, save_model
 from tests.ranks import RankError, run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 LAYERS, EXPERTS, PER_TOKEN = 3, 8, 2
 """With experts: layer 1 of 4 has none."""

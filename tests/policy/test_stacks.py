@@ -13,7 +13,7 @@ from tests.policy import families
 from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 
 def exported(folder: str, parallel: dict[str, object], own: bool) -> dict[str, Tensor]:

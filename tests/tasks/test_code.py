@@ -12,7 +12,10 @@ from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import DataError
 from megatron_rl.tasks.code import CodeVerifier, check_sandbox, extract_program, run_sandboxed
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's seccomp")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's seccomp"),
+]
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 

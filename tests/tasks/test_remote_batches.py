@@ -19,6 +19,8 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.tasks.pool import VerifierPool
 from megatron_rl.tasks.reward import RewardFunction
 
+pytestmark = pytest.mark.processes
+
 Items = list[dict[str, Any]]
 Answer = Callable[[Items], tuple[int, object]]
 

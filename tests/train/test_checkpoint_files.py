@@ -22,7 +22,7 @@ from megatron_rl.train import checkpoints as module
 from megatron_rl.train.resume import checkpoint_name, newest_checkpoint
 from tests.train.small import small
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 KILLS = 20
 

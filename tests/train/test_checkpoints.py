@@ -23,7 +23,7 @@ from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 
 @dataclass(frozen=True)

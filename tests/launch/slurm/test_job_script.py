@@ -13,6 +13,8 @@ from megatron_rl.launch.slurm.render import render
 from megatron_rl.util.exit_codes import HUNG
 from tools.make_example_job import FILE, script
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[3]
 
 SRUN = """#!/usr/bin/env bash

@@ -11,6 +11,8 @@ from megatron_rl.distributed.links import measure_links
 from megatron_rl.launch.slurm.preflight import find_problems, judge, report
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 DEMO = Path(__file__).parents[3] / "configs" / "demo.toml"
 
 
