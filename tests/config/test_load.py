@@ -1,4 +1,4 @@
-"""Merging, origins, and what a wrong configuration says, on a small tree of its own."""
+"""Merging, origins and error messages of configurations, with a small schema."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ class Square(Section):
 class Circle(Section):
     name: Literal["circle"] = "circle"
     radius: float = 1.0
-    """How far the rim is."""
+    """Distance of the rim."""
 
 
 class Paint(Section):
@@ -31,7 +31,7 @@ class Paint(Section):
 
 class Wall(Section):
     place: InputPath
-    """Where it stands."""
+    """Position."""
     judge: PathToFunction = "plain"
     height_metres: float = 2.0
     urls: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ def good(*files: Path, overrides: tuple[str, ...] = ()) -> Loaded[Tree]:
     return load(Tree, files, overrides)
 
 
-def test_later_files_and_then_overrides_win_key_by_key(write):
+def test_later_files_and_then_overrides_win_per_key(write):
     first = write("a.toml", '[wall]\nplace = "x"\nheight_metres = 3\npaint = { colour = "green", layers = 2 }\n')
     second = write("b.toml", "[wall.paint]\nlayers = 3\n")
     loaded = good(first, second, overrides=("wall.height_metres=4.5", "bare=true"))
@@ -89,18 +89,18 @@ def test_later_files_and_then_overrides_win_key_by_key(write):
     assert loaded.origin("wall.least") == "default"
 
 
-def test_a_table_of_another_kind_starts_anew(write):
+def test_a_table_with_another_discriminator_replaces_the_old_one(write):
     first = write("a.toml", '[wall]\nplace = "x"\n[shape]\nname = "circle"\nradius = 3.0\n')
     assert good(first, overrides=("shape.name=square",)).run.shape == Square()
     assert good(first, overrides=("shape.side=2", "shape.name=square")).run.shape == Square(side=2)
     assert good(first, overrides=("shape.radius=5",)).run.shape == Circle(radius=5)
 
 
-def test_the_default_kind_needs_no_name(write):
+def test_the_default_discriminator_may_be_omitted(write):
     assert good(write("a.toml", '[wall]\nplace = "x"\n[shape]\nside = 3.0\n')).run.shape == Square(side=3)
 
 
-def test_input_paths_begin_at_the_file_that_sets_them_and_overrides_at_the_cwd(write, monkeypatch, tmp_path):
+def test_input_paths_are_relative_to_their_file_and_overrides_to_the_working_directory(write, monkeypatch, tmp_path):
     file = write("deep/a.toml", '[wall]\nplace = "data/x"\njudge = "judge.py:f"\n')
     monkeypatch.chdir(tmp_path)
     wall = good(file).run.wall
@@ -129,7 +129,7 @@ def test_values_on_the_command_line(text, value):
     assert parse_value(text) == value
 
 
-def test_every_problem_is_told_at_once_with_its_place_and_a_remedy(write):
+def test_all_problems_are_listed_with_origin_and_remedy(write):
     file = write(
         "a.toml",
         """\
@@ -147,8 +147,8 @@ name = "sqare"
 [brae]
 """,
     )
-    told = problems(file, overrides=("bare=yes", "wall.least=0"))
-    assert told == [
+    output = problems(file, overrides=("bare=yes", "wall.least=0"))
+    assert output == [
         "wall.place is not set; write place = ... under [wall]: Where it stands",
         f'wrong value for wall.urls: "http://x" ({file}:3); write ["http://x"]',
         f"wrong value for wall.extra.list: [1] ({file}:9); write true or false, or it should be a valid integer,"
@@ -163,15 +163,15 @@ name = "sqare"
     ]
 
 
-def test_an_option_of_another_kind_says_which_kind_it_belongs_to(write):
+def test_an_option_of_another_objective_names_that_objective(write):
     file = write("a.toml", '[wall]\nplace = "x"\n[shape]\nname = "square"\nradius = 2.0\n')
     assert problems(file) == [f'unknown key shape.radius: 2.0 ({file}:5); it belongs to shape.name = "circle"']
 
 
-def test_rules_between_fields_name_the_fields_and_their_places(write):
+def test_rules_between_fields_name_the_fields_and_their_origins(write):
     file = write("a.toml", '[wall]\nplace = "x"\nleast = 5\n')
-    (told,) = problems(file, overrides=("wall.most=3",))
-    assert told == f"wall: least 5 is above most 3; swap them ({file}:3, command line: wall.most=3)"
+    (output,) = problems(file, overrides=("wall.most=3",))
+    assert output == f"wall: least 5 is above most 3; swap them ({file}:3, command line: wall.most=3)"
 
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
@@ -199,26 +199,26 @@ def test_types_are_not_converted(write):
 )
 def test_bad_toml_names_file_and_line(write, text, line, reason):
     file = write("a.toml", text)
-    (told,) = problems(file)
-    assert told.startswith(f"not valid TOML: {reason}")
-    assert f"({file}:{line})" in told
+    (output,) = problems(file)
+    assert output.startswith(f"not valid TOML: {reason}")
+    assert f"({file}:{line})" in output
 
 
-def test_missing_files_list_what_there_is(write, tmp_path):
+def test_a_missing_file_lists_the_existing_ones(write, tmp_path):
     file = write("demo.toml", "")
-    (told,) = problems(tmp_path / "dmo.toml")
-    assert told == f"no config file {tmp_path / 'dmo.toml'}; did you mean {file}?"
+    (output,) = problems(tmp_path / "dmo.toml")
+    assert output == f"no config file {tmp_path / 'dmo.toml'}; did you mean {file}?"
     both = problems(tmp_path / "zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz", tmp_path / "dmo.toml")
     assert len(both) == 2
     assert str(file) in both[0]
 
 
-def test_overrides_that_are_none_or_twice_or_broken(write):
+def test_invalid_duplicate_or_broken_overrides_are_errors(write):
     file = write("a.toml", '[wall]\nplace = "x"\n')
-    told = problems(
+    output = problems(
         file, overrides=("foo", "wall..x=1", "bare=true", "bare=false", "wall.urls=[1", "shape=1", "shape.side=1")
     )
-    assert [line.partition(":")[0] for line in told] == [
+    assert [line.partition(":")[0] for line in output] == [
         "not an override",
         "not an override",
         "bare is set twice (command line",
@@ -232,7 +232,7 @@ def test_the_same_file_twice_is_an_error(write):
     assert problems(file, file) == [f"config file given twice: {file}; give it once"]
 
 
-def test_lines_are_found_in_every_way_of_writing_a_key():
+def test_line_numbers_are_found_for_every_notation_of_a_key():
     text = '# a = 1\na = 1\n\n[b]\n"c" = 2\nd.e = 3\n[b.f] # why\n  g = { h = 1 }\n[[i]]\n'
     found = key_lines(text)
     assert found[("a",)] == 2
@@ -241,7 +241,7 @@ def test_lines_are_found_in_every_way_of_writing_a_key():
     assert found[("b", "f", "g")] == 8
 
 
-def test_saved_configuration_has_everything_but_passwords(write):
+def test_the_saved_configuration_has_everything_except_passwords(write):
     file = write("a.toml", '[wall]\nplace = "x"\nurls = ["http://me:secret@host:1/x", "http://host:2"]\n')
     run = good(file).run
     saved = to_json(run)
@@ -251,7 +251,7 @@ def test_saved_configuration_has_everything_but_passwords(write):
     assert ("wall.place", run.wall.place, "Where it stands.") in list(settings(run))
 
 
-def test_what_a_run_wrote_is_read_like_a_file(write, tmp_path):
+def test_the_config_json_of_a_run_is_read_like_a_file(write, tmp_path):
     first = load(Tree, [write("a.toml", '[wall]\nplace = "here"\nurls = ["http://a"]\n[shape]\nname = "circle"\n')])
     kept = write("config.json", to_json(first.run))
     again = load(Tree, [kept], ["wall.least=1"])

@@ -1,4 +1,4 @@
-"""The tree as shipped: every config loads, every field says what it is."""
+"""The schema: every shipped config loads, every field has a description."""
 
 import json
 from pathlib import Path

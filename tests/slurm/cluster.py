@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, in a network namespace of its own: slurmctld and several slurmd, as root, for tests."""
+"""A real Slurm on this machine for tests: slurmctld and several slurmd in a network namespace; needs root."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ BASE_PORT = 17000
 
 
 def missing() -> str | None:
-    """Return why no cluster can be brought up here, None if one can."""
+    """Return why no cluster can be started here, or None."""
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
     if absent := [name for name in NEEDED if shutil.which(name) is None]:
@@ -28,21 +28,21 @@ def missing() -> str | None:
 
 
 def open_files(pid: int) -> set[Path]:
-    """Return the files that a process has open; none if it is gone."""
+    """Return the files that a process has open; empty if it has ended."""
     with contextlib.suppress(OSError):
         return {entry.readlink() for entry in Path(f"/proc/{pid}/fd").iterdir()}
     return set()
 
 
 def environment_of(pid: int) -> list[bytes]:
-    """Return the environment of a process; none if it is gone."""
+    """Return the environment of a process; empty if it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return []
 
 
 class Cluster:
-    """Nodes node1, node2, ... that are this machine; a context manager."""
+    """A context manager for a cluster whose nodes node1, node2, ... are all this machine."""
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder, self.count = folder, nodes
@@ -84,7 +84,7 @@ class Cluster:
     def run(
         self, command: list[str], *, check: bool = True, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> str:
-        """Return what a command says inside the namespace."""
+        """Run a command inside the namespace and return its output."""
         inside = ["nsenter", f"--net=/var/run/netns/{self.namespace}", *command]
         environment = {**self.environment, **(env or {})}
         done = subprocess.run(inside, env=environment, cwd=cwd, capture_output=True, text=True, timeout=180)
@@ -93,15 +93,15 @@ class Cluster:
         return done.stdout + ("" if check else done.stderr)
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd."""
+        """Start the slurmd of a node."""
         self.run(["slurmd", "-N", name])
 
     def kill_slurmd(self, name: str) -> None:
-        """Kill a node's slurmd; what it started lives on."""
+        """Kill the slurmd of a node; its child processes continue."""
         self._kill(self.folder / "run" / f"slurmd-{name}.pid", signal.SIGKILL)
 
     def kill_node(self, name: str) -> None:
-        """Kill a node's slurmd and all that it started, as when the machine goes down."""
+        """Kill the slurmd of a node and all its child processes, like a machine failure."""
         self.kill_slurmd(name)
         log = self.folder / "log" / f"slurmd-{name}.log"
         daemons = [pid for pid in self.processes("slurmstepd") if log in open_files(pid)]
@@ -111,13 +111,13 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def nodes(self, state: str) -> set[str]:
-        """Return the nodes in a state."""
+        """Return the names of the nodes in a state."""
         return set(self.run(["sinfo", "-h", "-N", "-t", state, "-o", "%N"], check=False).split())
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what Slurm knows of a job (the leader of a heterogeneous one)."""
-        said = self.run(["scontrol", "show", "job", number, "--oneliner"]).splitlines()[0]
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+        """Return Slurm's record of a job (of the leader of a heterogeneous job)."""
+        output = self.run(["scontrol", "show", "job", number, "--oneliner"]).splitlines()[0]
+        return dict(word.split("=", 1) for word in output.split() if "=" in word)
 
     def wait_for(self, number: str, *states: str, seconds: float = 120) -> dict[str, str]:
         """Wait until a job is in one of the states."""
@@ -125,7 +125,7 @@ class Cluster:
         return self.job(number)
 
     def start_now(self, number: str) -> None:
-        """Let a requeued job start without the two minutes for which Slurm holds back each component."""
+        """Start a requeued job without the two minutes for which Slurm delays each component."""
 
         def started() -> bool:
             lines = self.run(["squeue", "-h", "-t", "PENDING", "-o", "%i %r"]).splitlines()
@@ -139,7 +139,7 @@ class Cluster:
         self._wait(started, 60, f"job {number} to start")
 
     def processes(self, text: str) -> list[int]:
-        """Return the processes of this namespace whose command line holds a text."""
+        """Return the processes of the namespace whose command line contains a text."""
         namespace = os.stat(f"/var/run/netns/{self.namespace}").st_ino
         found = []
         for entry in Path("/proc").glob("[0-9]*"):

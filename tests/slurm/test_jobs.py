@@ -41,7 +41,7 @@ def words(run: Path, *more: str) -> list[str]:
         "slurm.cpus_per_rank": 1,
         "slurm.stop_seconds": 60,
         "slurm.time_limit": "0:10:00",
-        "slurm.preflight": "false",  # a test that is about something else need not wait for it
+        "slurm.preflight": "false",  # saves time in tests that do not need it
         "rollout.servers": 2,
         "train.steps": 6,
         "checkpoint.every": 1,
@@ -60,9 +60,9 @@ SERVE_NODE = "megatron_rl.launch.slurm.serve_node"
 
 
 def submit(cluster: Cluster, given: list[str]) -> str:
-    said = cluster.run([sys.executable, "-m", "megatron_rl", "slurm", *given, "--submit"], cwd=ROOT, env=ENVIRONMENT)
-    found = re.search(r"submitted job (\d+)", said)
-    assert found, said
+    output = cluster.run([sys.executable, "-m", "megatron_rl", "slurm", *given, "--submit"], cwd=ROOT, env=ENVIRONMENT)
+    found = re.search(r"submitted job (\d+)", output)
+    assert found, output
     return found[1]
 
 
@@ -77,7 +77,7 @@ def log_of(run: Path, job: str) -> str:
 
 
 def wait_for_steps(cluster: Cluster, run: Path, job: str, count: int, *, start: bool = False) -> None:
-    """Wait for so many steps; let the job start without Slurm's delay whenever it is in the queue, if asked to."""
+    """Wait for ``count`` steps; with ``start``, start the job without Slurm's delay whenever it is pending."""
     deadline = time.monotonic() + 240
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < count:
         if start and cluster.job(job)["JobState"] == "PENDING":
@@ -96,7 +96,7 @@ def nothing_left(cluster: Cluster, run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, tmp_path_factory) -> Path:
-    """A run of six steps that nobody disturbs."""
+    """A run of six steps without interruption."""
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
     job = submit(cluster, words(run, PREFLIGHT))
     state = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=300)
@@ -109,7 +109,7 @@ def uninterrupted(cluster, tmp_path_factory) -> Path:
     return run
 
 
-def test_a_job_of_two_nodes_and_a_fleet_trains_to_its_end(uninterrupted):
+def test_a_job_with_two_nodes_and_a_fleet_completes(uninterrupted):
     assert [step for step, _, _ in curve(uninterrupted)] == [0, 1, 2, 3, 4, 5]
     assert len(list(uninterrupted.glob("fleet/*/server_*.json"))) == 2
 
@@ -139,7 +139,7 @@ def test_a_stop_signal_ends_in_a_checkpoint_and_the_requeued_job_has_the_same_cu
 
 
 @pytest.mark.slow
-def test_the_time_limit_itself_ends_in_a_checkpoint_and_the_same_curve(cluster, uninterrupted, tmp_path):
+def test_the_time_limit_ends_in_a_checkpoint_and_the_same_curve(cluster, uninterrupted, tmp_path):
     """Slurm sends the signal 60 s before the limit of 3 minutes, or up to 30 s earlier still."""
     run = tmp_path / "limit"
     job = submit(cluster, words(run, "slurm.time_limit=0:03:00", "train.steps=10000", "checkpoint.every=0"))
@@ -168,7 +168,7 @@ def rank(cluster: Cluster, run: Path, number: int) -> int:
     raise AssertionError(f"no process of rank {number}")
 
 
-def test_a_rank_that_stands_still_is_reported_and_the_job_goes_on_from_its_checkpoint(cluster, uninterrupted, tmp_path):
+def test_a_stopped_rank_is_reported_and_the_job_continues_from_its_checkpoint(cluster, uninterrupted, tmp_path):
     run = tmp_path / "hang"
     job = submit(cluster, words(run, "train.step_timeout_seconds=20", "slurm.restarts=1"))
     wait_for_steps(cluster, run, job, 1)
@@ -182,7 +182,7 @@ def test_a_rank_that_stands_still_is_reported_and_the_job_goes_on_from_its_check
 
 
 @pytest.mark.slow
-def test_a_slurmd_that_is_killed_and_started_again_is_not_noticed_by_the_job(cluster, uninterrupted, tmp_path):
+def test_a_restarted_slurmd_does_not_affect_the_job(cluster, uninterrupted, tmp_path):
     run = tmp_path / "slurmd"
     job = submit(cluster, words(run))
     wait_for_steps(cluster, run, job, 1)
@@ -231,7 +231,7 @@ def test_a_rank_that_is_killed_costs_no_step(cluster, uninterrupted, tmp_path):
     assert curve(run) == curve(uninterrupted)
 
 
-def test_scancel_leaves_nothing_behind(cluster, tmp_path):
+def test_scancel_leaves_no_process(cluster, tmp_path):
     run = tmp_path / "cancelled"
     job = submit(cluster, words(run))
     wait_for_steps(cluster, run, job, 1)
@@ -242,7 +242,7 @@ def test_scancel_leaves_nothing_behind(cluster, tmp_path):
     nothing_left(cluster, run)
 
 
-def test_more_nodes_than_there_are_is_an_error_at_once(cluster, tmp_path):
+def test_more_nodes_than_exist_are_an_error_at_submission(cluster, tmp_path):
     with pytest.raises(RuntimeError, match=r"Slurm would never start .*PartitionNodeLimit"):
         submit(cluster, words(tmp_path / "run", "slurm.nodes=8"))
 
@@ -263,7 +263,7 @@ def test_a_node_that_does_not_share_the_run_folder_stops_the_job_before_the_mode
 
 
 @pytest.mark.slow
-def test_a_server_that_never_comes_is_named_and_ends_the_job(cluster, tmp_path):
+def test_a_server_that_never_registers_is_named_and_ends_the_job(cluster, tmp_path):
     run, wrapper = tmp_path / "server", tmp_path / "python"
     wrapper.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID $2" = "1 {SERVE_NODE}" ] && exit 1\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
@@ -277,19 +277,19 @@ def test_a_server_that_never_comes_is_named_and_ends_the_job(cluster, tmp_path):
     nothing_left(cluster, run)
 
 
-def test_check_cluster_in_an_allocation_looks_at_nodes_links_and_servers(cluster, tmp_path):
+def test_check_cluster_checks_nodes_links_and_servers(cluster, tmp_path):
     given = words(tmp_path / "looked", "slurm.rollout_nodes=0")
     check = [sys.executable, "-m", "megatron_rl", "check", "--cluster", *given]
 
-    said = cluster.run(["salloc", "--nodes=2", "--ntasks-per-node=2", *check], cwd=ROOT, env=ENVIRONMENT)
+    output = cluster.run(["salloc", "--nodes=2", "--ntasks-per-node=2", *check], cwd=ROOT, env=ENVIRONMENT)
 
-    assert len(re.findall(r"node[12] .* ok ", said)) == 2, said
-    assert "all-to-all over 2 ranks" in said
-    assert len(re.findall(r"http://\S+ .* ok .* \d+ ms", said)) == 2, said
+    assert len(re.findall(r"node[12] .* ok ", output)) == 2, output
+    assert "all-to-all over 2 ranks" in output
+    assert len(re.findall(r"http://\S+ .* ok .* \d+ ms", output)) == 2, output
     nothing_left(cluster, tmp_path)
 
 
-def test_a_spare_node_takes_the_place_of_an_odd_one(cluster, tmp_path):
+def test_a_spare_node_replaces_a_faulty_one(cluster, tmp_path):
     run, wrapper = tmp_path / "spare", tmp_path / "python"
     wrapper.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME $3" = "node1 report" ] && exit 1\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)

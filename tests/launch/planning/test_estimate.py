@@ -1,4 +1,4 @@
-"""The plan's arithmetic, against numbers worked out by hand; its memory, against what a real step was seen to hold."""
+"""The estimates of ``check``: arithmetic against numbers computed by hand, memory against a measured step."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ HF = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 64,
 }
-"""Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two of them for each token."""
+"""Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two per token."""
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FAMILY = family_of(HF)
@@ -60,15 +60,15 @@ def layout(*words: str, ranks: int | None = None) -> ParallelLayout:
     ],
     ids=lambda case: case.name,
 )
-def test_measured_memory_is_within_a_tenth_of_the_plan(case):
-    """The tenth is the issue's; the account leaves out small temporaries, and routers do not balance exactly."""
+def test_measured_memory_is_within_10_percent_of_the_estimate(case):
+    """The estimate leaves out small temporaries and assumes balanced routers, hence the tolerance."""
     for plan, seen in compare(case):
         for category in CATEGORIES:
             assert getattr(plan, category) == pytest.approx(getattr(seen, category), rel=0.1), category
 
 
 def test_weights_gradients_and_optimizer_by_hand():
-    """Experts are shared over two ranks, the rest is on both; bfloat16: 2 + 4 bytes, and 12 shared by copies."""
+    """Two expert ranks, bfloat16: 2 + 4 bytes per parameter, and 12 sharded over the replicas."""
     run = run_of("model.dtype=bfloat16", "parallel.expert=2", "parallel.ranks=4")
     sizes = layout_of(run.parallel, 4)
     (memory,) = stage_memory(run, FAMILY, sizes, full_microbatch(run, sizes, 16, fused=True), microbatches=1)
@@ -79,7 +79,7 @@ def test_weights_gradients_and_optimizer_by_hand():
     assert memory.optimizer == 12 * (dense // 4 + expert // 2)
 
 
-def test_what_a_dense_layer_keeps_by_hand():
+def test_saved_bytes_of_a_dense_layer_by_hand():
     """float32 on one rank, 5 tokens, heads of 3: two of queries, one of keys and values."""
     work = MicrobatchWork(tokens=5, longest=5, trained=5, dtype_bytes=4, expert_imbalance=1.0, fused=False)
     norms = 2 * (2 * 4 + 1)
@@ -88,8 +88,8 @@ def test_what_a_dense_layer_keeps_by_hand():
     assert layer_bytes(model_sizes(FAMILY), layout(), work, sparse=False) == 4 * 5 * (norms + attention + network)
 
 
-def test_what_a_layer_of_experts_keeps_by_hand():
-    """bfloat16 under transformer-engine, two expert ranks, the busiest with 1.5 times the average."""
+def test_saved_bytes_of_a_mixture_layer_by_hand():
+    """bfloat16 with transformer-engine, two expert ranks, the busiest with 1.5 times the average."""
     work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=2, expert_imbalance=1.5, fused=True)
     norms = 2 * 8 * (2 * 4 + 4)
     attention = 2 * 8 * 4 + 4 * 8 * 3 * 2 + 8 * 3 * (2 * 3 + 4) + 2 * 8 * 3 * (2 * 2 + 2 * 1) + 4 * 8 * 2
@@ -100,7 +100,7 @@ def test_what_a_layer_of_experts_keeps_by_hand():
     assert kept == norms + attention + router + experts + back
 
 
-def test_a_full_recompute_keeps_the_inputs_of_layers_and_one_layer():
+def test_full_recomputation_saves_layer_inputs_and_one_layer():
     run = run_of("model.recompute=full")
     work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=4, expert_imbalance=1.0, fused=False)
     (memory,) = stage_memory(run, FAMILY, layout(), work, microbatches=1)
@@ -108,8 +108,8 @@ def test_a_full_recompute_keeps_the_inputs_of_layers_and_one_layer():
     assert memory.activations.working > layer_bytes(model_sizes(FAMILY), layout(), work, sparse=True)
 
 
-def test_the_vocabulary_operation_never_holds_all_logits():
-    """Of a large vocabulary a tile is held: twice the vocabulary costs weights' gradients, no logits."""
+def test_the_vocabulary_operation_never_stores_all_logits():
+    """Doubling the vocabulary adds gradients of the weight but no logits: only a tile of them exists."""
     work = MicrobatchWork(tokens=4096, longest=4096, trained=4096, dtype_bytes=2, expert_imbalance=1.0, fused=True)
     small = model_sizes(family_of({**HF, "vocab_size": 1 << 17}))
     large = model_sizes(family_of({**HF, "vocab_size": 1 << 18}))
@@ -132,8 +132,8 @@ def test_micro_batches_in_flight(words, rows, flights):
     assert [in_flight(sizes, stage, rows) for stage in pipeline_stages(8, sizes)] == flights
 
 
-def test_operations_and_bytes_of_a_step_by_hand():
-    """Six sequences of 3 + 5 tokens: layers of 76 + 72 and 76 + 16 + 48 parameters a token (norms included)."""
+def test_flops_and_bytes_of_a_step_by_hand():
+    """Six sequences of 3 + 5 tokens: layers of 76 + 72 and 76 + 16 + 48 parameters per token (norms included)."""
     run = run_of("train.prompts_per_step=3", "train.group_size=2", "model.recompute=full", "model.dtype=bfloat16")
     step = step_cost(run, FAMILY, longest=8, prompt=3)
     attention_weights, norms = 4 * 12 + 6 * 4 + 6, 8
@@ -149,7 +149,7 @@ def test_operations_and_bytes_of_a_step_by_hand():
     assert step.decode_bytes(2) == 5 * 2 * step.weight_bytes + 5 * 6 * 24 * 5.5
 
 
-def test_what_ranks_send_by_hand():
+def test_bytes_that_a_rank_sends_by_hand():
     run = run_of("parallel.expert=2", "model.dtype=bfloat16", "model.recompute=full")
     sizes = layout_of(run.parallel, 2)
     work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=2, expert_imbalance=1.0, fused=True)
@@ -160,13 +160,13 @@ def test_what_ranks_send_by_hand():
     assert sent.data == 6 * dense / 2
 
 
-def test_the_pipeline_waits_less_with_more_rows_and_more_chunks():
+def test_the_bubble_shrinks_with_more_micro_batches_and_more_chunks():
     assert pipeline_bubble(layout(), 4) == 0
     assert pipeline_bubble(layout("parallel.pipeline=4"), 9) == pytest.approx(3 / 12)
     assert pipeline_bubble(layout("parallel.pipeline=4", "parallel.virtual_pipeline=3"), 9) == pytest.approx(1 / 10)
 
 
-def test_no_suggestion_would_be_refused_and_all_fit():
+def test_suggested_layouts_are_valid_and_fit():
     loaded = load(Run, [CONFIGS / "models" / "qwen3-30b-a3b-2nodes.toml", CONFIGS / "cluster" / "h100-80gb.toml"])
     sizes = estimate_run(loaded)
     assert sizes is not None
@@ -181,7 +181,7 @@ def test_no_suggestion_would_be_refused_and_all_fit():
         assert each.bytes < sizes.memory_bytes
 
 
-def test_nothing_is_suggested_where_nothing_fits():
+def test_without_a_fitting_layout_nothing_is_suggested():
     loaded = load(Run, [CONFIGS / "models" / "deepseek-v3-32nodes.toml", CONFIGS / "cluster" / "h100-80gb.toml"])
     sizes = estimate_run(loaded)
     assert sizes is not None

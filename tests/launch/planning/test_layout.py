@@ -1,4 +1,4 @@
-"""Layouts that are refused, each with its reason and the way out."""
+"""Valid and invalid layouts; an invalid one is refused with a reason and a remedy."""
 
 import re
 from dataclasses import replace
@@ -53,7 +53,7 @@ def problems(*settings: str, sizes: ModelSizes = MOE, ranks: int | None = None, 
         ("tensor=2", "expert=8", "ranks=16"),
     ],
 )
-def test_layouts_that_work(settings):
+def test_valid_layouts(settings):
     assert problems(*settings) == []
 
 
@@ -68,7 +68,7 @@ def test_layouts_that_work(settings):
         (("tensor=2", "ranks=8"), 8),
     ],
 )
-def test_without_a_value_the_ranks_are_the_fewest_that_the_sizes_allow(settings, ranks):
+def test_the_default_number_of_ranks_is_the_fewest_that_the_axes_allow(settings, ranks):
     loaded = load(Run, [], ["model.path=x", *(f"parallel.{setting}" for setting in settings)])
     assert layout_of(loaded.run.parallel).ranks == ranks
     assert problems(*settings) == []
@@ -98,10 +98,10 @@ def test_axes_multiply_to_the_ranks():
         (("tensor=2", "expert=2", "expert_tensor=2"), ["uneven", "gloo", "write expert_tensor = 1 or expert = 1"]),
     ],
 )
-def test_layouts_that_do_not_work_say_why_and_what_to_write(settings, words):
-    told = "\n".join(problems(*settings))
+def test_invalid_layouts_are_refused_with_reason_and_remedy(settings, words):
+    output = "\n".join(problems(*settings))
     for word in words:
-        assert word in told
+        assert word in output
 
 
 @pytest.mark.parametrize(
@@ -119,18 +119,18 @@ def test_layouts_that_do_not_work_say_why_and_what_to_write(settings, words):
         (("parallel.pipeline=3", "parallel.virtual_pipeline=2", "last=4"), ["is not supported; leave one out"]),
     ],
 )
-def test_a_first_or_last_stage_may_have_a_number_of_layers_of_its_own(settings, words):
+def test_the_first_or_last_stage_may_have_another_number_of_layers(settings, words):
     fields = {end: f"model.megatron.num_layers_in_{end}_pipeline_stage" for end in ("first", "last")}
     given = [f"{fields.get(key, key)}={value}" for key, value in (setting.split("=") for setting in settings)]
     loaded = load(Run, [], ["model.path=x", *given])
     layout = layout_of(loaded.run.parallel, None, loaded.run.model.megatron)
-    told = check_layout(loaded, layout, MOE, on_gloo=True)
-    assert bool(told) == bool(words)
+    output = check_layout(loaded, layout, MOE, on_gloo=True)
+    assert bool(output) == bool(words)
     for word in words:
-        assert word in "\n".join(told)
+        assert word in "\n".join(output)
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     assert len(problems("tensor=3", "pipeline=5", "expert=5", "ranks=7")) == 6
 
 
@@ -138,14 +138,14 @@ def test_experts_in_tensor_shards_work_with_nccl():
     assert problems("tensor=2", "expert=2", "expert_tensor=2", on_gloo=False) == []
 
 
-def test_a_dense_model_has_no_expert_axes_but_divides_its_feed_forward():
+def test_a_dense_model_has_no_expert_axes_and_shards_its_feed_forward():
     assert problems("tensor=2", sizes=DENSE) == []
     assert "no experts" in problems("expert=2", sizes=DENSE)[0]
     odd = replace(DENSE, ffn=127)
     assert "feed-forward width, 127" in problems("tensor=2", sizes=odd)[0]
 
 
-def test_ranks_that_were_launched_overrule_the_config():
+def test_launched_ranks_override_the_config():
     assert problems("tensor=2", ranks=4) == []
     assert problems("tensor=2", ranks=5)[0].startswith("5 ranks cannot be divided")
 
@@ -157,7 +157,7 @@ def test_ranks_that_were_launched_overrule_the_config():
         (("context=2",), r"context = 2 .*sinks.*write context = 1"),
     ],
 )
-def test_what_transformer_engine_gets_wrong_or_refuses_is_refused_on_gpus_only(settings, words):
+def test_unsupported_transformer_engine_layouts_are_refused_only_on_gpus(settings, words):
     odd = replace(MOE, experts_have_bias=True, attention_sinks=True)
     assert problems(*settings, sizes=odd) == []
     (problem,) = problems(*settings, sizes=odd, on_gloo=False)

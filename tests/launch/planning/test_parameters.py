@@ -1,4 +1,4 @@
-"""How many parameters a rank holds, against the chunks that megatron-core really builds there."""
+"""Parameter counts per rank, compared with the model chunks that megatron-core builds."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_config(name: str, folder: Path) -> Path:
 
 
 def counts(folder: str, words: tuple[str, ...]) -> tuple[int, int, int]:
-    """Return this rank's pipeline stage, and its parameters in and out of the experts' own buffers."""
+    """Return this rank's pipeline stage, its dense parameters and its expert parameters."""
     repair()
     run = load(Run, [], [f"model.path={folder}", *words]).run
     mesh = build_mesh(run, start_world(60, deterministic=True))
@@ -72,7 +72,7 @@ def counts(folder: str, words: tuple[str, ...]) -> tuple[int, int, int]:
         ("gpt_oss", "tensor and expert"),
     ],
 )
-def test_a_rank_holds_exactly_what_is_counted(name, layout, tmp_path):
+def test_counted_parameters_equal_those_of_the_built_model(name, layout, tmp_path):
     folder = write_config(name, tmp_path)
     ranks, words = LAYOUTS[layout]
     loaded = load(Run, [], [f"model.path={folder}", *words])
@@ -85,7 +85,7 @@ def test_a_rank_holds_exactly_what_is_counted(name, layout, tmp_path):
         assert (counted.dense, counted.expert) == (dense, expert)
 
 
-def test_layers_go_to_stages_as_megatron_core_deals_them():
+def test_layers_per_stage_equal_megatron_core_s_assignment():
     def layers(*words: str, num_layers: int = 8) -> list[tuple[tuple[int, ...], ...]]:
         run = load(Run, [], ["model.path=x", *words]).run
         return [
@@ -100,7 +100,7 @@ def test_layers_go_to_stages_as_megatron_core_deals_them():
 
 
 def test_a_small_model_by_hand(tmp_path):
-    """Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two of them for each token."""
+    """Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two per token."""
     family = family_of(HF)
     attention = 4 * (6 + 3 + 3) + 6 * 4 + 3 + 3
     norms, dense, expert, router = 4 + 4, 3 * 4 * 6, 3 * 4 * 2, 4 * 4

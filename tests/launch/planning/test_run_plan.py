@@ -1,4 +1,4 @@
-"""What ``megatron-rl check`` finds in a whole configuration, before anything starts."""
+"""The plan of a run and ``megatron-rl check``: problems, notes and warnings of a configuration."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def problems(*settings: str) -> str:
     return str(caught.value)
 
 
-def test_the_demo_fits():
+def test_the_demo_is_valid():
     made = plan()
     assert made.layout.ranks == 2
     assert (made.batches.responses, made.batches.per_update, made.batches.longest) == (256, 64, 52)
@@ -35,7 +35,7 @@ def test_the_demo_fits():
     assert made.notes == ()
 
 
-def test_rows_are_counted_for_the_longest_sequences_and_shared_by_data_parallel_ranks():
+def test_rows_are_counted_at_the_maximum_length_and_rounded_to_the_data_parallel_size():
     assert plan("train.tokens_per_microbatch=520").batches.max_rows == 7
     assert plan("train.tokens_per_microbatch=520", ranks=4).batches.max_rows == 8
     assert plan("train.packing=false").batches.max_rows == 64
@@ -59,38 +59,38 @@ def test_rows_are_counted_for_the_longest_sequences_and_shared_by_data_parallel_
         (("model.megatron.hidden_dropout=0.1",), ["cannot be set"]),
     ],
 )
-def test_what_cannot_work_is_told_with_a_remedy(settings, words):
-    told = problems(*settings)
+def test_problems_have_a_remedy(settings, words):
+    output = problems(*settings)
     for word in words:
-        assert word in told
-    assert f"command line: {settings[0]}" in told or "no config.json" in told
+        assert word in output
+    assert f"command line: {settings[0]}" in output or "no config.json" in output
 
 
-def test_bad_files_of_prompts_are_found_before_anything_starts(tmp_path):
+def test_invalid_prompt_files_are_found_before_anything_starts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "answer": "y"}\n{\n')
     (tmp_path / "b.jsonl").write_text("\n")
-    told = problems(
+    output = problems(
         "task.name=jsonl",
         f"task.path={tmp_path / 'a.jsonl'}",
         f"task.heldout_path={tmp_path / 'b.jsonl'}",
         "task.verifier=exat",
         "task.max_prompt_tokens=100",
     )
-    assert told.startswith("3 problems:")
+    assert output.startswith("3 problems:")
     for words in ("a.jsonl:2", "no row in", "did you mean exact?"):
-        assert words in told
+        assert words in output
 
 
-def test_layout_batches_and_names_are_told_together():
-    told = problems("parallel.tensor=3", "train.updates_per_step=5", "model.megatron.foo=1")
-    assert told.startswith("4 problems:")
+def test_problems_of_layout_batches_and_names_are_reported_together():
+    output = problems("parallel.tensor=3", "train.updates_per_step=5", "model.megatron.foo=1")
+    assert output.startswith("4 problems:")
 
 
-def test_running_servers_need_none_of_ours():
+def test_running_servers_replace_started_ones():
     assert plan("rollout.engine=sglang", 'rollout.urls=["http://h:1"]', "rollout.servers=0")
 
 
-def test_odd_choices_are_noted():
+def test_unusual_settings_are_noted():
     notes = "\n".join(plan("train.updates_per_step=1", "rollout.sampling.top_p=0.9").notes)
     assert "every ratio is 1" in notes
     assert "top_p" in notes
@@ -110,11 +110,11 @@ UNBOUNDED = "does not bound a ratio from above"
         (["objective.name=grpo", "train.updates_per_step=1"], ['correction.kind = "tis"'], [UNBOUNDED]),
     ],
 )
-def test_lag_without_a_correction_is_a_warning_that_says_what_to_write(words, found, not_found):
-    (said,) = plan("rollout.max_lag=2", *words).warnings
-    assert said.startswith("rollout.max_lag = 2 (command line: rollout.max_lag=2)")
-    assert all(part in said for part in found)
-    assert not any(part in said for part in not_found)
+def test_lag_without_correction_is_a_warning_with_a_remedy(words, found, not_found):
+    (output,) = plan("rollout.max_lag=2", *words).warnings
+    assert output.startswith("rollout.max_lag = 2 (command line: rollout.max_lag=2)")
+    assert all(part in output for part in found)
+    assert not any(part in output for part in not_found)
     assert plan("rollout.max_lag=2", "correction.kind=tis", *words).warnings == ()
     assert plan(*words).warnings == ()
 
@@ -128,19 +128,19 @@ def test_fields_of_megatron_core_are_read_from_its_source():
 @pytest.mark.parametrize("text", ["{", '{"model_type": "gpt2"}', '{"model_type": "qwen3_moe"}'])
 def test_a_broken_or_unknown_model_config_is_one_of_the_problems(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    told = problems(f"model.path={tmp_path}", "train.updates_per_step=5")
-    assert told.startswith("2 problems:")
-    assert "config.json" in told
+    output = problems(f"model.path={tmp_path}", "train.updates_per_step=5")
+    assert output.startswith("2 problems:")
+    assert "config.json" in output
 
 
-def test_check_prints_everything_and_returns_nought(capsys):
+def test_check_prints_all_tables_and_returns_0(capsys):
     assert main(["check", str(DEMO), "train.steps=7"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("transformer-engine", "command line: train.steps=7", "4 of 8 experts", "32 * 8 = 256", "demo.toml:"):
-        assert word in told
+        assert word in output
 
 
-def test_check_returns_one_and_lists_problems(capsys):
+def test_check_returns_1_and_lists_problems(capsys):
     assert main(["check", str(DEMO), "train.stesp=7"]) == 1
     captured = capsys.readouterr()
     assert "did you mean train.steps?" in captured.err
@@ -150,25 +150,25 @@ def test_check_returns_one_and_lists_problems(capsys):
     assert "megatron-core" in captured.out
 
 
-def test_check_without_configs_shows_what_is_installed(capsys):
+def test_check_without_configs_prints_versions(capsys):
     assert main(["check"]) == 0
     assert "megatron-core" in capsys.readouterr().out
 
 
-def test_train_with_a_bad_config_returns_two_and_no_traceback(capsys):
+def test_train_with_an_invalid_config_returns_2_without_traceback(capsys):
     assert main(["train", str(DEMO), "train.stesp=7"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("megatron-rl train: unknown key train.stesp")
-    assert "Traceback" not in told
+    output = capsys.readouterr().err
+    assert output.startswith("megatron-rl train: unknown key train.stesp")
+    assert "Traceback" not in output
 
 
-def test_words_are_files_or_settings(tmp_path):
+def test_words_are_split_into_files_and_settings(tmp_path):
     odd = tmp_path / "a=b.toml"
     odd.write_text("")
     assert split_words(["x.toml", "a.b=1", str(odd)]) == (["x.toml", str(odd)], ["a.b=1"])
 
 
-def test_a_tied_mixture_is_no_model_for_sglang(tmp_path):
+def test_a_mixture_with_a_tied_head_is_refused_for_sglang(tmp_path):
     folder = families.save("qwen2_moe", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -177,7 +177,7 @@ def test_a_tied_mixture_is_no_model_for_sglang(tmp_path):
         make_plan(load(Run, [DEMO], [f"model.path={folder}", "rollout.engine=sglang"]), on_gloo=True)
 
 
-def test_quantised_weights_are_refused_for_an_engine_that_would_serve_them_so(tmp_path):
+def test_quantized_weights_are_refused_for_an_engine_that_would_serve_them(tmp_path):
     folder = families.save("gpt_oss", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))

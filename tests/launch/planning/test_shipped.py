@@ -1,4 +1,4 @@
-"""The shipped configs: sizes of the models, a plan that fits, a script for Slurm, with each objective."""
+"""The shipped configs: parameter counts, a plan that fits, a Slurm script with each objective."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ BILLIONS = {
     "gpt-oss-120b": (117, 5.1),
     "kimi-k2": (1040, 32),
 }
-"""Parameters as their makers publish them: all, and those at work on a token."""
+"""Published parameter counts, in billions: total, and active per token."""
 
 
 def each_model():
@@ -38,10 +38,10 @@ def each_model():
 
 
 @pytest.mark.parametrize("name", BILLIONS)
-def test_the_sizes_are_those_that_the_models_are_known_by(name):
-    """GLM-4.5 and Kimi-K2 are published with 2 % more than their decoder's: multi-token prediction, and rounding.
+def test_parameter_counts_equal_the_published_ones(name):
+    """The published numbers are rounded; those of GLM-4.5 and Kimi-K2 include multi-token prediction (2 %).
 
-    Makers round the parameters at work, and count the embedding's table, of which a token reads a row, or do not.
+    Some published active counts include the embedding table, of which a token reads one row.
     """
     hf = read_hf_config(CONFIGS / "shapes" / name)
     family = family_of(hf)
@@ -52,31 +52,31 @@ def test_the_sizes_are_those_that_the_models_are_known_by(name):
     assert active_parameters(family) >= 0.95 * active
 
 
-def test_every_shape_has_a_config_and_every_config_a_plan_that_fits():
+def test_every_shape_has_a_config():
     assert {path.name for path in (CONFIGS / "shapes").iterdir()} == set(BILLIONS)
     used = {Path(load(Run, [path]).run.model.path).name for path in MODELS}
     assert used == set(BILLIONS)
 
 
 @each_model()
-def test_a_shipped_config_fits_and_says_what_is_not_here(path, capsys):
+def test_a_shipped_config_fits_and_lists_missing_inputs(path, capsys):
     sizes = estimate_run(load(Run, [path, H100]))
     assert sizes is not None
     assert sizes.memory_bytes is not None
     assert fullest(sizes.memories).total < 0.95 * sizes.memory_bytes
     assert main(["check", str(path), str(H100)]) == 1
-    told = capsys.readouterr()
-    assert "peak" in told.out
-    assert "fits" in told.out
-    assert "DOES NOT FIT" not in told.out
-    assert "Layouts that fit" in told.out
+    output = capsys.readouterr()
+    assert "peak" in output.out
+    assert "fits" in output.out
+    assert "DOES NOT FIT" not in output.out
+    assert "Layouts that fit" in output.out
     for missing in ("no *.safetensors in", "no such file"):
-        assert missing in told.err
+        assert missing in output.err
 
 
 @each_model()
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_shipped_config_loads_plans_and_renders_with_each_objective(path, objective, tmp_path, capsys):
+def test_a_shipped_config_loads_and_renders_with_each_objective(path, objective, tmp_path, capsys):
     files = [path, CONFIGS / "objective" / f"{objective}.toml"]
     words = [f"log.path={tmp_path / 'run'}"]
     loaded = load(Run, files, words)
@@ -93,7 +93,7 @@ def test_a_shipped_config_loads_plans_and_renders_with_each_objective(path, obje
 
 
 @each_model()
-def test_a_server_that_the_job_starts_holds_the_model(path):
+def test_a_server_of_the_job_can_hold_the_model(path):
     run = load(Run, [path]).run
     if run.rollout.urls:  # larger than a node: started by others
         return

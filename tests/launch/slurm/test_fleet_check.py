@@ -26,10 +26,10 @@ def test_equal_servers_pass_and_are_timed(capsys):
     with serving(FakeServer(), FakeServer()) as (one, other):
         assert check_fleet(run_with(one.url, other.url)) == 0
 
-    said = capsys.readouterr().out
-    assert "preflight:" not in said
-    assert all(f"{server.url}" in said for server in (one, other))
-    assert said.count(" ms") == 2
+    output = capsys.readouterr().out
+    assert "preflight:" not in output
+    assert all(f"{server.url}" in output for server in (one, other))
+    assert output.count(" ms") == 2
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_the_example_job_is_what_the_tool_renders():
 def test_the_steps_of_a_job_run_in_this_order(tmp_path):
     job = Job(tmp_path)
 
-    code, said = job.run()
+    code, output = job.run()
 
-    assert code == 0, said
+    assert code == 0, output
     names = [name_of(step) for step in job.steps]
     assert names[:3] == ["preflight report", "preflight judge", "preflight link"]
     assert set(names[3:]) == {"serve_node", "train", "preflight fleet"}
@@ -115,9 +115,9 @@ def test_the_steps_of_a_job_run_in_this_order(tmp_path):
 def test_steps_run_on_the_component_of_a_heterogeneous_job(tmp_path):
     job = Job(tmp_path, "slurm.rollout_nodes=1")
 
-    code, said = job.run(SLURM_HET_SIZE="2", SLURM_JOB_NODELIST_HET_GROUP_0="n", SLURM_JOB_NODELIST_HET_GROUP_1="n")
+    code, output = job.run(SLURM_HET_SIZE="2", SLURM_JOB_NODELIST_HET_GROUP_0="n", SLURM_JOB_NODELIST_HET_GROUP_1="n")
 
-    assert code == 0, said
+    assert code == 0, output
     groups = {name_of(step): step.split()[2] for step in job.steps}
     assert groups.pop("serve_node") == "--het-group=1"
     assert set(groups.values()) == {"--het-group=0"}
@@ -127,11 +127,11 @@ def test_a_hang_is_requeued_at_most_slurm_restarts_times(tmp_path):
     job = Job(tmp_path, "slurm.restarts=2", "slurm.preflight=false")
 
     for restart, requeues in ((0, 1), (1, 2), (2, 2)):
-        code, said = job.run(restart, CODE=str(HUNG))
+        code, output = job.run(restart, CODE=str(HUNG))
         assert code == HUNG
-        assert job.steps.count("REQUEUE 7") == requeues, said
-    assert "the ranks hung, see" in said
-    assert "but the job was restarted 2 times already (slurm.restarts)" in said
+        assert job.steps.count("REQUEUE 7") == requeues, output
+    assert "the ranks hung, see" in output
+    assert "but the job was restarted 2 times already (slurm.restarts)" in output
     assert "train.resume=true" in steps_named(job, "train")[-1]
 
 
@@ -150,29 +150,29 @@ def test_a_rank_killed_after_a_hang_report_counts_as_a_hang(tmp_path):
 def test_a_job_that_slurm_restarted_too_often_ends(tmp_path):
     job = Job(tmp_path, "slurm.restarts=2")
 
-    code, said = job.run(restart=3)
+    code, output = job.run(restart=3)
 
     assert code == 2
-    assert "restarted 2 times already" in said
+    assert "restarted 2 times already" in output
     assert not job.record.exists()
 
 
 def test_a_faulty_server_ends_the_trainer_that_is_still_loading(tmp_path):
     job = Job(tmp_path)
 
-    code, said = job.run(FAULTY="1", CHECKS="0.3", TRAINS="60")
+    code, output = job.run(FAULTY="1", CHECKS="0.3", TRAINS="60")
 
     assert code == 2
-    assert "a server of the fleet failed its check" in said
+    assert "a server of the fleet failed its check" in output
 
 
 def test_running_servers_are_checked_before_the_ranks_start(tmp_path):
     job = Job(tmp_path, 'rollout.urls=["http://10.0.0.9:1"]')
 
-    code, said = job.run(FAULTY="1")
+    code, output = job.run(FAULTY="1")
 
     assert code == 2
-    assert "a server of rollout.urls failed its check" in said
+    assert "a server of rollout.urls failed its check" in output
     assert steps_named(job, "train") == []
 
 
@@ -203,21 +203,21 @@ def test_a_fleet_lost_after_a_step_is_requeued(tmp_path):
     job = Job(tmp_path, "slurm.preflight=false")
     job.run_folder.mkdir()
 
-    code, said = job.run(NO_FLEET="1", TRAINS="60", STEPS=str(job.run_folder / "metrics.jsonl"))
+    code, output = job.run(NO_FLEET="1", TRAINS="60", STEPS=str(job.run_folder / "metrics.jsonl"))
 
     assert code == 130
-    assert "the fleet ended: the ranks finish their step" in said
-    assert "REQUEUE 7" in job.steps, said
+    assert "the fleet ended: the ranks finish their step" in output
+    assert "REQUEUE 7" in job.steps, output
 
 
 def test_a_finished_run_is_not_requeued_if_the_fleet_is_lost(tmp_path):
     job = Job(tmp_path, "slurm.preflight=false")
     job.run_folder.mkdir()
 
-    code, said = job.run(NO_FLEET="1", TRAINS="60", STOPPED="0", STEPS=str(job.run_folder / "metrics.jsonl"))
+    code, output = job.run(NO_FLEET="1", TRAINS="60", STOPPED="0", STEPS=str(job.run_folder / "metrics.jsonl"))
 
-    assert code == 0, said
-    assert "the fleet ended: the ranks finish their step" in said
+    assert code == 0, output
+    assert "the fleet ended: the ranks finish their step" in output
     assert "REQUEUE 7" not in job.steps
 
 

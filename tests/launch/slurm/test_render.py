@@ -77,8 +77,8 @@ def test_settings_with_blanks_and_dollars_reach_the_job_unchanged(tmp_path):
     text = script(tmp_path, "rollout.environment={ A = 'x $y' }")
 
     (line,) = [line for line in text.splitlines() if line.startswith("config=(")]
-    said = subprocess.run(["bash", "-c", f'{line}; printf "%s\\n" "${{config[@]}}"'], capture_output=True, text=True)
-    assert "rollout.environment={ A = 'x $y' }" in said.stdout.splitlines()
+    output = subprocess.run(["bash", "-c", f'{line}; printf "%s\\n" "${{config[@]}}"'], capture_output=True, text=True)
+    assert "rollout.environment={ A = 'x $y' }" in output.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_run_folder_that_cannot_be_created_is_an_error_before_submission(tmp_p
     assert "cannot write the run folder" in capsys.readouterr().err
 
 
-def test_a_script_needs_no_slurm_but_submitting_does(tmp_path, monkeypatch, capsys):
+def test_only_submission_needs_slurm(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     words = [str(DEMO), *TWO_NODES, f"log.path={tmp_path / 'run'}"]
 
