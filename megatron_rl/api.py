@@ -5,10 +5,10 @@ Legend: B rows (one response each), S padded length.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_rl.algorithms.correction import Correction, mismatch
@@ -45,7 +45,7 @@ class PolicyLoss:
 class _Options(Section):
     """An objective with what may stand around it."""
 
-    objective: Annotated[AnyObjective, Field(discriminator="name")]
+    objective: AnyObjective
     correction: Correction = Correction()
     kl: ReferenceKL = ReferenceKL()
 
@@ -69,9 +69,9 @@ def policy_loss(
     read.
 
     Args:
-        objective: a name such as ``"grpo"``, or its options: ``{"name": "espo", "alpha": 0.02}``. The tables
-            ``correction``
-            and ``kl`` of a run's configuration may stand inside: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
+        objective: a name such as ``"grpo"`` or ``"path/to/mine.py:Mine"``, or a table of options:
+            ``{"name": "espo", "alpha": 0.02}``. The tables ``correction`` and ``kl`` of a run's configuration may be
+            inside: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
         logprobs: [B, S], log-probabilities of the tokens under the current weights, with gradient.
         old_logprobs: [B, S], under the weights at the start of the rollout batch.
         advantages: [B] or [B, S].
@@ -140,6 +140,8 @@ def _segments(segment_ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 def _options(objective: str | Mapping[str, Option]) -> _Options:
     table: dict[str, object] = {"name": objective} if isinstance(objective, str) else dict(objective)
+    if ".py:" in (name := str(table.get("name"))):
+        table["name"] = str(Path(name).absolute())
     tables: dict[str, object] = {name: table.pop(name) for name in ("correction", "kl") if name in table}
     tables["objective"] = table
     try:

@@ -114,7 +114,7 @@ def _add_prove_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shrink", metavar="layers=2,hidden=64", help="use a smaller model with random weights")
     parser.add_argument(
-        "--objective", action="append", default=[], help="an objective, or all (default: the configured one)"
+        "--objective", action="append", default=[], help="a name, file.py:Class, or all (default: the configured one)"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results")
     parser.add_argument("--ranks", type=int, default=4, help="maximum ranks per default layout (default: %(default)s)")

@@ -411,7 +411,7 @@ WRONG = [
         {"name": "grpo", "clp_low": 1},
         "unknown key objective.clp_low: 1 (in the objective of policy_loss); did you mean objective.clip_low?",
     ),
-    ({"clip_low": 1}, "discriminator 'name'"),
+    ({"clip_low": 1}, 'objective.name is not set (in the objective of policy_loss); write one of "cispo", "dppo"'),
     ({"name": "grpo", "clip_low": -1}, "objective.clip_low: -1"),
     ({"name": "grpo", "aggregation": "constant"}, "normalizer = <tokens>"),
     ({"name": "grpo", "normalizer": 3}, "normalizer = <tokens>"),

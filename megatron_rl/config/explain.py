@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_rl.config.from_file import PATTERN
 from megatron_rl.config.sources import Key
 from megatron_rl.config.tree import all_fields, field_at, lookup, members, section_at
 
@@ -29,10 +30,10 @@ def _key(model: type[BaseModel], table: Mapping[str, object], loc: Sequence[int 
     section: type[BaseModel] | None = model
     value: object = table
     key: Key = ()
-    tags: Mapping[str, type[BaseModel]] = {}
+    tags: set[str] = set()
     for part in loc:
         if part in tags:
-            tags = {}
+            tags = set()
             continue
         if not isinstance(part, str) or (section is None and not (isinstance(value, Mapping) and part in value)):
             break
@@ -40,7 +41,7 @@ def _key(model: type[BaseModel], table: Mapping[str, object], loc: Sequence[int 
         field = section.model_fields.get(part) if section else None
         value = value.get(part) if isinstance(value, Mapping) else None
         section = section_at(field, value)
-        tags = members(field) if field is not None and field.discriminator else {}
+        tags = {*members(field), PATTERN} if field is not None and field.discriminator else set()
     return key
 
 
@@ -55,14 +56,25 @@ def _sentence(
     if kind == "missing":
         return _missing(model, table, key)
     if kind == "union_tag_invalid":
-        context = detail["ctx"]
-        dotted = f"{dotted}.{context['discriminator'].strip(chr(39))}"
-        tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        origin = _origin(origins, tuple(dotted.split(".")))
-        return f'no such {dotted}: "{context["tag"]}" ({origin}); {_choose(str(context["tag"]), tags)}'
+        tag_key = (*key, _discriminator(model, table, key))
+        tags = [tag.strip("' ") for tag in detail["ctx"]["expected_tags"].split(",")]
+        tag = str(detail["ctx"]["tag"])
+        return f'no such {".".join(tag_key)}: "{tag}" ({_origin(origins, tag_key)}); {_choose(tag, tags)}'
+    if kind == "union_tag_not_found":
+        tag_key, choices = (*key, _discriminator(model, table, key)), members(field_at(model, table, key))
+        return f"{'.'.join(tag_key)} is not set ({_origin(origins, key)}); write {_choose('', list(choices))}"
+    if kind == "from_file":
+        origin = _origin(origins, (*key, _discriminator(model, table, key)))
+        return f"{detail['ctx']['problem']} ({origin}); {detail['ctx']['advice']}"
     if kind in ("value_error", "assertion_error"):
         return f"{dotted or 'configuration'}: {_remedy(detail)} ({_origins_named(origins, key, detail['msg'])})"
     return f"wrong value for {dotted}: {_show(detail['input'])} ({_origin(origins, key)}); {_remedy(detail)}"
+
+
+def _discriminator(model: type[BaseModel], table: Mapping[str, object], key: Key) -> str:
+    field = field_at(model, table, key)
+    assert field is not None, f"{key} is a table of several kinds"
+    return str(field.discriminator)
 
 
 def _show(value: object) -> str:

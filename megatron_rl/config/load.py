@@ -98,7 +98,7 @@ def _kind(field: FieldInfo | None) -> tuple[str, object] | None:
     """Return the discriminator of a union of sections and its default value, or None."""
     if field is None or not isinstance(field.discriminator, str):
         return None
-    return field.discriminator, getattr(field.default, field.discriminator)
+    return field.discriminator, getattr(field.default, field.discriminator, None)
 
 
 def _with_default_kinds(model: type[BaseModel], table: Mapping[str, object]) -> dict[str, object]:

@@ -282,7 +282,7 @@ class Run(Section):
     environment: EnvironmentConfig = EnvironmentConfig()
     rollout: Rollout = Rollout()
     advantage: Advantage = Advantage()
-    objective: Annotated[AnyObjective, Field(discriminator="name")] = GRPO()
+    objective: AnyObjective = GRPO()
     correction: Correction = Correction()
     kl: ReferenceKL = ReferenceKL()
     optimizer: Optimizer = Optimizer()

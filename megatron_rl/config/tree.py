@@ -2,11 +2,13 @@
 
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_rl.config.from_file import LoadError, OrClassInFile
 from megatron_rl.config.sources import Key
 
 
@@ -34,11 +36,18 @@ def section_of(field: FieldInfo | None) -> type[BaseModel] | None:
 
 
 def section_at(field: FieldInfo | None, table: object) -> type[BaseModel] | None:
-    """Return the section of a field, selected by the discriminator in the table."""
+    """Return the section of a field, selected by the discriminator in the table; None if that is unknown."""
     kinds = members(field)
     if field is None or not isinstance(field.discriminator, str):
         return kinds.get("")
     tag = table.get(field.discriminator) if isinstance(table, Mapping) else None
+    for mark in field.metadata:
+        # A relative path is not resolved yet: it would name another file.
+        if isinstance(mark, OrClassInFile) and isinstance(tag, str) and mark.when in tag and Path(tag).is_absolute():
+            try:
+                return mark.section(tag)
+            except LoadError:
+                return None
     return kinds.get(tag) if isinstance(tag, str) else None
 
 

@@ -76,8 +76,9 @@ class Segments:
 class TokenRecord:
     """Gathers the trained mini-batches of a step; the main rank has one."""
 
-    def __init__(self, count: int, decoder: Decoder) -> None:
+    def __init__(self, count: int, decoder: Decoder, clipped_word: str = "clipped") -> None:
         self._count, self._decoder = count, decoder
+        self._words = {} if clipped_word == "clipped" else {"clipped_word": clipped_word}
         self._trained: list[tuple[Batch, Segments]] = []
 
     @property
@@ -98,6 +99,7 @@ class TokenRecord:
         return {
             "step": step,
             "updates": len(updates),
+            **self._words,
             "by_length": by_length(updates),
             "by_entropy": by_entropy(updates),
             "samples": [self._sample(batch, segments, owner, groups) for owner in responses],

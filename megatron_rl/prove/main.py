@@ -5,18 +5,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.algorithms.objectives import AnyObjective
-from megatron_rl.config.load import Loaded
+from megatron_rl.algorithms.objectives import OBJECTIVES, AnyObjective
+from megatron_rl.config.load import Loaded, load
 from megatron_rl.config.schema import Run
+from megatron_rl.config.section import Section
 from megatron_rl.data.files import load_batch, save_batch
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.layout import check_layout, layout_of
@@ -27,7 +26,11 @@ from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, LayoutRun, layout_runs, reference
 from megatron_rl.prove.ranks import run_forked
 
-ALL_OBJECTIVES = tuple(str(kind.model_fields["name"].default) for kind in get_args(AnyObjective))
+
+class ObjectiveChoice(Section):
+    """The value of ``--objective``."""
+
+    objective: AnyObjective
 
 
 def prove(
@@ -44,7 +47,7 @@ def prove(
         loaded: the configuration, whose model, precision and objective are used.
         layouts: layouts such as ``tensor=2,expert=2``; if empty, those of the default set that the model supports.
         shrink: sizes of a smaller model with random weights, such as ``layers=2,hidden=64``.
-        objectives: names of objectives; if empty, the one of the configuration.
+        objectives: names of objectives, or ``path/to/file.py:Class``; if empty, the one of the configuration.
         output: file to write the results to, as JSON.
         max_ranks: largest number of ranks of a layout of the default set.
     """
@@ -59,8 +62,8 @@ def prove(
         case = folder / CASE
         save_batch(make_batch(family.vocab_size, seed=run.train.seed), case)
         objective_runs = _with_objectives(run, objectives)
-        names = [each.objective.name for each in objective_runs]
-        console.print(f"reference: one rank, float64; {family.num_layers} layers, {', '.join(names)}")
+        labels = ", ".join(each.objective.label for each in objective_runs)
+        console.print(f"reference: one rank, float64; {family.num_layers} layers, {labels}")
         expected = _run(reference(run), objective_runs, case, folder / "reference")
         _add_old_logprobs(case, expected)
         table = Table("layout", "ranks", "objective", *COLUMNS, "verdict")
@@ -69,10 +72,11 @@ def prove(
             began = time.perf_counter()
             results = _run(layout, objective_runs, case, folder / f"layout_{number}")
             tolerance = TOLERANCES[layout.run.model.dtype]
-            for name in names:
-                found = differences(results, expected, name, tolerance)
-                records.append({"layout": layout.text, "ranks": layout.ranks, "objective": name} | found.record())
-                table.add_row(*_cells(layout, name, found))
+            for objective in (each.objective for each in objective_runs):
+                found = differences(results, expected, objective.name, tolerance)
+                row = {"layout": layout.text, "ranks": layout.ranks, "objective": objective.name}
+                records.append(row | found.record())
+                table.add_row(*_cells(layout, objective.label, found))
             failed = [r for r in records if r["layout"] == layout.text and not r["holds"]]
             verdict = "pass" if not failed else "FAIL: " + "; ".join(str(r["reasons"]) for r in failed)
             console.print(f"  {layout.text}: {verdict} ({time.perf_counter() - began:.0f} s)", markup=False)
@@ -141,11 +145,9 @@ def _with_objectives(run: Run, names: Sequence[str]) -> list[Run]:
     """Return the run configuration with each named objective and its default settings; without names, unchanged."""
     if not names:
         return [run]
-    chosen = ALL_OBJECTIVES if "all" in names else names
-    if unknown := [name for name in chosen if name not in ALL_OBJECTIVES]:
-        raise ConfigError(f"--objective {', '.join(unknown)} is not one of {', '.join(ALL_OBJECTIVES)}")
-    adapter: TypeAdapter[AnyObjective] = TypeAdapter(AnyObjective)
-    return [run.model_copy(update={"objective": adapter.validate_python({"name": name})}) for name in chosen]
+    chosen = OBJECTIVES if "all" in names else names
+    choices = [load(ObjectiveChoice, [], [f"objective.name={name}"]).run for name in chosen]
+    return [run.model_copy(update={"objective": choice.objective}) for choice in choices]
 
 
 def _run(layout: LayoutRun, objective_runs: Sequence[Run], case: Path, folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.algorithms.loss import make_loss, prepare, summary
-from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch
 from megatron_rl.data.types import Batch
@@ -44,9 +43,8 @@ def main(folder: Path) -> int:
 
 def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Return loss, metrics, gradient norm and gradients of one objective. Weights are restored."""
-    objective: AnyObjective = run.objective
-    prepared = batch.add(prepare(batch, objective, run.correction, vocabulary))
-    metrics = summary(policy.forward_backward(prepared, make_loss(objective), whole_gradients=True))
+    prepared = batch.add(prepare(batch, run.objective, run.correction, vocabulary))
+    metrics = summary(policy.forward_backward(prepared, make_loss(run.objective), whole_gradients=True))
     results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}
     with policy.weights_kept():

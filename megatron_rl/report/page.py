@@ -114,8 +114,7 @@ class RunReport:
             "runs": [
                 {
                     "label": run.name if len(self.groups) == 1 else f"{group.label}: {run.name}",
-                    # A capped weight of cispo keeps its gradient.
-                    "clipped": "capped" if run.objective == "cispo" else "clipped",
+                    "clipped": own.clipped_word,
                     "steps": [{"step": line["step"], "samples": line["samples"]} for line in own.lines],
                 }
                 for group, run, own in shown

@@ -35,8 +35,8 @@ class RunFolder:
 
     @property
     def objective(self) -> str:
-        """The name of its objective, or a question mark."""
-        return str(self.settings.get("objective.name", "?"))
+        """The name of its objective, without the folder of a file, or a question mark."""
+        return str(self.settings.get("objective.name", "?")).rpartition("/")[2]
 
     @property
     def trained(self) -> list[Line]:

@@ -95,6 +95,11 @@ class RecordedSamples:
     lines: Sequence[Line]
     recorded: int
 
+    @property
+    def clipped_word(self) -> str:
+        """How the objective calls a clipped token: a capped one still trains."""
+        return str(self.lines[0].get("clipped_word", "clipped")) if self.lines else "clipped"
+
 
 def read_samples(run: RunFolder, max_steps: int = MAX_STEPS, max_bytes: int = PAGE_BYTES) -> RecordedSamples:
     """Return the clip counts of all steps and the responses of evenly spaced steps, including the first and the last.

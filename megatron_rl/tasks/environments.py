@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from megatron_rl.config.from_file import load_object
 from megatron_rl.data.environment import Environment
 from megatron_rl.data.types import Prompt
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks.verifiers import load_object
 
 MAX_EXPRESSION_CHARS = 200
 """Longest expression that the calculator evaluates."""

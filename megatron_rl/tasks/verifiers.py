@@ -1,14 +1,12 @@
 """Functions that score the text of a response, by name or from a file that the configuration names."""
 
 import difflib
-import hashlib
 import importlib.util
 import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+from megatron_rl.config.from_file import load_object
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks.extract import NUMBER
 
@@ -102,39 +100,3 @@ def find_score_fn(name: str) -> ScoreFn:
             f"{function.__name__}{signature} in {name} (task.verifier); it must take prompt, response, answer"
         )
     return function
-
-
-def load_object(name: str, key: str, built_in: str = "") -> Any:
-    """Return the function or class ``path/to/file.py:name``.
-
-    Args:
-        name: value of the setting.
-        key: name of the setting, for error messages.
-        built_in: names that the setting accepts too, for error messages.
-
-    Raises:
-        ConfigError: there is no such file, it cannot be imported, or it has no such function or class.
-    """
-    file, colon, attribute = name.rpartition(":")
-    path = Path(file)
-    if not colon or not file.endswith(".py"):
-        raise ConfigError(f"no such name: {name!r} ({key}); one of {built_in}, or path/to/file.py:name")
-    if not path.is_file():
-        raise ConfigError(f"no such file: {path} ({key}); write path/to/file.py:name")
-    module_name = f"megatron_rl_verifier_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None, f"{path} ends in .py"
-    assert spec.loader is not None, f"{path} ends in .py"
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(
-            f"{path} ({key}) cannot be imported: {type(error).__name__}: {error}; correct the file"
-        ) from error
-    value = getattr(module, attribute, None)
-    if not callable(value):
-        kinds = (inspect.isfunction, inspect.isclass)
-        names = [name for name, member in vars(module).items() if any(kind(member) for kind in kinds)]
-        raise ConfigError(f"no function {attribute} in {path} ({key}); it has {', '.join(names) or 'none'}")
-    return value

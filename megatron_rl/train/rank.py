@@ -86,7 +86,7 @@ def _open_recorder(run: Run, world: World, tokenizer: FleetTokenizer, start: int
         run.train.steps,
         start,
         mismatch=MismatchReport(run, tokenizer),
-        tokens=TokenRecord(run.log.tokens, tokenizer),
+        tokens=TokenRecord(run.log.tokens, tokenizer, run.objective.clipped_word),
         sinks=open_sinks(run.log, shown),
         traces=traces,
     )

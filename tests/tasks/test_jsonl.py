@@ -176,7 +176,7 @@ def test_a_verifier_that_returns_no_number_leaves_the_response_unverified(tmp_pa
         ("exat", "did you mean exact?"),
         ("zzz", "one of exact, number, regex"),
         ("{}/none.py:f", "no such file"),
-        ("{}/judge.py:f", "no function f in"),
+        ("{}/judge.py:f", "no function or class f in"),
         ("{}/judge.py:two", "it must take prompt, response, answer"),
     ],
 )

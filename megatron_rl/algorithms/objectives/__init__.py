@@ -1,16 +1,35 @@
-"""The objectives: each file is a configuration section that is also the mathematics."""
+"""The objectives: each file is a configuration section that is also the mathematics.
 
-from megatron_rl.algorithms.objectives.base import Cost, Objective
-from megatron_rl.algorithms.objectives.cispo import CISPO
-from megatron_rl.algorithms.objectives.dppo import DPPO
-from megatron_rl.algorithms.objectives.espo import ESPO
-from megatron_rl.algorithms.objectives.gmpo import GMPO
-from megatron_rl.algorithms.objectives.grpo import GRPO
-from megatron_rl.algorithms.objectives.gspo import GSPO
-from megatron_rl.algorithms.objectives.sapo import SAPO
-from megatron_rl.algorithms.objectives.sspo import SSPO
+Every import below registers one objective under its ``name``. An objective outside the package is named by its file:
+``objective.name = "path/to/mine.py:Mine"``.
+"""
 
-AnyObjective = GRPO | GSPO | SAPO | SSPO | ESPO | CISPO | GMPO | DPPO
-"""Told apart by ``name``."""
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Union
 
-__all__ = ["CISPO", "DPPO", "ESPO", "GMPO", "GRPO", "GSPO", "SAPO", "SSPO", "AnyObjective", "Cost", "Objective"]
+from pydantic import Field
+
+from megatron_rl.algorithms.objectives.base import Cost as Cost
+from megatron_rl.algorithms.objectives.base import Objective as Objective
+from megatron_rl.algorithms.objectives.cispo import CISPO as CISPO
+from megatron_rl.algorithms.objectives.dppo import DPPO as DPPO
+from megatron_rl.algorithms.objectives.espo import ESPO as ESPO
+from megatron_rl.algorithms.objectives.gmpo import GMPO as GMPO
+from megatron_rl.algorithms.objectives.grpo import GRPO as GRPO
+from megatron_rl.algorithms.objectives.gspo import GSPO as GSPO
+from megatron_rl.algorithms.objectives.sapo import SAPO as SAPO
+from megatron_rl.algorithms.objectives.sspo import SSPO as SSPO
+from megatron_rl.config.from_file import OrClassInFile
+
+OBJECTIVES: Mapping[str, type[Objective]] = {
+    str(section.model_fields["name"].default): section
+    for section in list(globals().values())
+    if isinstance(section, type) and issubclass(section, Objective) and section is not Objective
+}
+"""The registered objectives by name."""
+
+if TYPE_CHECKING:
+    AnyObjective = Objective
+else:
+    AnyObjective = Annotated[Union[*OBJECTIVES.values()], Field(discriminator="name"), OrClassInFile(base=Objective)]
+"""A registered objective, chosen by ``name``, or a class in a file."""

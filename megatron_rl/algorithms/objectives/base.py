@@ -5,7 +5,7 @@ Legend: T all tokens of the mini-batch, R the trained ones (of the mini-batch, o
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -99,7 +99,24 @@ class Cost:
 
 
 class Objective(Section):
-    """From a mini-batch to theta-free columns, and from those to a cost per token."""
+    """From a mini-batch to columns that do not depend on the current weights, and from those to a cost per token."""
+
+    clipped_word: ClassVar[str] = "clipped"
+    """How the report calls the tokens of ``Cost.clipped_R``."""
+    meant_for_several_updates: ClassVar[bool] = False
+    """Whether ``check`` notes a run with one update per step, where all ratios are 1."""
+
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, without the folder for a class in a file."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def bounds_ratios(self) -> bool:
+        """Whether the gradient stays bounded however large a ratio grows; ``check`` warns about asynchronous runs."""
+        return False
 
     def prepare(
         self, batch: Batch, vocabulary: Vocabulary | None = None, segment_ids_T: Tensor | None = None
@@ -169,6 +186,11 @@ class Clipped(Objective):
 
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Largest ratio that counts where the advantage is negative (the c of dual-clip PPO, 1912.09729); none: off."""
+
+    @property
+    def bounds_ratios(self) -> bool:
+        """Whether ``dual_clip`` is set: without it, nothing bounds the ratio where the advantage is negative."""
+        return self.dual_clip is not None
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return the clipped cost; tokens outside the window cost the constant bound and get no gradient."""

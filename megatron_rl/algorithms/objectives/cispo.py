@@ -3,7 +3,7 @@
 The importance weight is capped, not the update: every token keeps a gradient.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,11 +16,18 @@ from megatron_rl.data.vocabulary import Vocabulary
 class CISPO(Aggregated):
     """Weigh each token's log-likelihood by its capped ratio."""
 
+    clipped_word: ClassVar[str] = "capped"
+
     name: Literal["cispo"] = "cispo"
     clip_high: NonNegative = 4.0
     """The weight is at most 1 + clip_high. The paper gives no number: a cap of 5 is what others use."""
     aggregation: Aggregation = "token"
     """``token``: 1/sum N; ``sequence``: mean over responses of token means; ``constant``: 1/(B normalizer)."""
+
+    @property
+    def bounds_ratios(self) -> bool:
+        """The weight is capped."""
+        return True
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
         """Return the weights."""

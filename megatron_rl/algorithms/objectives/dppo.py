@@ -32,6 +32,11 @@ class DPPO(Aggregated):
     aggregation: Aggregation = "token"
     """``token``: 1/sum N; ``sequence``: mean over responses of token means; ``constant``: 1/(B normalizer)."""
 
+    @property
+    def bounds_ratios(self) -> bool:
+        """The weight is capped."""
+        return True
+
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
         """Return the weights."""
         self._refuse_segments(segment_ids_R)

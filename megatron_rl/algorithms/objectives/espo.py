@@ -6,7 +6,7 @@ the ``ceil(0.2 N_i)`` tokens of highest entropy and the rest, are our default.
 """
 
 from fractions import Fraction
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -29,6 +29,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 class ESPO(Clipped):
     """Clip the geometric mean of the token ratios of each entropy group."""
+
+    meant_for_several_updates: ClassVar[bool] = True
 
     name: Literal["espo"] = "espo"
     alpha: NonNegative = 0.02

@@ -1,6 +1,6 @@
 """Group sequence policy optimization (arXiv 2507.18071): one clipped ratio for a whole response."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -10,6 +10,8 @@ from megatron_rl.data.vocabulary import Vocabulary
 
 class GSPO(FixedWindow):
     """Clip the geometric mean of a response's token ratios."""
+
+    meant_for_several_updates: ClassVar[bool] = True
 
     name: Literal["gspo"] = "gspo"
     clip_low: NonNegative = 3e-4

@@ -4,7 +4,7 @@ L = -sum_t w_t f(r_t) A_t with f(r) = (4 / tau) sigmoid(tau (r - 1)), tau by the
 r sech^2(tau (r - 1) / 2) is 1 at r = 1, so on-policy this is the plain policy gradient.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +21,18 @@ LARGEST_LOG_RATIO = 80.0
 class SAPO(Aggregated):
     """Weigh each token's ratio by a soft gate."""
 
+    meant_for_several_updates: ClassVar[bool] = True
+
     name: Literal["sapo"] = "sapo"
     tau_positive: Positive = 1.0
     """Temperature of the gate where the advantage is positive."""
     tau_negative: Positive = 1.05
     """Temperature of the gate where the advantage is negative; larger than ``tau_positive`` is the more stable."""
+
+    @property
+    def bounds_ratios(self) -> bool:
+        """The gate's gradient vanishes for large ratios."""
+        return True
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
         """Return the weights: the gate needs nothing else."""

@@ -5,7 +5,7 @@ the delimiters of ``Vocabulary``, the geometric mean, and eps_g = eps0 * clamp(m
 LPO (Ling 2.0, 2510.22115) is ``granularity = "sentence"``, ``entropy_scale = "none"``, ``aggregation = "token"``.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +19,8 @@ from megatron_rl.errors import ConfigError
 
 class SSPO(FixedWindow):
     """Clip the geometric mean of a sentence's token ratios."""
+
+    meant_for_several_updates: ClassVar[bool] = True
 
     name: Literal["sspo"] = "sspo"
     clip_low: NonNegative = 0.03

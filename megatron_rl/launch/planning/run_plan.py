@@ -23,9 +23,6 @@ from megatron_rl.observability.sinks import missing_packages
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.reward import runs_code
 
-BOUNDED = ("sapo", "cispo", "dppo")
-"""Objectives in which no ratio, however large, has a large gradient."""
-
 
 @dataclass(frozen=True)
 class BatchSizes:
@@ -283,8 +280,8 @@ def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> 
     run = loaded.run
     if run.rollout.sampling.top_p < 1 or run.rollout.sampling.top_k not in (-1, 0):
         yield "top_p or top_k cut the distribution: the engine's log-probs will differ from the trainer's"
-    if run.train.updates_per_step == 1 and run.objective.name in ("espo", "gspo", "sspo", "sapo"):
-        yield f"one update a step: every ratio is 1 and {run.objective.name} never clips; updates_per_step = 4 is usual"
+    if run.train.updates_per_step == 1 and run.objective.meant_for_several_updates:
+        yield f"one update per step: all ratios are 1, {run.objective.label} never clips; updates_per_step = 4 is usual"
     if run.reward.allow_code and runs_code(run.task, run.reward):
         yield "programs that the model writes run on this machine; docs/tasks.md describes the limits of their sandbox"
     if run.train.group_size == 1 and run.advantage.kind != "dr":
@@ -299,12 +296,10 @@ def _warnings(loaded: Loaded[Run]) -> Iterator[str]:
         return
     lag = f"rollout.max_lag = {run.rollout.max_lag} ({loaded.origin('rollout.max_lag')})"
     said = f'{lag}, but nothing corrects for older samples (correction.kind = "none"); write correction.kind = "tis"'
-    dual_clip = isinstance(objective, Clipped)
-    bounded = objective.name in BOUNDED or (dual_clip and objective.dual_clip is not None)
-    if run.train.updates_per_step > 1 and not bounded:
-        said += " or objective.dual_clip = 3, or both" if dual_clip else ""
+    if run.train.updates_per_step > 1 and not objective.bounds_ratios:
+        said += " or objective.dual_clip = 3, or both" if isinstance(objective, Clipped) else ""
         said += (
-            f": {objective.name} does not bound a ratio from above where the advantage is negative, and a token that"
+            f": {objective.label} does not bound a ratio from above where the advantage is negative, and a token that"
             " older weights sampled may be so unlikely under newer ones that the updates of one step multiply its"
             " probability without limit: loss and gradient with it"
         )

@@ -92,7 +92,7 @@ def test_running_servers_replace_started_ones():
 
 def test_unusual_settings_are_noted():
     notes = "\n".join(plan("train.updates_per_step=1", "rollout.sampling.top_p=0.9").notes)
-    assert "every ratio is 1" in notes
+    assert "all ratios are 1" in notes
     assert "top_p" in notes
 
 
