@@ -19,26 +19,22 @@ NO_COLUMNS = {"lengths_B", "logprobs_T", "entropies_T"}
 """Names with a suffix that are no columns: of the file of a batch, and of the results of ``prove``."""
 
 
-def words(module: str) -> set[str]:
+def strings(module: Path) -> set[str]:
+    """Return the string constants of a module."""
+    nodes = ast.walk(ast.parse(module.read_text()))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def words(name: str) -> set[str]:
     """Return the string constants and the attributes of a module."""
-    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
-    found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return found | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    module = PACKAGE / f"{name.replace('.', '/')}.py"
+    nodes = ast.walk(ast.parse(module.read_text()))
+    return strings(module) | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def test_every_column_that_the_package_names_is_in_the_schema():
-    modules = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
-    named = {word for module in modules for word in words(module) if re.fullmatch(r"[a-z0-9_]+_[TB]", word)}
-    properties = {"response_ids_T", "starts_B", "trainable_counts_B"}  # of Batch: computed, not stored
-    strays = named - COLUMNS.keys() - NO_COLUMNS - properties
-    # Attributes of other classes end in _T and _B too: those of rows, routes and segments are tensors of their own.
-    constants = {
-        w
-        for m in modules
-        for w in words(m)
-        if w in strays and f'"{w}"' in (PACKAGE / f"{m.replace('.', '/')}.py").read_text()
-    }
-    assert constants == set()
+    named = {word for module in PACKAGE.rglob("*.py") for word in strings(module)}
+    assert {word for word in named if re.fullmatch(r"[a-z0-9_]+_[TB]", word)} - COLUMNS.keys() == NO_COLUMNS
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -77,10 +73,14 @@ def test_a_batch_refuses_what_is_not_in_the_schema(columns: dict[str, torch.Tens
 
 
 def test_missing_inputs_name_the_column_and_who_provides_it():
-    with pytest.raises(ConfigError, match="needs the column old_logprobs_T, which .*; policy_loss takes it as old_log"):
+    with pytest.raises(
+        ConfigError, match=r"needs the column old_logprobs_T, which .*; policy_loss takes it as old_log"
+    ):
         LossInputs.gather(batch())
     needed = ("old_logprobs_T", "advantages_T", "weights_T", "response_shares_T")
     inputs = LossInputs.gather(batch(**dict.fromkeys(needed, torch.zeros(3)), extra_own_T=torch.tensor([4, 5, 6])))
     assert inputs.extra["own"].tolist() == [4, 6]
-    with pytest.raises(ConfigError, match="reads ref_logprobs_R, which the batch lacks: .* kl.coefficient is above 0"):
+    with pytest.raises(
+        ConfigError, match=r"reads ref_logprobs_R, which the batch lacks: .* kl\.coefficient is above 0"
+    ):
         inputs.require("ref_logprobs_R")
