@@ -127,7 +127,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "group_ids_B",
             INTEGER,
             "rollout.collect",
-            ("train.sampler", "observability.step_metrics"),
+            ("rollout.collect", "observability.step_metrics"),
             "index of the response's prompt among those of the step",
         ),
         ColumnSpec(
