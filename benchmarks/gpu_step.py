@@ -162,7 +162,7 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
 def planned(run: Run, family: Family, arguments: argparse.Namespace) -> dict[str, int]:
     """Return the bytes that the plan of ``megatron-rl check`` predicts for this device, without its reserve."""
     layout = layout_of(run.parallel, 1, run.model.megatron)
-    work = full_microbatch(run, layout, arguments.length, fused=arguments.device == "cuda")
+    work = full_microbatch(run, arguments.length, fused=arguments.device == "cuda")
     (rank,) = stage_memory(run, family, layout, work, arguments.rows)
     standing = {"parameters": rank.parameters, "gradients": rank.gradients, "optimizer": rank.optimizer}
     return {**standing, "activations": rank.activations.total, "total": rank.total - rank.reserved}

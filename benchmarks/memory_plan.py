@@ -243,7 +243,7 @@ def _planned(run: Run, rows: int) -> list[Measured]:
     """Return the plan for every rank, in rank order."""
     layout = layout_of(run.parallel, run.parallel.ranks)
     family = family_of(read_hf_config(Path(run.model.path)))
-    work = full_microbatch(run, layout, max(LENGTHS), fused=torch.cuda.is_available())
+    work = full_microbatch(run, max(LENGTHS), fused=torch.cuda.is_available())
     work = replace(work, trained=work.tokens - len(LENGTHS))
     memories = stage_memory(run, family, layout, work, rows)
     stages = layout.ranks // layout.pipeline

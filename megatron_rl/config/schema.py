@@ -3,6 +3,7 @@
 The string under a field is its description in docs/config.md.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -53,6 +54,37 @@ class Parallel(Section):
     """Shard the optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Overlap gradient reduction with the backward pass."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor-parallel size of the experts, default resolved."""
+        default = self.tensor if self.expert == 1 else 1
+        return default if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether sequence parallelism is on, default resolved."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+    @property
+    def min_ranks(self) -> int:
+        """Smallest number of ranks that the sizes allow."""
+        return math.lcm(self.tensor * self.context, self.expert * self.expert_tensor_size) * self.pipeline
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Sequences are padded to a multiple of this many tokens: zigzag splits them into two chunks per rank."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows are padded to a multiple of this many tokens, for zigzag and sequence parallelism."""
+        return self.sequence_multiple * self.tensor
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """Micro-batches per data-parallel rank are a multiple of this, as the interleaved schedule requires."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
 class Sampling(Section):

@@ -15,7 +15,7 @@ from megatron_rl.distributed.mesh import single_rank_world
 from megatron_rl.errors import ConfigError
 from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.process_groups import leave_mesh
+from megatron_rl.policy.process_groups import destroy_mesh
 
 
 def prompt_tokens(folder: Path, prompt: str) -> Tensor:
@@ -54,5 +54,5 @@ def _by_megatron(folder: Path, tokens_T: Tensor) -> Tensor:
     mask_T = torch.arange(length) > 0
     batch = Batch(torch.tensor([length]), {"input_ids_T": tokens_T, "loss_mask_T": mask_T})
     scored = policy.compute_logprobs(batch).logprobs_T[1:]
-    leave_mesh()
+    destroy_mesh()
     return scored

@@ -88,9 +88,7 @@ class Policy:
         self.scheduler.step(0)
         by_sequence = paths_of(run, self.mesh).engine or self.family.has_latent_attention
         self._qkv_format = "thd" if by_sequence else "sbhd"
-        self._packing = run.train.packing
-        self._tokens = run.train.tokens_per_microbatch
-        self._interleaved = run.parallel.virtual_pipeline > 1
+        self._parallel, self._train = run.parallel, run.train
 
     def _copy(self) -> list[Tensor]:
         return [parameter.detach().cpu().clone() for chunk in self.chunks for parameter in chunk.parameters()]
@@ -98,15 +96,13 @@ class Policy:
     @property
     def row_rules(self) -> RowRules:
         """What packed rows must satisfy on this mesh."""
-        context, tensor = group_size(self.mesh.context), group_size(self.mesh.tensor)
-        zigzag = 2 * context if context > 1 else 1
-        stages = group_size(self.mesh.pipeline) if self._interleaved else 1
+        parallel, train = self._parallel, self._train
         return RowRules(
-            tokens=self._tokens,
-            sequence_multiple=zigzag,
-            row_multiple=zigzag * tensor,
-            count_multiple=group_size(self.mesh.data) * stages,
-            one_each=not self._packing,
+            tokens=train.tokens_per_microbatch,
+            sequence_multiple=parallel.sequence_multiple,
+            row_multiple=parallel.row_multiple,
+            count_multiple=group_size(self.mesh.data) * parallel.microbatch_multiple,
+            one_each=not train.packing,
         )
 
     def compute_logprobs(self, batch: Batch, *, in_one_row: bool = False) -> TokenLogprobs:

@@ -176,15 +176,14 @@ RECOMPUTE: Mapping[str, Mapping[str, object]] = {
 def layout_fields(run: Run) -> dict[str, object]:
     """Return the mesh sizes as TransformerConfig names them, with the defaults that follow from each other."""
     parallel = run.parallel
-    follows = parallel.tensor if parallel.expert == 1 else 1
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
-        "expert_tensor_parallel_size": parallel.expert_tensor or follows,
-        "sequence_parallel": parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "sequence_parallel": parallel.sequence_parallel,
     }
 
 

@@ -1,27 +1,26 @@
-"""megatron-core's process groups, made once, as our mesh."""
+"""Creates megatron-core's process groups and returns them as a ``Mesh``."""
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.mesh import Mesh, World
-from megatron_rl.policy.model import layout_fields
 
 
 def build_mesh(run: Run, world: World) -> Mesh:
-    """Make megatron-core's process groups for the run's layout and return them as axes."""
-    layout = layout_fields(run)
+    """Initialize megatron-core's process groups for the run's layout; return this rank's groups."""
+    parallel = run.parallel
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout["tensor_model_parallel_size"],
-        pipeline_model_parallel_size=layout["pipeline_model_parallel_size"],
-        virtual_pipeline_model_parallel_size=layout["virtual_pipeline_model_parallel_size"],
-        context_parallel_size=layout["context_parallel_size"],
-        expert_model_parallel_size=layout["expert_model_parallel_size"],
-        expert_tensor_parallel_size=layout["expert_tensor_parallel_size"],
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, int(2 * run.train.step_timeout_seconds // 60)),
     )
-    # No dropout anywhere, so the tracker need not fork the device's generator: that would need CUDA.
+    # Without dropout, the tracker does not need to fork the device's generator, which would require CUDA.
     model_parallel_cuda_manual_seed(run.train.seed, inference_rng_tracker=True)
     return Mesh(
         world=world,
@@ -36,6 +35,6 @@ def build_mesh(run: Run, world: World) -> Mesh:
     )
 
 
-def leave_mesh() -> None:
-    """Forget megatron-core's process groups, so that another mesh can be made in this process."""
+def destroy_mesh() -> None:
+    """Destroy megatron-core's process groups, so that this process can build another mesh."""
     parallel_state.destroy_model_parallel()

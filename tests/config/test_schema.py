@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.load import load, to_json
-from megatron_rl.config.schema import Run
+from megatron_rl.config.schema import Parallel, Run
 from megatron_rl.config.tree import all_fields
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,3 +44,20 @@ def test_keys_are_at_most_two_tables_deep():
 def test_defaults_are_valid_json():
     saved = to_json(load(Run, [], ["model.path=x"]).run)
     assert json.loads(saved)["parallel"]["sequence"] is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (1, False, 1, 1, 1, 1)),
+        ({"tensor": 2}, (2, True, 2, 1, 2, 1)),
+        ({"tensor": 2, "sequence": False}, (2, False, 2, 1, 2, 1)),
+        ({"tensor": 2, "expert": 4}, (1, True, 4, 1, 2, 1)),
+        ({"tensor": 2, "expert": 2, "expert_tensor": 2, "pipeline": 2}, (2, True, 8, 1, 2, 1)),
+        ({"tensor": 2, "context": 2, "pipeline": 2, "virtual_pipeline": 2}, (2, True, 8, 4, 8, 2)),
+    ],
+)
+def test_sizes_that_follow_from_the_parallel_section(sizes, expected):
+    p = Parallel(**sizes)
+    multiples = (p.sequence_multiple, p.row_multiple, p.microbatch_multiple)
+    assert (p.expert_tensor_size, p.sequence_parallel, p.min_ranks, *multiples) == expected

@@ -22,7 +22,7 @@ from megatron_rl.policy.attention import varying
 from megatron_rl.policy.backends import PLAIN_VARIABLE
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import grouped_product, strided
-from megatron_rl.policy.process_groups import leave_mesh
+from megatron_rl.policy.process_groups import destroy_mesh
 from megatron_rl.policy.rows import PackedRow
 from tests.policy.plain_attention import causal
 from tests.policy.test_parity import weighted
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_mesh_stays() -> Iterator[None]:
     yield
-    leave_mesh()
+    destroy_mesh()
     make_deterministic(False, torch.device("cpu"))
 
 
@@ -61,7 +61,7 @@ def step(folder: Path, dtype: str, *, deterministic: bool = False) -> dict[str, 
     gradients = {name: tensor.clone().float() for name, tensor in policy.gradients()}
     policy.optim_step()
     weights = {f"after.{name}": tensor.clone().float() for name, tensor in policy.weights(1 << 20)}
-    leave_mesh()
+    destroy_mesh()
     return {"logprobs_T": scored.logprobs_T, **gradients, **weights}
 
 

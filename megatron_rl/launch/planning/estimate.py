@@ -56,7 +56,7 @@ def estimate_run(loaded: Loaded[Run], ranks: int | None = None) -> RunEstimate |
     on_gpus, sizes, batches = plans_gpus(loaded), model_sizes(family), batch_sizes(run, layout)
     if check_layout(loaded, layout, sizes, on_gloo=not on_gpus):
         return None
-    work = full_microbatch(run, layout, batches.longest, fused=on_gpus)
+    work = full_microbatch(run, batches.longest, fused=on_gpus)
     microbatches = microbatches_per_rank(batches, layout)
     return RunEstimate(
         family=family,

@@ -63,18 +63,15 @@ def layout_of(
 ) -> ParallelLayout:
     """Return the layout for ``ranks`` ranks, else ``parallel.ranks``, else the fewest that the axes allow."""
     fields = megatron or {}
-    follows = parallel.tensor if parallel.expert == 1 else 1
-    expert_tensor = follows if parallel.expert_tensor is None else parallel.expert_tensor
-    fewest = math.lcm(parallel.tensor * parallel.context, parallel.expert * expert_tensor) * parallel.pipeline
     return ParallelLayout(
-        ranks=ranks or parallel.ranks or fewest,
+        ranks=ranks or parallel.ranks or parallel.min_ranks,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         expert=parallel.expert,
-        expert_tensor=expert_tensor,
-        sequence=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        expert_tensor=parallel.expert_tensor_size,
+        sequence=parallel.sequence_parallel,
         first_layers=_count(fields.get(FIRST)),
         last_layers=_count(fields.get(LAST)),
     )

@@ -45,11 +45,10 @@ class RankTokens:
     expert: float
 
 
-def full_microbatch(run: Run, layout: ParallelLayout, longest: int, *, fused: bool) -> MicrobatchWork:
+def full_microbatch(run: Run, longest: int, *, fused: bool) -> MicrobatchWork:
     """Return a full row: as many sequences of ``longest`` tokens as fit, with every token trained."""
     tokens = run.train.tokens_per_microbatch if run.train.packing else longest
-    multiple = max(2 * layout.context if layout.context > 1 else 1, 1) * layout.tensor
-    tokens = -(-tokens // multiple) * multiple
+    tokens = -(-tokens // run.parallel.row_multiple) * run.parallel.row_multiple
     dtype_bytes = DTYPE_BYTES[run.model.dtype]
     return MicrobatchWork(tokens, min(longest, tokens), tokens, dtype_bytes, run.cluster.expert_imbalance, fused)
 

@@ -141,12 +141,11 @@ def batch_sizes(run: Run, layout: ParallelLayout) -> BatchSizes:
     """Return the batch sizes of a run."""
     responses = run.train.prompts_per_step * run.train.group_size
     per_update = -(-responses // run.train.updates_per_step)
-    multiple = 2 * layout.context if layout.context > 1 else 1
-    longest = _round_up(max_prompt_tokens(run) + run.rollout.sampling.max_new_tokens, multiple)
+    longest = max_prompt_tokens(run) + run.rollout.sampling.max_new_tokens
+    longest = _round_up(longest, run.parallel.sequence_multiple)
     fitting = run.train.tokens_per_microbatch // longest if run.train.packing else 1
     rows = -(-per_update // max(fitting, 1))
-    stages = layout.pipeline if layout.virtual_pipeline > 1 else 1
-    max_rows = _round_up(rows, max(layout.data, 1) * stages)
+    max_rows = _round_up(rows, max(layout.data, 1) * run.parallel.microbatch_multiple)
     return BatchSizes(responses, per_update, longest, max_rows, run.train.steps * run.train.updates_per_step)
 
 

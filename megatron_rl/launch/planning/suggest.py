@@ -64,7 +64,7 @@ def suggest(
         batches = batch_sizes(run, layout)
         if batches.longest > run.train.tokens_per_microbatch:
             continue
-        work = full_microbatch(run, layout, batches.longest, fused=True)
+        work = full_microbatch(run, batches.longest, fused=True)
         memory = fullest(stage_memory(run, family, layout, work, microbatches_per_rank(batches, layout)))
         if memory.total <= MEMORY_FRACTION * memory_bytes:
             found.append(_rated(run, family, layout, batches, words, memory.total))
@@ -123,7 +123,7 @@ def update_seconds(run: Run, family: Family, layout: ParallelLayout, batches: Ba
     ranks form tensor groups, then context or expert groups, then data, then pipeline: megatron-core's order.
     """
     cluster, microbatches = run.cluster, microbatches_per_rank(batches, layout)
-    work = full_microbatch(run, layout, batches.longest, fused=True)
+    work = full_microbatch(run, batches.longest, fused=True)
     cost = step_cost(run, family, longest=batches.longest, prompt=0)
     tokens = microbatches * layout.data * work.tokens
     slowdown = 1.0

@@ -71,7 +71,7 @@ def test_weights_gradients_and_optimizer_by_hand():
     """Two expert ranks, bfloat16: 2 + 4 bytes per parameter, and 12 sharded over the replicas."""
     run = run_of("model.dtype=bfloat16", "parallel.expert=2", "parallel.ranks=4")
     sizes = layout_of(run.parallel, 4)
-    (memory,) = stage_memory(run, FAMILY, sizes, full_microbatch(run, sizes, 16, fused=True), microbatches=1)
+    (memory,) = stage_memory(run, FAMILY, sizes, full_microbatch(run, 16, fused=True), microbatches=1)
     dense = 10 * 4 * 2 + 4 + 2 * (4 * 12 + 6 * 4 + 6 + 8) + 3 * 4 * 6 + 4 * 4
     expert = 2 * 3 * 4 * 2
     assert (memory.counts.dense, memory.counts.expert) == (dense, expert)
