@@ -212,6 +212,16 @@ def test_correction_weights_equal_the_formula(kind, level, reduction):
     assert columns["corrections_T"].tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_correction_by_segments_is_by_tokens_where_the_objective_has_none():
+    batch, _ = batch_of([9, 4, 7, 12])
+    by_segment, by_token, by_response = (
+        prepare(batch, GRPO(), Correction(kind="tis", level=level))["corrections_T"]
+        for level in ("segment", "token", "sequence")
+    )
+    assert torch.equal(by_segment, by_token)
+    assert not torch.equal(by_segment, by_response)
+
+
 def test_correction_multiplies_the_policy_term_and_not_the_kl():
     batch, new_T = batch_of([9, 4, 7])
     kl = ReferenceKL(coefficient=0.7)
@@ -246,8 +256,14 @@ def test_reference_kl_equals_its_formula_and_slope(estimator):
         assert logprob.grad.item() == pytest.approx(slope, abs=1e-14)
 
 
-def test_k3_stays_finite_far_away():
-    assert torch.isfinite(k3(torch.tensor([-1e4, 1e4]))).all()
+def test_k3_clamps_its_exponent_and_not_its_linear_term():
+    far = torch.tensor([-1e4, -25.0, 25.0, 1e4], dtype=torch.float64, requires_grad=True)
+    value = k3(far)
+    value.sum().backward()
+    bounds = [math.expm1(-20), math.expm1(-20), math.expm1(20), math.expm1(20)]
+    assert value.tolist() == pytest.approx([b - x for b, x in zip(bounds, far.tolist(), strict=True)], rel=1e-14)
+    assert far.grad is not None
+    assert far.grad.tolist() == [-1.0] * 4
 
 
 def test_kl_without_a_reference_is_an_error():
@@ -310,6 +326,24 @@ def test_capped_tokens_of_cispo_have_a_gradient_and_clipped_ones_of_grpo_have_no
         assert values["clipped_fraction"] > 0
         kept = 1.0 if isinstance(objective, CISPO) else 1 - values["clipped_fraction"]
         assert values["gradient_fraction"] == pytest.approx(kept, rel=1e-12)
+
+
+def test_gradient_kept_is_relative_to_the_gradient_with_ratio_one_and_nothing_corrected():
+    """By hand: sum of w |A| r c over unclipped tokens, as a share of the sum of w |A| over all."""
+    columns = {
+        "loss_mask_T": torch.ones(5, dtype=torch.bool),
+        "old_logprobs_T": torch.full((5,), -2.0, dtype=torch.float64),
+        "advantages_B": torch.tensor([2.0, -0.5], dtype=torch.float64),
+    }
+    batch = Batch(torch.tensor([3, 2]), columns)
+    inputs = LossInputs.gather(batch.add(prepare(batch, GRPO())))
+    corrections = [1.0, 0.5, 1.0, 1.0, 0.25]
+    inputs = replace(inputs, corrections_R=torch.tensor(corrections, dtype=torch.float64))
+    shifts = [0.1, -0.4, 0.7, 0.9, -0.1]  # the third is clipped
+    values = summary(evaluate(GRPO(), inputs, torch.tensor(shifts, dtype=torch.float64) - 2.0)[2])
+    weights = [2 / 6, 2 / 6, 2 / 6, 0.5 / 4, 0.5 / 4]
+    kept = [w * math.exp(x) * c for w, x, c in zip(weights, shifts, corrections, strict=True)]
+    assert values["gradient_kept"] == pytest.approx((sum(kept) - kept[2]) / sum(weights), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

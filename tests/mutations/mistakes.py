@@ -49,6 +49,29 @@ MISTAKES = (
         (SPLIT,),
     ),
     Mistake(
+        "k3-with-its-linear-term-clamped",
+        "algorithms.kl",
+        "return torch.expm1(log_ratio.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)) - log_ratio",
+        "log_ratio = log_ratio.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)\n"
+        "    return torch.expm1(log_ratio) - log_ratio",
+        ("tests/test_loss.py::test_k3_clamps_its_exponent_and_not_its_linear_term",),
+    ),
+    Mistake(
+        "correction-by-segment-of-the-whole-response",
+        "algorithms.correction",
+        "            ids_R = torch.arange(len(tokens))\n",
+        "            ids_R = tokens.responses_R\n",
+        ("tests/test_loss.py::test_a_correction_by_segments_is_by_tokens_where_the_objective_has_none",),
+    ),
+    Mistake(
+        "plain-gradient-with-corrections",
+        "algorithms.loss",
+        "    plain_R = inputs.weights_R * inputs.advantages_R\n",
+        "    plain_R = inputs.weights_R * inputs.advantages_R\n"
+        "    plain_R = plain_R if inputs.corrections_R is None else plain_R * inputs.corrections_R\n",
+        ("tests/test_loss.py::test_gradient_kept_is_relative_to_the_gradient_with_ratio_one_and_nothing_corrected",),
+    ),
+    Mistake(
         "segment-mean-of-one-rank",
         "algorithms.segments",
         "sum_over(inputs.context_group, sums)[:,",
