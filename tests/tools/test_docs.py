@@ -100,8 +100,16 @@ def test_the_configs_of_a_page_have_only_settings_that_exist(page, tmp_path):
         )
 
 
+def test_the_objective_of_the_guide_loads_from_a_file(tmp_path):
+    (tmp_path / "chunk.py").write_text(blocks("add-objective.md")[0])
+    objective = load(
+        Run, [DOCS.parent / "configs" / "demo.toml"], [f"objective.name={tmp_path}/chunk.py:Chunk"]
+    ).run.objective
+    assert objective.label == "chunk.py:Chunk"
+
+
 def test_the_objective_of_the_guide_is_its_formula():
-    code, oracle, _ = blocks("add-objective.md")
+    code, oracle = blocks("add-objective.md")
     made: dict[str, Any] = {"__name__": "chunk"}
     exec(compile(code, "add-objective.md", "exec", dont_inherit=True), made)
     objective: Objective = made["Chunk"](length=3)
