@@ -1,31 +1,31 @@
-"""The exceptions that a user can meet.
+"""The exceptions that this package raises for its users.
 
     MegatronRLError
-    |-- ConfigError      a key, a value or a layout is wrong; raised before any work starts
-    |-- DataError        a prompt file, a checkpoint or a sample is wrong
-    |-- RolloutError     no rollout server could give what was asked
-    `-- TrainingError    a step could not be finished
-        `-- NonFiniteError (in policy.nonfinite)    it met NaN or inf
+    |-- ConfigError      a setting or a layout is invalid; raised before any work starts
+    |-- DataError        a prompt file, a checkpoint or a sample is invalid
+    |-- RolloutError     no rollout server could answer
+    `-- TrainingError    a training step failed
+        `-- NonFiniteError (in policy.nonfinite)    the step met NaN or inf
 
-A message says what is wrong, the value seen, where it was set, and what to write instead.
+A message says what is wrong, the value, where it was set, and what to write instead.
 """
 
 
 class MegatronRLError(Exception):
-    """Base of every error that this package raises for its users."""
+    """Base class of the errors that this package raises for its users."""
 
 
 class ConfigError(MegatronRLError, ValueError):
-    """A configuration cannot be run."""
+    """A configuration is invalid."""
 
 
 class DataError(MegatronRLError, ValueError):
-    """Input data or a checkpoint cannot be used."""
+    """Input data or a checkpoint is invalid."""
 
 
 class RolloutError(MegatronRLError, RuntimeError):
-    """The rollout fleet could not answer."""
+    """The rollout servers could not answer a request."""
 
 
 class TrainingError(MegatronRLError, RuntimeError):
-    """A training step could not be finished."""
+    """A training step failed."""

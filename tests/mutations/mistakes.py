@@ -40,6 +40,9 @@ ANY_TIMING = f"{STREAM}::test_whatever_the_timing_no_sample_is_older_than_allowe
 LAG_0 = f"{STREAM}::test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same"
 RESAMPLING = f"{STREAM}::test_dynamic_sampling_fills_the_batch_with_groups_that_teach"
 
+CONFIG = "tests/config/test_load.py"
+ESTIMATE = "tests/launch/planning/test_estimate.py"
+
 MISTAKES = (
     Mistake(
         "mean-of-micro-batch-means",
@@ -270,5 +273,40 @@ MISTAKES = (
         'for number, _, pending in saved["orders"] for slot in pending}',
         'for number, _, pending in saved["orders"][:0] for slot in pending}',
         (f"{STREAM}::test_a_stop_while_waiting_loses_nothing", ANY_TIMING),
+    ),
+    Mistake(
+        "options-of-the-previous-objective-survive",
+        "config.load",
+        "merged[name] = dict(value)",
+        "merged[name] = {**below, **value}",
+        (f"{CONFIG}::test_a_table_with_another_discriminator_replaces_the_old_one",),
+    ),
+    Mistake(
+        "paths-relative-to-the-working-directory",
+        "config.load",
+        "str((folder / Path(value).expanduser()).absolute())",
+        "str(Path(value).expanduser().absolute())",
+        (f"{CONFIG}::test_input_paths_are_relative_to_their_file_and_overrides_to_the_working_directory",),
+    ),
+    Mistake(
+        "optimizer-shards-counted-without-expert-replicas",
+        "launch.planning.memory",
+        "-(-counts.expert // layout.expert_data)",
+        "-(-counts.expert // layout.data)",
+        (f"{ESTIMATE}::test_weights_gradients_and_optimizer_by_hand",),
+    ),
+    Mistake(
+        "one-micro-batch-in-flight-too-few",
+        "launch.planning.activations",
+        "min(warm_up + 1, microbatches * chunks)",
+        "min(warm_up, microbatches * chunks)",
+        (f"{ESTIMATE}::test_micro_batches_in_flight",),
+    ),
+    Mistake(
+        "layers-of-virtual-stages-in-contiguous-blocks",
+        "launch.planning.stages",
+        "(chunk * layout.pipeline + stage) * size",
+        "(stage * layout.virtual_pipeline + chunk) * size",
+        ("tests/launch/planning/test_parameters.py::test_layers_per_stage_equal_megatron_core_s_assignment",),
     ),
 )
