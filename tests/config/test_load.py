@@ -149,7 +149,7 @@ name = "sqare"
     )
     output = problems(file, overrides=("bare=yes", "wall.least=0"))
     assert output == [
-        "wall.place is not set; write place = ... under [wall]: Where it stands",
+        "wall.place is not set; write place = ... under [wall]: Position",
         f'wrong value for wall.urls: "http://x" ({file}:3); write ["http://x"]',
         f"wrong value for wall.extra.list: [1] ({file}:9); write true or false, or it should be a valid integer,"
         " or it should be a valid number, or it should be a valid string",
@@ -248,7 +248,7 @@ def test_the_saved_configuration_has_everything_except_passwords(write):
     assert "secret" not in saved
     assert json.loads(saved)["wall"]["urls"] == ["http://***@host:1/x", "http://host:2"]
     assert json.loads(saved)["bare"] is False
-    assert ("wall.place", run.wall.place, "Where it stands.") in list(settings(run))
+    assert ("wall.place", run.wall.place, "Position.") in list(settings(run))
 
 
 def test_the_config_json_of_a_run_is_read_like_a_file(write, tmp_path):

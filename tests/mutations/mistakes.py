@@ -34,7 +34,7 @@ VOCABULARY = "tests/ops/test_vocab.py::test_known_answers"
 SHARDS = "tests/ops/test_vocab.py::test_shards_of_the_vocabulary_give_the_whole_one"
 HEAD = "tests/ops/test_vocab.py::test_head_equals_the_definition"
 
-STREAM = "tests/train/test_stream.py"
+STREAM = "tests/rollout/test_stream.py"
 TOO_OLD = f"{STREAM}::test_a_group_that_is_too_old_is_dropped_once_and_its_prompt_asked_for_again_in_its_place"
 ANY_TIMING = f"{STREAM}::test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twice"
 LAG_0 = f"{STREAM}::test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same"
