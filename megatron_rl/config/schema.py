@@ -270,6 +270,11 @@ class Checkpoint(Section):
     """Steps between Hugging Face exports in ``exports``; 0: none."""
 
 
+PUSH_BUFFERS = 5
+"""Buffers of equal size into which a push divides ``weights.bucket_bytes``: a rank's shards, those of all ranks, the
+tensor they form, its parts while it is assembled, and the tensors that are being sent."""
+
+
 class Weights(Section):
     """Weight push to the servers."""
 

@@ -1,11 +1,11 @@
-"""A run that stands still says why: which rank did not come, to which collective, and where it is instead.
+"""Diagnoses hangs: which rank has not entered which collective, and where it is instead.
 
-    no collective was entered or left for the limit  ->  a rank puts a file "asked" into RUN/hang
-    every rank's watchdog sees it                    ->  writes its ledger and the stacks of its threads beside it
-    the lowest rank that answered                    ->  compares, writes report.txt and prints it
-    all                                              ->  end with ``HUNG``, so that Slurm can start the job again
+    no collective is entered or left for the limit  ->  a rank writes a file "asked" to RUN/hang
+    every rank's watchdog sees the file             ->  writes its ledger of collectives and its stacks next to it
+    the lowest rank that answered                   ->  compares them, writes report.txt and prints it
+    all ranks                                       ->  end with ``HUNG``, so that Slurm can requeue the job
 
-The side channel is the run folder: ranks that hang cannot be asked through the groups that hang.
+The ranks communicate through the run folder, because their process groups hang.
 """
 
 import json
@@ -23,20 +23,20 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.exit_codes import HUNG
 
-LOOK_SECONDS = 1.0
-"""Between two looks at the ledger and the run folder."""
+CHECK_SECONDS = 1.0
+"""Seconds between two checks of the ledger and the run folder."""
 
 ANSWER_SECONDS = 15.0
-"""How long ranks have to write what they know."""
+"""Seconds that the ranks have to write their answers."""
 
 
 class Watchdog:
-    """Looks after one rank from a thread of its own; a context manager.
+    """Watches one rank in a separate thread, as a context manager.
 
     Args:
-        folder: ``RUN/hang``, seen by every rank.
-        world: this rank and how many there are.
-        limit_seconds: no progress for this long is a hang.
+        folder: ``RUN/hang``, on a file system that all ranks share.
+        world: this rank.
+        limit_seconds: the time without progress that counts as a hang.
     """
 
     def __init__(self, folder: Path, world: World, limit_seconds: float) -> None:
@@ -63,8 +63,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, since = self._ledger.progress, time.monotonic()
-        look = min(LOOK_SECONDS, self._limit / 4)
-        while not self._end.wait(look):
+        interval = min(CHECK_SECONDS, self._limit / 4)
+        while not self._end.wait(interval):
             if self._ledger.progress != seen:
                 seen, since = self._ledger.progress, time.monotonic()
             if self._ledger.waiting() and time.monotonic() - since > self._limit:
@@ -73,7 +73,7 @@ class Watchdog:
                 self._answer()
 
     def _answer(self) -> None:
-        """Write what this rank knows, see to it that there is a report, and end the process."""
+        """Write this rank's answer, write the report or wait for it, and end the process."""
         answers = self._folder / f"answers-{self._asked():.0f}"
         answers.mkdir(exist_ok=True)
         mine = {"ledger": self._ledger.as_json(), "stack": stacks()}
@@ -84,9 +84,9 @@ class Watchdog:
             found = len(list(answers.glob("rank_*.json")))
         answered = sorted(int(path.stem.partition("_")[2]) for path in answers.glob("rank_*.json"))
         if answered[0] == self._rank:
-            text = report(_read(answers, answered), self._size, self._limit)
+            text = hang_report(_read(answers, answered), self._size, self._limit)
             replace_text(self._folder / "report.txt", text)
-            sys.stderr.write(text)
+            sys.stderr.write(text)  # not through the logger, whose lock a thread that hangs may hold
             sys.stderr.flush()
             replace_text(answers / "done", "")
         while not (answers / "done").exists() and time.monotonic() < deadline + ANSWER_SECONDS:
@@ -95,7 +95,7 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """Return where every thread of this process is, the watchdog left out."""
+    """Return the stacks of all threads of this process except the watchdog's."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
@@ -105,51 +105,47 @@ def stacks() -> str:
     return "\n".join(parts)
 
 
-def report(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]], size: int, limit_seconds: float) -> str:
-    """Return what is known of a hang, for people.
+def hang_report(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]], size: int, limit_seconds: float) -> str:
+    """Return a description of a hang.
 
     Args:
-        answers: by rank, its newest collectives and its stacks.
-        size: how many ranks there are.
-        limit_seconds: how long nothing moved.
+        answers: rank -> its latest collectives and its stacks.
+        size: number of ranks.
+        limit_seconds: the time without progress.
     """
-    lines = [f"megatron-rl: no collective has moved for {limit_seconds:g} s; the run ends with code {HUNG}"]
+    lines = [f"megatron-rl: no collective was entered or left for {limit_seconds:g} s; the run ends with code {HUNG}"]
     silent = [rank for rank in range(size) if rank not in answers]
     if silent:
-        lines.append(f"  no answer from rank {_listed(silent)}: dead, stopped, or busy outside of Python")
-    behind = late(answers)
-    lines += [f"  {text}" for text in behind.values()]
-    if not silent and not behind:
-        lines.append("  every rank has entered the same collectives: the network, or a GPU, does not finish one")
+        lines.append(f"  no answer from rank {', '.join(map(str, silent))}: dead, stopped, or busy outside of Python")
+    missing = missing_ranks(answers)
+    lines += [f"  {text}" for text in missing.values()]
+    if not silent and not missing:
+        lines.append("  every rank has entered the same collectives: the network or a GPU does not finish one")
     for rank, (entries, _) in answers.items():
         inside = next((entry for entry in reversed(entries) if not entry.left), None)
         lines.append(f"  rank {rank} " + (f"waits in {inside.describe()}" if inside else "is in no collective"))
-    for rank in behind or answers:
+    for rank in missing or answers:
         lines += [
             f"-- rank {rank}, {line}" if line.startswith("thread") else line for line in answers[rank][1].split("\n")
         ]
     return "\n".join(lines) + "\n"
 
 
-def late(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]]) -> dict[int, str]:
-    """Return for each rank that others wait for what it has not entered, in words."""
+def missing_ranks(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]]) -> dict[int, str]:
+    """Return a message for each rank that others wait for: the collective that it has not entered."""
     newest: dict[str, dict[int, CollectiveCall]] = defaultdict(dict)
     for rank, (entries, _) in answers.items():
         for entry in entries:
             newest[entry.group][rank] = entry
     found: dict[int, str] = {}
     for by_rank in newest.values():
-        ahead = max(by_rank.values(), key=lambda entry: entry.number)
-        for rank in ahead.ranks:
+        latest = max(by_rank.values(), key=lambda entry: entry.number)
+        for rank in latest.ranks:
             number = by_rank[rank].number if rank in by_rank else 0
-            if rank in answers and number < ahead.number and not ahead.left:
+            if rank in answers and number < latest.number and not latest.left:
                 last = f"its last of that group was number {number}"
-                found[rank] = f"rank {rank} has not entered {ahead.describe()}; {last}"
+                found[rank] = f"rank {rank} has not entered {latest.describe()}; {last}"
     return found
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 def _read(folder: Path, ranks: Sequence[int]) -> dict[int, tuple[list[CollectiveCall], str]]:

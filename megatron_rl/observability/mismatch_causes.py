@@ -1,17 +1,15 @@
-"""Why the rollout engine's log-probs differ from the trainer's: how far, on which tokens, and from what cause.
+"""Why the rollout engine's log-probs differ from the trainer's: size and cause of the gap.
 
-Pure functions on a scored batch. Legend: T tokens of the batch, R trained tokens.
-
-A cause is told apart by what is known without running anything again:
+Pure functions on a batch with log-probs of both. Legend: T tokens of the batch, R trained tokens.
 
     not finite       the engine returned NaN or inf
-    stale weights    tokens sampled by another version of the weights than the one that scored them; the cause if the
-                     other tokens agree within rounding
-    sampling         top_p or top_k cut the distribution that the engine sampled from; the trainer models temperature
-                     alone. The engine's log-probs are then the larger ones
-    routing          engine and trainer sent tokens to other experts; known only where the engine returns its choice
-    numerics         all of it is within what the two types round to
-    unexplained      none of these: the engine may hold other weights or another model than it says
+    stale weights    some tokens were sampled by other weights than those that scored them, and the other tokens agree
+                     within rounding
+    sampling         top_p or top_k truncate the engine's distribution; the trainer models only the temperature, so the
+                     engine's log-probs are larger
+    routing          engine and trainer chose different experts; known only if the engine returns its choice
+    numerics         the gap is within the rounding of the two types
+    unexplained      none of these: the engine may have other weights or another model than it reports
 """
 
 from collections.abc import Mapping
@@ -25,27 +23,27 @@ from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.types import Batch
 
 ROUNDING: Mapping[str, float] = {
-    # megatron-core's router takes its softmax in float32 whatever the type of the model.
+    # megatron-core's router computes its softmax in float32 for every model type.
     "float64": 1e-6,
-    # Spacing 1.2e-7 at 1; logits of 10 to 40 after tens of layers, in another order of summation, differ by some 1e-5.
+    # Spacing 1.2e-7 at 1; after tens of layers, logits of 10 to 40 summed in another order differ by about 1e-5.
     # The demo (3 layers) has 3e-7.
     "float32": 1e-4,
-    # 8 bits: spacing 4e-3 at 1, so logits of 10 are known to 0.03 to 0.06; a near tie between two experts may flip.
+    # 8 bits: spacing 4e-3 at 1, so logits of 10 have an error of 0.03 to 0.06; near ties between experts may flip.
     "bfloat16": 0.1,
 }
-"""Mean absolute difference, in nats, up to which two runs of the same weights differ by rounding alone."""
+"""Model type -> largest mean absolute difference, in nats, that rounding alone causes with the same weights."""
 
 TAIL = 10.0
-"""The 99th percentile may be this many times the mean's bound: rounding has no heavier tail than that."""
+"""Largest ratio of the 99th percentile to the bound of the mean that rounding causes."""
 
 
 @dataclass(frozen=True)
-class Routing:
-    """How often engine and trainer chose other experts, where the engine returns its choice.
+class RoutingDifferences:
+    """How often engine and trainer chose different experts.
 
     Attributes:
-        tokens: share of trained tokens with a different choice in any layer.
-        layers: share of (token, layer) pairs with a different choice.
+        tokens: fraction of tokens with a different choice in any layer.
+        layers: fraction of (token, layer) pairs with a different choice.
     """
 
     tokens: float
@@ -53,40 +51,40 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the two sides were told to do."""
+class MismatchSettings:
+    """The settings of engine and trainer that explain differences."""
 
     engine_dtype: str
     trainer_dtype: str
     sampling: Sampling
 
     @classmethod
-    def of(cls, run: Run) -> "Settings":
-        """Return the settings of a run; an engine that we did not start has the type given for it, or the model's."""
+    def of(cls, run: Run) -> "MismatchSettings":
+        """Return the settings of a run; without a setting for its type the engine has that of the model."""
         engine = str(run.rollout.sglang.get("dtype", run.rollout.dtype or "auto"))
         return cls(engine if engine in ROUNDING else run.model.dtype, run.model.dtype, run.rollout.sampling)
 
     @property
     def rounding(self) -> float:
-        """The mean absolute difference that the coarser of the two types explains."""
+        """The mean absolute difference that rounding in the coarser of the two types explains."""
         return max(ROUNDING[self.engine_dtype], ROUNDING[self.trainer_dtype])
 
     @property
-    def cuts(self) -> list[str]:
-        """The sampling settings that the trainer does not model."""
+    def truncations(self) -> list[str]:
+        """The settings that truncate the engine's distribution, which the trainer does not model."""
         top_p = [f"top_p = {self.sampling.top_p}"] if self.sampling.top_p < 1 else []
         return top_p + ([f"top_k = {self.sampling.top_k}"] if self.sampling.top_k > 0 else [])
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known about the gap of one step.
+    """Size and cause of the gap of one step.
 
     Attributes:
-        cause: one of those in the head of this file.
-        verdict: a line for people.
-        gap: percentiles and KL over all trained tokens, as of ``loss.gap``.
-        causes: what speaks for and against each cause.
+        cause: one of the causes in this module's docstring.
+        verdict: one line that describes size and cause.
+        gap: percentiles and KL over all trained tokens, from ``log_ratio_statistics``.
+        causes: the evidence for and against each cause.
     """
 
     cause: str
@@ -101,14 +99,16 @@ def log_gap(batch: Batch) -> Tensor:
     return batch["old_logprobs_T"][trained_R].double() - batch["rollout_logprobs_T"][trained_R].double()
 
 
-def diagnose(batch: Batch, version: int, settings: Settings, routing: Routing | None = None) -> Diagnosis | None:
-    """Return what the gap comes from; None where no token is trained.
+def diagnose(
+    batch: Batch, version: int, settings: MismatchSettings, routing: RoutingDifferences | None = None
+) -> Diagnosis | None:
+    """Return the cause of the gap; None if no token is trained.
 
     Args:
         batch: has ``old_logprobs_T``, ``rollout_logprobs_T`` and ``weight_versions_T``.
-        version: of the weights that scored it.
-        settings: types and sampling.
-        routing: where the engine returned the experts it chose.
+        version: version of the weights that computed ``old_logprobs_T``.
+        settings: types and sampling parameters.
+        routing: differences of the chosen experts; None if they are unknown.
     """
     log_R = log_gap(batch)
     if not len(log_R):
@@ -122,7 +122,7 @@ def diagnose(batch: Batch, version: int, settings: Settings, routing: Routing | 
     causes = {
         "not_finite": {"tokens": int((~finite_R).sum())},
         "stale_weights": _stale(versions_R, fresh_R, version, fresh),
-        "sampling": {"settings": settings.cuts, "engine_higher": higher},
+        "sampling": {"settings": settings.truncations, "engine_higher": higher},
         "routing": None if routing is None else {"tokens": routing.tokens, "layers": routing.layers},
         "numerics": {
             "engine": settings.engine_dtype,
@@ -141,7 +141,7 @@ def _stale(versions_R: Tensor, fresh_R: Tensor, version: int, fresh: Mapping[str
     return {"tokens": len(stale_R), "versions": found, "scored_by": version, "gap_of_the_others": fresh}
 
 
-def _stale_words(stale: object) -> str:
+def _describe_stale(stale: object) -> str:
     assert isinstance(stale, dict)
     versions = ", ".join(f"{count} of version {version}" for version, count in stale["versions"].items())
     if stale["gap_of_the_others"] is None:
@@ -149,12 +149,15 @@ def _stale_words(stale: object) -> str:
     return f"older weights sampled some tokens ({versions}; scored by {stale['scored_by']}), the others agree"
 
 
-def _is_rounding(found: Mapping[str, float], settings: Settings) -> bool:
+def _is_rounding(found: Mapping[str, float], settings: MismatchSettings) -> bool:
     return found["abs_mean"] <= settings.rounding and found["abs_p99"] <= TAIL * settings.rounding
 
 
 def _cause(
-    causes: Mapping[str, object], whole: Mapping[str, float], fresh: Mapping[str, float] | None, settings: Settings
+    causes: Mapping[str, object],
+    whole: Mapping[str, float],
+    fresh: Mapping[str, float] | None,
+    settings: MismatchSettings,
 ) -> str:
     if causes["not_finite"] != {"tokens": 0}:
         return "not finite"
@@ -162,22 +165,22 @@ def _cause(
         return "numerics"
     if fresh is None or _is_rounding(fresh, settings):
         return "stale weights"
-    if settings.cuts:
+    if settings.truncations:
         return "sampling"
     routing = causes["routing"]
     return "routing" if isinstance(routing, dict) and routing["tokens"] > 0 else "unexplained"
 
 
-def _verdict(cause: str, whole: Mapping[str, float], causes: Mapping[str, object], settings: Settings) -> str:
+def _verdict(cause: str, whole: Mapping[str, float], causes: Mapping[str, object], settings: MismatchSettings) -> str:
     size = f"mean {whole['abs_mean']:.1e}, p99 {whole['abs_p99']:.1e}, max {whole['abs_max']:.1e} nats"
     types = f"{settings.engine_dtype} engine, {settings.trainer_dtype} trainer"
     bound = f"rounding explains a mean of {settings.rounding:.0e}"
-    said = {
+    explanations = {
         "not finite": f"the engine returned log-probs that are not finite: {causes['not_finite']}",
         "numerics": f"only rounding ({types}: {bound})",
-        "stale weights": _stale_words(causes["stale_weights"]),
-        "sampling": f"{', '.join(settings.cuts)} cut the engine's distribution, which the trainer does not model",
-        "routing": f"engine and trainer choose other experts: {causes['routing']}",
-        "unexplained": f"UNEXPLAINED ({types}: {bound}); the engine may hold other weights or settings than it says",
+        "stale weights": _describe_stale(causes["stale_weights"]),
+        "sampling": f"{', '.join(settings.truncations)} truncate the engine's distribution, but not the trainer's",
+        "routing": f"engine and trainer choose different experts: {causes['routing']}",
+        "unexplained": f"UNEXPLAINED ({types}: {bound}); the engine may have other weights or settings than it reports",
     }
-    return f"mismatch of rollout and trainer: {size}: {said[cause]}"
+    return f"mismatch of rollout and trainer: {size}: {explanations[cause]}"

@@ -1,4 +1,7 @@
-"""``mismatch.json`` and the verdict line: the worst tokens and samples of the newest step, by name and text."""
+"""``mismatch.json``: why the log-probs of engine and trainer differ, and the worst tokens and samples of a step.
+
+Legend: R trained tokens, B responses.
+"""
 
 import json
 import math
@@ -13,23 +16,26 @@ import torch
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.observability.file_names import MISMATCH
-from megatron_rl.observability.mismatch_causes import Diagnosis, Settings, diagnose, log_gap
+from megatron_rl.observability.mismatch_causes import Diagnosis, MismatchSettings, diagnose, log_gap
 from megatron_rl.observability.routing_statistics import routing
-from megatron_rl.tasks import Tokenizer
 from megatron_rl.util.atomic import replace_text
 
 WORST = 20
-"""Tokens, and samples, that are listed."""
+"""How many tokens and how many samples are listed."""
 
 CONTEXT = 12
-"""Tokens before a listed one that are shown with it."""
+"""How many tokens before a listed token are shown with it."""
 
-REENCODED, REENCODED_TOKENS = 64, 1 << 15
-"""Responses of a step whose text is tokenised again, and how many tokens they may have together: it takes time."""
+MAX_RETOKENIZED, MAX_RETOKENIZED_TOKENS = 64, 1 << 15
+"""Limits on the responses per step whose text is tokenized again, and on their total tokens: it takes time."""
 
 
-class Codec(Tokenizer, Protocol):
-    """The part of a Hugging Face tokenizer that turns tokens into text and back."""
+class TextTokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that turns text into tokens and tokens into text."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text."""
+        ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of tokens."""
@@ -37,32 +43,32 @@ class Codec(Tokenizer, Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A response as the witness lists it: where its tokens stand, and who said what about them."""
+class ReportedSample:
+    """A response and the id of its prompt."""
 
     response: Response
     prompt_id: str
 
 
 class MismatchReport:
-    """Compares, step by step, what engine and trainer say about the same tokens; the main rank has one."""
+    """Compares the log-probs of engine and trainer at every step. Only the main rank has one."""
 
-    def __init__(self, run: Run, codec: Codec) -> None:
-        self.settings, self.codec = Settings.of(run), codec
+    def __init__(self, run: Run, tokenizer: TextTokenizer) -> None:
+        self.settings, self.tokenizer = MismatchSettings.of(run), tokenizer
         self.file = Path(run.log.path) / MISMATCH
         self._cause: str | None = None
 
     def compare(self, step: int, groups: Sequence[Group], batch: Batch) -> str | None:
-        """Write ``mismatch.json``; return the verdict if its cause is another than at the last step."""
+        """Write ``mismatch.json``; return the verdict if its cause differs from that of the previous step."""
         found = diagnose(batch, step, self.settings, routing(batch))
         if found is None:
             return None
-        samples = [Sample(response, group.prompt.id) for group in groups for response in group.responses]
+        samples = [ReportedSample(response, group.prompt.id) for group in groups for response in group.responses]
         replace_text(self.file, json.dumps(_clean(self.record(step, found, samples, batch)), indent=2) + "\n")
         changed, self._cause = found.cause != self._cause, found.cause
         return found.verdict if changed else None
 
-    def record(self, step: int, found: Diagnosis, samples: Sequence[Sample], batch: Batch) -> dict[str, object]:
+    def record(self, step: int, found: Diagnosis, samples: Sequence[ReportedSample], batch: Batch) -> dict[str, object]:
         """Return the contents of ``mismatch.json``."""
         responses = [sample.response for sample in samples]
         return {
@@ -70,13 +76,13 @@ class MismatchReport:
             "cause": found.cause,
             "verdict": found.verdict,
             "gap": found.gap,
-            "causes": {**found.causes, "tokenisation": retokenised(_some(responses), self.codec)},
-            "worst_tokens": worst_tokens(batch, samples, self.codec),
+            "causes": {**found.causes, "tokenisation": retokenize(_first(responses), self.tokenizer)},
+            "worst_tokens": worst_tokens(batch, samples, self.tokenizer),
             "worst_samples": worst_samples(batch, samples),
         }
 
 
-def worst_tokens(batch: Batch, samples: Sequence[Sample], codec: Codec) -> list[dict[str, object]]:
+def worst_tokens(batch: Batch, samples: Sequence[ReportedSample], tokenizer: TextTokenizer) -> list[dict[str, object]]:
     """Return the tokens with the largest gaps, worst first; ``position`` counts output tokens from 0."""
     trained_R = batch.trained_R
     order = torch.argsort(_size(batch), descending=True, stable=True)[:WORST]
@@ -93,8 +99,8 @@ def worst_tokens(batch: Batch, samples: Sequence[Sample], codec: Codec) -> list[
                 "prompt_id": sample.prompt_id,
                 "position": position,
                 "token_id": ids[position],
-                "text": codec.decode([ids[position]]),
-                "before": codec.decode(list(ids[max(0, position - CONTEXT) : position])),
+                "text": tokenizer.decode([ids[position]]),
+                "before": tokenizer.decode(list(ids[max(0, position - CONTEXT) : position])),
                 "rollout_logprob": float(batch["rollout_logprobs_T"][token]),
                 "trainer_logprob": float(batch["old_logprobs_T"][token]),
                 "weight_version": int(batch["weight_versions_T"][token]),
@@ -103,7 +109,7 @@ def worst_tokens(batch: Batch, samples: Sequence[Sample], codec: Codec) -> list[
     return listed
 
 
-def worst_samples(batch: Batch, samples: Sequence[Sample]) -> list[dict[str, object]]:
+def worst_samples(batch: Batch, samples: Sequence[ReportedSample]) -> list[dict[str, object]]:
     """Return the responses with the largest mean gap, worst first."""
     owners_R = batch.response_ids_T[batch.trained_R]
     size_R, zeros_B = _size(batch), torch.zeros(len(batch), dtype=torch.float64)
@@ -126,31 +132,31 @@ def worst_samples(batch: Batch, samples: Sequence[Sample]) -> list[dict[str, obj
 
 
 def _size(batch: Batch) -> torch.Tensor:
-    """Return the absolute gap of each trained token, what is not a number as infinite."""
+    """Return the absolute gap of each trained token; NaN counts as infinite."""
     return log_gap(batch).abs().nan_to_num(nan=torch.inf)
 
 
-def retokenised(responses: Sequence[Response], codec: Codec) -> dict[str, object]:
-    """Return how many responses have other token ids when their text is tokenised again.
+def retokenize(responses: Sequence[Response], tokenizer: TextTokenizer) -> dict[str, object]:
+    """Return how many responses have other token ids after their text is decoded and encoded again.
 
-    It does no harm here, where ids are never made from text again, but it does to anyone who scores text.
+    The trainer is not affected, because it never tokenizes text again; a program that scores text is.
     """
     other = []
     for response in responses:
         ids = list(response.output_ids)
-        if codec.encode(codec.decode(ids), add_special_tokens=False) != ids:
+        if tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) != ids:
             other.append(response.id)
     return {"responses": len(responses), "other_ids": len(other), "samples": other[:WORST]}
 
 
-def _some(responses: Sequence[Response]) -> list[Response]:
-    """Return the first responses, as many as are tokenised again."""
-    ends = accumulate(len(response.output_ids) for response in responses[:REENCODED])
-    return [response for response, end in zip(responses, ends, strict=False) if end <= REENCODED_TOKENS]
+def _first(responses: Sequence[Response]) -> list[Response]:
+    """Return the first responses within the limits of retokenization."""
+    ends = accumulate(len(response.output_ids) for response in responses[:MAX_RETOKENIZED])
+    return [response for response, end in zip(responses, ends, strict=False) if end <= MAX_RETOKENIZED_TOKENS]
 
 
 def _clean(value: object) -> object:
-    """Return the value for JSON, which has no NaN and no infinity: those become null."""
+    """Return the value with NaN and infinity replaced by None, because JSON has neither."""
     if isinstance(value, Mapping):
         return {key: _clean(entry) for key, entry in value.items()}
     if isinstance(value, list):

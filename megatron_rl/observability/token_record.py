@@ -1,7 +1,7 @@
-"""``tokens.jsonl``: how often segments were clipped by length and entropy, and some responses token by token.
+"""``tokens.jsonl``: counts of clipped segments by length and entropy, and some responses token by token.
 
-Pure functions on trained mini-batches: their columns are whole again, so no layout can change what is written.
-Legend: T tokens of the mini-batch, R trained ones, S segments, N tokens of one response.
+Pure functions on mini-batches after their update, whose columns cover all tokens, so the layout does not matter.
+Legend: T tokens of the mini-batch, R trained tokens, G segments, N tokens of one response.
 """
 
 import math
@@ -15,19 +15,19 @@ from torch import Tensor
 from megatron_rl.data.types import Batch, Group, dense_ids
 
 TOKENS_PER_STEP = 4096
-"""Tokens of all written responses of a step together; longer responses are cut, their segments are not."""
+"""Largest total of tokens written per step; longer responses are cut, but their segments are counted whole."""
 
 ENTROPY_EDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Borders between the bins of a segment's mean entropy, nats."""
+"""Boundaries of the bins of a segment's mean entropy, nats."""
 
 LENGTH_EDGES = tuple(2**power for power in range(11))
-"""The largest segments of each bin, tokens; longer ones have a bin of their own."""
+"""Upper bounds of the bins of a segment's length, tokens; a last bin has all longer segments."""
 
 DIGITS = 6
-"""Significant digits of every number written."""
+"""Significant digits of the numbers in the file."""
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """The part of a Hugging Face tokenizer that turns tokens into text."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -36,62 +36,62 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Segments:
+class SegmentTable:
     """The segments of a mini-batch.
 
     Attributes:
-        ids_R: the segment of each trained token, from 0.
-        sizes_S: tokens.
-        ratios_S: the importance ratio, a geometric mean over the tokens where they have ratios of their own.
-        entropies_S: mean entropy of the old policy, nats.
-        clipped_S: share of its tokens without a gradient because of the clip; 0 or 1 if the ratio alone decides.
-        windows_S: (low, high): how far below and above 1 the ratio may go; None for objectives without a window.
+        ids_R: index of the segment of each trained token.
+        sizes_G: number of tokens.
+        ratios_G: importance ratio; the geometric mean over the tokens if each has its own ratio.
+        entropies_G: mean entropy under the old policy, nats.
+        clipped_G: fraction of its tokens without a gradient because of the clip; 0 or 1 if only the ratio decides.
+        windows_G: (low, high): how far the ratio may be below and above 1; None for objectives without a window.
     """
 
     ids_R: Tensor
-    sizes_S: Tensor
-    ratios_S: Tensor
-    entropies_S: Tensor
-    clipped_S: Tensor
-    windows_S: tuple[Tensor, Tensor] | None
+    sizes_G: Tensor
+    ratios_G: Tensor
+    entropies_G: Tensor
+    clipped_G: Tensor
+    windows_G: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, batch: Batch) -> "Segments":
-        """Return those of a mini-batch with the columns of ``make_loss(..., keep_tokens=True)``."""
+    def of(cls, batch: Batch) -> "SegmentTable":
+        """Return the segments of a mini-batch with the columns of ``make_loss(..., keep_tokens=True)``."""
         trained_R = batch.trained_R
         count = len(trained_R)
         ids_R = torch.arange(count)
         if "segment_ids_T" in batch:
             ids_R, count = dense_ids(batch["segment_ids_T"][trained_R])
-        sizes_S = torch.bincount(ids_R, minlength=count)
+        sizes_G = torch.bincount(ids_R, minlength=count)
 
         def mean(name: str) -> Tensor:
-            sums_S = torch.zeros(count, dtype=torch.float64)
-            return sums_S.index_add_(0, ids_R, batch[name][trained_R].double()) / sizes_S
+            sums_G = torch.zeros(count, dtype=torch.float64)
+            return sums_G.index_add_(0, ids_R, batch[name][trained_R].double()) / sizes_G
 
         windows = (mean("clip_low_T"), mean("clip_high_T")) if "clip_low_T" in batch else None
-        return cls(ids_R, sizes_S, mean("log_ratios_T").exp(), mean("old_entropies_T"), mean("clipped_T"), windows)
+        return cls(ids_R, sizes_G, mean("log_ratios_T").exp(), mean("old_entropies_T"), mean("clipped_T"), windows)
 
 
 class TokenRecord:
-    """Gathers the trained mini-batches of a step; the main rank has one."""
+    """Collects the mini-batches of a step after their updates. Only the main rank has one."""
 
-    def __init__(self, count: int, decoder: Decoder, clipped_word: str = "clipped") -> None:
+    def __init__(self, count: int, decoder: TokenDecoder, clipped_word: str = "clipped") -> None:
         self._count, self._decoder = count, decoder
         self._words = {} if clipped_word == "clipped" else {"clipped_word": clipped_word}
-        self._trained: list[tuple[Batch, Segments]] = []
+        self._trained: list[tuple[Batch, SegmentTable]] = []
 
     @property
     def updates(self) -> int:
-        """Mini-batches of the step so far."""
+        """Number of updates of the step so far."""
         return len(self._trained)
 
     def add(self, trained: Batch) -> None:
-        """Take a mini-batch with its columns before and after the update."""
-        self._trained.append((trained, Segments.of(trained)))
+        """Add a mini-batch with its columns before and after the update."""
+        self._trained.append((trained, SegmentTable.of(trained)))
 
     def take(self, step: int, groups: Sequence[Group]) -> dict[str, object]:
-        """Return the line of a step and begin the next: clips of all updates, responses of the last one."""
+        """Return the line of a step: clip counts of all updates, responses of the last one. Starts the next step."""
         batch, segments = self._trained[-1]
         updates = [found for _, found in self._trained]
         self._trained.clear()
@@ -105,7 +105,7 @@ class TokenRecord:
             "samples": [self._sample(batch, segments, owner, groups) for owner in responses],
         }
 
-    def _sample(self, batch: Batch, segments: Segments, owner: int, groups: Sequence[Group]) -> dict[str, object]:
+    def _sample(self, batch: Batch, segments: SegmentTable, owner: int, groups: Sequence[Group]) -> dict[str, object]:
         flat = [(group.prompt, response) for group in groups for response in group.responses]
         prompt, response = flat[int(batch["sample_index_B"][owner])]
         return {
@@ -119,7 +119,7 @@ class TokenRecord:
 
 
 def chosen(batch: Batch, count: int) -> list[int]:
-    """Return responses to be written: half of them with A > 0 and half with A < 0 if there are as many, the first."""
+    """Return the responses to write: the first with A > 0 and the first with A < 0, if possible half of each."""
     counts_B, advantages_B = batch.trainable_counts_B, batch["advantages_B"]
     trained = [owner for owner in range(len(batch)) if counts_B[owner] > 0]
     rises = [owner for owner in trained if advantages_B[owner] > 0]
@@ -130,10 +130,10 @@ def chosen(batch: Batch, count: int) -> list[int]:
     return (picked + others)[:count]
 
 
-def tokens_of(batch: Batch, segments: Segments, owner: int, most: int, decoder: Decoder) -> dict[str, object]:
-    """Return a response's columns, from its first trained token on, and the segments of what is shown, in order.
+def tokens_of(batch: Batch, segments: SegmentTable, owner: int, most: int, decoder: TokenDecoder) -> dict[str, object]:
+    """Return a response's columns from its first trained token on, and the segments of the tokens shown.
 
-    A token that is not trained (the output of a tool) has segment -1 and no numbers.
+    A token that is not trained, such as the output of a tool, has segment -1 and no numbers.
     """
     start = batch.starts_B[owner]
     end = int(start + batch.lengths_B[owner])
@@ -152,42 +152,42 @@ def tokens_of(batch: Batch, segments: Segments, owner: int, most: int, decoder: 
         "tokens": end - first,
         "text": token_texts(batch["input_ids_T"][shown].tolist(), decoder),
         **{
-            name: [_rounded(value) if is_own else None for value, is_own in zip(values, trained, strict=True)]
+            name: [_rounded(value) if is_trained else None for value, is_trained in zip(values, trained, strict=True)]
             for name, values in ((name, batch[column][shown].tolist()) for name, column in columns.items())
         },
         "segment": [order.get(segment, -1) for segment in ids],
         "all_segments": len(segments.ids_R[low:high].unique()),
         "segments": _table(segments, torch.tensor(list(order), dtype=torch.int64)),
-        **_partly_clipped(batch["clipped_T"][shown], segments.clipped_S[list(order)]),
+        **_partly_clipped(batch["clipped_T"][shown], segments.clipped_G[list(order)]),
     }
 
 
-def _partly_clipped(clipped_N: Tensor, clipped_S: Tensor) -> dict[str, object]:
-    """Return the clipped tokens where the segments do not tell which they are."""
-    partly = bool(((clipped_S > 0) & (clipped_S < 1)).any())
+def _partly_clipped(clipped_N: Tensor, clipped_G: Tensor) -> dict[str, object]:
+    """Return the indices of the clipped tokens if a segment is clipped in part."""
+    partly = bool(((clipped_G > 0) & (clipped_G < 1)).any())
     return {"clipped_tokens": clipped_N.nonzero().flatten().tolist()} if partly else {}
 
 
-def _table(segments: Segments, chosen_S: Tensor) -> dict[str, object]:
+def _table(segments: SegmentTable, chosen_G: Tensor) -> dict[str, object]:
     columns = {
-        "tokens": segments.sizes_S,
-        "entropy": segments.entropies_S,
-        "ratio": segments.ratios_S,
-        "clipped": segments.clipped_S,
+        "tokens": segments.sizes_G,
+        "entropy": segments.entropies_G,
+        "ratio": segments.ratios_G,
+        "clipped": segments.clipped_G,
     }
-    if segments.windows_S is not None:
-        columns["low"], columns["high"] = segments.windows_S
-    return {name: [_rounded(value) for value in column[chosen_S].tolist()] for name, column in columns.items()}
+    if segments.windows_G is not None:
+        columns["low"], columns["high"] = segments.windows_G
+    return {name: [_rounded(value) for value in column[chosen_G].tolist()] for name, column in columns.items()}
 
 
-def token_texts(token_ids: Sequence[int], decoder: Decoder) -> list[str]:
-    """Return the text that each token adds; of a character that several tokens make, the last has it all."""
+def token_texts(token_ids: Sequence[int], decoder: TokenDecoder) -> list[str]:
+    """Return the text that each token adds; a character made of several tokens belongs to the last of them."""
     texts: list[str] = []
-    known, begun = 0, 0  # tokens[begun:known] are there for the spaces that some tokenizers drop at the start
+    known, begun = 0, 0  # tokens[begun:known] are decoded too, because some tokenizers drop spaces at the start
     for end in range(1, len(token_ids) + 1):
         before = decoder.decode(list(token_ids[begun:known]))
         now = decoder.decode(list(token_ids[begun:end]))
-        # A character has at most four bytes; a token that is none of a character stays what the decoder makes of it.
+        # A character has at most four bytes; a token that is not part of one keeps the decoder's replacement.
         if now.endswith("\ufffd") and end - known < 4 and end < len(token_ids):
             texts.append("")
             continue
@@ -196,31 +196,31 @@ def token_texts(token_ids: Sequence[int], decoder: Decoder) -> list[str]:
     return texts
 
 
-def by_length(updates: Sequence[Segments]) -> dict[str, object]:
-    """Return segments, and the clipped ones, in bins of their number of tokens."""
-    return _binned(updates, [segments.sizes_S for segments in updates], LENGTH_EDGES)
+def by_length(updates: Sequence[SegmentTable]) -> dict[str, object]:
+    """Return the number of segments and of clipped segments, in bins of their length."""
+    return _binned(updates, [segments.sizes_G for segments in updates], LENGTH_EDGES)
 
 
-def by_entropy(updates: Sequence[Segments]) -> dict[str, object]:
-    """Return segments, and the clipped ones, in bins of their mean entropy."""
-    return _binned(updates, [segments.entropies_S for segments in updates], ENTROPY_EDGES)
+def by_entropy(updates: Sequence[SegmentTable]) -> dict[str, object]:
+    """Return the number of segments and of clipped segments, in bins of their mean entropy."""
+    return _binned(updates, [segments.entropies_G for segments in updates], ENTROPY_EDGES)
 
 
-def _binned(updates: Sequence[Segments], values: Sequence[Tensor], edges: Sequence[float]) -> dict[str, object]:
-    """Return for each bin: segments, clipped segments (partly clipped ones by their share), tokens, clipped tokens."""
-    bins_S = torch.bucketize(torch.cat(list(values)).double(), torch.tensor(edges, dtype=torch.float64))
-    sizes_S = torch.cat([segments.sizes_S for segments in updates]).double()
-    clipped_S = torch.cat([segments.clipped_S for segments in updates])
+def _binned(updates: Sequence[SegmentTable], values: Sequence[Tensor], edges: Sequence[float]) -> dict[str, object]:
+    """Return per bin the segments, clipped segments (a fraction if clipped in part), tokens and clipped tokens."""
+    bins_G = torch.bucketize(torch.cat(list(values)).double(), torch.tensor(edges, dtype=torch.float64))
+    sizes_G = torch.cat([segments.sizes_G for segments in updates]).double()
+    clipped_G = torch.cat([segments.clipped_G for segments in updates])
     columns = {
-        "segments": torch.ones_like(sizes_S),
-        "clipped": clipped_S,
-        "tokens": sizes_S,
-        "clipped_tokens": clipped_S * sizes_S,
+        "segments": torch.ones_like(sizes_G),
+        "clipped": clipped_G,
+        "tokens": sizes_G,
+        "clipped_tokens": clipped_G * sizes_G,
     }
-    counts = {name: torch.bincount(bins_S, weights_S, len(edges) + 1) for name, weights_S in columns.items()}
+    counts = {name: torch.bincount(bins_G, weights_G, len(edges) + 1) for name, weights_G in columns.items()}
     return {"edges": edges, **{name: [_rounded(value) for value in count.tolist()] for name, count in counts.items()}}
 
 
 def _rounded(value: float) -> float | None:
-    """Return the number with few digits; None, which JSON calls null, for one that is not finite."""
+    """Return the number with ``DIGITS`` significant digits; None if it is not finite."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

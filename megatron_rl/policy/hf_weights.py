@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_rl.config.schema import PUSH_BUFFERS
 from megatron_rl.distributed.collectives import RankGroup, gather_over, group_rank, group_size
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import DataError
@@ -156,11 +157,6 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
         shard.parameter.copy_(piece)
 
 
-PARTS = 5
-"""Of a bucket: this rank's shards in a row, those of all ranks, a tensor that they make, its parts while it is put
-together, and tensors that whoever asked has not done with yet."""
-
-
 @dataclass(frozen=True)
 class Export:
     """The model under Hugging Face names, tensor by tensor.
@@ -190,13 +186,13 @@ class Export:
                 if owner == 0:
                     yield from merged
                     continue
-                for message in _messages(merged, self.bucket_bytes // PARTS):
-                    _send(message, mesh, self.bucket_bytes // PARTS)
+                for message in _messages(merged, self.bucket_bytes // PUSH_BUFFERS):
+                    _send(message, mesh, self.bucket_bytes // PUSH_BUFFERS)
                     message.clear()
             if mesh.world.rank == owner != 0:
                 _send({}, mesh, 0)
             elif mesh.world.rank == 0 != owner:
-                yield from _receive(owner, mesh, self.bucket_bytes // PARTS)
+                yield from _receive(owner, mesh, self.bucket_bytes // PUSH_BUFFERS)
 
     @torch.no_grad()
     def _merged(self, owner: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
@@ -209,7 +205,7 @@ class Export:
         dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == own] for own in (False, True))
         for part in (dense, experts, stacked):
             group = part[0].whole_group(self.mesh) if part else None
-            share, stacks = self.bucket_bytes // PARTS // group_size(group), Stacks(self.mesh)
+            share, stacks = self.bucket_bytes // PUSH_BUFFERS // group_size(group), Stacks(self.mesh)
             for bucket in _buckets(part, share):
                 gathered = _gather(bucket, group, self.pick)
                 if self.mesh.world.rank == owner:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import Run
+from megatron_rl.config.schema import PUSH_BUFFERS, Run
 from megatron_rl.distributed.collectives import gather_json
 from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.client import Client
@@ -18,7 +18,6 @@ from megatron_rl.fleet.router import router_process
 from megatron_rl.fleet.servers import servers_of
 from megatron_rl.fleet.turns import MultiTurn, TurnTokenizer
 from megatron_rl.fleet.vllm import VllmClient
-from megatron_rl.policy.hf_weights import PARTS
 from megatron_rl.tasks.environments import ChatTokenizer, chat_wrap, find_environment
 from megatron_rl.weights.disk import DiskTransport, write_rank_files
 from megatron_rl.weights.distributed import DistributedTransport
@@ -101,7 +100,7 @@ def weights_folder(run: Run) -> Path:
 
 def bucket_bytes(run: Run) -> int:
     """Return the size of a transport's buckets: the other parts of ``weights.bucket_bytes`` hold the next tensors."""
-    return run.weights.bucket_bytes // PARTS
+    return run.weights.bucket_bytes // PUSH_BUFFERS
 
 
 def push_weights(run: Run, world: World, weights: PolicyWeights, version: int, fleet: Fleet | None) -> None:

@@ -1,12 +1,12 @@
-"""Training checkpoints: the exact state in pieces, written while training goes on, whole or not at all.
+"""Training checkpoints: the exact state of a run, written atomically while training continues.
 
     RUN/checkpoints/step_00000020/meta.json      step, layout, sizes, checksums
-                                  index.json     where every piece of every tensor belongs, and its checksum
-                                  sampler.json   what the sampler must know: prompts taken
-                                  config.json, tokenizer.json, ...   those of the model
-                                  rank_00000.safetensors   pieces that this rank held: weights, moments, generators
+                                  index.json     position and checksum of every slice of every tensor
+                                  sampler.json   state of the rollouts: position in the prompt stream, groups
+                                  config.json, tokenizer.json, ...   files of the model
+                                  rank_00000.safetensors   slices of one rank: weights, moments, random generators
 
-A checkpoint resumes under any layout, and bit for bit under the layout that wrote it.
+A checkpoint can be resumed with any layout, and bit for bit with the layout that wrote it.
 """
 
 import json
@@ -48,11 +48,11 @@ from megatron_rl.util.atomic import begin_folder, clear_leftovers, commit_folder
 
 JSON = Mapping[str, object]
 POLL_SECONDS = 0.05
-"""Between looks for the files of other ranks."""
+"""Seconds between two checks for the files of other ranks."""
 
 
 class Checkpoints:
-    """Writes, keeps and reads the checkpoints of one run folder. Every method but ``is_due`` is collective."""
+    """Writes, deletes and reads the checkpoints of a run folder. All methods but ``is_due`` are collective."""
 
     def __init__(self, run: Run, world: World, policy: Policy) -> None:
         self.folder = checkpoint_folder(run)
@@ -62,71 +62,73 @@ class Checkpoints:
         self._writing: list[Future[None]] = []
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint or an export is due after this many steps."""
+        """Return whether a checkpoint or an export is due after ``step`` rollout batches."""
         return _divides(self.settings.every, step) or _divides(self.settings.export_every, step)
 
-    def write_due(self, step: int, sampler_state: JSON | None) -> None:
-        """Write what is due after ``step`` rollout batches."""
+    def write_due(self, step: int, rollout_state: JSON | None) -> None:
+        """Write the checkpoint and the export that are due after ``step`` rollout batches."""
         if _divides(self.settings.every, step):
-            self.save(step, sampler_state)
+            self.save(step, rollout_state)
         if _divides(self.settings.export_every, step):
             export_hf(self.policy, self.run, Path(self.run.log.path) / "exports" / checkpoint_name(step))
 
-    def save(self, step: int, sampler_state: JSON | None) -> None:
-        """Copy the state after ``step`` rollout batches and begin to write it; an earlier one is finished first.
+    def save(self, step: int, rollout_state: JSON | None) -> None:
+        """Copy the state after ``step`` rollout batches and start to write it, after an earlier write has finished.
 
-        ``sampler_state`` is the main rank's; what the others give is not read.
+        Args:
+            step: number of rollout batches.
+            rollout_state: the state of the rollouts; only that of the main rank is used.
 
         Raises:
-            TrainingError: a checkpoint cannot be written, on whatever rank.
+            TrainingError: a checkpoint cannot be written on some rank.
         """
         self.finish()
-        final, beside = self.folder / checkpoint_name(step), None
+        final, temporary = self.folder / checkpoint_name(step), None
+        # It exists if the run was resumed from it and is stopped before its first step.
         if self.world.is_main and not final.exists():
-            beside = self._begin(final)
-        # What exists already is the one that the run was resumed from, when it is asked to stop before its first step.
-        words = broadcast_json(beside and str(beside), source=0, device=self.world.device)
-        if words is None:
+            temporary = self._begin(final)
+        path = broadcast_json(temporary and str(temporary), source=0, device=self.world.device)
+        if path is None:
             return
-        beside = Path(str(words))
-        pieces = self._copies.take(self.policy.sharded_state())
+        temporary = Path(str(path))
+        slices = self._copies.take(self.policy.sharded_state())
         meta = CheckpointMeta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
-        self._writing = [self._in_background(final, partial(_write_rank, beside, self.world.rank, pieces))]
+        self._writing = [self._in_background(final, partial(_write_rank, temporary, self.world.rank, slices))]
         if self.world.is_main:
-            finish = partial(_finish, beside, final, meta, json.dumps(sampler_state), Path(self.run.model.path))
-            self._writing.append(self._in_background(final, lambda: (finish(), self._drop_old())))
+            finish = partial(_finish, temporary, final, meta, json.dumps(rollout_state), Path(self.run.model.path))
+            self._writing.append(self._in_background(final, lambda: (finish(), self._delete_old())))
         if not self.settings.asynchronous:
             self.finish()
 
     def finish(self) -> None:
-        """Return when what this rank has to write is on the disk; on the main rank, when the checkpoint is complete.
+        """Wait until this rank's files are written; on the main rank, until the checkpoint is complete.
 
         Raises:
-            TrainingError: it cannot be written.
+            TrainingError: the checkpoint cannot be written.
         """
         for writing in self._writing:
             writing.result()
         self._writing = []
 
     def load(self) -> tuple[int, JSON | None]:
-        """Restore the newest checkpoint; return how many rollout batches it has seen, and the sampler's state.
+        """Restore the newest checkpoint; return its number of rollout batches and its rollout state.
 
-        Without a checkpoint: 0 and nothing.
+        Without a checkpoint the result is 0 and None.
 
         Raises:
-            DataError: a file is missing or was changed, or it is of another model.
+            DataError: a file is missing or changed, or the checkpoint is of another model.
         """
         newest = newest_checkpoint(self.run)
         if newest is None:
             return 0, None
         meta = read_meta(newest)
-        sampler_state = json.loads(read_checked(newest, SAMPLER, meta))
+        rollout_state = json.loads(read_checked(newest, SAMPLER, meta))
         reader = open_sharded_state(newest, meta)
         try:
             self.policy.load_sharded_state(reader, meta.updates, same_layout=meta.layout == self.layout)
         except DataError as error:
             raise DataError(f"{error}; {repair_hint(newest)}") from error
-        return meta.step, sampler_state
+        return meta.step, rollout_state
 
     def _begin(self, final: Path) -> Path:
         try:
@@ -136,7 +138,7 @@ class Checkpoints:
             raise self._cannot_write(final, error) from error
 
     def _in_background(self, final: Path, work: Callable[[], object]) -> Future[None]:
-        """Do the work in a thread that ends with this process; the future tells how it went."""
+        """Run ``work`` in a daemon thread; return a future of its completion."""
         future: Future[None] = Future()
 
         def run() -> None:
@@ -157,37 +159,37 @@ class Checkpoints:
         complete = f"the newest complete one is {newest}" if newest else "there is no complete one yet"
         return TrainingError(f"the checkpoint {final} cannot be written: {error}; {complete}")
 
-    def _drop_old(self) -> None:
-        """Delete checkpoints beyond ``checkpoint.keep``, but for those that ``checkpoint.keep_every`` keeps."""
+    def _delete_old(self) -> None:
+        """Delete all but the newest ``checkpoint.keep`` checkpoints and those of ``checkpoint.keep_every``."""
         for old in valid_checkpoints(self.folder)[: -self.settings.keep]:
             if not _divides(self.settings.keep_every, step_of(old)):
                 remove_folder(old)
 
 
-def _write_rank(beside: Path, rank: int, pieces: Sequence[tuple[StateSlice, Tensor]]) -> None:
-    """Write this rank's file, then its part of the index, whose presence says that the file is whole."""
-    index = index_json(write_slices(beside, rank, pieces))
-    replace_text(beside / f"rank_{rank:05}.json", index)
+def _write_rank(temporary: Path, rank: int, slices: Sequence[tuple[StateSlice, Tensor]]) -> None:
+    """Write this rank's file, then its part of the index, whose existence means that the file is complete."""
+    index = index_json(write_slices(temporary, rank, slices))
+    replace_text(temporary / f"rank_{rank:05}.json", index)
 
 
-def _finish(beside: Path, final: Path, meta: CheckpointMeta, sampler_state: str, model: Path) -> None:
-    """Wait for all ranks' files, which may come from other machines, and make the checkpoint of them."""
-    parts = [beside / f"rank_{rank:05}.json" for rank in range(int(str(meta.layout["ranks"])))]
+def _finish(temporary: Path, final: Path, meta: CheckpointMeta, rollout_state: str, model: Path) -> None:
+    """Wait for the files of all ranks, which may run on other machines, and complete the checkpoint."""
+    parts = [temporary / f"rank_{rank:05}.json" for rank in range(int(str(meta.layout["ranks"])))]
     while not all(part.exists() for part in parts):
         time.sleep(POLL_SECONDS)
-    pieces = list(chain.from_iterable(parse_index(part.read_bytes(), part) for part in parts))
+    slices = list(chain.from_iterable(parse_index(part.read_bytes(), part) for part in parts))
     for part in parts:
         part.unlink()
-    copy_companions(model, beside)
-    texts = {INDEX: index_json(pieces), SAMPLER: sampler_state}
+    copy_companions(model, temporary)
+    texts = {INDEX: index_json(slices), SAMPLER: rollout_state}
     for name, text in texts.items():
-        (beside / name).write_text(text, encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+        (temporary / name).write_text(text, encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     digests = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
     described = meta.model_copy(update={"bytes": sizes, "sha256": digests})
     described = described.model_copy(update={"digest": described.computed_digest()})
-    (beside / META).write_text(described.model_dump_json(indent=2) + "\n")
-    commit_folder(beside, final)
+    (temporary / META).write_text(described.model_dump_json(indent=2) + "\n")
+    commit_folder(temporary, final)
 
 
 def _divides(every: int, step: int) -> bool:

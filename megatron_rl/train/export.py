@@ -1,4 +1,4 @@
-"""The weights as a Hugging Face checkpoint."""
+"""Writes weights as a Hugging Face checkpoint."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ SHARD_BYTES = 4 << 30
 
 
 def export_hf(policy: Policy, run: Run, folder: Path) -> None:
-    """Write the policy's weights with config and tokenizer of the start checkpoint. Collective; replaces ``folder``."""
+    """Write the policy's weights, with config and tokenizer of ``model.path``. Collective; replaces ``folder``."""
     weights = policy.weights(run.weights.bucket_bytes)
     if not policy.mesh.world.is_main:
         for _ in weights:
@@ -28,15 +28,15 @@ def export_hf(policy: Policy, run: Run, folder: Path) -> None:
 
 
 def write_hf(weights: Iterable[tuple[str, Tensor]], companions: Path, folder: Path) -> None:
-    """Write tensors under Hugging Face names, with config and tokenizer of another folder; replaces ``folder``."""
-    beside = begin_folder(folder)
-    _write_shards(weights, beside)
-    copy_companions(companions, beside)
-    commit_folder(beside, folder)
+    """Write tensors with Hugging Face names, and config and tokenizer of another folder; replaces ``folder``."""
+    temporary = begin_folder(folder)
+    _write_shards(weights, temporary)
+    copy_companions(companions, temporary)
+    commit_folder(temporary, folder)
 
 
 def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write tensors as they come in files of at most ``SHARD_BYTES``, and the index that names them."""
+    """Write tensors in the order given to files of at most ``SHARD_BYTES``, and their index."""
     files: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     total = used = 0

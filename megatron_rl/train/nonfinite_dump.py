@@ -1,7 +1,7 @@
-"""What a step that met NaN or inf leaves behind, and one rank of running it again.
+"""Saves the micro-batch of a step that computed NaN or inf, and runs it again on one rank.
 
-RUN/nonfinite/row.safetensors    the micro-batch with all its columns; in its header the run, its ranks, the finding
-              *.safetensors ...  the weights that it was run on, a Hugging Face checkpoint
+RUN/nonfinite/row.safetensors    the micro-batch with all columns; its header has the run, its ranks, the finding
+              weights/           the weights that computed it, a Hugging Face checkpoint
 """
 
 import json
@@ -31,11 +31,16 @@ DEBUG_RUN, DEBUG_RESULT = "run.json", "result.json"
 
 
 @contextmanager
-def nonfinite_dump(run: Run, policy: Policy, name_of: Callable[[int], str | None]) -> Iterator[None]:
-    """Save the micro-batch of a ``NonFiniteError`` and its weights; raise again with the sample's id and the file.
+def nonfinite_dump(run: Run, policy: Policy, sample_id: Callable[[int], str | None]) -> Iterator[None]:
+    """Save the micro-batch and the weights if the ``with`` block raises ``NonFiniteError``.
+
+    Args:
+        run: the configuration.
+        policy: the policy that computed the step.
+        sample_id: returns the id of a sample of the step by its index; called on the main rank.
 
     Raises:
-        TrainingError: the same error in the words of the main rank; a short one on the others.
+        TrainingError: on the main rank the error with the sample's id and the file, on the others a short message.
     """
     try:
         yield
@@ -45,23 +50,23 @@ def nonfinite_dump(run: Run, policy: Policy, name_of: Callable[[int], str | None
         export_hf(policy, run, folder / WEIGHTS)
         if not policy.mesh.world.is_main:
             dist.barrier()
-            raise TrainingError("stopped by NaN or inf; the main rank says where") from error
+            raise TrainingError("stopped by NaN or inf; the main rank reports where") from error
         save_row(error, run, policy.mesh.world.size, folder / ROW)
         dist.barrier()
         sample = error.finding.sample
-        name = "" if sample is None else f"\n  sample {sample} is {name_of(sample)}"
+        name = "" if sample is None else f"\n  sample {sample} is {sample_id(sample)}"
         file = folder / ROW
         raise TrainingError(f"{error}{name}\n  run it again alone: megatron-rl debug-nonfinite {file}") from error
 
 
 def save_row(error: NonFiniteError, run: Run, ranks: int, file: Path) -> None:
-    """Write the micro-batch with what is known about it."""
+    """Write the micro-batch, with the run, the finding and the message in the header."""
     words = {"run": to_json(run), "ranks": str(ranks), "finding": json.dumps(asdict(error.finding))}
     save_batch(error.batch, file, {**words, "message": str(error)})
 
 
 def debug_rank(file: Path, folder: Path) -> int:
-    """Score the micro-batch of a file, form its loss, run backward; the main rank writes what came up to ``folder``."""
+    """Compute log-probs, loss and gradient of a saved micro-batch; the main rank writes the findings to ``folder``."""
     run = Run.model_validate_json((folder / DEBUG_RUN).read_text(encoding="utf-8"))
     world = start_world(run.train.step_timeout_seconds, run.train.deterministic)
     policy = Policy(run, world, total_updates=1)
@@ -73,7 +78,7 @@ def debug_rank(file: Path, folder: Path) -> int:
 
 
 def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str | None]]:
-    """Yield each stage with what it found, up to the first that found something."""
+    """Yield each stage with its finding, up to the first stage with NaN or inf."""
     try:
         policy.compute_logprobs(batch, in_one_row=True)
     except NonFiniteError as error:
@@ -91,12 +96,12 @@ def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str |
 
 
 def saved_run(file: Path) -> tuple[Run, int, str]:
-    """Return the run that a file is from, its number of ranks, and the error's message."""
+    """Return the run that saved a file, its number of ranks, and the message of its error."""
     words = read_words(file)
     return Run.model_validate_json(words["run"]), int(words["ranks"]), words["message"]
 
 
 def on_saved_weights(run: Run, file: Path) -> Run:
-    """Return the run with the weights beside the file."""
+    """Return the run with the weights that were saved with the file."""
     path = str(file.resolve().parent / WEIGHTS)
     return run.model_copy(update={"model": run.model.model_copy(update={"path": path})})

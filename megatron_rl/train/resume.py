@@ -1,4 +1,4 @@
-"""Which checkpoint a run would continue from, and whether it can: asked before any rank starts."""
+"""Finds the checkpoint that a run continues from, and checks it before any rank starts."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta
 
 
 def checkpoint_folder(run: Run) -> Path:
-    """Return where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return Path(run.log.path) / "checkpoints"
 
 
@@ -19,20 +19,20 @@ def checkpoint_name(step: int) -> str:
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """Return the newest checkpoint, None without one."""
+    """Return the newest complete checkpoint; None if there is none."""
     return next(reversed(valid_checkpoints(checkpoint_folder(run))), None)
 
 
 def layout_record(run: Run, ranks: int) -> dict[str, int | str | None]:
-    """Return what must be the same for a run to go on bit for bit: sizes of the axes, ranks, precision."""
+    """Return what must be equal for a bit-equal continuation: sizes of the mesh axes, number of ranks, precision."""
     return run.parallel.model_dump() | {"ranks": ranks, "dtype": run.model.dtype}
 
 
 def check_resumable(run: Run) -> None:
-    """Raise if the run is to be resumed and its newest checkpoint cannot be used: its layout may be any.
+    """Check the newest checkpoint if the run resumes; a checkpoint of any layout is accepted.
 
     Raises:
-        DataError: a file is missing or cut off, or it is of another model.
+        DataError: a file is missing or incomplete, or the checkpoint is of another model.
     """
     newest = newest_checkpoint(run) if run.train.resume else None
     if newest is not None:

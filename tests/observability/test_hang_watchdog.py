@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_rl.distributed.ledger import CollectiveCall, record_collectives
 from megatron_rl.distributed.mesh import World
-from megatron_rl.observability.hang_watchdog import Watchdog, late, report
+from megatron_rl.observability.hang_watchdog import Watchdog, hang_report, missing_ranks
 from tests.ranks import RankError, run_ranks
 
 pytestmark = pytest.mark.processes
@@ -52,14 +52,14 @@ def test_ranks_that_came_are_not_blamed():
         2: ([entry(3, 5, left=False)], ""),
     }
 
-    assert set(late(answers)) == {1}
+    assert set(missing_ranks(answers)) == {1}
 
 
 def test_a_rank_that_does_not_answer_and_a_link_that_does_not_finish_are_told_apart():
     here = ([entry(2, 5, left=False)], "")
 
-    assert "no answer from rank 1: dead, stopped" in report({0: here}, 2, 3.0)
-    assert "every rank has entered the same collectives: the network" in report({0: here, 1: here}, 2, 3.0)
+    assert "no answer from rank 1: dead, stopped" in hang_report({0: here}, 2, 3.0)
+    assert "every rank has entered the same collectives: the network" in hang_report({0: here, 1: here}, 2, 3.0)
 
 
 def _nothing_is_late(folder: Path) -> int:

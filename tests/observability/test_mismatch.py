@@ -8,12 +8,12 @@ import torch
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.types import Batch, Group, Prompt, Response
-from megatron_rl.observability.mismatch_causes import Diagnosis, Routing, Settings, diagnose
+from megatron_rl.observability.mismatch_causes import Diagnosis, MismatchSettings, RoutingDifferences, diagnose
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
 
-EXACT = Settings("float32", "float32", Sampling())
+EXACT = MismatchSettings("float32", "float32", Sampling())
 
 
 class Letters:
@@ -69,7 +69,7 @@ def test_a_small_gap_is_rounding_of_the_coarser_type(groups):
     batch = scored(groups, {3: 0.05})
     assert diagnosed(scored(groups, {3: 1e-5}), 3, EXACT).cause == "numerics"
     assert diagnosed(batch, 3, EXACT).cause == "unexplained"
-    assert diagnosed(batch, 3, Settings("bfloat16", "float32", Sampling())).cause == "numerics"
+    assert diagnosed(batch, 3, MismatchSettings("bfloat16", "float32", Sampling())).cause == "numerics"
     assert "mean 7.1e-03" in diagnosed(batch, 3, EXACT).verdict
 
 
@@ -87,7 +87,7 @@ def test_stale_weights_are_the_cause_only_if_the_other_tokens_agree(groups):
 
 
 def test_settings_that_the_trainer_does_not_model_are_named(groups):
-    cut = Settings("float32", "float32", Sampling(top_p=0.9, top_k=5))
+    cut = MismatchSettings("float32", "float32", Sampling(top_p=0.9, top_k=5))
     found = diagnosed(scored(groups, {3: -0.5}), 3, cut)
     assert found.cause == "sampling"
     assert "top_p = 0.9, top_k = 5" in found.verdict
@@ -98,8 +98,8 @@ def test_settings_that_the_trainer_does_not_model_are_named(groups):
 def test_routing_is_told_only_where_the_engine_returns_it(groups):
     batch = scored(groups, {3: 0.5})
     assert diagnosed(batch, 3, EXACT).causes["routing"] is None
-    assert diagnosed(batch, 3, EXACT, Routing(tokens=0.1, layers=0.02)).cause == "routing"
-    assert diagnosed(batch, 3, EXACT, Routing(tokens=0.0, layers=0.0)).cause == "unexplained"
+    assert diagnosed(batch, 3, EXACT, RoutingDifferences(tokens=0.1, layers=0.02)).cause == "routing"
+    assert diagnosed(batch, 3, EXACT, RoutingDifferences(tokens=0.0, layers=0.0)).cause == "unexplained"
 
 
 def test_log_probs_that_are_no_numbers_come_first(groups):
@@ -115,15 +115,17 @@ def test_nothing_trained_says_nothing(groups):
 
 def test_the_engines_type_is_the_models_unless_its_options_say_otherwise():
     words = ["model.path=x", "model.dtype=bfloat16"]
-    assert Settings.of(load(Run, [], words).run).engine_dtype == "bfloat16"
-    assert Settings.of(load(Run, [], [*words, 'rollout.sglang={dtype="float32"}']).run).engine_dtype == "float32"
+    assert MismatchSettings.of(load(Run, [], words).run).engine_dtype == "bfloat16"
+    assert (
+        MismatchSettings.of(load(Run, [], [*words, 'rollout.sglang={dtype="float32"}']).run).engine_dtype == "float32"
+    )
 
 
 def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_path):
-    witness = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     # two mini-batches, shuffled, as the loop has them; token 9 is the third output token of r1, "ab"
     parts = scored(groups, {9: 0.5, 3: 0.25}).split(2, seed=(0, 3))
-    verdict = witness.compare(3, groups, Batch.join(parts))
+    verdict = report.compare(3, groups, Batch.join(parts))
     assert verdict is not None
     assert "UNEXPLAINED" in verdict
     record = json.loads((tmp_path / "mismatch.json").read_text())
@@ -137,15 +139,15 @@ def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_pa
 
 
 def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path):
-    witness = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     told = [
-        witness.compare(3, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
+        report.compare(3, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
     ]
     assert [line is not None for line in told] == [True, False, True, False, True]
     assert json.loads((tmp_path / "mismatch.json").read_text())["cause"] == "numerics"
 
 
 def test_a_gap_without_end_is_null_in_the_file(groups, tmp_path):
-    witness = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
-    witness.compare(3, groups, scored(groups, {3: -torch.inf}))
+    report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    report.compare(3, groups, scored(groups, {3: -torch.inf}))
     assert json.loads((tmp_path / "mismatch.json").read_text())["gap"]["abs_max"] is None

@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.live_bytes import LiveBytes
+from megatron_rl.config.schema import PUSH_BUFFERS
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.hf_weights import PARTS
 from megatron_rl.weights.tensor import TensorTransport
 from tests.policy import families
 from tests.policy.tiny import run_of
@@ -30,7 +30,7 @@ def peaks(folder: str, parallel: dict[str, object], own: bool, bucket_bytes: int
     """Return the most bytes that this rank held, and the bytes that it got."""
     run = run_of(Path(folder), parallel=parallel)
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    transport, seen = TensorTransport(bucket_bytes // PARTS), 0
+    transport, seen = TensorTransport(bucket_bytes // PUSH_BUFFERS), 0
     with LiveBytes() as bytes_:
         weights = policy.weights(bucket_bytes)
         for bucket in transport.buckets(weights.owned_tensors() if own else iter(weights)):
@@ -56,7 +56,7 @@ def test_no_rank_holds_more_than_a_bucket_besides_its_shards(model: Path, layout
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_that_come_in_one_tensor_cost_that_tensor_besides(tmp_path: Path, layout: str, own: bool) -> None:
     """An expert's gate and up matrix (48 KiB), as two ranks have one each, is a fifth of this bucket."""
-    bucket_bytes = PARTS * 2 * (48 << 10)
+    bucket_bytes = PUSH_BUFFERS * 2 * (48 << 10)
     folder = families.save("gpt_oss", tmp_path / "hf")
     ranks, parallel = LAYOUTS[layout]
     results = run_ranks(peaks, ranks, str(folder), parallel, own, bucket_bytes, initialize=False, timeout_seconds=200)
