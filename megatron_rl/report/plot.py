@@ -220,7 +220,7 @@ class Frame:
 
 
 def color(number: int) -> str:
-    """Return the colour of a series."""
+    """Return the color of a series."""
     return COLORS[number % len(COLORS)]
 
 
