@@ -308,6 +308,8 @@ MISTAKES = (
         "(chunk * layout.pipeline + stage) * size",
         "(stage * layout.virtual_pipeline + chunk) * size",
         ("tests/launch/planning/test_parameters.py::test_layers_per_stage_equal_megatron_core_s_assignment",),
+    ),
+    Mistake(
         "reward-weights-ignored",
         "tasks.reward",
         "sum(self.weights[name] * reward for name, reward in rewards.items())",
