@@ -71,7 +71,7 @@ def _repository_path(uri: str, target: str) -> str | None:
 def _linked_files(uri: str, text: str) -> Iterator[str]:
     for link in LINK.finditer(text):
         path = _repository_path(uri, link[2])
-        if path and path not in PAGES and not path.endswith(".md") and (ROOT / path).is_file():
+        if path and path not in PAGES and not re.match(r"docs/.*\.md$", path) and (ROOT / path).is_file():
             yield path
 
 
