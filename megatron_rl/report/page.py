@@ -31,11 +31,15 @@ class RunReport:
     def runs(self) -> list[tuple[RunGroup, RunFolder, RecordedSamples]]:
         """All runs with their groups and samples."""
         pairs = zip(self.groups, self.samples, strict=True)
-        return [(group, run, own) for group, of_group in pairs for run, own in zip(group.runs, of_group, strict=True)]
+        return [
+            (group, run, samples)
+            for group, of_group in pairs
+            for run, samples in zip(group.runs, of_group, strict=True)
+        ]
 
     def plots(self) -> dict[str, Mapping[str, str]]:
         """Return the plots of each section, as name -> SVG."""
-        clips = [[own.clips for own in of_group] for of_group in self.samples]
+        clips = [[samples.clips for samples in of_group] for of_group in self.samples]
         phases = phase_plot(self.groups)
         times = dict(metric_plots(self.groups, TIMES))
         return {
@@ -86,12 +90,12 @@ class RunReport:
         yield _table(["setting", *(group.label for group in self.groups)], cells)
 
     def _viewer(self) -> Iterable[str]:
-        if not any(own.lines for _, _, own in self.runs):
+        if not any(samples.lines for _, _, samples in self.runs):
             yield "<p>None of these runs wrote tokens: set <code>log.tokens</code> above 0 before a run starts.</p>"
             return
-        for _, run, own in self.runs:
-            if len(own.lines) < own.recorded:
-                shown = f"{len(own.lines)} of {own.recorded} recorded steps are shown, evenly spaced"
+        for _, run, samples in self.runs:
+            if len(samples.lines) < samples.recorded:
+                shown = f"{len(samples.lines)} of {samples.recorded} recorded steps are shown, evenly spaced"
                 yield f'<p class="quiet">{escape(run.name)}: {shown}.</p>'
         yield _read_resource("viewer.html")
 
@@ -109,15 +113,15 @@ class RunReport:
         yield "</details>"
 
     def _data(self) -> dict[str, object]:
-        shown = [(group, run, own) for group, run, own in self.runs if own.lines]
+        shown = [(group, run, samples) for group, run, samples in self.runs if samples.lines]
         return {
             "runs": [
                 {
                     "label": run.name if len(self.groups) == 1 else f"{group.label}: {run.name}",
-                    "clipped": own.clipped_word,
-                    "steps": [{"step": line["step"], "samples": line["samples"]} for line in own.lines],
+                    "clipped": samples.clipped_word,
+                    "steps": [{"step": line["step"], "samples": line["samples"]} for line in samples.lines],
                 }
-                for group, run, own in shown
+                for group, run, samples in shown
             ]
         }
 
