@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, count
 from typing import TypeVar
@@ -40,36 +41,23 @@ from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightTran
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class Fleet:
-    """The servers of a run. Make one with ``Fleet.open``; use it as a context manager, or close it."""
+    """The servers of a run. ``Fleet.open`` makes one and documents its settings; close it, or use it in ``with``."""
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        sync: WeightSync,
-        timeouts: Timeouts,
-        *,
-        sequences_per_request: int = 256,
-        requests_per_server: float = 2,
-        keep_weights: bool = True,
-        decode: Decode | None = None,
-        multi_turn: MultiTurn | None = None,
-        router: Router | None = None,
-    ) -> None:
-        """Hold the settings; ``open`` describes them, starts the servers and waits for them."""
-        self.members = list(members)
-        self.sync = sync
-        self.timeouts = timeouts
-        self.sequences_per_request = sequences_per_request
-        self.requests_per_server = requests_per_server
-        self.keep_weights = keep_weights
-        self.decode = decode
-        self.multi_turn = multi_turn
-        self.router = router
-        self._affinity = PrefixAffinity()
-        self._changed = asyncio.Event()
-        self._monitors: list[asyncio.Task[None]] = []
-        self._loop = LoopThread("rollout fleet")
+    members: list[Member]
+    sync: WeightSync
+    timeouts: Timeouts
+    sequences_per_request: int
+    requests_per_server: float
+    keep_weights: bool
+    decode: Decode | None
+    multi_turn: MultiTurn | None
+    router: Router | None
+    _affinity: PrefixAffinity = field(default_factory=PrefixAffinity, init=False)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _monitors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
+    _loop: LoopThread = field(default_factory=lambda: LoopThread("rollout fleet"), init=False)
 
     @classmethod
     def open(

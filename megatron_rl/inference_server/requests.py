@@ -1,7 +1,7 @@
 """The requests that the embedded server accepts: validation of HTTP bodies, and the sequences to generate."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_rl.data.types import fold_seed
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class BadRequest(ValueError):
@@ -125,19 +126,27 @@ class ActiveSequence:
             self.versions.append((version, position))
 
 
+def validated(validate: Callable[[T], Body], value: T) -> Body:
+    """Return the validated body of a request.
+
+    Raises:
+        BadRequest: the first field that is invalid.
+    """
+    try:
+        return validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadRequest(f"{where}: {first['msg']}, got {str(first['input'])[:80]}") from error
+
+
 def parse_request(raw: bytes) -> Request:
     """Return the sequences of a request body: for each prompt its ``n`` sequences.
 
     Raises:
         BadRequest: the body is invalid.
     """
-    try:
-        body = GenerateBody.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BadRequest(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:80]}"
-        ) from error
+    body = validated(GenerateBody.model_validate_json, raw)
     prompts = _prompts(body.input_ids)
     params = _per_prompt("sampling_params", body.sampling_params, len(prompts))
     rids = [None] * len(prompts) if body.rid is None else _per_prompt("rid", body.rid, len(prompts))

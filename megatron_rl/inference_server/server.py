@@ -15,9 +15,9 @@ from aiohttp import web
 
 from megatron_rl.fleet.protocol import Endpoint
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
-from megatron_rl.inference_server.requests import ActiveSequence, BadRequest, Request, parse_request
+from megatron_rl.inference_server.requests import ActiveSequence, BadRequest, Request, parse_request, validated
 from megatron_rl.inference_server.responses import response_json
-from megatron_rl.inference_server.shared_buffers import SharedBufferReader, parse_body
+from megatron_rl.inference_server.shared_buffers import SharedBufferReader, UpdateFromHandleBody
 from megatron_rl.inference_server.tensor_payload import read_tensors
 from megatron_rl.inference_server.weight_groups import WeightGroups
 from megatron_rl.weights.checksum import SHA256, SUM64
@@ -231,7 +231,8 @@ class EmbeddedServer:
 
     async def update_from_handle(self, request: web.Request) -> web.Response:
         """Stage slices of tensors from a buffer that the sender shares."""
-        body = parse_body(await _body(request, {"handle", "slices", "weight_version"}))
+        raw = await _body(request, {"handle", "slices", "weight_version"})
+        body = validated(UpdateFromHandleBody.model_validate, raw)
         await self._engine(self.model.require_update)
         self.shared.open(body.handle)
         # On the model thread, which alone uses the device.

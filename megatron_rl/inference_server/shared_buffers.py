@@ -2,11 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import BadRequest
@@ -92,13 +91,3 @@ class SharedBufferReader:
             asyncio.get_running_loop().remove_reader(self._sender)
             os.close(self._sender)
             self._sender = None
-
-
-def parse_body(body: Mapping[str, object]) -> UpdateFromHandleBody:
-    """Return the validated body of a request."""
-    try:
-        return UpdateFromHandleBody.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"{where}: {first['msg']}, got {str(first['input'])[:60]!r}") from error

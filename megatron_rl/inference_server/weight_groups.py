@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.inference_server.requests import BadRequest, validated
 from megatron_rl.weights.weight_group import Rendezvous, WeightGroup, empty_tensor
 
 JOIN_SECONDS = 60.0
@@ -47,10 +47,7 @@ class WeightGroups:
 
     async def join(self, body: Mapping[str, object]) -> None:
         """Join a group; return when all ranks have joined."""
-        try:
-            parsed = JoinGroupBody.model_validate(body)
-        except ValidationError as error:
-            raise BadRequest(_first_error(error)) from error
+        parsed = validated(JoinGroupBody.model_validate, body)
         try:
             group = await asyncio.to_thread(_join, parsed)
         except RuntimeError as error:
@@ -59,10 +56,7 @@ class WeightGroups:
 
     async def receive(self, body: Mapping[str, object]) -> list[tuple[str, Tensor]]:
         """Receive the tensors of a bucket."""
-        try:
-            bucket = UpdateFromDistributedBody.model_validate(body)
-        except ValidationError as error:
-            raise BadRequest(_first_error(error)) from error
+        bucket = validated(UpdateFromDistributedBody.model_validate, body)
         if bucket.group_name not in self._groups:
             raise BadRequest(f"no group {bucket.group_name!r}: init_weights_update_group comes first")
         headers = list(zip(bucket.names, bucket.dtypes, bucket.shapes, strict=False))
@@ -87,8 +81,3 @@ class WeightGroups:
 def _join(body: JoinGroupBody) -> WeightGroup:
     rendezvous = Rendezvous.connect(body.master_address, body.master_port, JOIN_SECONDS)
     return WeightGroup.open(rendezvous, body.group_name, body.rank_offset, body.world_size, "gloo")
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {str(first['input'])[:60]!r}"
