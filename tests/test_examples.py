@@ -48,6 +48,7 @@ def test_the_overlay_of_the_custom_objective_names_the_file_beside_it():
     assert run.objective.label == "custom_objective.py:TruncatedIS"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_the_plain_loop_gives_the_gradient_of_the_whole_batch_on_any_number_of_ranks(aggregation):
     """Up to float32 rounding of sums of 16 responses."""
@@ -74,6 +75,7 @@ def test_the_plain_loop_gives_the_gradient_of_the_whole_batch_on_any_number_of_r
                 torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.processes
 def test_the_plain_loop_runs_as_a_script():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run([*command, str(EXAMPLES / "plain_pytorch.py")], capture_output=True, text=True, timeout=280)

@@ -13,6 +13,7 @@ def test_every_public_name_can_be_imported():
         megatron_rl.polcy_loss  # noqa: B018
 
 
+@pytest.mark.processes
 def test_importing_the_package_is_cheap_and_its_functions_do_without_megatron():
     program = (
         "import sys, megatron_rl; assert 'torch' not in sys.modules;"

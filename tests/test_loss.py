@@ -119,6 +119,7 @@ def context_share(inputs: LossInputs, rank: int, size: int) -> Tensor:
     return (chunks == rank) | (chunks == 2 * size - 1 - rank)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 3])
 def test_context_ranks_give_the_loss_and_gradient_of_one_rank(size):
     batch, new_T = batch_of([9, 4, 17, 12])

@@ -104,6 +104,7 @@ def _keys(folder: Path) -> set[str]:
     return {key for row in manifest.tensors for key in row.to}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "expert": 2}], ids=["one rank", "tensor and expert"])
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "llama"])
 def test_megatron_reads_it_under_any_layout(
@@ -154,6 +155,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.processes
 def test_a_killed_conversion_can_be_resumed(demo: Path, tmp_path: Path) -> None:
     target, part = tmp_path / "megatron", tmp_path / ".megatron.part"
     command = [sys.executable, "-c", SLOW_READER, "hf-to-megatron", str(demo), str(target), "--threads", "1"]
@@ -221,6 +223,7 @@ def test_verify_names_the_differing_tensors(demo: Path, tmp_path: Path, capsys: 
     assert main(["verify", str(demo), str(demo)]) == 0
 
 
+@pytest.mark.processes
 def test_outputs_are_compared_on_a_prompt(demo: Path, tmp_path: Path) -> None:
     to_core(demo, tmp_path / "megatron")
     folders = [str(demo), str(tmp_path / "megatron")]

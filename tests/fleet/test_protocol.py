@@ -111,6 +111,7 @@ def test_no_json_is_a_bad_answer() -> None:
     assert parse_json(json.dumps([1]).encode(), "here") == [1]
 
 
+@pytest.mark.processes
 def test_the_protocol_does_not_need_torch() -> None:
     script = "import sys, megatron_rl.fleet.protocol; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -114,6 +114,7 @@ def test_the_first_failure_of_a_sink_is_logged_and_training_continues(caplog):
     assert caplog.messages == ["log.sinks: wandb failed and gets no more metrics: no route to host"]
 
 
+@pytest.mark.processes
 def test_prometheus_reads_the_newest_step_on_loopback():
     pytest.importorskip("prometheus_client")
     endpoint = Prometheus(0, "127.0.0.1")
@@ -135,6 +136,7 @@ def scraped(endpoint: Prometheus) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
+@pytest.mark.processes
 def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
     pytest.importorskip("prometheus_client")
     settings = ["rollout.max_lag=1", "train.prompts_per_step=3", "train.group_size=2", "train.steps=5"]

@@ -246,6 +246,7 @@ def same(ours: object, expected: object, at: str = "") -> None:
         assert ours == expected, at
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["espo", "sspo"])
 def test_the_same_is_written_under_any_layout(model, name):
     lines = {}

@@ -70,6 +70,7 @@ def _product_on_two_threads(left: Tensor, right: Tensor) -> Tensor:
     return product(left, right)
 
 
+@pytest.mark.processes
 @needs_brgemm
 def test_a_forked_process_has_threads_of_its_own(threads_kept):
     left, right = random(8, 64, dtype=torch.bfloat16), random(500, 64, dtype=torch.bfloat16, seed=1)

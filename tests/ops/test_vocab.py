@@ -113,6 +113,7 @@ def test_sums_are_formed_in_float32(dtype):
 SIZES = [1, 2, 4]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("size", SIZES)
 def test_shards_of_the_vocabulary_give_the_whole_one(size):
     """13 tokens padded with -inf to 16 or 20: on four ranks of 5 the last one holds nothing but padding."""
@@ -170,6 +171,7 @@ def test_head_equals_the_definition(backend, temperature, rows):
     assert not gradients[1][27:].any(), "padding has a gradient"
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("small_tiles")
 def test_head_repeats_bit_for_bit_and_matches_without_gradient():
     hidden, weight = random(6, 5, dtype=torch.float32), random(30, 5, seed=1, dtype=torch.float32)
@@ -295,6 +297,7 @@ def test_a_compiler_that_fails_leaves_the_eager_passes(monkeypatch, caplog):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("size", SIZES)
 def test_head_on_tensor_ranks_gives_the_whole_and_partial_gradients(size):
@@ -346,6 +349,7 @@ def test_compiled_tiles_equal_the_definition_and_the_eager_ones():
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not compiler_found("cpu"), reason="torch.compile needs a C++ compiler")
 def test_tiles_are_compiled_although_the_cpu_replacements_disable_compilation():
     """In a process of its own: the replacements disable compilation for the rest of the process."""

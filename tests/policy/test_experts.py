@@ -35,6 +35,7 @@ def by_loop(
     return one_step(folder, parallel, model, batch)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [("one rank", "float32"), ("one rank", "bfloat16"), ("tensor and expert", "float32")],
@@ -71,6 +72,7 @@ def views(folder: str) -> dict[str, bool]:
     }
 
 
+@pytest.mark.processes
 def test_weights_and_gradients_are_views_in_megatron_s_buffers(model: Path) -> None:
     found = run_ranks(views, 1, str(model), initialize=False)[0]
     assert found == dict.fromkeys(found, True)
@@ -166,6 +168,7 @@ def biased(_: str) -> dict[str, bool]:
     }
 
 
+@pytest.mark.processes
 def test_experts_with_biases_and_a_clamped_gate_are_what_they_are_written_out() -> None:
     found = run_ranks(biased, 1, "", initialize=False)[0]
     assert found == dict.fromkeys(found, True)
@@ -179,6 +182,7 @@ def grad_norms(folder: str, parallel: dict[str, object]) -> tuple[float, dict[st
     return policy.optim_step().grad_norm, gradients
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "expert": 2}], ids=["one", "shared", "apart"])
 def test_the_norm_counts_every_bias_of_an_expert_once(tmp_path: Path, parallel: dict[str, object]) -> None:
     """``shared``: both ranks have a bias whole; ``apart``: each has other experts, whose biases none of them cuts."""

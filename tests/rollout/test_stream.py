@@ -233,6 +233,7 @@ def test_resampling_is_bounded_and_then_the_batch_is_smaller() -> None:
     assert (part.resample_rounds, len(part.used), len(part.dropped)) == (2, 9, 0)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("state_between", [False, True])
 def test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same(state_between: bool) -> None:
     run, task = run_of("rollout.max_lag=0", "rollout.sampling.max_new_tokens=5"), Coins()

@@ -74,6 +74,7 @@ def run_with_verifier(tmp_path):
     return run_of(tmp_path, f"task.verifier={tmp_path}/judge.py:judge", "reward.seconds=2", "reward.workers=2")
 
 
+@pytest.mark.processes
 def test_a_failing_verifier_is_counted_and_affects_one_response(run_with_verifier):
     texts = ["7", "raise", "sleep", "8", "exit", "die", "spin", "nan", "7", "inf", "text", "none", "hog", "child", "7"]
     before = {child.pid for child in psutil.Process().children()}
@@ -117,6 +118,7 @@ def test_a_failing_verifier_is_counted_and_affects_one_response(run_with_verifie
     assert not [process for process in family if process.is_running()]
 
 
+@pytest.mark.processes
 def test_verdicts_do_not_depend_on_the_number_of_processes(tmp_path, run_with_verifier):
     texts = ["7", "8", "nan", "none"] * 400 + ["raise"] * 3  # more than the capacity of the pipes
     with (
@@ -126,6 +128,7 @@ def test_verdicts_do_not_depend_on_the_number_of_processes(tmp_path, run_with_ve
         assert two.submit([group(*texts)]).result(60) == one.submit([group(*texts)]).result(60)
 
 
+@pytest.mark.processes
 def test_killed_verifying_processes_lose_pending_responses_and_are_restarted(run_with_verifier):
     with closing(VerifierPool(run_with_verifier)) as pool:
         assert pool.submit([group("7")]).result(60)[0][0].score == 1.0
@@ -267,6 +270,7 @@ def server():
         thread.join()
 
 
+@pytest.mark.processes
 def test_an_http_verifier_is_retried_and_its_failures_are_counted(tmp_path, server):
     run = run_of(tmp_path, f"task.verifier={server}", "reward.seconds=2", "reward.workers=3")
     texts = ["fine", "stumble", "refuse", "no json", "null", "nan", "list", "hang"]
@@ -286,6 +290,7 @@ def test_an_http_verifier_is_retried_and_its_failures_are_counted(tmp_path, serv
     assert Server.requests[0].keys() == {"id", "prompt", "response", "answer", "metadata"}
 
 
+@pytest.mark.processes
 def test_an_unreachable_http_verifier_times_out(tmp_path):
     run = run_of(tmp_path, "task.verifier=http://127.0.0.1:9/", "reward.seconds=1")
     with closing(VerifierPool(run)) as pool:

@@ -87,12 +87,14 @@ def setup_with(python: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.processes
 def test_setup_without_python_says_what_to_install():
     done = setup_with("python-of-nowhere")
     assert done.returncode == 1
     assert "no python-of-nowhere on this machine; install Python 3.11" in done.stderr
 
 
+@pytest.mark.processes
 def test_setup_with_an_old_python_says_which_is_needed(tmp_path):
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\necho 3.9\n")
@@ -102,6 +104,7 @@ def test_setup_with_an_old_python_says_which_is_needed(tmp_path):
     assert "is 3.9; 3.11, 3.12 or 3.13 is needed" in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("tool", ["setup", "check", "demo"])
 def test_shell_tools_parse_and_are_executable(tool):
     path = ROOT / "tools" / tool
@@ -109,6 +112,7 @@ def test_shell_tools_parse_and_are_executable(tool):
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(600)
 def test_the_scripts_that_measure_a_gpu_run_end_to_end_on_a_cpu(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "MEGATRON_RL_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}

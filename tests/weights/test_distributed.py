@@ -19,6 +19,8 @@ from megatron_rl.weights.distributed import DistributedTransport
 from megatron_rl.weights.transport import UpdateReport
 from tests.inference_server import tiny
 
+pytestmark = pytest.mark.processes
+
 TIMEOUT_SECONDS = 4.0
 TRANSPORT = DistributedTransport(1 << 12, "gloo", torch.device("cpu"), TIMEOUT_SECONDS)
 

@@ -33,7 +33,7 @@ from tests.weights.test_distributed import healthy, weights
 
 CPU = torch.device("cpu")
 MARK = "megatron-rl-weights"
-pytestmark = pytest.mark.skipif(not can_share_memory(), reason="no memfd and /proc here")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not can_share_memory(), reason="no memfd and /proc here")]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ def layout(*words: str, ranks: int | None = None) -> ParallelLayout:
     return layout_of(run.parallel, ranks, run.model.megatron)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "case",
     [

@@ -55,6 +55,7 @@ def counts(folder: str, words: tuple[str, ...]) -> tuple[int, int, int]:
     return stage, dense, sum(p.numel() for p in parameters) - dense
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

@@ -42,6 +42,7 @@ def test_rows_are_counted_at_the_maximum_length_and_rounded_to_the_data_parallel
     assert plan("parallel.context=2", "rollout.sampling.max_new_tokens=41").batches.longest == 56
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -58,6 +58,7 @@ def test_every_shape_has_a_config():
     assert used == set(BILLIONS)
 
 
+@pytest.mark.processes
 @each_model()
 def test_a_shipped_config_fits_and_lists_missing_inputs(path, capsys):
     sizes = estimate_run(load(Run, [path, H100]))
@@ -74,6 +75,7 @@ def test_a_shipped_config_fits_and_lists_missing_inputs(path, capsys):
         assert missing in output.err
 
 
+@pytest.mark.processes
 @each_model()
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_shipped_config_loads_and_renders_with_each_objective(path, objective, tmp_path, capsys):

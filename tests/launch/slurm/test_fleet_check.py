@@ -12,6 +12,8 @@ from megatron_rl.fleet.servers import registered, write_address
 from megatron_rl.launch.slurm.fleet_check import ServerProbe, check_fleet, compare_weights
 from tests.fleet.fake import FakeServer, garbage, serving
 
+pytestmark = pytest.mark.processes
+
 DEMO = Path(__file__).parents[3] / "configs" / "demo.toml"
 
 

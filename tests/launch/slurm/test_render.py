@@ -30,6 +30,7 @@ def directives(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
+@pytest.mark.processes
 def test_trainer_and_fleet_are_components_with_separate_nodes(tmp_path):
     text = script(
         tmp_path,
@@ -47,6 +48,7 @@ def test_trainer_and_fleet_are_components_with_separate_nodes(tmp_path):
     assert "server_options=(--nodes=2 --ntasks-per-node=2 --cpus-per-task=32 --gpus-per-task=4)" in text
 
 
+@pytest.mark.processes
 def test_servers_share_the_trainer_s_nodes_or_are_already_running(tmp_path):
     together, connected = script(tmp_path), script(tmp_path, 'rollout.urls=["http://10.0.0.7:30000"]')
 
@@ -55,12 +57,14 @@ def test_servers_share_the_trainer_s_nodes_or_are_already_running(tmp_path):
     assert "servers=0\n" in connected
 
 
+@pytest.mark.processes
 def test_the_stop_signal_comes_before_the_time_limit_and_the_log_is_appended(tmp_path):
     found = directives(script(tmp_path, "slurm.stop_seconds=600", "slurm.time_limit=2-00:00:00"))
 
     assert {"--signal=B:USR1@600", "--time=2-00:00:00", "--requeue", "--open-mode=append"} <= set(found)
 
 
+@pytest.mark.processes
 def test_steps_run_in_the_configured_container(tmp_path):
     run = tmp_path / "run"
     mounts = f"{run}:{run},{tmp_path}:{tmp_path},/data:/data"
@@ -73,6 +77,7 @@ def test_steps_run_in_the_configured_container(tmp_path):
     assert f"apptainer exec --nv --bind {mounts} train.sqsh python3 -m " in apptainer
 
 
+@pytest.mark.processes
 def test_settings_with_blanks_and_dollars_reach_the_job_unchanged(tmp_path):
     text = script(tmp_path, "rollout.environment={ A = 'x $y' }")
 
