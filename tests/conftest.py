@@ -23,8 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 PROCESS_FOLDERS = {"contract", "e2e", "slurm"}
 """Folders of ``tests/`` whose tests all have the marker ``processes``; elsewhere modules and tests are marked."""
-VERSION_QUERIES = {"c++", "git"}
-"""Programs that are only asked for their version; a test that starts nothing else needs no marker."""
+MACHINE_QUERIES = {"c++", "git", "uname"}
+"""Programs that only answer what this machine has; a test that starts nothing else needs no marker."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,7 +59,7 @@ class Quick:
         """Note forks, processes and ports."""
         if event in ("os.fork", "os.posix_spawn", "socket.bind"):
             self.found.append(event)
-        elif event == "subprocess.Popen" and (name := PurePath(str(arguments[0])).name) not in VERSION_QUERIES:
+        elif event == "subprocess.Popen" and (name := PurePath(str(arguments[0])).name) not in MACHINE_QUERIES:
             self.found.append(f"the process {name}")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
