@@ -242,7 +242,7 @@ MISTAKES = (
     Mistake(
         "checksum-without-the-last-bytes",
         "weights.checksum",
-        "    tails_G8[:, : length - whole] = bytes_GN[:, whole:]\n",
+        "    tails[:, : length - whole] = data[:, whole:]\n",
         "",
         ("tests/weights/test_checksum.py::test_the_sum_is_the_one_of_plain_integers",),
     ),
@@ -263,7 +263,7 @@ MISTAKES = (
     Mistake(
         "damaged-checkpoint-files-are-loaded",
         "models.sharded_files",
-        " or _digest(values) != piece.sha256",
+        " or _digest(values) != entry.sha256",
         "",
         ("tests/train/test_checkpoint_files.py::test_damage_is_an_error_that_names_the_file_and_the_older_checkpoint",),
     ),
