@@ -3,9 +3,12 @@
 Legend: T tokens of all sequences end to end (prompt and response), R the trained ones among them, B responses.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +69,27 @@ class Response:
         for start, end in self.observed:
             mask[start:end] = [False] * (end - start)
         return tuple(mask)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every field as JSON: tuples become lists, routes [dtype, shape, base64 of the bytes]."""
+        fields = asdict(replace(self, routes=None))
+        if self.routes is not None:
+            array = self.routes.numpy()
+            fields["routes"] = [str(array.dtype), list(array.shape), b64encode(array.tobytes()).decode("ascii")]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Response":
+        """Return what ``to_json`` wrote; fields that it did not have yet get their defaults."""
+        values = {name: _as_tuple(value) for name, value in fields.items()}
+        if values.get("routes") is not None:
+            dtype, shape, data = values["routes"]
+            values["routes"] = torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())
+        return cls(**values)
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, str) or not isinstance(value, Sequence) else tuple(map(_as_tuple, value))
 
 
 @dataclass(frozen=True)

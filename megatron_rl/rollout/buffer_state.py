@@ -1,13 +1,8 @@
 """The buffer in a checkpoint: finished groups are saved whole, groups in progress as orders that are repeated."""
 
-from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_rl.data.prompts import PromptSource
 from megatron_rl.data.types import Group, Prompt, Response
@@ -56,43 +51,12 @@ def _plan(plan: StepPlan) -> Json:
 
 def _entry(finished: FinishedGroup) -> Json:
     return {
-        "responses": [_saved(response) for response in finished.group.responses],
+        "responses": [response.to_json() for response in finished.group.responses],
         "verdicts": [asdict(verdict) for verdict in finished.verdicts],
     }
 
 
-def _saved(response: Response) -> Json:
-    routes = response.routes
-    packed = None
-    if routes is not None:
-        packed = [str(routes.numpy().dtype), list(routes.shape), b64encode(routes.numpy().tobytes()).decode("ascii")]
-    return {**asdict(replace(response, routes=None)), "routes": packed}
-
-
-def _routes(saved: Sequence[Any] | None) -> Tensor | None:
-    if saved is None:
-        return None
-    dtype, shape, data = saved
-    return torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())
-
-
 def _finished(entry: Json, prompt: Prompt, separate_rewards: bool) -> FinishedGroup:
-    responses = tuple(_response(saved) for saved in entry["responses"])
+    responses = tuple(Response.from_json(saved) for saved in entry["responses"])
     verdicts = tuple(Verdict(**verdict) for verdict in entry["verdicts"])
     return FinishedGroup(Group(prompt, responses), verdicts, separate_rewards)
-
-
-def _response(saved: Json) -> Response:
-    return Response(
-        id=saved["id"],
-        prompt_id=saved["prompt_id"],
-        index=saved["index"],
-        output_ids=tuple(saved["output_ids"]),
-        logprobs=tuple(saved["logprobs"]),
-        text=saved["text"],
-        finish_reason=saved["finish_reason"],
-        weight_versions=tuple((version, start, end) for version, start, end in saved["weight_versions"]),
-        routes=_routes(saved["routes"]),
-        observed=tuple((start, end) for start, end in saved.get("observed", ())),
-        last_turn=saved.get("last_turn"),
-    )

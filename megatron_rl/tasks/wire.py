@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_rl.data.types import Prompt, Response
@@ -15,35 +15,14 @@ def encode_job(number: int, prompt: Prompt, response: Response) -> bytes:
     """Return the line that requests a verdict. Of the token columns it has the ids only."""
     message = {
         "prompt": {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)},
-        "response": {
-            "id": response.id,
-            "index": response.index,
-            "output_ids": response.output_ids,
-            "text": response.text,
-            "finish_reason": response.finish_reason,
-            "observed": response.observed,
-            "last_turn": response.last_turn,
-        },
+        "response": replace(response, logprobs=(), weight_versions=(), routes=None).to_json(),
     }
     return encode_line({"job": number, **message})
 
 
 def decode_job(message: Json) -> tuple[Prompt, Response]:
     """Return the prompt (without tokens) and the response (without log-probs) of a message of ``encode_job``."""
-    fields, prompt = message["response"], Prompt(input_ids=(), **message["prompt"])
-    response = Response(
-        id=fields["id"],
-        prompt_id=prompt.id,
-        index=fields["index"],
-        output_ids=tuple(fields["output_ids"]),
-        logprobs=(),
-        text=fields["text"],
-        finish_reason=fields["finish_reason"],
-        weight_versions=(),
-        observed=tuple((start, end) for start, end in fields["observed"]),
-        last_turn=fields["last_turn"],
-    )
-    return prompt, response
+    return Prompt(input_ids=(), **message["prompt"]), Response.from_json(message["response"])
 
 
 def encode_batch(jobs: Sequence[bytes]) -> bytes:
