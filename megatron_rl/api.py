@@ -1,6 +1,6 @@
 """Public functions for use outside the trainer: the same code that the trainer runs, on plain padded tensors.
 
-Legend: B rows (one response each), S padded length.
+Legend: B responses (one per row), S padded length.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """From rewards to advantages: pure functions on responses and the prompt group that each belongs to.
 
-Legend: B responses, K rewards of one response.
+Legend: B responses, M rewards of one response.
 
 ``verified_B`` is False where the verifier gave no score: such a response has advantage 0 and counts in no mean and no
 deviation. Everything is in float64, whatever comes in.
@@ -43,21 +43,21 @@ def rloo(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | None = Non
 
 
 def gdpo(
-    rewards_BK: Tensor, group_ids_B: Tensor, weights_K: Tensor | None = None, verified_B: Tensor | None = None
+    rewards_BM: Tensor, group_ids_B: Tensor, weights_M: Tensor | None = None, verified_B: Tensor | None = None
 ) -> Tensor:
     """Return the weighted sum of each reward's z-score, whitened over the batch (GDPO, arXiv 2601.05242).
 
     Args:
-        rewards_BK: one column a reward.
+        rewards_BM: one column a reward.
         group_ids_B: the prompt group of each response.
-        weights_K: of the rewards; none: 1 each.
+        weights_M: of the rewards; none: 1 each.
         verified_B: see the module.
     """
-    scores_BK = torch.stack([zscore(rewards_B, group_ids_B, verified_B) for rewards_B in rewards_BK.unbind(1)], 1)
-    sums_B = scores_BK.sum(1) if weights_K is None else scores_BK @ weights_K.double()
+    scores_BM = torch.stack([zscore(rewards_B, group_ids_B, verified_B) for rewards_B in rewards_BM.unbind(1)], 1)
+    sums_B = scores_BM.sum(1) if weights_M is None else scores_BM @ weights_M.double()
     whitened_B = zscore(sums_B, torch.zeros_like(group_ids_B), verified_B)
     # A group that teaches nothing stays at exactly 0: the mean of the batch is 0 but for a rounding error.
-    return torch.where((scores_BK != 0).any(1), whitened_B, 0.0)
+    return torch.where((scores_BM != 0).any(1), whitened_B, 0.0)
 
 
 def zero_variance(rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 A tiny model is bound by the latency of its collectives and a large one by its matrix products: both want few, long
 rows. Rows depend on lengths alone, so the rows that score a mini-batch are the rows that train it.
 
-Legend: R positions of one row, N sequences of one row.
+Legend: T tokens of one row, padding included, N sequences of one row, B responses of the batch.
 """
 
 from collections.abc import Sequence
@@ -58,27 +58,27 @@ class Row:
         return self.batch.lengths_B[torch.tensor(self.sequences, dtype=torch.int64)]
 
     @cached_property
-    def token_ids_R(self) -> Tensor:
-        """Int64 [R]: which token of the batch stands at each position, -1 at padding."""
-        index_R = torch.full((self.length,), -1, dtype=torch.int64)
+    def token_ids_T(self) -> Tensor:
+        """Int64 [T]: which token of the batch stands at each position, -1 at padding."""
+        index_T = torch.full((self.length,), -1, dtype=torch.int64)
         row_starts_N = self.padded_N.cumsum(0) - self.padded_N
         batch_starts_N = self.batch.starts_B[torch.tensor(self.sequences, dtype=torch.int64)]
-        index_R[token_positions(row_starts_N, self.lengths_N)] = token_positions(batch_starts_N, self.lengths_N)
-        return index_R
+        index_T[token_positions(row_starts_N, self.lengths_N)] = token_positions(batch_starts_N, self.lengths_N)
+        return index_T
 
     @cached_property
-    def target_ids_R(self) -> Tensor:
-        """Int64 [R]: which token of the batch each position predicts (the next of its sequence), -1 for none."""
-        here, following = self.token_ids_R[:-1], self.token_ids_R[1:]
-        target_R = torch.full_like(self.token_ids_R, -1)
-        target_R[:-1] = torch.where((here >= 0) & (following == here + 1) & ~self._starts_R[1:], following, -1)
-        return target_R
+    def target_ids_T(self) -> Tensor:
+        """Int64 [T]: which token of the batch each position predicts (the next of its sequence), -1 for none."""
+        here, following = self.token_ids_T[:-1], self.token_ids_T[1:]
+        target_T = torch.full_like(self.token_ids_T, -1)
+        target_T[:-1] = torch.where((here >= 0) & (following == here + 1) & ~self._starts_T[1:], following, -1)
+        return target_T
 
     @cached_property
-    def _starts_R(self) -> Tensor:
-        starts_R = torch.zeros(self.length, dtype=torch.bool)
-        starts_R[(self.padded_N.cumsum(0) - self.padded_N)] = True
-        return starts_R
+    def _starts_T(self) -> Tensor:
+        starts_T = torch.zeros(self.length, dtype=torch.bool)
+        starts_T[(self.padded_N.cumsum(0) - self.padded_N)] = True
+        return starts_T
 
 
 def pack(batch: Batch, rules: RowRules) -> list[Row]:

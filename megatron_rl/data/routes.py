@@ -1,6 +1,6 @@
 """The experts that tokens take, as an engine records them and as a column of a batch has them. No torch here.
 
-Legend: T tokens, A layers of the model, L layers with experts, E experts that a token takes in each.
+Legend: T tokens, A all layers of the model, L layers with experts, K experts per token.
 """
 
 import base64
@@ -29,7 +29,7 @@ class RouteShape:
 
     @property
     def each(self) -> tuple[int, int]:
-        """(L, E)."""
+        """The trailing dimensions (L, K) of a column of routes."""
         return len(self.layers), self.per_token
 
     @property
@@ -38,7 +38,7 @@ class RouteShape:
         return "uint8" if self.experts <= 256 else "int16"
 
     def decode(self, record: str, tokens: int) -> np.ndarray:
-        """Return [T, L, E] of a server's record: base64 of little-endian int32 [T, A, E].
+        """Return [T, L, K] of a server's record: base64 of little-endian int32 [T, A, K].
 
         Raises:
             ValueError: it is not that, or a token has an expert twice or one that the model has not.
@@ -51,17 +51,17 @@ class RouteShape:
         if len(raw) != 4 * expected:
             said = f"{tokens} tokens * {self.all_layers} layers * {self.per_token} experts"
             raise ValueError(f"it has {len(raw) // 4} numbers, expected {said} = {expected}")
-        all_TAE = np.frombuffer(raw, dtype="<i4").reshape(tokens, self.all_layers, self.per_token)
-        routes_TLE = all_TAE[:, list(self.layers)]
-        if routes_TLE.size and not 0 <= routes_TLE.min() <= routes_TLE.max() < self.experts:
-            found = f"{routes_TLE.min()} to {routes_TLE.max()}"
+        all_TAK = np.frombuffer(raw, dtype="<i4").reshape(tokens, self.all_layers, self.per_token)
+        routes_TLK = all_TAK[:, list(self.layers)]
+        if routes_TLK.size and not 0 <= routes_TLK.min() <= routes_TLK.max() < self.experts:
+            found = f"{routes_TLK.min()} to {routes_TLK.max()}"
             raise ValueError(f"it has experts {found}, the model's are 0 to {self.experts - 1}")
-        ordered_TLE = np.sort(routes_TLE, axis=-1)
-        if (ordered_TLE[..., 1:] == ordered_TLE[..., :-1]).any():
+        ordered_TLK = np.sort(routes_TLK, axis=-1)
+        if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
             raise ValueError("it sends a token to the same expert twice")
-        return routes_TLE.astype(self.dtype)
+        return routes_TLK.astype(self.dtype)
 
 
-def encode_routes(routes_TAE: np.ndarray) -> str:
-    """Return a server's record: base64 of little-endian int32 [T, A, E]."""
-    return base64.b64encode(np.ascontiguousarray(routes_TAE, dtype="<i4").tobytes()).decode("ascii")
+def encode_routes(routes_TAK: np.ndarray) -> str:
+    """Return a server's record: base64 of little-endian int32 [T, A, K]."""
+    return base64.b64encode(np.ascontiguousarray(routes_TAK, dtype="<i4").tobytes()).decode("ascii")

@@ -1,6 +1,6 @@
 """What flows through a step: prompts, sampled responses, and the columns of a batch.
 
-Legend: T tokens of all sequences end to end (prompt and response), R the trained ones among them, B responses.
+Legend: T all tokens of the sequences end to end, prompts included, R trained tokens, B responses.
 """
 
 from base64 import b64decode, b64encode
@@ -50,7 +50,7 @@ class Response:
     weight_versions: tuple[tuple[int, int, int], ...]
     """(version, start, end): which weights made which output tokens."""
     routes: Tensor | None = field(default=None, compare=False, repr=False)
-    """The experts that the engine chose: [prompt + output tokens - 1, L, E] as of ``RouteShape``; None: not returned.
+    """The experts that the engine chose: [prompt + output tokens - 1, L, K] as of ``RouteShape``; None: not returned.
     The last token was never read by the model, so it has none."""
     observed: tuple[tuple[int, int], ...] = ()
     """(start, end): output tokens that an environment put in. They are not sampled, so they are not trained."""

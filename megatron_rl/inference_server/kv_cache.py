@@ -1,6 +1,6 @@
 """A key-value cache whose sequences can be added and removed: right-aligned, in buffers that grow.
 
-Legend: B sequences, H head size.
+Legend: B sequences, D head size.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class DecodeCacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append states [B, heads, positions, H]; return all of them."""
+        """Append states [B, heads, positions, D]; return all of them."""
         used = self.get_seq_length()
         self.keys, self._key_buffer = _append(self.keys, self._key_buffer, key_states, used)
         self.values, self._value_buffer = _append(self.values, self._value_buffer, value_states, used)

@@ -177,15 +177,15 @@ class HeadLogprobs(torch.autograd.Function):
         products = WideProducts(hidden_RH)
         buffer = hidden_RH.new_empty(len(hidden_RH) * min(shard.columns, shard.rows), dtype=dtype)
         # A rank may hold only padding.
-        sums_PKR = [_no_sums(hidden_RH, dtype)]
-        target_logits_PR = [torch.full_like(sums_PKR[0][0], -torch.inf)]
+        sums_WSR = [_no_sums(hidden_RH, dtype)]
+        target_logits_WR = [torch.full_like(sums_WSR[0][0], -torch.inf)]
         for tile in shard.tiles:
             tile_CH = weight_VH[tile]
             logits_RC = products.into(_part(buffer, len(hidden_RH), len(tile_CH)), tile_CH)
-            target_logits_PR.append(pick(logits_RC, columns_R - tile.start) * scale)
-            sums_PKR.append(shard.passes.sums(logits_RC, scale))
-        sums_KR, target_logits_R = merge_sums(torch.stack(sums_PKR)), torch.stack(target_logits_PR).amax(0)
-        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)
+            target_logits_WR.append(pick(logits_RC, columns_R - tile.start) * scale)
+            sums_WSR.append(shard.passes.sums(logits_RC, scale))
+        sums_SR, target_logits_R = merge_sums(torch.stack(sums_WSR)), torch.stack(target_logits_WR).amax(0)
+        logprobs_R, entropies_R, normalizers_R = finish(sums_SR, target_logits_R, shard.group)
         ctx.save_for_backward(hidden_RH, weight_VH, columns_R, torch.stack((normalizers_R, entropies_R)))
         ctx.shard = shard
         ctx.set_materialize_grads(False)
@@ -274,9 +274,9 @@ def _part(buffer: Tensor, num_rows: int, columns: int) -> Tensor:
 
 def _no_sums(hidden_RH: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the (peak, total, tilt) of an empty set of columns, [3, R]."""
-    sums_KR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=dtype)
-    sums_KR[0] = torch.finfo(dtype).min / 2
-    return sums_KR
+    sums_SR = hidden_RH.new_zeros(3, len(hidden_RH), dtype=dtype)
+    sums_SR[0] = torch.finfo(dtype).min / 2
+    return sums_SR
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Matrix products of 16-bit inputs with a float32 result, without rounding to 16 bits.
 
-Legend: R rows of the left matrix, C columns of the result (rows of the right matrix), K contracted dimension.
+Legend: M rows of the left matrix, C columns of the result (rows of the right matrix), I contracted dimension.
 
 On a GPU, torch has such products (``out_dtype``). On a CPU it has none in its public interface, but libtorch exports
 the kernel that its attention uses (oneDNN's ``brgemm``: bfloat16 products accumulated in float32). This module calls
@@ -63,18 +63,18 @@ class WideProducts:
         dtype: dtype of the results.
     """
 
-    def __init__(self, left_RK: Tensor) -> None:
-        self.dtype = wide(left_RK.dtype)
-        self._kernel = kernel_for(left_RK)
-        self._left_RK = (left_RK.to(self.dtype) if self._kernel == "widened" else left_RK).contiguous()
+    def __init__(self, left_MI: Tensor) -> None:
+        self.dtype = wide(left_MI.dtype)
+        self._kernel = kernel_for(left_MI)
+        self._left_MI = (left_MI.to(self.dtype) if self._kernel == "widened" else left_MI).contiguous()
 
-    def into(self, out_RC: Tensor, right_CK: Tensor) -> Tensor:
-        """Write the product with ``right_CK`` to ``out_RC``, which must be contiguous, and return it."""
+    def into(self, out_MC: Tensor, right_CI: Tensor) -> Tensor:
+        """Write the product with ``right_CI`` to ``out_MC``, which must be contiguous, and return it."""
         if self._kernel == "brgemm":
-            return _brgemm_into(out_RC, self._left_RK, right_CK)
+            return _brgemm_into(out_MC, self._left_MI, right_CI)
         if self._kernel == "wide result":
-            return torch.mm(self._left_RK, right_CK.T, out_dtype=self.dtype, out=out_RC)
-        return torch.mm(self._left_RK, right_CK.T.to(self.dtype), out=out_RC)
+            return torch.mm(self._left_MI, right_CI.T, out_dtype=self.dtype, out=out_MC)
+        return torch.mm(self._left_MI, right_CI.T.to(self.dtype), out=out_MC)
 
 
 @cache
@@ -89,10 +89,10 @@ def brgemm_found() -> bool:
     except (OSError, AttributeError):
         return False
     generator = torch.Generator().manual_seed(0)
-    left_RK, right_CK = (torch.randn(rows, 34, generator=generator).bfloat16() for rows in (5, PANEL + 7))
-    found_RC = _brgemm_into(torch.empty(5, PANEL + 7), left_RK, right_CK)
+    left_MI, right_CI = (torch.randn(rows, 34, generator=generator).bfloat16() for rows in (5, PANEL + 7))
+    found_MC = _brgemm_into(torch.empty(5, PANEL + 7), left_MI, right_CI)
     # Sums of 34 products of values up to about 4, in float32.
-    return bool(torch.allclose(found_RC, left_RK.float() @ right_CK.float().T, rtol=0, atol=1e-4))
+    return bool(torch.allclose(found_MC, left_MI.float() @ right_CI.float().T, rtol=0, atol=1e-4))
 
 
 @cache
@@ -112,44 +112,44 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix=f"brgemm-{process}")
 
 
-def _brgemm_into(out_RC: Tensor, left_RK: Tensor, right_CK: Tensor) -> Tensor:
-    panels = _panels(right_CK)
+def _brgemm_into(out_MC: Tensor, left_MI: Tensor, right_CI: Tensor) -> Tensor:
+    panels = _panels(right_CI)
     threads = min(torch.get_num_threads(), len(panels))
     if threads <= 1:
-        _multiply(out_RC, left_RK, panels, 0, len(panels))
-        return out_RC
+        _multiply(out_MC, left_MI, panels, 0, len(panels))
+        return out_MC
     bounds = [len(panels) * i // threads for i in range(threads + 1)]
     parts = [
-        _pool(os.getpid(), threads).submit(_multiply, out_RC, left_RK, panels, first, last)
+        _pool(os.getpid(), threads).submit(_multiply, out_MC, left_MI, panels, first, last)
         for first, last in pairwise(bounds)
     ]
     for part in parts:
         part.result()
-    return out_RC
+    return out_MC
 
 
-def _panels(right_CK: Tensor) -> Tensor:
+def _panels(right_CI: Tensor) -> Tensor:
     """Return the matrix repacked as [panels, K / 2, ``PANEL``] int32, each holding two bfloat16 of a column."""
-    columns, width = right_CK.shape
+    columns, width = right_CI.shape
     padded = -(-columns // PANEL) * PANEL
     if padded != columns:
-        right_CK = torch.nn.functional.pad(right_CK, (0, 0, 0, padded - columns))
-    pairs = right_CK.contiguous().view(torch.int32)
+        right_CI = torch.nn.functional.pad(right_CI, (0, 0, 0, padded - columns))
+    pairs = right_CI.contiguous().view(torch.int32)
     return pairs.view(padded // PANEL, PANEL, width // 2).transpose(1, 2).contiguous()
 
 
-def _multiply(out_RC: Tensor, left_RK: Tensor, panels: Tensor, first: int, last: int) -> None:
+def _multiply(out_MC: Tensor, left_MI: Tensor, panels: Tensor, first: int, last: int) -> None:
     """Multiply by panels ``first`` to ``last``, one block of rows at a time, in the calling thread."""
     product, release = _exported()
-    (num_rows, width), columns = left_RK.shape, out_RC.shape[1]
+    (num_rows, width), columns = left_MI.shape, out_MC.shape[1]
     block = max(BLOCK_BYTES // (2 * width), 1)
     panel_bytes = panels[0].nbytes
     for row in range(0, num_rows, block):
         rows = min(block, num_rows - row)
-        left = left_RK.data_ptr() + 2 * row * width
+        left = left_MI.data_ptr() + 2 * row * width
         for panel in range(first, last):
             column = panel * PANEL
-            right, out = panels.data_ptr() + panel * panel_bytes, out_RC.data_ptr() + 4 * (row * columns + column)
+            right, out = panels.data_ptr() + panel * panel_bytes, out_MC.data_ptr() + 4 * (row * columns + column)
             count = min(PANEL, columns - column)
             for k in range(0, width, DEPTH):
                 depth, adds = min(DEPTH, width - k), k > 0

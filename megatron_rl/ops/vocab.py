@@ -1,7 +1,7 @@
 """Log-probabilities and entropies from vocabulary-parallel logits.
 
-Legend: N tokens, V entries of this rank's vocabulary shard (rank r holds ids r * V to (r + 1) * V - 1), P ranks or
-tiles, K statistics per token.
+Legend: N tokens, V entries of this rank's vocabulary shard (rank r holds ids r * V to (r + 1) * V - 1), W ranks or
+tiles, S statistics per token.
 
 A shard, or a tile of one, is reduced to three statistics per token: peak = max z, total = sum e^(z - peak) and tilt =
 sum (z - peak) e^(z - peak), with logits z. Statistics of disjoint parts of the vocabulary merge exactly, and give with
@@ -83,8 +83,8 @@ class _VocabLogprobs(torch.autograd.Function):
         for rows in chunks_of_rows(logits_NV):
             chunk = scaled(logits_NV[rows], temperature)
             parts.append(torch.cat((softmax_sums(chunk), pick(chunk, columns_N[rows])[None])))
-        sums_KN = torch.cat(parts, 1) if parts else logits_NV.new_zeros(4, 0, dtype=wide(logits_NV.dtype))
-        logprobs_N, entropies_N, normalizers_N = finish(sums_KN[:3], sums_KN[3], group)
+        sums_SN = torch.cat(parts, 1) if parts else logits_NV.new_zeros(4, 0, dtype=wide(logits_NV.dtype))
+        logprobs_N, entropies_N, normalizers_N = finish(sums_SN[:3], sums_SN[3], group)
         ctx.save_for_backward(logits_NV, columns_N, normalizers_N, entropies_N)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -128,14 +128,14 @@ def softmax_sums(logits_NV: Tensor) -> Tensor:
     return torch.stack((peak_N, total_N, shifted_NV.mul_(powers_NV).sum(1)))
 
 
-def merge_sums(sums_PKN: Tensor) -> Tensor:
-    """Return the (peak, total, tilt), [3, N], of the union of P disjoint parts of the vocabulary, [P, 3, N]."""
-    peaks_PN, totals_PN, tilts_PN = sums_PKN.unbind(1)
-    peak_N = peaks_PN.amax(0)
-    shifts_PN = peaks_PN - peak_N
-    factors_PN = shifts_PN.exp()
-    tilt_N = (factors_PN * (tilts_PN + shifts_PN.clamp(min=LOWEST_LOG) * totals_PN)).sum(0)
-    return torch.stack((peak_N, (factors_PN * totals_PN).sum(0), tilt_N))
+def merge_sums(sums_WSN: Tensor) -> Tensor:
+    """Return the (peak, total, tilt), [3, N], of the union of W disjoint parts of the vocabulary, [W, 3, N]."""
+    peaks_WN, totals_WN, tilts_WN = sums_WSN.unbind(1)
+    peak_N = peaks_WN.amax(0)
+    shifts_WN = peaks_WN - peak_N
+    factors_WN = shifts_WN.exp()
+    tilt_N = (factors_WN * (tilts_WN + shifts_WN.clamp(min=LOWEST_LOG) * totals_WN)).sum(0)
+    return torch.stack((peak_N, (factors_WN * totals_WN).sum(0), tilt_N))
 
 
 def pick(logits_NV: Tensor, columns_N: Tensor) -> Tensor:
@@ -146,13 +146,13 @@ def pick(logits_NV: Tensor, columns_N: Tensor) -> Tensor:
     return picked_N.masked_fill(~inside_N, -torch.inf)
 
 
-def finish(sums_KN: Tensor, target_logits_N: Tensor, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
+def finish(sums_SN: Tensor, target_logits_N: Tensor, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities, entropies and normalizers, [N] each, from the statistics of all ranks."""
-    parts_PKN = gather_over(group, torch.cat((sums_KN, target_logits_N[None])))
-    peak_N, total_N, tilt_N = merge_sums(parts_PKN[:, :3])
+    parts_WSN = gather_over(group, torch.cat((sums_SN, target_logits_N[None])))
+    peak_N, total_N, tilt_N = merge_sums(parts_WSN[:, :3])
     log_total_N = total_N.log()
     # Ranks that do not hold the target sent -inf.
-    logprobs_N = parts_PKN[:, 3].amax(0) - peak_N - log_total_N
+    logprobs_N = parts_WSN[:, 3].amax(0) - peak_N - log_total_N
     return logprobs_N, log_total_N - tilt_N / total_N, peak_N + log_total_N
 
 

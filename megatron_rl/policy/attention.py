@@ -1,7 +1,7 @@
 """Causal attention over the sequences of a packed row.
 
-Legend: T tokens of this rank's part of a row, N heads, G key and value heads, D head dimension, B sequences of a
-bucket, S their longest.
+Legend: T tokens of this rank's part of a row, A attention heads, Q key and value heads, D head size, B sequences of a
+bucket, S their maximum length.
 """
 
 from dataclasses import dataclass
@@ -111,12 +111,12 @@ class AttentionOptions:
     Attributes:
         scale: of the scores; None: one over the root of the head dimension.
         window: how many tokens back a token sees, itself included; None: all.
-        sinks_N: a logit of each head that takes its share of the softmax and gives nothing; None: none.
+        sinks_A: a logit of each head that takes its share of the softmax and gives nothing; None: none.
     """
 
     scale: float | None = None
     window: int | None = None
-    sinks_N: Tensor | None = None
+    sinks_A: Tensor | None = None
 
 
 def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: AttentionOptions) -> Tensor:
@@ -125,7 +125,7 @@ def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: 
     nothing_1ND = query.new_zeros(1, query.shape[1], value.shape[-1])
     if not outputs:
         # An empty row must still run backward: every rank of a data- or expert-parallel group waits for it.
-        sinks = 0 if kind.sinks_N is None else kind.sinks_N.sum()
+        sinks = 0 if kind.sinks_A is None else kind.sinks_A.sum()
         nothing_1ND = nothing_1ND + 0 * (query.sum() + key.sum() + value.sum() + sinks)
     return torch.cat([*outputs, nothing_1ND])[row.output_index_T]
 
@@ -136,24 +136,24 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, kind: Att
     if grouped and not _takes_groups(query, mask):
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    query_BNSD = query[bucket.query_index_BS].transpose(1, 2)
-    key_BGSD, value_BGSD = (tensor[bucket.key_index_BS].transpose(1, 2) for tensor in (key, value))
+    query_BASD = query[bucket.query_index_BS].transpose(1, 2)
+    key_BQSD, value_BQSD = (tensor[bucket.key_index_BS].transpose(1, 2) for tensor in (key, value))
     scale = query.shape[-1] ** -0.5 if kind.scale is None else kind.scale
-    if kind.sinks_N is not None:
-        query_BNSD, key_BGSD, value_BGSD = with_sinks(query_BNSD, key_BGSD, value_BGSD, kind.sinks_N / scale)
+    if kind.sinks_A is not None:
+        query_BASD, key_BQSD, value_BQSD = with_sinks(query_BASD, key_BQSD, value_BQSD, kind.sinks_A / scale)
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-    skipped = 1 if kind.sinks_N is not None and mask is None else 0
-    attended_BNSD = F.scaled_dot_product_attention(
+    skipped = 1 if kind.sinks_A is not None and mask is None else 0
+    attended_BASD = F.scaled_dot_product_attention(
         # In plain causal order the sink, as the first key, needs a query of its own before the others.
-        F.pad(query_BNSD, (0, 0, skipped, 0)) if skipped else query_BNSD,
-        key_BGSD,
-        value_BGSD,
+        F.pad(query_BASD, (0, 0, skipped, 0)) if skipped else query_BASD,
+        key_BQSD,
+        value_BQSD,
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=grouped,
     )
-    return attended_BNSD[:, :, skipped:, : value.shape[-1]].transpose(1, 2).flatten(0, 1)
+    return attended_BASD[:, :, skipped:, : value.shape[-1]].transpose(1, 2).flatten(0, 1)
 
 
 def seen(bucket: Bucket, window: int | None) -> Tensor | None:
@@ -167,23 +167,23 @@ def seen(bucket: Bucket, window: int | None) -> Tensor | None:
 
 
 def with_sinks(
-    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, logits_N: Tensor
+    query_BASD: Tensor, key_BQSD: Tensor, value_BQSD: Tensor, logits_A: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put a key without value before the others, whose product with a query of head n is ``logits_N[n]``.
+    """Put a key without value before the others, whose product with a query of head n is ``logits_A[n]``.
 
     Heads that share keys are told apart by features of their own: head n's queries have a 1 where the key has its
     logit. Values get as many zeros, because torch's kernels want heads of one width. Gradients are those of the
     softmax with one more logit, by whatever kernel runs.
     """
-    groups = key_BGSD.shape[1]
-    shared = len(logits_N) // groups
+    groups = key_BQSD.shape[1]
+    shared = len(logits_A) // groups
     more = -(-shared // 8) * 8  # kernels on a GPU take multiples of 8
-    mine_ND = F.pad(torch.eye(shared, dtype=query_BNSD.dtype, device=query_BNSD.device), (0, more - shared))
-    mine_ND = mine_ND.repeat(groups, 1)
-    query = torch.cat([query_BNSD, mine_ND[None, :, None].expand(*query_BNSD.shape[:3], -1)], dim=-1)
-    own_GD = F.pad(logits_N.to(key_BGSD.dtype).view(groups, shared), (key_BGSD.shape[-1], more - shared))
-    own = own_GD[None, :, None].expand(len(key_BGSD), -1, -1, -1)
-    return query, torch.cat([own, F.pad(key_BGSD, (0, more))], dim=2), F.pad(value_BGSD, (0, more, 1, 0))
+    mine_AD = F.pad(torch.eye(shared, dtype=query_BASD.dtype, device=query_BASD.device), (0, more - shared))
+    mine_AD = mine_AD.repeat(groups, 1)
+    query = torch.cat([query_BASD, mine_AD[None, :, None].expand(*query_BASD.shape[:3], -1)], dim=-1)
+    own_QD = F.pad(logits_A.to(key_BQSD.dtype).view(groups, shared), (key_BQSD.shape[-1], more - shared))
+    own = own_QD[None, :, None].expand(len(key_BQSD), -1, -1, -1)
+    return query, torch.cat([own, F.pad(key_BQSD, (0, more))], dim=2), F.pad(value_BQSD, (0, more, 1, 0))
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:

@@ -125,18 +125,18 @@ class Policy:
     @torch.no_grad()
     def _forward_only(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         results = self.run_rows(rows, _keep_output, forward_only=True)
-        self._stop_at_nonfinite(rows, [output_2K.isfinite().all() for _, output_2K in results])
+        self._stop_at_nonfinite(rows, [output_2R.isfinite().all() for _, output_2R in results])
         columns = self._whole(("logprobs", "entropies"), rows, results)
         return columns["logprobs"], columns["entropies"]
 
     def _whole(self, names: Sequence[str], rows: Sequence[Row], parts: Sequence[tuple[RankRow, Tensor]]) -> Columns:
-        """Return columns over all tokens of the mini-batch, on the CPU, from [names, K] of each row of the ranks."""
+        """Return columns over all tokens of the mini-batch, on the CPU, from [names, R] of each row of the ranks."""
         total = int(rows[0].batch.lengths_B.sum())
         dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
         whole_NT = torch.zeros(len(names), total, dtype=dtype, device=self.mesh.world.device)
         if self.mesh.reports_tokens:
-            for row, values_NK in parts:
-                whole_NT.index_copy_(1, row.target_tokens_K.to(whole_NT.device), values_NK.to(dtype))
+            for row, values_NR in parts:
+                whole_NT.index_copy_(1, row.target_tokens_R.to(whole_NT.device), values_NR.to(dtype))
         whole_NT = sum_over(torch.distributed.group.WORLD, whole_NT).cpu()
         return dict(zip(names, whole_NT, strict=True))
 
@@ -322,8 +322,8 @@ def _forward(
         position_ids=row.position_ids_T[None],
         attention_mask=None,
         packed_seq_params=row.packed,
-        labels=row.targets_K,
-        loss_mask=row.trained_K,
+        labels=row.targets_R,
+        loss_mask=row.trained_R,
         padding_mask=row.padding_T[None] if balanced else None,
     )
     return output, partial(loss_step, row)
@@ -333,15 +333,15 @@ NO_TOKENS = torch.zeros((), dtype=torch.int)
 """Megatron's count of loss tokens: our losses carry their own denominators."""
 
 
-def _keep_output(row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return output_2K.sum(), NO_TOKENS, output_2K
+def _keep_output(row: RankRow, output_2R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return output_2R.sum(), NO_TOKENS, output_2R
 
 
-def _differentiable(loss_fn: LossFn, row: RankRow, output_2K: Tensor) -> tuple[Tensor, Tensor, tuple[Loss, Tensor]]:
-    logprobs_K, entropies_K = output_2K
+def _differentiable(loss_fn: LossFn, row: RankRow, output_2R: Tensor) -> tuple[Tensor, Tensor, tuple[Loss, Tensor]]:
+    logprobs_R, entropies_R = output_2R
     assert row.loss_inputs is not None, "the batch lacks the columns of algorithms.loss.prepare"
-    loss = loss_fn(logprobs_K, entropies_K, row.loss_inputs)
-    finite = output_2K.isfinite().all() & loss.value.isfinite()
+    loss = loss_fn(logprobs_R, entropies_R, row.loss_inputs)
+    finite = output_2R.isfinite().all() & loss.value.isfinite()
     return loss.value, NO_TOKENS, (Loss(loss.value.detach(), loss.metrics), finite)
 
 

@@ -45,10 +45,10 @@ class YarnConfig(TransformerConfig):
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose last stage gives [2, K]: log-probs and entropies of the K trained tokens, in float32 or float64.
+    """GPTModel whose last stage gives [2, R]: log-probs and entropies of the R trained tokens, in float32 or float64.
 
-    Only positions that predict a trained token are projected. Call it with ``labels`` the K target tokens and
-    ``loss_mask`` the K positions.
+    Only positions that predict a trained token are projected. Call it with ``labels`` the R target tokens and
+    ``loss_mask`` the R positions.
     """
 
     head_temperature = 1.0
@@ -87,7 +87,7 @@ class PolicyModel(GPTModel):
         else:
             hidden_T1H = copy_to_tensor_model_parallel_region(hidden_states, group=tensor_group)
         tied = self.share_embeddings_and_output_weights
-        logprobs_K, entropies_K = head_logprobs_entropies(
+        logprobs_R, entropies_R = head_logprobs_entropies(
             hidden_T1H.squeeze(1)[loss_mask],
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels,
@@ -95,7 +95,7 @@ class PolicyModel(GPTModel):
             group=tensor_group,
             vocab_size=self.head_vocab_size,
         )
-        return torch.stack([logprobs_K, entropies_K])
+        return torch.stack([logprobs_R, entropies_R])
 
 
 def paths_of(run: Run, mesh: Mesh) -> Backends:

@@ -1,7 +1,7 @@
 """Where the first NaN or inf of a step comes from: a micro-batch run again alone, watched module by module.
 
 ``Policy`` raises flags while it computes; only when one is up, all ranks come here together. Every function is
-collective. Legend: T tokens, K trained tokens of this rank, B responses.
+collective. Legend: T tokens of the mini-batch, R trained tokens of this rank, B responses.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -181,29 +181,29 @@ def _inspect(
     loss_fn: LossFn | None,
     found: list[Finding],
     row: RankRow,
-    output_2K: Tensor,
+    output_2R: Tensor,
 ) -> tuple[Tensor, Tensor, None]:
     """Look at log-probs, entropies, the loss's columns and the loss, as megatron's loss function."""
     mesh, depth = policy.mesh, policy.family.num_layers + 1
 
-    def note(kind: str, name: str, bad_K: Tensor, below: int) -> None:
-        if bool(bad_K.any()):
-            tokens = row.target_tokens_K[bad_K.cpu().nonzero().flatten()] if bad_K.dim() else row.target_tokens_K[:0]
+    def note(kind: str, name: str, bad_R: Tensor, below: int) -> None:
+        if bool(bad_R.any()):
+            tokens = row.target_tokens_R[bad_R.cpu().nonzero().flatten()] if bad_R.dim() else row.target_tokens_R[:0]
             responses = batch.response_ids_T[tokens]
             names = batch["sample_index_B"][responses] if "sample_index_B" in batch else responses
             sample = int(names.min()) if len(names) else None
             found.append(Finding(kind, name, None, mesh.world.rank, sample, depth + below))
 
-    note("log-prob", "of the trained tokens", ~output_2K[0].isfinite(), 0)
-    note("log-prob", "(their entropy) of the trained tokens", ~output_2K[1].isfinite(), 1)
+    note("log-prob", "of the trained tokens", ~output_2R[0].isfinite(), 0)
+    note("log-prob", "(their entropy) of the trained tokens", ~output_2R[1].isfinite(), 1)
     if loss_fn is not None:
         assert row.loss_inputs is not None, "the batch lacks the columns of algorithms.loss.prepare"
-        value = loss_fn(output_2K[0], output_2K[1], row.loss_inputs).value
+        value = loss_fn(output_2R[0], output_2R[1], row.loss_inputs).value
         columns = row.loss_inputs.columns()
         for number, (name, column) in enumerate(sorted(columns.items())):
             note("loss column", name, ~column.isfinite(), 2 + number)
         note("loss", "of the micro-batch", ~value.isfinite(), 2 + len(columns))
-    return output_2K.sum(), NO_TOKENS, None
+    return output_2R.sum(), NO_TOKENS, None
 
 
 def _backward(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[Finding]:

@@ -13,7 +13,7 @@ The record is a column of the batch, one entry a token, so it is cut and dealt l
 packing or order of micro-batches can mix tokens up. A layer finds the entries of its row in the description of the
 packed row that it is called with, the first time and when activations are recomputed, whatever the schedule.
 
-Legend: T tokens, L layers with experts, E experts that a token takes in each.
+Legend: T tokens, L layers with experts, K experts per token.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,24 +56,24 @@ class LayerReplay(RouterReplay):
         group_topk: int | None = None,
         default_compute_topk: TopK | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return scores and numbers of the experts to take, each [T, E]; scores is [T, experts]."""
+        """Return scores and numbers of the experts to take, each [T, K]; scores is [T, experts]."""
         assert default_compute_topk is not None, "megatron-core always gives its own top-k"
-        values_TE, live_TE = default_compute_topk(scores, topk, num_groups, group_topk)
+        values_TK, live_TK = default_compute_topk(scores, topk, num_groups, group_topk)
         if not torch.is_grad_enabled():
             # megatron-core 0.18 and later sort only where gradients are on. Gates are normalized by a sum over the
             # chosen experts, so without this sort scoring and training would add them in different orders.
-            values_TE, order_TE = values_TE.sort(dim=1, descending=True, stable=True)
-            live_TE = live_TE.gather(1, order_TE)
+            values_TK, order_TK = values_TK.sort(dim=1, descending=True, stable=True)
+            live_TK = live_TK.gather(1, order_TK)
         routes = self.routes
         if routes is None:
-            return values_TE, live_TE
+            return values_TK, live_TK
         if routes.chosen is not None:
-            routes.chosen[self.place] = live_TE.to(torch.int16)
+            routes.chosen[self.place] = live_TK.to(torch.int16)
         if not routes.replays:
-            return values_TE, live_TE
-        given_TE = routes.given_TLE[:, self.place].to(live_TE)
-        taken_TE = torch.where(routes.known_T[:, None].to(scores.device), given_TE, live_TE)
-        return scores.gather(1, taken_TE), taken_TE
+            return values_TK, live_TK
+        given_TK = routes.given_TLK[:, self.place].to(live_TK)
+        taken_TK = torch.where(routes.known_T[:, None].to(scores.device), given_TK, live_TK)
+        return scores.gather(1, taken_TK), taken_TK
 
 
 class Replay:
@@ -129,20 +129,20 @@ class Replay:
         local_T = row.token_ids_T
         if self._shares_tokens:
             local_T = local_T.chunk(group_size(self._mesh.tensor))[group_rank(self._mesh.tensor)]
-        given_TLE, known_T = self._empty(len(local_T)), torch.zeros(len(local_T), dtype=torch.bool)
+        given_TLK, known_T = self._empty(len(local_T)), torch.zeros(len(local_T), dtype=torch.bool)
         if name in batch:
-            if batch[name].shape[1:] != given_TLE.shape[1:]:
-                found, expected = list(batch[name].shape[1:]), list(given_TLE.shape[1:])
+            if batch[name].shape[1:] != given_TLK.shape[1:]:
+                found, expected = list(batch[name].shape[1:]), list(given_TLK.shape[1:])
                 raise TrainingError(f"{name} is {found} for each token, the model needs {expected}")
-            given_TLE, known_T = batch[name][local_T.clamp(min=0)], local_T >= 0
+            given_TLK, known_T = batch[name][local_T.clamp(min=0)], local_T >= 0
             if self.mode != "r2":
                 known_T &= batch["rollout_routed_T"][local_T.clamp(min=0)]
         replays = self.mode in ("r2", "r3")
         if replays:
             # Padding takes the first experts: if it moved, the experts' matrix products would round differently.
-            given_TLE[local_T < 0] = torch.arange(self._shape.per_token, dtype=given_TLE.dtype)
+            given_TLK[local_T < 0] = torch.arange(self._shape.per_token, dtype=given_TLK.dtype)
             known_T |= local_T < 0
-        routes = Routes(local_T, given_TLE, known_T, replays, None if self._kept is None else {})
+        routes = Routes(local_T, given_TLK, known_T, replays, None if self._kept is None else {})
         row.packed.routes = routes
         if self._kept is not None:
             self._kept.append(routes)
@@ -151,7 +151,7 @@ class Replay:
     def columns(self, kept: Sequence[Routes], batch: Batch) -> Columns:
         """Return what a scoring pass found: ``routes_T`` under r2, else in how many layers the engine chose otherwise.
 
-        ``routes_T``: uint8 or int16 [T, L, E]. ``routing_differs_T``: int32, layers. Collective.
+        ``routes_T``: uint8 or int16 [T, L, K]. ``routing_differs_T``: int32, layers. Collective.
 
         Raises:
             TrainingError: some token was not routed exactly once in every layer.
@@ -159,10 +159,10 @@ class Replay:
         if self._is_off:
             return {}
         if self.mode == "r2":
-            routes_TLE = self._empty(int(batch.lengths_B.sum()))
+            routes_TLK = self._empty(int(batch.lengths_B.sum()))
             for place in range(len(self._shape.layers)):
-                routes_TLE[:, place] = self._gathered(kept, place, len(routes_TLE))
-            return {"routes_T": routes_TLE}
+                routes_TLK[:, place] = self._gathered(kept, place, len(routes_TLK))
+            return {"routes_T": routes_TLK}
         if self.mode == "none" or "rollout_routes_T" not in batch:
             return {}
         return {"routing_differs_T": self._differences(kept, int(batch.lengths_B.sum()))}
@@ -176,13 +176,13 @@ class Replay:
         return self._shares_tokens or group_rank(self._mesh.tensor) == 0
 
     def _gathered(self, kept: Sequence[Routes], place: int, total: int) -> Tensor:
-        """Return [T, E], int32 on the CPU: one layer's choice from whichever ranks made it."""
+        """Return [T, K], int32 on the CPU: one layer's choice from whichever ranks made it."""
         own = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
         for routes in kept:
             if routes.chosen and place in routes.chosen and self._reports:
                 real_T = (routes.token_ids_T >= 0).to(own.device)
-                chosen_TE = routes.chosen[place][real_T].to(own.dtype)
-                counted = torch.cat([chosen_TE, torch.ones_like(chosen_TE[:, :1])], dim=1)
+                chosen_TK = routes.chosen[place][real_T].to(own.dtype)
+                counted = torch.cat([chosen_TK, torch.ones_like(chosen_TK[:, :1])], dim=1)
                 own.index_add_(0, routes.token_ids_T.to(own.device)[real_T], counted)
         summed = sum_over(torch.distributed.group.WORLD, own).cpu()
         if bool((summed[:, -1] != 1).any()):
@@ -195,9 +195,9 @@ class Replay:
         for routes in kept if self._reports else ():
             known_T = (routes.known_T & (routes.token_ids_T >= 0)).to(own_T.device)
             ids_T = routes.token_ids_T.to(own_T.device)[known_T]
-            for place, chosen_TE in (routes.chosen or {}).items():
-                given_TE = routes.given_TLE[:, place].to(chosen_TE)
-                other_T = (given_TE.sort(1).values != chosen_TE.sort(1).values).any(1)
+            for place, chosen_TK in (routes.chosen or {}).items():
+                given_TK = routes.given_TLK[:, place].to(chosen_TK)
+                other_T = (given_TK.sort(1).values != chosen_TK.sort(1).values).any(1)
                 own_T.index_add_(0, ids_T, other_T[known_T].to(own_T.dtype))
         return sum_over(torch.distributed.group.WORLD, own_T).cpu()
 

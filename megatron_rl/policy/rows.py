@@ -1,7 +1,8 @@
 """One packed row as a rank of the policy sees it: its tokens, its targets, and how its sequences attend.
 
-Legend: R positions of the whole row, T positions of this context-parallel rank, K trained positions among them,
-B sequences of a bucket, S their longest length, L layers with experts, E experts that a token takes in each.
+Legend: W positions of the whole row, T tokens of this context-parallel rank, padding included, R trained tokens among
+them, N sequences of the row, B sequences of a bucket, S their maximum length, L layers with experts,
+K experts per token.
 """
 
 from dataclasses import dataclass, field, replace
@@ -40,14 +41,14 @@ class Routes:
 
     Attributes:
         token_ids_T: which token of the mini-batch each position is, -1 at padding.
-        given_TLE: experts to take or to compare with.
-        known_T: where ``given_TLE`` says anything.
+        given_TLK: experts to take or to compare with.
+        known_T: where ``given_TLK`` says anything.
         replays: whether the routers take what is given.
-        chosen: place among the L layers -> [T, E] what the router chose by itself; None: not recorded.
+        chosen: place among the L layers -> [T, K] what the router chose by itself; None: not recorded.
     """
 
     token_ids_T: Tensor
-    given_TLE: Tensor
+    given_TLK: Tensor
     known_T: Tensor
     replays: bool
     chosen: dict[int, Tensor] | None
@@ -91,9 +92,9 @@ class RankRow:
         input_ids_T: tokens, 0 at padding.
         position_ids_T: position within the sequence.
         padding_T: True at padding.
-        trained_K: which of the T positions predict a trained token.
-        targets_K: the tokens that they predict.
-        target_tokens_K: where in the mini-batch those tokens stand.
+        trained_R: which of the T positions predict a trained token.
+        targets_R: the tokens that they predict.
+        target_tokens_R: where in the mini-batch those tokens stand.
         loss_inputs: the loss's view of the trained tokens; None where only log-probs are computed.
         packed: how sequences attend.
     """
@@ -102,9 +103,9 @@ class RankRow:
     input_ids_T: Tensor
     position_ids_T: Tensor
     padding_T: Tensor
-    trained_K: Tensor
-    targets_K: Tensor
-    target_tokens_K: Tensor
+    trained_R: Tensor
+    targets_R: Tensor
+    target_tokens_R: Tensor
     loss_inputs: LossInputs | None
     packed: PackedRow
 
@@ -114,22 +115,22 @@ def rank_row(row: Row, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
     size, rank, device = group_size(mesh.context), group_rank(mesh.context), mesh.world.device
     lengths_N = _with_filler(row)
     local_T = zigzag(lengths_N, rank, size)
-    token_ids_T, target_ids_T = row.token_ids_R[local_T], row.target_ids_R[local_T]
+    token_ids_T, target_ids_T = row.token_ids_T[local_T], row.target_ids_T[local_T]
     loss_mask_T = row.batch["loss_mask_T"]
-    trained_K = ((target_ids_T >= 0) & loss_mask_T[target_ids_T.clamp(min=0)]).nonzero().flatten()
-    target_tokens_K = target_ids_T[trained_K]
+    trained_R = ((target_ids_T >= 0) & loss_mask_T[target_ids_T.clamp(min=0)]).nonzero().flatten()
+    target_tokens_R = target_ids_T[trained_R]
     input_ids_T = torch.where(token_ids_T >= 0, row.batch["input_ids_T"][token_ids_T.clamp(min=0)], 0)
     starts_N = lengths_N.cumsum(0) - lengths_N
-    position_ids_R = torch.arange(row.length) - torch.repeat_interleave(starts_N, lengths_N)
+    position_ids_W = torch.arange(row.length) - torch.repeat_interleave(starts_N, lengths_N)
     return RankRow(
         token_ids_T=token_ids_T,
         input_ids_T=input_ids_T.to(device),
-        position_ids_T=position_ids_R[local_T].to(device),
+        position_ids_T=position_ids_W[local_T].to(device),
         padding_T=(token_ids_T < 0).to(device),
-        trained_K=trained_K.to(device),
-        targets_K=row.batch["input_ids_T"][target_tokens_K].to(device),
-        target_tokens_K=target_tokens_K,
-        loss_inputs=_loss_inputs(row, target_tokens_K, mesh),
+        trained_R=trained_R.to(device),
+        targets_R=row.batch["input_ids_T"][target_tokens_R].to(device),
+        target_tokens_R=target_tokens_R,
+        loss_inputs=_loss_inputs(row, target_tokens_R, mesh),
         packed=replace(_packed(row, lengths_N, local_T, mesh), qkv_format=qkv_format),
     )
 
@@ -151,15 +152,15 @@ def _with_filler(row: Row) -> Tensor:
     return torch.cat([row.padded_N, torch.tensor([filler])]) if filler else row.padded_N
 
 
-def _loss_inputs(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> LossInputs | None:
+def _loss_inputs(row: Row, target_tokens_R: Tensor, mesh: Mesh) -> LossInputs | None:
     """Return the loss's view of this rank's trained tokens, None before ``prepare`` has added the columns for it."""
     if "weights_T" not in row.batch:
         return None
-    tokens_R = row.token_ids_R[row.token_ids_R >= 0]
+    tokens_T = row.token_ids_T[row.token_ids_T >= 0]
     inputs = LossInputs.gather(
         row.batch,
-        target_tokens_K,
-        row_positions_R=tokens_R[row.batch["loss_mask_T"][tokens_R]],
+        target_tokens_R,
+        row_positions_R=tokens_T[row.batch["loss_mask_T"][tokens_T]],
         context_group=mesh.context if group_size(mesh.context) > 1 else None,
     )
     return inputs.map(lambda tensor: tensor.to(mesh.world.device))
@@ -168,13 +169,13 @@ def _loss_inputs(row: Row, target_tokens_K: Tensor, mesh: Mesh) -> LossInputs | 
 def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedRow:
     size, device = group_size(mesh.context), mesh.world.device
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)]).to(torch.int32)
-    gathered_R = torch.empty(row.length, dtype=torch.int64)
-    gathered_R[torch.cat([zigzag(lengths_N, rank, size) for rank in range(size)])] = torch.arange(row.length)
+    gathered_W = torch.empty(row.length, dtype=torch.int64)
+    gathered_W[torch.cat([zigzag(lengths_N, rank, size) for rank in range(size)])] = torch.arange(row.length)
     buckets: list[Bucket] = []
-    flat_R, used = torch.full((len(local_T),), -1, dtype=torch.int64), 0
+    flat_W, used = torch.full((len(local_T),), -1, dtype=torch.int64), 0
     for members_B in _similar_lengths(row.padded_N):
-        bucket, filled_BS = _bucket(members_B, lengths_N, local_T, gathered_R, size)
-        flat_R[bucket.query_index_BS[filled_BS]] = used + filled_BS.flatten().nonzero().flatten()
+        bucket, filled_BS = _bucket(members_B, lengths_N, local_T, gathered_W, size)
+        flat_W[bucket.query_index_BS[filled_BS]] = used + filled_BS.flatten().nonzero().flatten()
         used += filled_BS.numel()
         mask = None if bucket.mask_B1SS is None else bucket.mask_B1SS.to(device)
         buckets.append(Bucket(bucket.query_index_BS.to(device), bucket.key_index_BS.to(device), mask))
@@ -188,7 +189,7 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         buckets=buckets,
-        output_index_T=torch.where(flat_R < 0, used, flat_R).to(device),
+        output_index_T=torch.where(flat_W < 0, used, flat_W).to(device),
     )
 
 
@@ -199,13 +200,13 @@ def _similar_lengths(lengths_N: Tensor) -> list[Tensor]:
 
 
 def _bucket(
-    members_B: Tensor, lengths_N: Tensor, local_T: Tensor, gathered_R: Tensor, size: int
+    members_B: Tensor, lengths_N: Tensor, local_T: Tensor, gathered_W: Tensor, size: int
 ) -> tuple[Bucket, Tensor]:
     """Return the bucket of these sequences, and [B, S] where it has queries."""
     starts_B = (lengths_N.cumsum(0) - lengths_N)[members_B][:, None]
     lengths_B = lengths_N[members_B][:, None]
     place_S = torch.arange(int(lengths_B.max()))
-    key_BS = torch.where(place_S < lengths_B, gathered_R[(starts_B + place_S).clamp(max=len(gathered_R) - 1)], 0)
+    key_BS = torch.where(place_S < lengths_B, gathered_W[(starts_B + place_S).clamp(max=len(gathered_W) - 1)], 0)
     place_S = place_S[: len(place_S) // size]
     filled_BS = place_S < lengths_B // size
     query_BS = torch.where(filled_BS, starts_B // size + place_S, 0)

@@ -38,10 +38,10 @@ def test_rows_hold_every_token_once_and_predict_within_sequences(lengths: list[i
     assert len({row.length for row in rows}) == 1
     assert rows[0].length % rules.row_multiple == 0
     assert rows[0].length < rules.tokens + rules.row_multiple
-    ids = torch.cat([row.token_ids_R for row in rows])
+    ids = torch.cat([row.token_ids_T for row in rows])
     assert sorted(ids[ids >= 0].tolist()) == list(range(sum(lengths)))
     firsts = set(batch.starts_B.tolist())
-    targets = torch.cat([row.target_ids_R for row in rows])
+    targets = torch.cat([row.target_ids_T for row in rows])
     predicting = targets >= 0
     assert torch.equal(targets[predicting], ids[predicting] + 1)
     assert sorted(targets[predicting].tolist()) == [token for token in range(sum(lengths)) if token not in firsts]

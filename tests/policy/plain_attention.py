@@ -11,7 +11,7 @@ def causal(
     scale: float | None,
     *,
     window: int | None = None,
-    sinks_N: Tensor | None = None,
+    sinks_A: Tensor | None = None,
 ) -> Tensor:
     """Attend within one sequence: query [T, N, D], key [T, G, D], value [T, G, E] -> [T, N, E]."""
     repeats = query.shape[1] // key.shape[1]
@@ -20,8 +20,8 @@ def causal(
     later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     earlier = torch.ones_like(later).tril(-(window or len(query)))
     scores = scores.masked_fill(later | earlier, -torch.inf)
-    if sinks_N is not None:
-        scores = torch.cat([scores, sinks_N[:, None, None].expand(-1, len(query), 1)], dim=-1)
+    if sinks_A is not None:
+        scores = torch.cat([scores, sinks_A[:, None, None].expand(-1, len(query), 1)], dim=-1)
     return torch.einsum("nts,sne->tne", scores.softmax(-1)[..., : len(query)], value)
 
 

@@ -73,8 +73,8 @@ def test_repeated_heads_give_what_shared_ones_give(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((sum(LENGTHS) + FILLER, heads, 8) for heads in (4, 2, 2))
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    sinks_N = torch.randn(4, generator=generator)
-    kinds = (AttentionOptions(), AttentionOptions(sinks_N=sinks_N))
+    sinks_A = torch.randn(4, generator=generator)
+    kinds = (AttentionOptions(), AttentionOptions(sinks_A=sinks_A))
     shared = [in_buckets(query, key, value, row(), kind) for kind in kinds]
     monkeypatch.setattr(attention, "_takes_groups", lambda *_: False)
     for kind, before in zip(kinds, shared, strict=True):
@@ -93,20 +93,20 @@ def test_sinks_and_windows_are_the_softmax_written_out(
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS) + FILLER
     shapes = ((total, 4, 8), (total, groups, 8), (total, groups, 8), (4,))
-    query, key, value, sinks_N = (
+    query, key, value, sinks_A = (
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes
     )
     packed = row() if order == "plain" else masked(row())
-    kind = AttentionOptions(0.3, window, sinks_N if sinks else None)
+    kind = AttentionOptions(0.3, window, sinks_A if sinks else None)
     out_TND = in_buckets(query, key, value, packed, kind)
     queries, keys, values = (tensor.split([*LENGTHS, FILLER]) for tensor in (query, key, value))
     parts = zip(queries, keys, values, strict=True)
-    alone = [causal(q, k, v, 0.3, window=window, sinks_N=kind.sinks_N) for q, k, v in parts]
+    alone = [causal(q, k, v, 0.3, window=window, sinks_A=kind.sinks_A) for q, k, v in parts]
     expected = torch.cat(alone) * (torch.arange(total) < sum(LENGTHS))[:, None, None]
     torch.testing.assert_close(out_TND, expected)
 
     upstream = torch.randn(out_TND.shape, generator=generator, dtype=torch.float64)
-    leaves = [query, key, value, *([sinks_N] if sinks else [])]
+    leaves = [query, key, value, *([sinks_A] if sinks else [])]
     found, truth = (torch.autograd.grad(out, leaves, upstream) for out in (out_TND, expected))
     for gradient, other in zip(found, truth, strict=True):
         torch.testing.assert_close(gradient, other)
@@ -124,11 +124,11 @@ def masked(plain: PackedRow) -> PackedRow:
 
 def test_a_row_without_tokens_has_a_gradient_for_its_sinks() -> None:
     tensor = torch.zeros(2, 4, 8, requires_grad=True)
-    sinks_N = torch.zeros(4, requires_grad=True)
+    sinks_A = torch.zeros(4, requires_grad=True)
     empty = PackedRow(output_index_T=torch.zeros(2, dtype=torch.int64))
-    in_buckets(tensor, tensor, tensor, empty, AttentionOptions(sinks_N=sinks_N)).sum().backward()
-    assert sinks_N.grad is not None
-    assert not sinks_N.grad.any()
+    in_buckets(tensor, tensor, tensor, empty, AttentionOptions(sinks_A=sinks_A)).sum().backward()
+    assert sinks_A.grad is not None
+    assert not sinks_A.grad.any()
 
 
 def test_what_serves_follows_from_device_type_and_packages(monkeypatch) -> None:

@@ -106,8 +106,8 @@ def _in_order(hidden, rows, policy: Policy) -> Tensor:
     ordered = torch.zeros(int(rows[0].batch.lengths_B.sum()), hidden[0].shape[-1])
     for row, part_T1H in zip(mine, hidden, strict=True):
         whole_RH = gather_over(policy.mesh.tensor, part_T1H[:, 0]).flatten(0, 1)
-        real_R = row.token_ids_R >= 0
-        ordered[row.token_ids_R[real_R]] = whole_RH[real_R]
+        real_R = row.token_ids_T >= 0
+        ordered[row.token_ids_T[real_R]] = whole_RH[real_R]
     return ordered
 
 

@@ -1,7 +1,7 @@
 """What objectives share: columns on whole responses, the weights of an aggregation, the clipped cost.
 
-Legend: T all tokens of the mini-batch, R the trained ones (of the mini-batch, or of a micro-batch on this rank), B
-    responses.
+Legend: T all tokens of the mini-batch, R trained tokens (of the mini-batch, or of a micro-batch on this rank),
+B responses.
 """
 
 from dataclasses import dataclass
