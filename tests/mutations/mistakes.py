@@ -100,8 +100,8 @@ MISTAKES = (
     Mistake(
         "entropy-without-temperature",
         "ops.head",
-        "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n",
-        "        logprobs_R, entropies_R, normalizers_R = finish(sums_KR, target_logits_R, shard.group)\n"
+        "        logprobs_R, entropies_R, normalizers_R = finish(sums_SR, target_logits_R, shard.group)\n",
+        "        logprobs_R, entropies_R, normalizers_R = finish(sums_SR, target_logits_R, shard.group)\n"
         "        untempered = [_no_sums(hidden_RH, dtype)]\n"
         "        for tile in shard.tiles:\n"
         "            logits_RC = products.into(_part(buffer, len(hidden_RH), len(weight_VH[tile])), weight_VH[tile])\n"
@@ -186,8 +186,8 @@ MISTAKES = (
     Mistake(
         "attention-reaches-into-the-sequence-before-it-in-the-row",
         "policy.rows",
-        "(starts_B + place_S).clamp(max=len(gathered_R) - 1)",
-        "(starts_B + place_S - 1).clamp(0, len(gathered_R) - 1)",
+        "(starts_B + place_S).clamp(max=len(gathered_W) - 1)",
+        "(starts_B + place_S - 1).clamp(0, len(gathered_W) - 1)",
         ("prove tokens=4096 grpo",),
     ),
     Mistake(
@@ -235,7 +235,7 @@ MISTAKES = (
     Mistake(
         "last-token-predicts-the-next-sequence",
         "data.pack",
-        " & ~self._starts_R[1:]",
+        " & ~self._starts_T[1:]",
         "",
         ("tests/data/test_pack.py::test_rows_hold_every_token_once_and_predict_within_sequences",),
     ),
