@@ -54,7 +54,7 @@ def keep_steps_before(path: Path, step: int) -> None:
     """Remove the JSON lines of this step and later steps, and an incomplete last line."""
     if not path.exists():
         return
-    with path.open("rb") as lines, replaced(path) as kept:
+    with path.open("rb") as lines, replaced(path) as output:
         for line in lines:
             if line.endswith(b"\n") and json.loads(line)["step"] < step:
-                kept.write(line)
+                output.write(line)

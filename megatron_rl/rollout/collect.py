@@ -88,8 +88,8 @@ def drop_zero_advantage_groups(batch: Batch) -> Batch:
     """Drop groups whose advantages are all zero, unless that would drop the whole batch."""
     signal = torch.zeros(int(batch["group_ids_B"].max()) + 1, dtype=torch.bool)
     signal[batch["group_ids_B"][batch["advantages_B"] != 0]] = True
-    kept = signal[batch["group_ids_B"]].nonzero().flatten()
-    return batch.select(kept) if len(kept) else batch
+    indices = signal[batch["group_ids_B"]].nonzero().flatten()
+    return batch.select(indices) if len(indices) else batch
 
 
 def broadcast_batch(batch: Batch | None, world: World) -> Batch | None:

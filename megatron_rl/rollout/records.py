@@ -1,6 +1,6 @@
 """What a run records about the groups of a step: samples, their fates, and counts.
 
-A line of ``ledger.jsonl`` tells what became of a group that was sampled for training:
+A line of ``ledger.jsonl`` has the outcome of a group that was sampled for training:
 
     {"step": 3, "group": "0.3/p17", "samples": 8, "fate": "trained", "lag": 1}
 

@@ -61,8 +61,8 @@ def nonfinite_dump(run: Run, policy: Policy, sample_id: Callable[[int], str | No
 
 def save_row(error: NonFiniteError, run: Run, ranks: int, file: Path) -> None:
     """Write the micro-batch, with the run, the finding and the message in the header."""
-    words = {"run": to_json(run), "ranks": str(ranks), "finding": json.dumps(asdict(error.finding))}
-    save_batch(error.batch, file, {**words, "message": str(error)})
+    header = {"run": to_json(run), "ranks": str(ranks), "finding": json.dumps(asdict(error.finding))}
+    save_batch(error.batch, file, {**header, "message": str(error)})
 
 
 def debug_rank(file: Path, folder: Path) -> int:
@@ -97,8 +97,8 @@ def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str |
 
 def saved_run(file: Path) -> tuple[Run, int, str]:
     """Return the run that saved a file, its number of ranks, and the message of its error."""
-    words = read_words(file)
-    return Run.model_validate_json(words["run"]), int(words["ranks"]), words["message"]
+    header = read_words(file)
+    return Run.model_validate_json(header["run"]), int(header["ranks"]), header["message"]
 
 
 def on_saved_weights(run: Run, file: Path) -> Run:
