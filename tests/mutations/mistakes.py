@@ -39,6 +39,7 @@ TOO_OLD = f"{STREAM}::test_a_group_that_is_too_old_is_dropped_once_and_its_promp
 ANY_TIMING = f"{STREAM}::test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twice"
 LAG_0 = f"{STREAM}::test_lag_0_asks_for_what_a_synchronous_run_asks_for_and_gets_the_same"
 RESAMPLING = f"{STREAM}::test_dynamic_sampling_fills_the_batch_with_groups_that_teach"
+EXPERT_BIAS = "tests/policy/test_experts.py::test_ranks_that_share_an_expert_train_its_bias_alike"
 
 CONFIG = "tests/config/test_load.py"
 ESTIMATE = "tests/launch/planning/test_estimate.py"
@@ -357,5 +358,33 @@ MISTAKES = (
         "if not value <= bounds[key]",
         "if value > bounds[key]",
         ("tests/distributed/test_prove_compare.py::test_a_difference_that_is_nan_fails",),
+    ),
+    Mistake(
+        "expert-bias-gradient-lost-on-other-expert-tensor-ranks",
+        "policy.experts",
+        "bias_TH = bias_TH if self.adds_bias else bias_TH - bias_TH.detach()",
+        "bias_TH = bias_TH if self.adds_bias else torch.zeros_like(bias_TH)",
+        (EXPERT_BIAS,),
+    ),
+    Mistake(
+        "expert-bias-added-on-every-expert-tensor-rank",
+        "policy.experts",
+        "self.adds_bias = pg_collection.expt_tp.rank() == 0",
+        "self.adds_bias = True",
+        (EXPERT_BIAS,),
+    ),
+    Mistake(
+        "expert-bias-counted-by-every-rank-in-the-gradient-norm",
+        "policy.hf_weights",
+        "counts = counts or group_rank(mesh.expert_tensor) == 0",
+        "counts = True",
+        ("tests/policy/test_experts.py::test_the_norm_counts_every_bias_of_an_expert_once",),
+    ),
+    Mistake(
+        "replayed-experts-keep-the-gates-of-the-live-ones",
+        "policy.routing_replay",
+        "return scores.gather(1, taken_TE), taken_TE",
+        "return values_TE, taken_TE",
+        ("tests/policy/test_replay.py::test_given_experts_are_taken_with_the_routers_own_gates",),
     ),
 )

@@ -18,6 +18,7 @@ from megatron_rl.policy import layers
 from megatron_rl.policy.backends import Backends
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import GroupedExperts, Matrices, grouped_linear, grouped_product, strided
+from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.model import _built
 from tests.policy import families
 from tests.policy.test_parity import LAYOUTS, one_step, weighted
@@ -190,6 +191,30 @@ def test_the_norm_counts_every_bias_of_an_expert_once(tmp_path: Path, parallel: 
     norm, gradients = run_ranks(grad_norms, 2 if parallel else 1, str(folder), parallel, initialize=False)[0]
     whole = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
     assert norm == pytest.approx(whole, rel=1e-5)  # float32
+
+
+def bias_gradients(folder: str, parallel: dict[str, object]) -> dict[str, Tensor]:
+    """Return this rank's gradient of every bias that each expert-tensor rank holds in full."""
+    policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
+    policy.forward_backward(case(), weighted, whole_gradients=True)
+    shards = shards_of(policy.chunks, policy.family, policy.mesh)
+    return {
+        shard.full_name: getattr(shard.parameter, "main_grad").double().clone()  # noqa: B009 (not of Tensor)
+        for shard in shards
+        if shard.name.is_expert and shard.name.rule.dim is None
+    }
+
+
+def test_ranks_that_share_an_expert_train_its_bias_alike(tmp_path: Path) -> None:
+    """Only rank 0 adds the bias of the down matrix; without its gradient, the other ranks' copies would diverge."""
+    folder = families.save("gpt_oss", tmp_path / "hf")
+    (truth,) = run_ranks(bias_gradients, 1, str(folder), {}, initialize=False)
+    largest = max(float(gradient.abs().max()) for gradient in truth.values())
+    assert largest > 0
+    for found in run_ranks(bias_gradients, 2, str(folder), {"tensor": 2}, initialize=False):
+        assert found.keys() == truth.keys()
+        for name, gradient in truth.items():  # float32, in another order
+            torch.testing.assert_close(found[name], gradient, atol=5e-6 * largest, rtol=0, msg=name)
 
 
 def test_what_cannot_train_biases_is_refused() -> None:
