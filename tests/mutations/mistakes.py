@@ -383,8 +383,8 @@ MISTAKES = (
     Mistake(
         "replayed-experts-keep-the-gates-of-the-live-ones",
         "policy.routing_replay",
-        "return scores.gather(1, taken_TE), taken_TE",
-        "return values_TE, taken_TE",
+        "return scores.gather(1, taken_TK), taken_TK",
+        "return values_TK, taken_TK",
         ("tests/policy/test_replay.py::test_given_experts_are_taken_with_the_routers_own_gates",),
     ),
 )
