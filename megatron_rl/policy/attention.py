@@ -19,7 +19,7 @@ from megatron_rl.policy.backends import backends_for
 from megatron_rl.policy.rows import Bucket, PackedRow
 
 LARGEST_HEAD = 256
-"""Of torch's kernel for sequences of different lengths; it takes multiples of 8."""
+"""The largest head size of torch's kernel for sequences of different lengths; sizes must be multiples of 8."""
 
 
 class PackedAttention(nn.Module):

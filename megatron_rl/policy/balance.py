@@ -1,6 +1,6 @@
 """The router's load-balancing loss, scaled so that the layout cannot change it.
 
-megatron-core adds the loss inside the router, at the scale of its own token normalisation. With normalisation by tokens
+megatron-core adds the loss inside the router, at the scale of its own token normalization. With normalization by tokens
 (which our losses need: they carry their own denominators) 0.16 multiplies it by the tokens of this rank's shard, so
 that it shrinks with tensor and context parallelism. Here the factor is taken out, and the loss of a mini-batch is the
 plain mean over its packed rows:  coefficient * mean_rows E * sum_e f_e P_e  (Switch Transformer, arXiv 2101.03961).

@@ -121,7 +121,7 @@ def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> li
 def mark_shards(shards: Sequence[LocalParam], mesh: Mesh) -> None:
     """Tell megatron which parameters are cut over tensor-parallel ranks.
 
-    Its layers do so only when they initialise weights, which we skip; without the mark every rank but the first leaves
+    Its layers do so only when they initialize weights, which we skip; without the mark every rank but the first leaves
     its shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
 
     What each rank of an expert has whole (a bias) counts on the first of them, whichever of the dense weights' tensor

@@ -44,9 +44,9 @@ class LayerReplay(RouterReplay):
     def __init__(self, place: int) -> None:
         super().__init__()
         self.place = place
-        """Of its layer among the layers with experts, over the whole model."""
+        """Index of the layer among the layers with experts of the whole model."""
         self.routes: Routes | None = None
-        """Of the row that the layer works on now."""
+        """The routes of the row that the layer processes now."""
 
     def get_replay_topk(
         self,

@@ -1,6 +1,6 @@
 """Sentence and subsentence ratios (SSPO, arXiv 2511.04256), with a window moved by the segment's entropy.
 
-The paper's delimiters, length normalisation and bound formula are not public to us: this is a reconstruction. Ours are
+The paper's delimiters, length normalization and bound formula are not public to us: this is a reconstruction. Ours are
 the delimiters of ``Vocabulary``, the geometric mean, and eps_g = eps0 * clamp(mean_{t in g} H_t / H_ref, 0.5, 2).
 LPO (Ling 2.0, 2510.22115) is ``granularity = "sentence"``, ``entropy_scale = "none"``, ``aggregation = "token"``.
 """
