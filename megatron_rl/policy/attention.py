@@ -16,7 +16,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from megatron_rl.policy.backends import backends_for
-from megatron_rl.policy.rows import Bucket, PackedRow
+from megatron_rl.policy.rows import AttentionBucket, PackedRow
 
 LARGEST_HEAD = 256
 """The largest head size of torch's kernel for sequences of different lengths; sizes must be multiples of 8."""
@@ -63,22 +63,22 @@ class PackedAttention(nn.Module):
             query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
         shape = (len(query), 1, -1) if packed_seq_params.is_plain else (len(query), -1)
         plain = self.window is None and self.softmax_offset is None
-        if plain and self.context_group.size() == 1 and packed_seq_params.num_tokens and can_vary(query):
-            return varying(query, key, value, packed_seq_params, self.scale).reshape(shape)
+        if plain and self.context_group.size() == 1 and packed_seq_params.num_tokens and supports_varlen(query):
+            return varlen_attention(query, key, value, packed_seq_params, self.scale).reshape(shape)
         if self.context_group.size() > 1:
             key = gather_from_sequence_parallel_region(key, group=self.context_group)
             value = gather_from_sequence_parallel_region(value, group=self.context_group)
         kind = AttentionOptions(self.scale, self.window, self.softmax_offset)
-        return in_buckets(query, key, value, packed_seq_params, kind).reshape(shape)
+        return bucketed_attention(query, key, value, packed_seq_params, kind).reshape(shape)
 
 
-def can_vary(query: Tensor) -> bool:
+def supports_varlen(query: Tensor) -> bool:
     """Return whether torch's variable-length kernel takes tensors like this one."""
     width = query.shape[-1]
     return width <= LARGEST_HEAD and width % 8 == 0 and backends_for(query.dtype, query.device.type).varlen
 
 
-def varying(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None) -> Tensor:
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None) -> Tensor:
     """Return what torch's variable-length kernel gives, [T, N, D]; zeros in the filler at the end of the row.
 
     The kernel wants heads of one width; latent attention's values are narrower than its keys, and are padded.
@@ -119,7 +119,7 @@ class AttentionOptions:
     sinks_A: Tensor | None = None
 
 
-def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: AttentionOptions) -> Tensor:
+def bucketed_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: AttentionOptions) -> Tensor:
     """Return what torch's scaled dot product gives on each bucket, [T, N, D]; zeros at padding positions."""
     outputs = [_attend(query, key, value, bucket, kind) for bucket in row.buckets]
     nothing_1ND = query.new_zeros(1, query.shape[1], value.shape[-1])
@@ -130,9 +130,9 @@ def in_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, kind: 
     return torch.cat([*outputs, nothing_1ND])[row.output_index_T]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, kind: AttentionOptions) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: AttentionBucket, kind: AttentionOptions) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
-    mask = seen(bucket, kind.window)
+    mask = visible_keys(bucket, kind.window)
     if grouped and not _takes_groups(query, mask):
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
@@ -156,7 +156,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, kind: Att
     return attended_BASD[:, :, skipped:, : value.shape[-1]].transpose(1, 2).flatten(0, 1)
 
 
-def seen(bucket: Bucket, window: int | None) -> Tensor | None:
+def visible_keys(bucket: AttentionBucket, window: int | None) -> Tensor | None:
     """Return which keys each query sees, through a window if there is one; None: all before it, and itself."""
     longest = bucket.key_index_BS.shape[1]
     if window is None or longest <= window:

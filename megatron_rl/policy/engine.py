@@ -32,8 +32,8 @@ from megatron_rl.errors import TrainingError
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.sharded_files import ShardedStateReader, StateSlice, check_model
 from megatron_rl.policy.balance import LoadBalancing
-from megatron_rl.policy.hf_weights import Export, load_weights, mark_shards, shards_of, tied_copies
-from megatron_rl.policy.model import build_chunks, paths_of
+from megatron_rl.policy.hf_weights import WeightExport, load_weights, mark_shards, shards_of, tied_copies
+from megatron_rl.policy.model import backends_of, build_chunks
 from megatron_rl.policy.nonfinite import bad_row, explain
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, optimizer_parts
 from megatron_rl.policy.process_groups import build_mesh
@@ -86,7 +86,7 @@ class Policy:
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
         self.scheduler.step(0)
-        by_sequence = paths_of(run, self.mesh).engine or self.family.has_latent_attention
+        by_sequence = backends_of(run, self.mesh).engine or self.family.has_latent_attention
         self._qkv_format = "thd" if by_sequence else "sbhd"
         self._parallel, self._train = run.parallel, run.train
 
@@ -246,11 +246,11 @@ class Policy:
         """Optimizer steps taken since the start of the run."""
         return self.scheduler.num_steps
 
-    def weights(self, bucket_bytes: int) -> Export:
+    def weights(self, bucket_bytes: int) -> WeightExport:
         """Return the whole model under Hugging Face names, to iterate over on all ranks: the main one gets it."""
-        return Export(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
+        return WeightExport(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
 
-    def gradients(self) -> Export:
+    def gradients(self) -> WeightExport:
         """Return the gradient of the last ``forward_backward(..., whole_gradients=True)``, named as by ``weights``."""
         weights = self.weights(1 << 28)
         trained = [shard for shard in weights.shards if shard.is_trained]

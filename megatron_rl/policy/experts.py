@@ -29,7 +29,7 @@ ALIGNMENT_BYTES = 16
 """What the grouped kernel asks of where every row begins."""
 
 
-class _Matrix(nn.Module):
+class _ExpertLinear(nn.Module):
     """One matrix of one expert, and its bias if it has one, in memory that is given."""
 
     def __init__(self, memory: Tensor, bias: Tensor, config: TransformerConfig) -> None:
@@ -39,12 +39,12 @@ class _Matrix(nn.Module):
 
 
 class _Expert(nn.Module):
-    def __init__(self, fc1: _Matrix, fc2: _Matrix) -> None:
+    def __init__(self, fc1: _ExpertLinear, fc2: _ExpertLinear) -> None:
         super().__init__()
         self.linear_fc1, self.linear_fc2 = fc1, fc2
 
 
-class Stack:
+class StridedView:
     """Equally shaped tensors as one: a view of them where memory permits, found once for each place they lie in."""
 
     def __init__(self) -> None:
@@ -59,12 +59,12 @@ class Stack:
         return self._view
 
 
-class Matrices:
+class ExpertMatrices:
     """The same matrix of all experts, [E, O, I], and the gradient that megatron keeps for it."""
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = list(weights)
-        self._values, self._gradients = Stack(), Stack()
+        self._values, self._gradients = StridedView(), StridedView()
 
     def read(self) -> Tensor:
         """Return the values, without gradient."""
@@ -106,13 +106,13 @@ class GroupedExperts(MegatronModule):
             num_local_experts, sum(sizes), dtype=config.params_dtype, device=torch.cuda.current_device()
         )
         parts = [row.split(sizes) for row in memory]
-        fc1 = [_Matrix(weight.view(2 * width, hidden), bias, config) for weight, bias, _, _ in parts]
-        fc2 = [_Matrix(weight.view(hidden, width), bias, config) for _, _, weight, bias in parts]
+        fc1 = [_ExpertLinear(weight.view(2 * width, hidden), bias, config) for weight, bias, _, _ in parts]
+        fc2 = [_ExpertLinear(weight.view(hidden, width), bias, config) for _, _, weight, bias in parts]
         self.adds_bias = pg_collection.expt_tp.rank() == 0
         self.local_experts = nn.Module()
         for number in reversed(range(num_local_experts)):
             self.local_experts.add_module(str(number), _Expert(fc1[number], fc2[number]))
-        self.matrices = tuple(Matrices([matrix.weight for matrix in side]) for side in (fc1, fc2))
+        self.matrices = tuple(ExpertMatrices([matrix.weight for matrix in side]) for side in (fc1, fc2))
         self.biases = tuple([matrix.bias for matrix in side if matrix.bias is not None] for side in (fc1, fc2))
 
     def forward(self, tokens_TH: Tensor, counts_E: Tensor, probs_T: Tensor) -> tuple[Tensor, None]:
@@ -120,21 +120,21 @@ class GroupedExperts(MegatronModule):
         ends_E = counts_E.cumsum(0).to(device=tokens_TH.device, dtype=torch.int32, non_blocking=True)
         inner = grouped_linear(tokens_TH, ends_E, self.matrices[0])
         if self.config.add_bias_linear:
-            inner = inner + of_each_token(self.biases[0], counts_E, len(inner))
+            inner = inner + bias_per_token(self.biases[0], counts_E, len(inner))
         if self.config.bias_activation_fusion:
             gated_TF = weighted_bias_swiglu_impl(inner, None, probs_T[:, None])
         else:
             gated_TF = (gated(inner, self.config) * probs_T[:, None]).to(inner.dtype)
         out_TH = grouped_linear(gated_TF, ends_E, self.matrices[1])
         if self.config.add_bias_linear:
-            bias_TH = of_each_token(self.biases[1], counts_E, len(out_TH))
+            bias_TH = bias_per_token(self.biases[1], counts_E, len(out_TH))
             # Elsewhere it counts nothing, but has the same gradient: every rank keeps the same bias.
             bias_TH = bias_TH if self.adds_bias else bias_TH - bias_TH.detach()
             out_TH = out_TH + (bias_TH * probs_T[:, None]).to(out_TH.dtype)
         return out_TH, None
 
 
-def of_each_token(biases: Sequence[Tensor], counts_E: Tensor, total: int) -> Tensor:
+def bias_per_token(biases: Sequence[Tensor], counts_E: Tensor, total: int) -> Tensor:
     """Return the bias of the expert of each of ``total`` tokens, [T, O]."""
     biases_EO = torch.stack(tuple(biases))
     return biases_EO.repeat_interleave(counts_E.to(biases_EO.device), dim=0, output_size=total)
@@ -171,7 +171,7 @@ def can_group(config: TransformerConfig) -> bool:
     )
 
 
-def grouped_linear(tokens_TI: Tensor, ends_E: Tensor, matrices: Matrices) -> Tensor:
+def grouped_linear(tokens_TI: Tensor, ends_E: Tensor, matrices: ExpertMatrices) -> Tensor:
     """Return each token times the matrix of its expert, [T, O].
 
     Args:
@@ -185,7 +185,7 @@ def grouped_linear(tokens_TI: Tensor, ends_E: Tensor, matrices: Matrices) -> Ten
 class _Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    matrices: Matrices
+    matrices: ExpertMatrices
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         """Keep tensors for the backward pass."""
@@ -196,7 +196,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
-        ctx: _Context, tokens_TI: Tensor, ends_E: Tensor, matrices: Matrices, *_: Tensor
+        ctx: _Context, tokens_TI: Tensor, ends_E: Tensor, matrices: ExpertMatrices, *_: Tensor
     ) -> Tensor:
         ctx.save_for_backward(tokens_TI, ends_E)
         ctx.matrices = matrices

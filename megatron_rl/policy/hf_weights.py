@@ -158,7 +158,7 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
 
 
 @dataclass(frozen=True)
-class Export:
+class WeightExport:
     """The model under Hugging Face names, tensor by tensor.
 
     ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
@@ -205,7 +205,7 @@ class Export:
         dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == own] for own in (False, True))
         for part in (dense, experts, stacked):
             group = part[0].whole_group(self.mesh) if part else None
-            share, stacks = self.bucket_bytes // PUSH_BUFFERS // group_size(group), Stacks(self.mesh)
+            share, stacks = self.bucket_bytes // PUSH_BUFFERS // group_size(group), ExpertStacker(self.mesh)
             for bucket in _buckets(part, share):
                 gathered = _gather(bucket, group, self.pick)
                 if self.mesh.world.rank == owner:
@@ -254,7 +254,7 @@ def _merge(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str
 
 
 @dataclass
-class Stacks:
+class ExpertStacker:
     """Puts the experts of a layer together, in host memory: a stack is there from its first bucket to its last."""
 
     mesh: Mesh

@@ -33,7 +33,7 @@ class Norm:
         return module
 
 
-class WholeLinear(nn.Module):
+class ReplicatedLinear(nn.Module):
     """A matrix that every tensor-parallel rank holds whole, applied to this rank's share of the sequence.
 
     transformer-engine's spec has it for the way down to the latents. The local spec cuts that matrix instead, and
@@ -58,9 +58,9 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, **kwargs: object) -> None:
         super().__init__(config, submodules, **kwargs)
         if config.q_lora_rank is not None:
-            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)
+            self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank)
         latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, latent)
+        self.linear_kv_down_proj = ReplicatedLinear(config, config.hidden_size, latent)
 
 
 def block_spec(config: TransformerConfig, paths: Backends, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -98,7 +98,7 @@ class PolicyModel(GPTModel):
         return torch.stack([logprobs_R, entropies_R])
 
 
-def paths_of(run: Run, mesh: Mesh) -> Backends:
+def backends_of(run: Run, mesh: Mesh) -> Backends:
     """Return which implementations serve this run on this rank's device."""
     return backends_for(DTYPES[run.model.dtype], mesh.world.device.type)
 
@@ -138,10 +138,10 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         "moe_enable_routing_replay": run.rollout.routing_replay != "none",
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "deterministic_mode": on_cuda and torch.are_deterministic_algorithms_enabled(),
-        **fusions(paths_of(run, mesh), family.fields),
+        **fusions(backends_of(run, mesh), family.fields),
         **RECOMPUTE[run.model.recompute],
     }
-    return _built(kind, {**fields, **run.model.megatron}, paths_of(run, mesh))
+    return _built(kind, {**fields, **run.model.megatron}, backends_of(run, mesh))
 
 
 def _built(kind: type[TransformerConfig], fields: dict[str, object], paths: Backends) -> TransformerConfig:
@@ -193,7 +193,7 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
     chunks = []
     for stage in range(run.parallel.virtual_pipeline):
         vp_stage = stage if run.parallel.virtual_pipeline > 1 else None
-        chunk = _build_chunk(run, family, config, paths_of(run, mesh), vp_stage).to(mesh.world.device)
+        chunk = _build_chunk(run, family, config, backends_of(run, mesh), vp_stage).to(mesh.world.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.bf16,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finding:
+class NonFiniteTensor:
     """The first tensor that is not finite, in the order of the forward pass (of the backward pass for gradients).
 
     Attributes:
@@ -70,7 +70,7 @@ class NonFiniteError(TrainingError):
         batch: the responses of the micro-batch that it is in.
     """
 
-    def __init__(self, finding: Finding, batch: Batch) -> None:
+    def __init__(self, finding: NonFiniteTensor, batch: Batch) -> None:
         super().__init__(f"the step was stopped, the weights are as before it: {finding.words()}")
         self.finding, self.batch = finding, batch
 
@@ -86,8 +86,8 @@ def bad_row(
     mine = [place for place, fine in enumerate(flags) if not fine]
     first = group_rank(mesh.data) + mine[0] * group_size(mesh.data) if mine else num_rows
     nonfinite = [~torch.isfinite(torch.stack(torch.aminmax(gradient))).all() for gradient in gradients]
-    any_spoilt = bool(torch.stack(nonfinite).any()) if nonfinite else False
-    own = torch.tensor([num_rows - first, int(any_spoilt)], device=mesh.world.device)
+    any_nonfinite = bool(torch.stack(nonfinite).any()) if nonfinite else False
+    own = torch.tensor([num_rows - first, int(any_nonfinite)], device=mesh.world.device)
     before_end, gradient = max_over(torch.distributed.group.WORLD, own).tolist()
     return (num_rows - before_end if before_end else None), bool(gradient)
 
@@ -96,36 +96,36 @@ def explain(policy: "Policy", rows: Sequence[Row], row: int | None, loss_fn: Los
     """Return the error for a flag that is up: in this row's values, or without a row in the gradients."""
     if row is not None:
         batch = rows[row].batch.select(rows[row].sequences)
-        return NonFiniteError(_first(_forward(policy, batch, loss_fn), _spoilt_weights(policy)), batch)
+        return NonFiniteError(_first(_forward(policy, batch, loss_fn), _nonfinite_weights(policy)), batch)
     assert loss_fn is not None, "gradients come from a loss"
     for each in rows:
         batch = each.batch.select(each.sequences)
         if len(batch) and (found := _backward(policy, batch, loss_fn)):
-            return NonFiniteError(_first(found, _spoilt_weights(policy)), batch)
-    return NonFiniteError(Finding("none", ""), rows[0].batch.select(rows[0].sequences))
+            return NonFiniteError(_first(found, _nonfinite_weights(policy)), batch)
+    return NonFiniteError(NonFiniteTensor("none", ""), rows[0].batch.select(rows[0].sequences))
 
 
-def _first(found: Sequence[Finding], weights: tuple[str, ...]) -> Finding:
-    earliest = min(found, key=lambda one: (one.depth, one.order, one.rank), default=Finding("none", ""))
+def _first(found: Sequence[NonFiniteTensor], weights: tuple[str, ...]) -> NonFiniteTensor:
+    earliest = min(found, key=lambda one: (one.depth, one.order, one.rank), default=NonFiniteTensor("none", ""))
     samples = [one.sample for one in found if one.sample is not None]
     return replace(earliest, sample=min(samples, default=None), weights=weights)
 
 
-def _gathered(policy: "Policy", own: Sequence[Finding]) -> list[Finding]:
+def _gathered(policy: "Policy", own: Sequence[NonFiniteTensor]) -> list[NonFiniteTensor]:
     """Return the findings of all ranks."""
     ranks = gather_json([asdict(one) for one in own], policy.mesh.world.device)
-    return [Finding(**fields) for found in cast(list[list[dict[str, Any]]], ranks) for fields in found]
+    return [NonFiniteTensor(**fields) for found in cast(list[list[dict[str, Any]]], ranks) for fields in found]
 
 
-def _spoilt_weights(policy: "Policy") -> tuple[str, ...]:
+def _nonfinite_weights(policy: "Policy") -> tuple[str, ...]:
     names = [name for name, tensor in policy.weights(1 << 28) if not bool(tensor.isfinite().all())]
     return tuple(cast(list[str], broadcast_json(names, source=0, device=policy.mesh.world.device)))
 
 
 @torch.no_grad()
-def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[Finding]:
+def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[NonFiniteTensor]:
     """Run one micro-batch alone, forward only; return what each rank saw first, and what came out of it."""
-    found: list[Finding] = []
+    found: list[NonFiniteTensor] = []
     with _watched(policy, found):
         step = partial(_inspect, policy, batch, loss_fn, found)
         policy.run_rows(one_row(batch, policy.row_rules), step, forward_only=True)
@@ -133,7 +133,7 @@ def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[Fin
 
 
 @contextmanager
-def _watched(policy: "Policy", found: list[Finding]) -> Iterator[None]:
+def _watched(policy: "Policy", found: list[NonFiniteTensor]) -> Iterator[None]:
     """Note the first module of this rank whose output is not finite."""
     rank, last = policy.mesh.world.rank, policy.family.num_layers
     order = iter(range(1 << 60))
@@ -143,7 +143,7 @@ def _watched(policy: "Policy", found: list[Finding]) -> Iterator[None]:
         number = next(order)
         if not found and any(not bool(tensor.isfinite().all()) for tensor in _floats(output)):
             depth = layer if layer is not None else (-1 if name.startswith("embedding") else last)
-            found.append(Finding("output", f"of {name}", layer, rank, depth=depth, order=number))
+            found.append(NonFiniteTensor("output", f"of {name}", layer, rank, depth=depth, order=number))
 
     hooks = [module.register_forward_hook(partial(look, place)) for place, module in _places(policy)]
     try:
@@ -179,7 +179,7 @@ def _inspect(
     policy: "Policy",
     batch: Batch,
     loss_fn: LossFn | None,
-    found: list[Finding],
+    found: list[NonFiniteTensor],
     row: RankRow,
     output_2R: Tensor,
 ) -> tuple[Tensor, Tensor, None]:
@@ -192,7 +192,7 @@ def _inspect(
             responses = batch.response_ids_T[tokens]
             names = batch["sample_index_B"][responses] if "sample_index_B" in batch else responses
             sample = int(names.min()) if len(names) else None
-            found.append(Finding(kind, name, None, mesh.world.rank, sample, depth + below))
+            found.append(NonFiniteTensor(kind, name, None, mesh.world.rank, sample, depth + below))
 
     note("log-prob", "of the trained tokens", ~output_2R[0].isfinite(), 0)
     note("log-prob", "(their entropy) of the trained tokens", ~output_2R[1].isfinite(), 1)
@@ -206,21 +206,21 @@ def _inspect(
     return output_2R.sum(), NO_TOKENS, None
 
 
-def _backward(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[Finding]:
+def _backward(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[NonFiniteTensor]:
     """Run one micro-batch alone, forward and backward; return each rank's gradients that are not finite."""
-    if not (found := _spoilt_gradients(policy, batch, loss_fn)):
+    if not (found := _nonfinite_gradients(policy, batch, loss_fn)):
         return []
     numbers = batch["sample_index_B"].tolist() if "sample_index_B" in batch else list(range(len(batch)))
     for response, number in enumerate(numbers):
-        if alone := _spoilt_gradients(policy, batch.select([response]), loss_fn):
+        if alone := _nonfinite_gradients(policy, batch.select([response]), loss_fn):
             return [replace(one, sample=number) for one in alone]
     return found
 
 
-def _spoilt_gradients(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[Finding]:
+def _nonfinite_gradients(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[NonFiniteTensor]:
     policy.run_backward(one_row(batch, policy.row_rules), loss_fn, whole_gradients=True)
     last = policy.family.num_layers
-    found: list[Finding] = []
+    found: list[NonFiniteTensor] = []
     shards = [shard for shard in shards_of(policy.chunks, policy.family, policy.mesh) if shard.is_trained]
     for number, shard in enumerate(shards):
         gradient = cast(Tensor, getattr(shard.parameter, "main_grad"))  # noqa: B009 (megatron's, no attribute of Tensor)
@@ -229,5 +229,5 @@ def _spoilt_gradients(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[F
             layer = shard.layer if "{layer}" in name else None
             depth = layer if layer is not None else (-1 if name.startswith("embedding") else last)
             words = "of " + ", ".join(shard.hf_names)
-            found.append(Finding("gradient", words, layer, policy.mesh.world.rank, None, -depth, -number))
+            found.append(NonFiniteTensor("gradient", words, layer, policy.mesh.world.rank, None, -depth, -number))
     return _gathered(policy, found)

@@ -33,7 +33,7 @@ from megatron_rl.distributed.collectives import group_rank, group_size, sum_over
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import TrainingError
 from megatron_rl.models.hf_mapping.rules import Family
-from megatron_rl.policy.rows import PackedRow, RankRow, Routes
+from megatron_rl.policy.rows import PackedRow, RankRow, RowRoutes
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
@@ -45,7 +45,7 @@ class LayerReplay(RouterReplay):
         super().__init__()
         self.place = place
         """Index of the layer among the layers with experts of the whole model."""
-        self.routes: Routes | None = None
+        self.routes: RowRoutes | None = None
         """The routes of the row that the layer processes now."""
 
     def get_replay_topk(
@@ -85,7 +85,7 @@ class Replay:
         self.mode: RoutingReplay = mode if family.num_experts else "none"
         self._mesh = mesh
         self._shape = family.route_shape
-        self._kept: list[Routes] | None = None
+        self._kept: list[RowRoutes] | None = None
         self._is_off = False
         config = chunks[0].config
         self._shares_tokens = bool(config.sequence_parallel) and group_size(mesh.tensor) > 1
@@ -104,7 +104,7 @@ class Replay:
         RouterReplay.clear_global_router_replay_instances()
 
     @contextmanager
-    def recording(self) -> Iterator[list[Routes]]:
+    def recording(self) -> Iterator[list[RowRoutes]]:
         """Yield the list that takes the routes of every row that is armed meanwhile."""
         self._kept = []
         try:
@@ -142,13 +142,13 @@ class Replay:
             # Padding takes the first experts: if it moved, the experts' matrix products would round differently.
             given_TLK[local_T < 0] = torch.arange(self._shape.per_token, dtype=given_TLK.dtype)
             known_T |= local_T < 0
-        routes = Routes(local_T, given_TLK, known_T, replays, None if self._kept is None else {})
+        routes = RowRoutes(local_T, given_TLK, known_T, replays, None if self._kept is None else {})
         row.packed.routes = routes
         if self._kept is not None:
             self._kept.append(routes)
         return row
 
-    def columns(self, kept: Sequence[Routes], batch: Batch) -> Columns:
+    def columns(self, kept: Sequence[RowRoutes], batch: Batch) -> Columns:
         """Return what a scoring pass found: ``routes_T`` under r2, else in how many layers the engine chose otherwise.
 
         ``routes_T``: uint8 or int16 [T, L, K]. ``routing_differs_T``: int32, layers. Collective.
@@ -175,7 +175,7 @@ class Replay:
         """Whether this rank speaks for its tokens: without sequence parallelism all tensor ranks see the same."""
         return self._shares_tokens or group_rank(self._mesh.tensor) == 0
 
-    def _gathered(self, kept: Sequence[Routes], place: int, total: int) -> Tensor:
+    def _gathered(self, kept: Sequence[RowRoutes], place: int, total: int) -> Tensor:
         """Return [T, K], int32 on the CPU: one layer's choice from whichever ranks made it."""
         own = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
         for routes in kept:
@@ -190,7 +190,7 @@ class Replay:
             raise TrainingError(f"{wrong} of {total} tokens were not routed exactly once in layer {layer}")
         return summed[:, :-1]
 
-    def _differences(self, kept: Sequence[Routes], total: int) -> Tensor:
+    def _differences(self, kept: Sequence[RowRoutes], total: int) -> Tensor:
         own_T = torch.zeros(total, dtype=torch.int32, device=self._mesh.world.device)
         for routes in kept if self._reports else ():
             known_T = (routes.known_T & (routes.token_ids_T >= 0)).to(own_T.device)

@@ -19,7 +19,7 @@ from megatron_rl.distributed.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Bucket:
+class AttentionBucket:
     """Sequences of similar length that attend in one batched call.
 
     Attributes:
@@ -34,7 +34,7 @@ class Bucket:
 
 
 @dataclass
-class Routes:
+class RowRoutes:
     """Which experts the tokens of a row take on this rank: as given, and as the routers choose. See ``replay``.
 
     T counts the positions that a router of this rank sees: under sequence parallelism a part of the rank's row.
@@ -71,11 +71,11 @@ class PackedRow(PackedSeqParams):
     cu_seqlens_kv: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
-    buckets: list[Bucket] = field(default_factory=list)
+    buckets: list[AttentionBucket] = field(default_factory=list)
     output_index_T: Tensor | None = None
     sequence_ends: Tensor | None = None
     num_tokens: int = 0
-    routes: Routes | None = None
+    routes: RowRoutes | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -171,14 +171,14 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_N.cumsum(0)]).to(torch.int32)
     gathered_W = torch.empty(row.length, dtype=torch.int64)
     gathered_W[torch.cat([zigzag(lengths_N, rank, size) for rank in range(size)])] = torch.arange(row.length)
-    buckets: list[Bucket] = []
+    buckets: list[AttentionBucket] = []
     flat_W, used = torch.full((len(local_T),), -1, dtype=torch.int64), 0
     for members_B in _similar_lengths(row.padded_N):
         bucket, filled_BS = _bucket(members_B, lengths_N, local_T, gathered_W, size)
         flat_W[bucket.query_index_BS[filled_BS]] = used + filled_BS.flatten().nonzero().flatten()
         used += filled_BS.numel()
         mask = None if bucket.mask_B1SS is None else bucket.mask_B1SS.to(device)
-        buckets.append(Bucket(bucket.query_index_BS.to(device), bucket.key_index_BS.to(device), mask))
+        buckets.append(AttentionBucket(bucket.query_index_BS.to(device), bucket.key_index_BS.to(device), mask))
     longest = int(lengths_N.max())
     ends = ends.to(device)
     return PackedRow(
@@ -201,7 +201,7 @@ def _similar_lengths(lengths_N: Tensor) -> list[Tensor]:
 
 def _bucket(
     members_B: Tensor, lengths_N: Tensor, local_T: Tensor, gathered_W: Tensor, size: int
-) -> tuple[Bucket, Tensor]:
+) -> tuple[AttentionBucket, Tensor]:
     """Return the bucket of these sequences, and [B, S] where it has queries."""
     starts_B = (lengths_N.cumsum(0) - lengths_N)[members_B][:, None]
     lengths_B = lengths_N[members_B][:, None]
@@ -211,7 +211,7 @@ def _bucket(
     filled_BS = place_S < lengths_B // size
     query_BS = torch.where(filled_BS, starts_B // size + place_S, 0)
     if size == 1:
-        return Bucket(query_BS, key_BS, None), filled_BS
+        return AttentionBucket(query_BS, key_BS, None), filled_BS
     order_BS = torch.where(filled_BS, local_T[query_BS] - starts_B, 0)
     mask_BSS = torch.arange(key_BS.shape[1]) <= order_BS[:, :, None]
-    return Bucket(query_BS, key_BS, mask_BSS[:, None]), filled_BS
+    return AttentionBucket(query_BS, key_BS, mask_BSS[:, None]), filled_BS

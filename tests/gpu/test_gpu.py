@@ -18,7 +18,7 @@ from megatron_rl.algorithms.objectives import ESPO
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.distributed.mesh import make_deterministic, single_rank_world
 from megatron_rl.ops.head import Backend, head_logprobs_entropies
-from megatron_rl.policy.attention import varying
+from megatron_rl.policy.attention import varlen_attention
 from megatron_rl.policy.backends import PLAIN_VARIABLE
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.experts import grouped_product, strided
@@ -92,7 +92,7 @@ def test_torch_s_variable_length_kernel_is_causal_attention(groups: int, value_w
     query, key, value = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     row = PackedRow(sequence_ends=ends, num_tokens=total, max_seqlen_q=130, max_seqlen_kv=130)
-    found = varying(query, key, value, row, 0.2)
+    found = varlen_attention(query, key, value, row, 0.2)
     inputs = [query, key, value]
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
     parts = [tensor[:total].split(lengths) for tensor in wide]

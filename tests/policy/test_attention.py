@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.policy import attention, backends
-from megatron_rl.policy.attention import AttentionOptions, in_buckets, varying
-from megatron_rl.policy.rows import Bucket, PackedRow
+from megatron_rl.policy.attention import AttentionOptions, bucketed_attention, varlen_attention
+from megatron_rl.policy.rows import AttentionBucket, PackedRow
 from tests.policy.plain_attention import causal, plain_varlen
 
 LENGTHS = (5, 1, 12, 4)
@@ -19,7 +19,7 @@ FILLER = 3
 def row() -> PackedRow:
     """Return a row of four sequences in three buckets, with filler at its end."""
     starts = [sum(LENGTHS[:n]) for n in range(len(LENGTHS))]
-    buckets: list[Bucket] = []
+    buckets: list[AttentionBucket] = []
     flat, used = torch.full((sum(LENGTHS) + FILLER,), -1), 0
     for members in ([1], [0, 3], [2]):
         width = max(LENGTHS[n] for n in members)
@@ -28,7 +28,7 @@ def row() -> PackedRow:
             index[place, : LENGTHS[n]] = torch.arange(starts[n], starts[n] + LENGTHS[n])
             flat[starts[n] : starts[n] + LENGTHS[n]] = used + place * width + torch.arange(LENGTHS[n])
         used += len(members) * width
-        buckets.append(Bucket(index, index, None))
+        buckets.append(AttentionBucket(index, index, None))
     ends = torch.tensor([*starts, sum(LENGTHS)], dtype=torch.int32)
     return PackedRow(
         buckets=buckets,
@@ -41,16 +41,16 @@ def row() -> PackedRow:
 
 
 def buckets(query: Tensor, key: Tensor, value: Tensor, packed: PackedRow, scale: float | None) -> Tensor:
-    """Stand where ``varying`` stands."""
-    return in_buckets(query, key, value, packed, AttentionOptions(scale))
+    """Stand where ``varlen_attention`` stands."""
+    return bucketed_attention(query, key, value, packed, AttentionOptions(scale))
 
 
-@pytest.mark.parametrize("path", [buckets, varying], ids=["buckets", "varlen"])
+@pytest.mark.parametrize("path", [buckets, varlen_attention], ids=["buckets", "varlen"])
 @pytest.mark.parametrize(
     ("groups", "value_width", "scale"), [(4, 8, None), (2, 8, 0.3), (4, 6, 0.3)], ids=["full", "grouped", "latent"]
 )
 def test_both_paths_attend_as_one_sequence_at_a_time(path, groups, value_width, scale, monkeypatch) -> None:
-    # The kernel runs on GPUs only: here stands one that takes the same arguments, so that they are seen to be right.
+    # The kernel runs on GPUs only; this one takes the same arguments, so that they can be checked.
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS) + FILLER
@@ -75,10 +75,10 @@ def test_repeated_heads_give_what_shared_ones_give(monkeypatch) -> None:
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     sinks_A = torch.randn(4, generator=generator)
     kinds = (AttentionOptions(), AttentionOptions(sinks_A=sinks_A))
-    shared = [in_buckets(query, key, value, row(), kind) for kind in kinds]
+    shared = [bucketed_attention(query, key, value, row(), kind) for kind in kinds]
     monkeypatch.setattr(attention, "_takes_groups", lambda *_: False)
     for kind, before in zip(kinds, shared, strict=True):
-        torch.testing.assert_close(in_buckets(query, key, value, row(), kind), before)
+        torch.testing.assert_close(bucketed_attention(query, key, value, row(), kind), before)
 
 
 @pytest.mark.parametrize("order", ["plain", "masked"])
@@ -98,7 +98,7 @@ def test_sinks_and_windows_are_the_softmax_written_out(
     )
     packed = row() if order == "plain" else masked(row())
     kind = AttentionOptions(0.3, window, sinks_A if sinks else None)
-    out_TND = in_buckets(query, key, value, packed, kind)
+    out_TND = bucketed_attention(query, key, value, packed, kind)
     queries, keys, values = (tensor.split([*LENGTHS, FILLER]) for tensor in (query, key, value))
     parts = zip(queries, keys, values, strict=True)
     alone = [causal(q, k, v, 0.3, window=window, sinks_A=kind.sinks_A) for q, k, v in parts]
@@ -114,11 +114,11 @@ def test_sinks_and_windows_are_the_softmax_written_out(
 
 def masked(plain: PackedRow) -> PackedRow:
     """Return the same row with masks in place of plain causal order."""
-    made: list[Bucket] = []
+    made: list[AttentionBucket] = []
     for bucket in plain.buckets:
         count, longest = bucket.key_index_BS.shape
         order_SS = torch.ones(longest, longest, dtype=torch.bool).tril()
-        made.append(Bucket(bucket.query_index_BS, bucket.key_index_BS, order_SS.expand(count, 1, -1, -1)))
+        made.append(AttentionBucket(bucket.query_index_BS, bucket.key_index_BS, order_SS.expand(count, 1, -1, -1)))
     return replace(plain, buckets=made)
 
 
@@ -126,7 +126,7 @@ def test_a_row_without_tokens_has_a_gradient_for_its_sinks() -> None:
     tensor = torch.zeros(2, 4, 8, requires_grad=True)
     sinks_A = torch.zeros(4, requires_grad=True)
     empty = PackedRow(output_index_T=torch.zeros(2, dtype=torch.int64))
-    in_buckets(tensor, tensor, tensor, empty, AttentionOptions(sinks_A=sinks_A)).sum().backward()
+    bucketed_attention(tensor, tensor, tensor, empty, AttentionOptions(sinks_A=sinks_A)).sum().backward()
     assert sinks_A.grad is not None
     assert not sinks_A.grad.any()
 

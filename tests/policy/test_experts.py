@@ -17,7 +17,7 @@ from megatron_rl.models.hf_mapping.gpt_oss import quick_gelu
 from megatron_rl.policy import layers
 from megatron_rl.policy.backends import Backends
 from megatron_rl.policy.engine import Policy
-from megatron_rl.policy.experts import GroupedExperts, Matrices, grouped_linear, grouped_product, strided
+from megatron_rl.policy.experts import ExpertMatrices, GroupedExperts, grouped_linear, grouped_product, strided
 from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.model import _built
 from tests.policy import families
@@ -87,7 +87,7 @@ def test_matrices_at_uneven_distances_are_stacked() -> None:
     for matrices in (uneven, descending, apart):
         assert strided(matrices) is None
     for matrices in (even, uneven, descending, apart):
-        weights = Matrices([torch.nn.Parameter(matrix) for matrix in matrices])
+        weights = ExpertMatrices([torch.nn.Parameter(matrix) for matrix in matrices])
         assert torch.equal(weights.read(), torch.stack(matrices))
 
 
@@ -100,7 +100,7 @@ def test_grouped_linear_has_the_gradients_of_separate_products(inputs: int, toge
     own = [matrix if together else matrix.clone() for matrix in memory]
     weights = [torch.nn.Parameter(matrix) for matrix in own]
     tokens_TI = torch.randn(9, inputs, generator=generator, requires_grad=True)
-    out_TO = grouped_linear(tokens_TI, counts.cumsum(0).int(), Matrices(weights))
+    out_TO = grouped_linear(tokens_TI, counts.cumsum(0).int(), ExpertMatrices(weights))
     upstream_TO = torch.randn(out_TO.shape, generator=generator)
     found = torch.autograd.grad(out_TO, [tokens_TI, *weights], upstream_TO)
 
