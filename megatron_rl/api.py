@@ -1,4 +1,4 @@
-"""Public functions for use outside the trainer: the same code that the trainer runs, on plain padded tensors.
+"""Public loss functions for use outside the trainer: the code that the trainer runs, on padded tensors.
 
 Legend: B responses (one per row), S padded length.
 """
@@ -31,11 +31,12 @@ Option = bool | int | float | str | None | list[float] | tuple[float, ...] | Map
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A loss and what describes it.
+    """The loss of a mini-batch and its metrics, as returned by ``policy_loss``.
 
     Attributes:
-        loss: scalar to minimise, with gradient to ``logprobs``.
-        metrics: the journal's numbers, see ``megatron_rl.algorithms.loss.summary`` and ``correction.mismatch``.
+        loss: scalar to minimize, differentiable with respect to ``logprobs``.
+        metrics: metrics of the mini-batch by name, with the keys of ``megatron_rl.algorithms.loss.summary`` and
+            ``megatron_rl.algorithms.correction.mismatch``.
     """
 
     loss: Tensor
@@ -43,7 +44,7 @@ class PolicyLoss:
 
 
 class _Options(Section):
-    """An objective with what may stand around it."""
+    """Options of ``policy_loss``: the objective, and the optional tables ``correction`` and ``kl``."""
 
     objective: AnyObjective
     correction: Correction = Correction()
@@ -63,27 +64,36 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
-    """Return the loss of a mini-batch of padded responses, by the code that the trainer uses.
+    """Compute the loss of a mini-batch of padded responses with the code that the trainer uses.
 
-    Computed in float32, or float64 if ``logprobs`` is. What stands in masked slots, NaN and infinity included, is never
-    read.
+    The loss is computed in float32, or in float64 if ``logprobs`` is float64. Values at masked positions are never read
+    and may be NaN or infinite.
 
     Args:
         objective: a name such as ``"grpo"`` or ``"path/to/mine.py:Mine"``, or a table of options:
-            ``{"name": "espo", "alpha": 0.02}``. The tables ``correction`` and ``kl`` of a run's configuration may be
-            inside: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
-        logprobs: [B, S], log-probabilities of the tokens under the current weights, with gradient.
-        old_logprobs: [B, S], under the weights at the start of the rollout batch.
-        advantages: [B] or [B, S].
-        loss_mask: [B, S] bool, the trained tokens. Rows without one do not count.
-        entropies: [B, S] nats, of the old policy; needed by espo, and by sspo unless ``entropy_scale`` is ``"none"``.
-        segment_ids: [B, S] int, -1 where masked: tokens of a row with the same id share a ratio. Needed by sspo; a
-            clipped
-            objective uses them in place of its own segments.
-        rollout_logprobs: [B, S], as the rollout engine reported them. Without a ``correction`` they only add the
-            ``mismatch_`` metrics; dppo needs them.
-        ref_logprobs: [B, S], under a frozen reference; used by ``kl``, otherwise only measured.
-        vocab_size: token ids of the model, for log V; needed by espo and by ``entropy_scale = "log_vocab"``.
+            ``{"name": "espo", "alpha": 0.02}``. The table may contain the tables ``correction`` and ``kl`` of a run's
+            configuration: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
+        logprobs: [B, S], log-probabilities of the tokens under the current weights in nats, with gradient.
+        old_logprobs: [B, S], log-probabilities under the weights at the start of the rollout batch.
+        advantages: [B] or [B, S], advantage per response or per token.
+        loss_mask: [B, S] bool, True on trained tokens. Rows without a trained token do not count.
+        entropies: [B, S], entropies of the old policy in nats; required by espo, and by sspo unless ``entropy_scale``
+            is ``"none"``.
+        segment_ids: [B, S] int, -1 where masked; tokens of a row with the same id share an importance ratio. Required
+            by sspo; other clipped objectives use them in place of the segments that they would compute.
+        rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo and if
+            ``correction.kind`` is not ``"none"``; otherwise they only add the ``mismatch_`` metrics.
+        ref_logprobs: [B, S], log-probabilities under a frozen reference policy. Required if ``kl.coefficient`` is above
+            0; otherwise they only add the metric ``reference_kl_mean``.
+        vocab_size: number of token ids of the model (V of log V); required by espo and by ``entropy_scale =
+            "log_vocab"``.
+
+    Returns:
+        The scalar loss and its metrics; the metric ``entropy_mean`` is present only if ``entropies`` is passed.
+
+    Raises:
+        ConfigError: an option is invalid, or the objective needs a tensor that is missing.
+        ValueError: the shape or dtype of a tensor is wrong.
     """
     options = _options(objective)
     _check_shapes(logprobs, loss_mask, advantages)
@@ -115,11 +125,11 @@ def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> No
     if logprobs.shape != loss_mask.shape:
         raise ValueError(f"logprobs is {list(logprobs.shape)}: expected {list(loss_mask.shape)}, as loss_mask")
     if advantages.dim() == 1 and len(advantages) != len(loss_mask):
-        raise ValueError(f"advantages is {list(advantages.shape)}: expected one a row, [{len(loss_mask)}]")
+        raise ValueError(f"advantages is {list(advantages.shape)}: expected one per row, [{len(loss_mask)}]")
 
 
 def _batch(loss_mask: Tensor, columns: Mapping[str, Tensor]) -> Batch:
-    """Return the rows of padded columns as sequences that lie end to end, on the CPU, without gradient."""
+    """Return padded [B, S] columns as a batch of B sequences of S tokens, detached and on the CPU."""
     for name, column in columns.items():
         if column.shape != loss_mask.shape:
             shape = list(loss_mask.shape)
@@ -131,8 +141,8 @@ def _batch(loss_mask: Tensor, columns: Mapping[str, Tensor]) -> Batch:
 
 def _segments(segment_ids: Tensor, loss_mask: Tensor) -> Tensor:
     if segment_ids.shape != loss_mask.shape or segment_ids.dtype.is_floating_point:
-        seen = f"{list(segment_ids.shape)}, {segment_ids.dtype}"
-        raise ValueError(f"segment_ids is {seen}: expected integers, {list(loss_mask.shape)}, the shape of loss_mask")
+        actual = f"{list(segment_ids.shape)}, {segment_ids.dtype}"
+        raise ValueError(f"segment_ids is {actual}: expected integers, {list(loss_mask.shape)}, the shape of loss_mask")
     if bool((segment_ids[loss_mask.bool()] < 0).any()):
         raise ValueError("segment_ids is negative at a token that loss_mask trains: give each trained token an id >= 0")
     return segment_ids.flatten().cpu()

@@ -1,4 +1,4 @@
-"""Weights and gates against the mismatch between the rollout engine and the trainer, and a measure of that mismatch.
+"""Importance weights that correct the mismatch between rollout engine and trainer, and metrics of that mismatch.
 
 Legend: T all tokens of a mini-batch, R trained tokens of a mini-batch.
 """
@@ -16,23 +16,23 @@ from megatron_rl.config.section import Section
 from megatron_rl.data.types import Batch, Columns
 
 CAPS = {"tis": 2.0, "mis": 2.0, "icepop": 5.0}
-"""Default of ``Correction.high`` per kind."""
+"""Default of ``Correction.high`` for each kind."""
 
 
 class Correction(Section):
-    """Weights against the mismatch between the rollout engine and the trainer: w = exp(old - rollout log-prob).
+    """Importance weights w = exp(old - rollout log-prob) that correct the mismatch of rollout engine and trainer.
 
-    The weight multiplies the objective's cost, not the KL term; it has no gradient, and denominators keep the original
-    counts.
+    The weight multiplies the objective's cost but not the KL term. It has no gradient and does not change the token
+    counts in the denominators.
     """
 
     kind: Literal["none", "tis", "mis", "icepop", "bypass"] = "none"
     """``tis``: min(w, high); ``mis``: w where low <= w <= high, else 0; ``icepop``: 1 where low <= w <= high, else 0;
     ``bypass``: no weight, the rollout engine's log-probs are used as the old policy's."""
     level: Literal["token", "segment", "sequence"] = "token"
-    """What shares a weight: a token, a segment of the objective, or a response."""
+    """Unit that gets one weight: a token, a segment of the objective, or a whole response (``sequence``)."""
     reduction: Literal["product", "geometric"] = "product"
-    """How token weights make the weight of a segment or sequence: their product, or their geometric mean."""
+    """How token weights are combined into the weight of a segment or sequence: product or geometric mean."""
     low: Annotated[float, Field(gt=0)] = 0.5
     """Smallest accepted weight of ``mis`` and ``icepop``."""
     high: Annotated[float, Field(gt=0)] | None = None
@@ -46,13 +46,13 @@ class Correction(Section):
 
     @property
     def cap(self) -> float:
-        """The largest weight, with the default of the kind applied."""
+        """The largest weight: ``high``, or the default of the kind."""
         return CAPS.get(self.kind, 1.0) if self.high is None else self.high
 
     def columns(self, tokens: Tokens) -> Columns:
-        """Return ``corrections_T``, or nothing for a kind without weights.
+        """Return the column ``corrections_T``; empty for the kinds ``none`` and ``bypass``.
 
-        ``level = "segment"`` means a weight per token where the objective has no segments.
+        If the objective has no segments, ``level = "segment"`` gives one weight per token.
         """
         if self.kind in ("none", "bypass"):
             return {}
@@ -73,10 +73,10 @@ class Correction(Section):
 
 
 def mismatch(batch: Batch) -> dict[str, float]:
-    """Return how far the rollout engine's log-probs are from the trainer's, over the trained tokens of a batch.
+    """Return statistics of the difference between trainer and rollout log-probs over the trained tokens of a batch.
 
-    The keys are those of ``log_ratio_statistics``, each after ``mismatch_``. Empty without rollout log-probs, without
-    old log-probs, or without trained tokens.
+    The keys are those of ``log_ratio_statistics`` with the prefix ``mismatch_``. The result is empty if the batch has
+    no rollout log-probs, no old log-probs, or no trained tokens.
     """
     tokens = Tokens.of(batch)
     if "rollout_logprobs_T" not in batch or "old_logprobs_T" not in batch or not len(tokens):
@@ -86,12 +86,12 @@ def mismatch(batch: Batch) -> dict[str, float]:
 
 
 def log_ratio_statistics(log_R: Tensor) -> dict[str, float]:
-    """Return statistics of the log ratios old / rollout of at least one token.
+    """Return statistics of log ratios (old minus rollout log-prob, in nats) of one or more tokens.
 
-    ``kl``: mean k3 estimate of KL(rollout || old), nats per token; ``abs_mean``, ``abs_p50``, ``abs_p90``, ``abs_p99``
-    and ``abs_max``: absolute difference in nats.
+    ``kl``: mean k3 estimate of KL(rollout || old) in nats per token; ``abs_mean``, ``abs_p50``, ``abs_p90``,
+    ``abs_p99`` and ``abs_max``: mean, percentiles and maximum of the absolute log ratio in nats.
     """
-    # By sorting: torch.quantile refuses more than 16 million values.
+    # Sort instead of torch.quantile, which is limited to 16 million values.
     ordered_R = log_R.abs().sort().values
     last = len(ordered_R) - 1
     return {

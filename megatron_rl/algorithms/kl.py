@@ -1,4 +1,4 @@
-"""Estimators of the KL divergence from single samples, and the penalty for leaving a reference policy.
+"""Single-sample estimators of the KL divergence, and the KL penalty against a reference policy.
 
 Legend: R trained tokens of a micro-batch on this rank.
 """
@@ -12,19 +12,19 @@ from torch import Tensor
 from megatron_rl.config.section import Section
 
 LARGEST_EXPONENT = 20.0
-"""Log ratios are clamped to +-20 before they are exponentiated."""
+"""Log ratios are clamped to [-20, 20] before exponentiation."""
 
 
 class ReferenceKL(Section):
-    """A penalty for leaving a frozen reference policy, weighted like the objective's tokens."""
+    """KL penalty against a frozen reference policy, with the same token weights as the objective."""
 
     coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """Factor of the penalty; 0 switches it off."""
+    """Factor of the penalty; 0 disables it."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """With d = log-prob - reference log-prob: ``k1``: d; ``k2``: d^2 / 2; ``k3``: exp(-d) + d - 1."""
 
     def cost(self, logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
-        """Return the estimate of KL(policy || reference) at each token, with gradient."""
+        """Return the estimate of KL(policy || reference) in nats per token, [R], with gradient to ``logprobs_R``."""
         log_ratio_R = logprobs_R - ref_logprobs_R
         if self.estimator == "k1":
             return log_ratio_R
@@ -32,8 +32,10 @@ class ReferenceKL(Section):
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """Return exp(x) - x - 1: for x = log q - log p with samples from p, an unbiased estimate of KL(p || q), >= 0.
+    """Return the k3 estimate exp(x) - x - 1 of the KL divergence, elementwise.
 
-    The exponent is clamped to +-20, the linear term is not: far away the gradient stays that of -x.
+    With x = log q - log p and samples from p it is an unbiased, non-negative estimate of KL(p || q) in nats (Schulman,
+    "Approximating KL divergence", 2020). Only the exponent is clamped to [-20, 20], not the linear term: for large |x|
+    the gradient is that of -x.
     """
     return torch.expm1(log_ratio.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)) - log_ratio

@@ -1,4 +1,4 @@
-"""From log-probabilities to the loss: a plain weighted sum of per-token costs, and the metrics that describe it.
+"""The loss as a weighted sum of per-token costs, and its metrics.
 
 Legend: T all tokens of a mini-batch, R trained tokens (of a mini-batch, or of a micro-batch on this rank).
 """
@@ -22,36 +22,46 @@ def prepare(
     vocabulary: Vocabulary | None = None,
     segment_ids_T: Tensor | None = None,
 ) -> Columns:
-    """Return every theta-free column that the loss of this global mini-batch reads, computed on whole responses.
+    """Return all columns that the loss of a mini-batch reads and that do not depend on the current weights.
 
-    The columns of ``objective.prepare``; ``corrections_T``; with ``bypass`` also ``old_logprobs_T``.
+    These are the columns of ``objective.prepare``, ``corrections_T`` if the correction has weights, and, for the
+    correction kind ``bypass``, ``old_logprobs_T`` with the values of ``rollout_logprobs_T``.
 
     Args:
-        batch: a whole mini-batch: all data-parallel ranks, all micro-batches. It has ``old_logprobs_T`` (or, with
-            ``bypass``, ``rollout_logprobs_T``), ``advantages_B`` or ``advantages_T``, ``old_entropies_T`` if asked for.
-        objective: gives segments, windows and weights.
-        correction: what to do about the engine's mismatch.
-        vocabulary: see ``Objective.prepare``.
-        segment_ids_T: see ``Objective.prepare``.
+        batch: the global mini-batch of whole responses: all data-parallel ranks and all micro-batches. It has
+            ``old_logprobs_T`` (for ``bypass``: ``rollout_logprobs_T``), ``advantages_B`` or ``advantages_T``, and
+            ``old_entropies_T`` if the objective uses entropies.
+        objective: computes segments, clip windows and token weights.
+        correction: correction of the mismatch between rollout engine and trainer; None: no correction.
+        vocabulary: required by objectives that use the text of tokens or log V.
+        segment_ids_T: int64, segments to use in place of the objective's; unique per response.
+
+    Raises:
+        ConfigError: the batch lacks a column that the objective or the correction needs.
     """
     correction = correction or Correction()
     replaced: Columns = {}
     if correction.kind != "none" and "rollout_logprobs_T" not in batch:
-        raise ConfigError(f'correction kind "{correction.kind}" needs rollout_logprobs: the batch has none, give them')
+        raise ConfigError(f'correction kind "{correction.kind}" needs rollout_logprobs: the batch has none, pass them')
     if correction.kind == "bypass":
         replaced = {"old_logprobs_T": batch["rollout_logprobs_T"]}
     batch = batch.add(replaced)
-    batch = batch.add(own := objective.prepare(batch, vocabulary, segment_ids_T))
-    return {**replaced, **own, **correction.columns(Tokens.of(batch))}
+    batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T))
+    return {**replaced, **prepared, **correction.columns(Tokens.of(batch))}
 
 
 def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_tokens: bool = False) -> LossFn:
-    """Return the loss of a micro-batch as a function of what the policy computed for it.
+    """Return the loss function of a micro-batch.
 
-    The value is sum_t weights_t * (correction_t * cost_t + coefficient * kl_t): values of ranks and micro-batches add
-    up to the loss of the mini-batch. Without trained tokens it is 0 with an (empty) gradient. Ratios and sums are in
-    float32, or in float64 if the log-probabilities are. With ``keep_tokens`` the metrics hold what became of each
-    token: ``new_logprobs_T``, ``log_ratios_T`` (of its segment), ``clipped_T`` (1 or 0).
+    Its value is sum_t weights_t * (correction_t * cost_t + coefficient * kl_t), so values of ranks and micro-batches
+    add up to the loss of the mini-batch. Without trained tokens the value is 0, with an empty gradient. Ratios and sums
+    are in float32, or in float64 if the log-probabilities are float64.
+
+    Args:
+        objective: computes the cost of each token.
+        kl: the KL penalty; None: no penalty.
+        keep_tokens: return per-token columns in ``Metrics.tokens``: ``new_logprobs_T``, ``log_ratios_T`` (of the
+            token's segment) and ``clipped_T`` (1 or 0).
     """
     kl = kl or ReferenceKL()
 
@@ -63,21 +73,21 @@ def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_token
             values_R = values_R * inputs.corrections_R
         if kl.coefficient:
             if inputs.ref_logprobs_R is None:
-                raise ConfigError(f"kl.coefficient = {kl.coefficient} needs ref_logprobs: give them, or set it to 0")
+                raise ConfigError(f"kl.coefficient = {kl.coefficient} needs ref_logprobs: pass them, or set it to 0")
             values_R = values_R + kl.coefficient * kl.cost(logprobs_R, inputs.ref_logprobs_R)
         value = (inputs.weights_R * values_R).sum()
         metrics = _metrics(value, logprobs_R, entropies_R, cost, inputs)
-        sums = {**metrics.sums, **_gradient_use(value, logprobs_R, inputs)}
+        sums = {**metrics.sums, **_gradient_sums(value, logprobs_R, inputs)}
         return Loss(value, Metrics(sums, metrics.maxima, _tokens(logprobs_R, cost) if keep_tokens else {}))
 
     return loss
 
 
-def _gradient_use(value: Tensor, logprobs_R: Tensor, inputs: LossInputs) -> dict[str, Tensor]:
-    """Return what became of the gradient with respect to the log-probs; nothing where no gradient is asked for.
+def _gradient_sums(value: Tensor, logprobs_R: Tensor, inputs: LossInputs) -> dict[str, Tensor]:
+    """Return sums over the gradient with respect to the log-probs; empty if the loss requires no gradient.
 
-    By differentiating: whatever takes a gradient away (a clip, a gate, an advantage or a weight of 0) counts, in any
-    objective. What is differentiated twice is the cost of each token alone, not the model.
+    The loss is differentiated, so everything that removes a gradient counts, in any objective: a clip, a gate, an
+    advantage or a weight of 0. The backward pass stops at ``logprobs_R`` and does not run through the model.
     """
     if not value.requires_grad:
         return {}
@@ -95,7 +105,7 @@ def _tokens(logprobs_R: Tensor, cost: Cost) -> Columns:
 
 @torch.no_grad()
 def _metrics(value: Tensor, logprobs_R: Tensor, entropies_R: Tensor, cost: Cost, inputs: LossInputs) -> Metrics:
-    """Return sums and maxima over this rank's trained tokens; see ``summary`` for what becomes of them."""
+    """Return the sums and maxima over this rank's trained tokens from which ``summary`` computes the metrics."""
     ratio_R = cost.ratio.value_R
     sums = {
         "loss": value,
@@ -116,17 +126,21 @@ def _metrics(value: Tensor, logprobs_R: Tensor, entropies_R: Tensor, cost: Cost,
 
 
 def summary(metrics: Metrics) -> dict[str, float]:
-    """Return the journal's numbers for one mini-batch, from metrics added up over all ranks and micro-batches.
+    """Return the recorded metrics of one mini-batch from metrics reduced over all ranks and micro-batches.
 
-    ``loss``: the loss. Means over trained tokens: ``entropy_mean`` (nats, current policy), ``ratio_mean`` (each token
-    with the ratio of its segment), ``clipped_fraction`` (tokens that the trust region took out), ``gradient_fraction``
-    (tokens with a gradient), ``policy_kl_mean`` (k3 estimate of KL(old || current)), ``reference_kl_mean`` (k3),
-    ``correction_mean``. ``gradient_kept``: sum of |dL / d log-prob|, as a share of the plain policy gradient's, which
-    has every ratio 1 and nothing clipped. ``ratio_max``: largest ratio of any segment. ``segments_mean``: segments per
-    response. ``tokens``, ``responses``, ``segments``: counts.
+    * ``loss``: the loss.
+    * ``tokens``, ``responses``, ``segments``: counts; ``segments_mean``: segments per response.
+    * Means over trained tokens: ``entropy_mean`` (current policy, nats), ``ratio_mean`` (each token with the ratio of
+      its segment), ``policy_kl_mean`` (k3 estimate of KL(old || current), nats), ``reference_kl_mean`` (k3 estimate of
+      KL(current || reference), nats), ``correction_mean``.
+    * Fractions of trained tokens: ``clipped_fraction`` (clipped, masked or capped by the objective),
+      ``gradient_fraction`` (with a nonzero gradient).
+    * ``gradient_kept``: sum of |d loss / d log-prob|, relative to that of the plain policy gradient (every ratio 1,
+      nothing clipped).
+    * ``ratio_max``: largest ratio of any segment.
     """
     sums = {name: float(total) for name, total in metrics.sums.items()}
-    # Counts that were added up as shares of 1: whole numbers but for rounding.
+    # Counts summed from fractions: integers up to rounding.
     responses, segments = float(round(sums["responses"])), float(round(sums["segments"]))
     tokens = max(sums["tokens"], 1.0)
     means = {"entropy", "ratio", "policy_kl", "reference_kl", "correction"} & sums.keys()
@@ -137,13 +151,13 @@ def summary(metrics: Metrics) -> dict[str, float]:
         "segments": segments,
         "segments_mean": segments / max(responses, 1.0),
         "clipped_fraction": sums["clipped"] / tokens,
-        **(_kept(sums) if "trained" in sums else {}),
+        **(_gradient_shares(sums) if "trained" in sums else {}),
         **{f"{name}_mean": sums[name] / tokens for name in sorted(means)},
         **{f"{name}_max": float(largest) for name, largest in metrics.maxima.items()},
     }
 
 
-def _kept(sums: dict[str, float]) -> dict[str, float]:
+def _gradient_shares(sums: dict[str, float]) -> dict[str, float]:
     plain = sums["plain_gradient"]
     return {
         "gradient_fraction": sums["trained"] / max(sums["tokens"], 1.0),
