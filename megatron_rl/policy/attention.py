@@ -23,10 +23,11 @@ LARGEST_HEAD = 256
 
 
 class PackedAttention(nn.Module):
-    """Causal attention over packed sequences: by torch's variable-length kernel, or on buckets of similar length.
+    """Causal attention over packed sequences, with torch's variable-length kernel or on buckets of similar length.
 
-    Stands where megatron's DotProductAttention stands; that one takes neither packed rows nor context parallelism. With
-    context parallelism keys and values are gathered, so each rank attends from its zig-zag chunks to whole sequences.
+    Replaces megatron-core's DotProductAttention, which supports neither packed rows nor context parallelism. With
+    context parallelism, keys and values are gathered, so that each rank attends from its zigzag chunks to full
+    sequences.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class PackedAttention(nn.Module):
         self.scale = softmax_scale
         self.window: int | None = None
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-            self.window = config.window_size[0] + 1  # megatron counts those before a token
+            self.window = config.window_size[0] + 1  # megatron-core's window excludes the query token
         self.softmax_offset: nn.Parameter | None = None
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
@@ -73,7 +74,7 @@ class PackedAttention(nn.Module):
 
 
 def supports_varlen(query: Tensor) -> bool:
-    """Return whether torch's variable-length kernel takes tensors like this one."""
+    """Return whether torch's variable-length kernel supports the head dimension, dtype and device of this tensor."""
     width = query.shape[-1]
     return width <= LARGEST_HEAD and width % 8 == 0 and backends_for(query.dtype, query.device.type).varlen
 
@@ -81,9 +82,9 @@ def supports_varlen(query: Tensor) -> bool:
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None) -> Tensor:
     """Return what torch's variable-length kernel gives, [T, N, D]; zeros in the filler at the end of the row.
 
-    The kernel wants heads of one width; latent attention's values are narrower than its keys, and are padded.
+    The kernel requires equal head dimensions; latent attention's values are narrower than its keys and are padded.
     """
-    from torch.nn.attention.varlen import varlen_attn  # not in every torch that the rest runs on
+    from torch.nn.attention.varlen import varlen_attn  # missing in older versions of torch
 
     width, tokens, ends = value.shape[-1], row.num_tokens, row.sequence_ends
     assert ends is not None, "rank_row sets it"
@@ -106,7 +107,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What attention does besides.
+    """Settings of an attention layer.
 
     Attributes:
         scale: of the scores; None: one over the root of the head dimension.
@@ -124,7 +125,7 @@ def bucketed_attention(query: Tensor, key: Tensor, value: Tensor, row: PackedRow
     outputs = [_attend(query, key, value, bucket, kind) for bucket in row.buckets]
     nothing_1ND = query.new_zeros(1, query.shape[1], value.shape[-1])
     if not outputs:
-        # An empty row must still run backward: every rank of a data- or expert-parallel group waits for it.
+        # An empty row must run backward too: the other ranks of data- and expert-parallel groups wait for it.
         sinks = 0 if kind.sinks_A is None else kind.sinks_A.sum()
         nothing_1ND = nothing_1ND + 0 * (query.sum() + key.sum() + value.sum() + sinks)
     return torch.cat([*outputs, nothing_1ND])[row.output_index_T]
@@ -144,7 +145,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: AttentionBucket, 
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)
     skipped = 1 if kind.sinks_A is not None and mask is None else 0
     attended_BASD = F.scaled_dot_product_attention(
-        # In plain causal order the sink, as the first key, needs a query of its own before the others.
+        # In causal order, the sink is the first key and needs a query before the others.
         F.pad(query_BASD, (0, 0, skipped, 0)) if skipped else query_BASD,
         key_BQSD,
         value_BQSD,
@@ -157,7 +158,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: AttentionBucket, 
 
 
 def visible_keys(bucket: AttentionBucket, window: int | None) -> Tensor | None:
-    """Return which keys each query sees, through a window if there is one; None: all before it, and itself."""
+    """Return the mask of visible keys per query; None: causal, without a window."""
     longest = bucket.key_index_BS.shape[1]
     if window is None or longest <= window:
         return bucket.mask_B1SS

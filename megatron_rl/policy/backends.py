@@ -1,4 +1,4 @@
-"""Which implementation each part of a layer takes, by what is installed, the device and the type of the weights.
+"""Selects the implementation of each part of a layer by installed packages, device type and dtype.
 
 Read from the sources of megatron-core 0.16.1, transformer-engine and torch 2.13; of these only what serves a CPU was
 run so far.
@@ -15,14 +15,14 @@ import torch
 from megatron_rl.errors import ConfigError
 
 PLAIN_VARIABLE = "MEGATRON_RL_PLAIN"
-"""Environment variable: parts that take their plain path, to compare with, such as ``engine,attention,experts``."""
+"""Environment variable that disables fast paths for comparison: a comma-separated list of ``PARTS``."""
 
 PARTS = ("engine", "attention", "experts", "fusion")
 
 
 @dataclass(frozen=True)
 class Backends:
-    """What serves here.
+    """The selected implementations.
 
     Attributes:
         engine: whether layers are transformer-engine's; else megatron-core's local ones with ours.
@@ -40,10 +40,10 @@ class Backends:
 
 
 def backends_for(dtype: torch.dtype, device_type: str) -> Backends:
-    """Return the paths of a model of this type on this kind of device.
+    """Return the implementations for this dtype and device type.
 
     Raises:
-        ConfigError: the environment variable names a part that there is not.
+        ConfigError: the environment variable names an unknown part.
     """
     plain = plain_parts()
     half = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
@@ -61,7 +61,7 @@ def plain_parts() -> set[str]:
     """Return the parts that the environment variable names.
 
     Raises:
-        ConfigError: it names a part that there is not.
+        ConfigError: it names an unknown part.
     """
     plain = {part.strip() for part in os.environ.get(PLAIN_VARIABLE, "").split(",") if part.strip()}
     if unknown := sorted(plain - {*PARTS}):
@@ -86,11 +86,11 @@ def describe_backends(paths: Backends, device_type: str) -> Mapping[str, str]:
 
 
 def fusions(paths: Backends, fields: Mapping[str, object]) -> dict[str, object]:
-    """Return megatron-core's switches of fused kernels: all are off by default, also where transformer-engine is.
+    """Return megatron-core's switches of fused kernels, which are all off by default.
 
     Args:
-        paths: what serves here.
-        fields: of the model's family. What megatron-core does not fuse for it stays apart.
+        paths: the selected implementations.
+        fields: TransformerConfig fields of the model's family, which may rule out a fusion.
     """
     plain_rope = not fields.get("multi_latent_attention") and "yarn_rotary_scaling_factor" not in fields
     biased = bool(fields.get("add_bias_linear"))
@@ -107,7 +107,7 @@ def fusions(paths: Backends, fields: Mapping[str, object]) -> dict[str, object]:
 
 
 def _optimizer() -> str:
-    """Return whose Adam megatron-core takes: the first of these that can be imported."""
+    """Return the implementation of Adam that megatron-core selects, which depends on the installed packages."""
     if _found("transformer_engine"):
         return "transformer-engine's fused Adam"
     return "apex's fused Adam" if _found("apex") else "torch's Adam"

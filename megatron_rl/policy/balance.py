@@ -1,11 +1,11 @@
-"""The router's load-balancing loss, scaled so that the layout cannot change it.
+"""The router's load-balancing loss, scaled to be independent of the layout.
 
 megatron-core adds the loss inside the router, at the scale of its own token normalization. With normalization by tokens
 (which our losses need: they carry their own denominators) 0.16 multiplies it by the tokens of this rank's shard, so
 that it shrinks with tensor and context parallelism. Here the factor is taken out, and the loss of a mini-batch is the
 plain mean over its packed rows:  coefficient * mean_rows E * sum_e f_e P_e  (Switch Transformer, arXiv 2101.03961).
 
-It is a mean of a product of means: how sequences are packed into rows changes it, the axes of the mesh do not.
+The loss is a mean of products of means, so it depends on how sequences are packed into rows, but not on the mesh.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from megatron_rl.errors import ConfigError
 
 
 class LoadBalancing:
-    """Sets the coefficient of a mini-batch; idle unless ``moe_router_load_balancing_type`` is ``aux_loss``."""
+    """Sets the coefficient per mini-batch; inactive unless ``moe_router_load_balancing_type`` is ``aux_loss``."""
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self._config = chunks[0].config
@@ -33,7 +33,7 @@ class LoadBalancing:
         """Divide the coefficient by the number of rows that the mini-batch was packed into.
 
         Raises:
-            ConfigError: a row without a token, which has no balance to speak of.
+            ConfigError: a row is empty; its load-balancing loss is undefined.
         """
         if not self.is_on:
             return

@@ -1,12 +1,12 @@
-"""All experts of a layer in a few grouped matrix products, under the parameter names of megatron's loop over experts.
+"""All experts of a layer as grouped matrix products, with the parameter names of megatron-core's sequential experts.
 
 Legend: T tokens sent to this rank's experts, sorted by expert; E experts, H hidden size, F their width on this rank;
 I and O inputs and outputs of one of the two matrices.
 
-The matrices lie in memory at equal distances, so that one strided view [E, O, I] stands for all of them: first as they
-are made here, then in the buffers into which megatron's data-parallel wrapper moves parameters and gradients (it fills
-them from the last parameter to the first; that is why the last expert is registered first). Nothing is copied. Where
-the distance is not constant, at the border of two of the wrapper's buckets, the matrices are stacked at each use.
+The matrices are at equal distances in memory, so that one strided view [E, O, I] covers all of them without a copy:
+first as allocated here, then in the buffers to which megatron-core's data-parallel wrapper moves parameters and
+gradients. The wrapper fills buffers from the last parameter to the first, so the last expert is registered first. If
+the distance is not constant, at the boundary of two of the wrapper's buckets, the matrices are stacked at each use.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ALIGNMENT_BYTES = 16
-"""What the grouped kernel asks of where every row begins."""
+"""Alignment that the grouped kernel requires of every row."""
 
 
 class _ExpertLinear(nn.Module):
-    """One matrix of one expert, and its bias if it has one, in memory that is given."""
+    """One matrix of one expert, with an optional bias, in preallocated memory."""
 
     def __init__(self, memory: Tensor, bias: Tensor, config: TransformerConfig) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class _Expert(nn.Module):
 
 
 class StridedView:
-    """Equally shaped tensors as one: a view of them where memory permits, found once for each place they lie in."""
+    """A strided view of equally shaped tensors, cached until their addresses change."""
 
     def __init__(self) -> None:
         self._place: tuple[int, int] = (0, 0)
         self._view: Tensor | None = None
 
     def view(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """Return the view of these tensors, or None where they do not lie at equal distances."""
+        """Return the view of these tensors, or None if they are not at equal distances."""
         place = (tensors[0].data_ptr(), tensors[-1].data_ptr())
         if place != self._place:
             self._place, self._view = place, strided(tensors)
@@ -60,19 +60,19 @@ class StridedView:
 
 
 class ExpertMatrices:
-    """The same matrix of all experts, [E, O, I], and the gradient that megatron keeps for it."""
+    """The same matrix of all experts, [E, O, I], and megatron-core's main gradient of it."""
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = list(weights)
         self._values, self._gradients = StridedView(), StridedView()
 
     def read(self) -> Tensor:
-        """Return the values, without gradient."""
+        """Return the values, detached."""
         view = self._values.view(self.weights)
         return torch.stack(tuple(self.weights)).detach() if view is None else view
 
     def add_gradient(self, gradient_EOI: Tensor) -> None:
-        """Add to megatron's main gradients in one operation, and say so: else its hook adds them one by one."""
+        """Add to megatron-core's main gradients in one operation, and mark them as added for its hook."""
         mains = [main for weight in self.weights if (main := getattr(weight, "main_grad", None)) is not None]
         view = self._gradients.view(mains) if len(mains) == len(self.weights) else None
         if view is not None:
@@ -82,10 +82,10 @@ class ExpertMatrices:
 
 
 class GroupedExperts(MegatronModule):
-    """The experts of one rank: gate and up matrix (``linear_fc1``) and down matrix (``linear_fc2``) of each.
+    """This rank's experts: gate and up matrix (``linear_fc1``) and down matrix (``linear_fc2``) of each.
 
-    No exchange happens inside: the dispatcher gathers tokens over expert-tensor ranks before, and sums after. The bias
-    of a down matrix, which each of these ranks has, therefore counts on the first one only.
+    There is no communication here: the dispatcher gathers tokens over expert-tensor ranks before and sums after. The
+    bias of a down matrix, which is replicated on these ranks, is therefore added on the first one only.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class GroupedExperts(MegatronModule):
         self.biases = tuple([matrix.bias for matrix in side if matrix.bias is not None] for side in (fc1, fc2))
 
     def forward(self, tokens_TH: Tensor, counts_E: Tensor, probs_T: Tensor) -> tuple[Tensor, None]:
-        """Return each expert's output for its tokens, times the router's weight, and no bias: megatron's signature."""
+        """Return (each expert's output for its tokens times the gate, None): megatron-core's signature."""
         ends_E = counts_E.cumsum(0).to(device=tokens_TH.device, dtype=torch.int32, non_blocking=True)
         inner = grouped_linear(tokens_TH, ends_E, self.matrices[0])
         if self.config.add_bias_linear:
@@ -128,7 +128,7 @@ class GroupedExperts(MegatronModule):
         out_TH = grouped_linear(gated_TF, ends_E, self.matrices[1])
         if self.config.add_bias_linear:
             bias_TH = bias_per_token(self.biases[1], counts_E, len(out_TH))
-            # Elsewhere it counts nothing, but has the same gradient: every rank keeps the same bias.
+            # Other ranks add zero with the same gradient, so that all copies of the bias stay equal.
             bias_TH = bias_TH if self.adds_bias else bias_TH - bias_TH.detach()
             out_TH = out_TH + (bias_TH * probs_T[:, None]).to(out_TH.dtype)
         return out_TH, None
@@ -141,7 +141,7 @@ def bias_per_token(biases: Sequence[Tensor], counts_E: Tensor, total: int) -> Te
 
 
 def gated(inner: Tensor, config: TransformerConfig) -> Tensor:
-    """Return the gate's activation times the other half, [T, F], from both halves side by side, [T, 2 F]."""
+    """Return activation(gate) * up, [T, F], from the concatenated halves, [T, 2 F]."""
     gate_TF, up_TF = inner.chunk(2, -1)
     if (limit := config.activation_func_clamp_value) is not None:
         gate_TF, up_TF = gate_TF.clamp(max=limit), up_TF.clamp(-limit, limit)
@@ -151,10 +151,10 @@ def gated(inner: Tensor, config: TransformerConfig) -> Tensor:
 
 
 def skip_second_sort(model: nn.Module) -> None:
-    """Spare megatron's dispatchers two shuffles of all tokens where one rank has all experts.
+    """Remove two redundant permutations of all tokens from megatron-core's dispatchers if one rank has all experts.
 
-    They sort by expert, send, and sort again because tokens came from several ranks. If none did, the second sort and
-    its inverse copy every token for nothing; a dispatcher does both only if it has more than one local expert.
+    Dispatchers sort by expert, send, and sort again because tokens came from several ranks. With one rank, the second
+    sort and its inverse are identities; a dispatcher skips both if it has a single local expert.
     """
     for layer in model.modules():
         dispatcher = layer.token_dispatcher if isinstance(layer, MoELayer) else None
@@ -163,7 +163,7 @@ def skip_second_sort(model: nn.Module) -> None:
 
 
 def can_group(config: TransformerConfig) -> bool:
-    """Return whether experts of this kind are served here; others run in megatron's loop."""
+    """Return whether ``GroupedExperts`` supports this configuration; if not, megatron-core's experts run."""
     if config.bias_activation_fusion and (config.add_bias_linear or config.activation_func is not F.silu):
         return False
     return config.gated_linear_unit and not (
@@ -192,7 +192,7 @@ class _Context(Protocol):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The product and its gradients; saves its inputs, which are all there already."""
+    """The product and its gradients; saves only its inputs."""
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
@@ -220,7 +220,7 @@ class _GroupedLinear(torch.autograd.Function):
 def grouped_product(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
     """Return the product of each group's part: of [T, K] with [E, K, N], or of [M, T] with [T, N] to [E, M, N].
 
-    By torch's grouped kernel, or, for float64 and rows that it does not take, by a loop.
+    Uses torch's grouped kernel; float64 and unaligned rows use a loop.
     """
     if not left.numel():  # no token came
         shape = (len(left), right.shape[-1]) if right.dim() == 3 else (len(ends_E), len(left), right.shape[-1])
@@ -239,7 +239,7 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 def strided(matrices: Sequence[Tensor]) -> Tensor | None:
-    """Return a view of matrices that lie in one memory at equal distances, in this order; None where they do not."""
+    """Return a view of matrices at equal, increasing distances in one storage; None if they are not."""
     first = matrices[0].detach()
     starts = [matrix.storage_offset() for matrix in matrices]
     distances = {after - before for before, after in pairwise(starts)}

@@ -1,4 +1,4 @@
-"""What megatron-core's local (not transformer-engine) spec lacks for sequence parallelism and packed sequences."""
+"""Layer specs: transformer-engine's, or the local one extended for packed sequences and sequence parallelism."""
 
 import dataclasses
 from functools import partial
@@ -19,9 +19,9 @@ from megatron_rl.policy.experts import GroupedExperts, can_group
 
 
 class Norm:
-    """Builds torch's RMSNorm or LayerNorm, marked so that megatron sums its gradient over sequence-parallel ranks.
+    """Builds torch's RMSNorm or LayerNorm, marked so that gradients are summed over sequence-parallel ranks.
 
-    A class and not a function, because megatron-core calls what a spec names only if it is a class.
+    This is a class because megatron-core only instantiates spec entries that are classes.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
@@ -34,11 +34,11 @@ class Norm:
 
 
 class ReplicatedLinear(nn.Module):
-    """A matrix that every tensor-parallel rank holds whole, applied to this rank's share of the sequence.
+    """A linear layer that is replicated on tensor-parallel ranks and applied to this rank's part of the sequence.
 
-    transformer-engine's spec has it for the way down to the latents. The local spec cuts that matrix instead, and
-    megatron-core 0.16 then loses a part of its gradient: the rotary part of the keys goes to the heads of all ranks,
-    and what the other ranks' heads send back is dropped.
+    transformer-engine's spec uses one for latent attention's down projections. The local spec shards them, and
+    megatron-core 0.16 then loses a part of the gradient: the rotary part of the keys feeds the heads of all ranks, and
+    the gradient from other ranks' heads is dropped.
     """
 
     def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
@@ -48,12 +48,12 @@ class ReplicatedLinear(nn.Module):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (no attribute of Parameter)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """Return the product, and no bias: megatron's signature."""
+        """Return (hidden weight^T, None); megatron-core expects a pair with a bias."""
         return F.linear(hidden, self.weight), None
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's latent attention with whole matrices on the way down, as transformer-engine's spec builds it."""
+    """megatron-core's latent attention with replicated down projections, as in transformer-engine's spec."""
 
     def __init__(self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, **kwargs: object) -> None:
         super().__init__(config, submodules, **kwargs)
@@ -64,7 +64,7 @@ class LatentAttention(MLASelfAttention):
 
 
 def block_spec(config: TransformerConfig, paths: Backends, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return the spec of this rank's decoder block: transformer-engine's, or the local one with the layers above."""
+    """Return the spec of this rank's decoder block."""
     spec = get_gpt_decoder_block_spec(config, paths.engine, normalization=config.normalization, vp_stage=vp_stage)
     if paths.engine:
         return spec
@@ -90,7 +90,7 @@ def _local(spec: ModuleSpec, grouped: bool) -> ModuleSpec:
 
 
 def _experts(mlp: ModuleSpec | partial[nn.Module]) -> ModuleSpec | partial[nn.Module]:
-    """Return the feed-forward part with grouped experts, if it has experts."""
+    """Return the feed-forward spec, with ``GroupedExperts`` if the layer has experts."""
     if isinstance(mlp, partial):  # megatron-core 0.17 and later build layers from functions
         if mlp.func is not MoELayer:
             return mlp

@@ -1,4 +1,4 @@
-"""megatron-core's Adam and learning-rate schedule, from our config; and what it holds for each parameter."""
+"""megatron-core's Adam and learning-rate schedule, and access to the optimizer state per parameter."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megatron_rl.policy.model import DTYPES
 
 
 def build_optimizer(run: Run, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Return Adam over the chunks' parameters, sharded over data-parallel ranks if the run says so."""
+    """Return Adam for the chunks' parameters, sharded over data-parallel ranks if configured."""
     settings, dtype = run.optimizer, DTYPES[run.model.dtype]
     config = OptimizerConfig(
         optimizer="adam",
@@ -52,20 +52,20 @@ def build_scheduler(settings: Optimizer, optimizer: MegatronOptimizer, total_upd
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's, as torch, transformer-engine and apex name them."""
+"""Names of Adam's moments in torch, transformer-engine and apex."""
 
 
 @dataclass(frozen=True)
 class OptimizerPart:
-    """What the optimizer holds on this rank for one parameter of the model.
+    """This rank's optimizer state of one model parameter.
 
     Attributes:
-        parameter: the model's.
-        main: what Adam steps: the parameter itself, a float32 copy, or this rank's share of the elements of either.
-        start: first element of the parameter that ``main`` holds.
-        is_shared_out: whether each data-parallel rank holds other elements.
-        inner: the optimizer that steps it.
-        group: its settings there.
+        parameter: the model parameter.
+        main: the tensor that Adam updates: the parameter, a float32 copy, or this rank's shard of either.
+        start: index of the first element of the flattened parameter that ``main`` holds.
+        is_shared_out: whether the elements are sharded over data-parallel ranks.
+        inner: the torch optimizer that updates it.
+        group: its parameter group there.
     """
 
     parameter: Tensor
@@ -77,17 +77,17 @@ class OptimizerPart:
 
     @property
     def has_own_main(self) -> bool:
-        """Whether ``main`` is a copy with values of its own, and not the parameter's memory."""
+        """Whether ``main`` is a separate float32 copy rather than the parameter's memory."""
         return self.main.dtype is not self.parameter.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the main parameter, where it has values of its own, and the moments, once there are any."""
+        """Return the main parameter, if it is a separate copy, and the moments, if there are any yet."""
         state = self.inner.state.get(self.main, {})
         own = {"main": self.main} if self.has_own_main else {}
         return {**own, **{name: state[name] for name in MOMENTS if name in state}}
 
     def fill(self, values: Mapping[str, Tensor], updates: int) -> None:
-        """Put back what ``tensors`` gave after ``updates`` steps."""
+        """Restore tensors that ``tensors`` returned after ``updates`` steps."""
         if self.has_own_main:
             self.main.copy_(values["main"])
         if not updates:
@@ -97,12 +97,12 @@ class OptimizerPart:
         if isinstance(self.inner, torch.optim.Adam | torch.optim.AdamW):
             state["step"] = torch.tensor(float(updates))
         else:
-            self.group["step"] = updates  # the fused ones count for a whole group
+            self.group["step"] = updates  # fused optimizers have one step count per group
         self.inner.state[self.main] = state
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> dict[Tensor, OptimizerPart]:
-    """Return this rank's part of the optimizer, by parameter of the model; parameters without one are left out."""
+    """Return this rank's optimizer state by model parameter; parameters without state on this rank are omitted."""
     parts = {}
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
         if chained.optimizer is None:
@@ -118,7 +118,7 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> dict[Tensor, OptimizerPart]
 def _pairs(
     chained: MegatronOptimizer, number: int, group: Mapping[str, list[Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (parameter of the model, main parameter) of one group of one of megatron-core's optimizers."""
+    """Yield (model parameter, main parameter) of one parameter group of a megatron-core optimizer."""
     if isinstance(chained, DistributedOptimizer):
         yield from zip(chained.model_fp32_groups[number], chained.shard_fp32_groups[number], strict=True)
         yield from zip(

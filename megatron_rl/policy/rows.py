@@ -1,4 +1,4 @@
-"""One packed row as a rank of the policy sees it: its tokens, its targets, and how its sequences attend.
+"""A rank's part of one packed row: tokens, targets, and the layout of sequences for attention.
 
 Legend: W positions of the whole row, T tokens of this context-parallel rank, padding included, R trained tokens among
 them, N sequences of the row, B sequences of a bucket, S their maximum length, L layers with experts,
@@ -20,12 +20,12 @@ from megatron_rl.distributed.mesh import Mesh
 
 @dataclass(frozen=True)
 class AttentionBucket:
-    """Sequences of similar length that attend in one batched call.
+    """Sequences of similar length that are processed by one batched attention call.
 
     Attributes:
-        query_index_BS: which of this rank's T positions each query is; 0 where there is none.
-        key_index_BS: which gathered position each key is (ranks one after the other); 0 where there is none.
-        mask_B1SS: True where a query sees a key; None for plain causal order (no context parallelism).
+        query_index_BS: position of each query among this rank's T positions; 0 at padding.
+        key_index_BS: position of each key after gathering (ranks concatenated); 0 at padding.
+        mask_B1SS: True where a query attends to a key; None: causal (no context parallelism).
     """
 
     query_index_BS: Tensor
@@ -35,15 +35,15 @@ class AttentionBucket:
 
 @dataclass
 class RowRoutes:
-    """Which experts the tokens of a row take on this rank: as given, and as the routers choose. See ``replay``.
+    """Experts of the tokens of a row on this rank: recorded ones and those that the routers choose.
 
-    T counts the positions that a router of this rank sees: under sequence parallelism a part of the rank's row.
+    T are the positions that this rank's routers process: with sequence parallelism, a part of the rank's row.
 
     Attributes:
-        token_ids_T: which token of the mini-batch each position is, -1 at padding.
-        given_TLK: experts to take or to compare with.
+        token_ids_T: index of each position's token in the mini-batch, -1 at padding.
+        given_TLK: recorded experts, to replay or to compare with.
         known_T: where ``given_TLK`` says anything.
-        replays: whether the routers take what is given.
+        replays: whether the routers use the recorded experts.
         chosen: place among the L layers -> [T, K] what the router chose by itself; None: not recorded.
     """
 
@@ -56,14 +56,14 @@ class RowRoutes:
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, with what ``PackedAttention`` needs besides.
+    """megatron-core's description of a packed row, extended with the inputs of ``PackedAttention``.
 
-    With ``qkv_format`` "thd" megatron rotates queries and keys sequence by sequence, and transformer-engine's attention
-    reads the ends of sequences. With "sbhd" a row is to megatron one long sequence: see ``is_plain``.
+    With ``qkv_format`` "thd", megatron-core applies rotary embeddings per sequence and transformer-engine's attention
+    reads the sequence ends. With "sbhd", megatron-core treats a row as one sequence, see ``is_plain``.
 
     Attributes:
-        sequence_ends: ends of the sequences, from 0, without the filler at the end of the row; int32.
-        num_tokens: tokens of those sequences.
+        sequence_ends: int32 cumulative sequence lengths, starting with 0, without the padding at the end of the row.
+        num_tokens: tokens in these sequences.
     """
 
     qkv_format: str = "thd"
@@ -79,24 +79,24 @@ class PackedRow(PackedSeqParams):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the row is rotated by its positions at once, and only ``PackedAttention`` knows of sequences."""
+        """Whether rotary embeddings are applied to the whole row; only ``PackedAttention`` separates sequences."""
         return self.qkv_format == "sbhd"
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """A row on its way through this rank's part of the model.
+    """A row as input of this rank's part of the model.
 
     Attributes:
-        token_ids_T: which token of the mini-batch stands at each position, -1 at padding.
-        input_ids_T: tokens, 0 at padding.
+        token_ids_T: index of each position's token in the mini-batch, -1 at padding.
+        input_ids_T: token ids, 0 at padding.
         position_ids_T: position within the sequence.
         padding_T: True at padding.
         trained_R: which of the T positions predict a trained token.
         targets_R: the tokens that they predict.
-        target_tokens_R: where in the mini-batch those tokens stand.
+        target_tokens_R: indices of these tokens in the mini-batch.
         loss_inputs: the loss's view of the trained tokens; None where only log-probs are computed.
-        packed: how sequences attend.
+        packed: the description for attention.
     """
 
     token_ids_T: Tensor
@@ -111,7 +111,7 @@ class RankRow:
 
 
 def rank_row(row: Row, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
-    """Cut this rank's zig-zag part out of a row and put it on the device. ``qkv_format``: see ``PackedRow``."""
+    """Return this rank's zigzag part of a row, on its device. ``qkv_format``: see ``PackedRow``."""
     size, rank, device = group_size(mesh.context), group_rank(mesh.context), mesh.world.device
     lengths_N = _with_filler(row)
     local_T = zigzag(lengths_N, rank, size)
@@ -194,7 +194,7 @@ def _packed(row: Row, lengths_N: Tensor, local_T: Tensor, mesh: Mesh) -> PackedR
 
 
 def _similar_lengths(lengths_N: Tensor) -> list[Tensor]:
-    """Group sequences whose lengths differ by at most a factor of two, so that padding at most doubles the work."""
+    """Group sequences whose lengths differ by less than a factor of two, so that padding at most doubles the work."""
     _, bits_N = torch.frexp(lengths_N.double())  # 2 ** (bits - 1) <= length < 2 ** bits
     return [(bits_N == bits).nonzero().flatten() for bits in bits_N.unique()]
 
@@ -202,7 +202,7 @@ def _similar_lengths(lengths_N: Tensor) -> list[Tensor]:
 def _bucket(
     members_B: Tensor, lengths_N: Tensor, local_T: Tensor, gathered_W: Tensor, size: int
 ) -> tuple[AttentionBucket, Tensor]:
-    """Return the bucket of these sequences, and [B, S] where it has queries."""
+    """Return the bucket of these sequences, and a mask [B, S] of its queries."""
     starts_B = (lengths_N.cumsum(0) - lengths_N)[members_B][:, None]
     lengths_B = lengths_N[members_B][:, None]
     place_S = torch.arange(int(lengths_B.max()))

@@ -1,4 +1,4 @@
-"""This rank's part of the model and its optimizer, as pieces for a checkpoint; and back, under any layout."""
+"""Saves this rank's part of model and optimizer as slices, and loads slices written under any layout."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,9 +16,9 @@ from megatron_rl.policy.optimizer import MOMENTS, OptimizerPart
 def state_slices(
     shards: Sequence[LocalParam], parts: Mapping[Tensor, OptimizerPart], mesh: Mesh
 ) -> Iterator[tuple[StateSlice, Tensor]]:
-    """Yield what this rank must save, flat and shared with the policy.
+    """Yield the slices that this rank saves, one-dimensional, sharing memory with the policy.
 
-    Over all ranks every element comes once: of shards that several ranks hold equally, each rank gives some.
+    The union over all ranks contains every element once. Replicated shards are divided among the ranks that hold them.
     """
     for number, shard in enumerate(shards):
         copy, copies = shard.copies(mesh)
@@ -26,7 +26,7 @@ def state_slices(
         if mine:
             yield _place("model", shard, mesh), shard.parameter.detach().flatten()
         part = parts.get(shard.parameter)
-        # The distributed optimizer gives each data-parallel rank elements of its own, alike on all tensor ranks.
+        # The distributed optimizer shards over data-parallel ranks; tensor ranks hold equal copies of replicated ones.
         repeated = shard.name.rule.dim is None and group_rank(shard.group(mesh)) > 0
         if part is not None and (not repeated if part.is_shared_out else mine):
             for kind, values in part.tensors().items():
@@ -44,14 +44,14 @@ def load_sharded_state(
     """Fill this rank's parameters, main parameters and moments after ``updates`` optimizer steps.
 
     Raises:
-        DataError: a tensor is missing, misshapen or damaged.
+        DataError: a tensor is missing, damaged or of the wrong shape.
     """
     for shard in shards:
         layout = shard.name.rule
         weights = reader.read(_place("model", shard, mesh), layout)
         main = _place("main", shard, mesh)
         if weights.dtype is not shard.parameter.dtype and main.tensor in reader:
-            weights = reader.read(main, layout)  # another model.dtype: its rounding must not come on top of the old one
+            weights = reader.read(main, layout)  # model.dtype has changed: do not round twice
         shard.parameter.copy_(weights.view(shard.parameter.shape))
         part = parts.get(shard.parameter)
         if part is None:
@@ -61,14 +61,14 @@ def load_sharded_state(
         values = {}
         for kind in kinds:
             place = _place(kind, shard, mesh, part.start)
-            if kind == "main" and place.tensor not in reader:  # the model's own type was exact enough
+            if kind == "main" and place.tensor not in reader:  # there was no separate float32 copy
                 place = _place("model", shard, mesh, part.start)
             values[kind] = reader.read(place, layout, count).view(part.main.shape)
         part.fill(values, updates)
 
 
 def rng_slices(states: Mapping[str, Tensor], mesh: Mesh) -> dict[str, tuple[StateSlice, Tensor]]:
-    """Return the states of this rank's random generators by name, with the place of each."""
+    """Return the states of this rank's random generators with their slices, by name."""
     rank, size = mesh.world.rank, mesh.world.size
     return {
         name: (StateSlice(tensor=f"rng/{name}", shard=rank, shards=size, shape=tuple(state.shape)), state)
@@ -77,7 +77,7 @@ def rng_slices(states: Mapping[str, Tensor], mesh: Mesh) -> dict[str, tuple[Stat
 
 
 PER_RANK = Shard(0)
-"""How generators' states lie: every rank's own, never cut otherwise."""
+"""Rule of generator states: one shard per rank."""
 
 
 def _place(kind: str, shard: LocalParam, mesh: Mesh, start: int = 0) -> StateSlice:

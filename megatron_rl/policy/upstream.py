@@ -1,4 +1,10 @@
-"""Repairs of megatron-core itself, on any device. Each names the fault and the version that no longer has it."""
+"""Workarounds for defects of megatron-core on any device, each with its reason and the affected versions.
+
+Workarounds that need the context of a layer are next to it: ``layers.ReplicatedLinear`` (latent attention's down
+projections), ``balance`` (scale of the load-balancing loss), ``model._built`` (biased experts shared by several ranks),
+``PolicyModel._preprocess`` (padding mask on later stages) and ``build_chunks`` (``no_sync`` with overlapped reduction).
+Replacements for machines without a GPU are in ``distributed.cpu``.
+"""
 
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -7,7 +13,7 @@ from torch import nn
 
 
 def repair() -> None:
-    """Apply the repairs; harmless where they are not needed.
+    """Apply all workarounds. Versions that do not need one are left unchanged.
 
     ``moe_utils.te_general_gemm``: 0.16 reads the name in the router's product without having defined it where
     transformer-engine is absent (NameError); 0.19 defines it.
