@@ -12,6 +12,7 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.inference_server.serve import add_arguments as add_serve_arguments
 from megatron_rl.inference_server.serve import serve
 from megatron_rl.util.exit_codes import CHECK_FAILED, USER_ERROR, interrupt_on_sigterm, run_command
+from megatron_rl.util.logs import StderrHandler, logging_to
 
 if TYPE_CHECKING:  # the schema imports torch, which --help need not wait for
     from megatron_rl.config.load import Loaded
@@ -150,7 +151,8 @@ def _debug_nonfinite(options: argparse.Namespace) -> int:
     quiet_upstream()
     from megatron_rl.launch.debug_nonfinite import debug_nonfinite
 
-    return debug_nonfinite(options.file, options.same_layout)
+    with logging_to(StderrHandler("megatron-rl debug-nonfinite")):
+        return debug_nonfinite(options.file, options.same_layout)
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Trainer ranks as child processes of this machine: started, watched and ended together."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from megatron_rl.launch.failures import REPORT_FD, RankFailure, read_failure
 from megatron_rl.util.child_process import ending_with_parent
 from megatron_rl.util.exit_codes import HUNG, STOPPED
 from megatron_rl.util.ports import free_port
+
+log = logging.getLogger(__name__)
 
 PREPARED = "MEGATRON_RL_PREPARED"
 """Environment variable of ranks whose configuration and run folder the parent process has already checked."""
@@ -79,7 +82,7 @@ class LocalRanks:
         if self._stop_requested:
             raise KeyboardInterrupt
         self._stop_requested = True
-        sys.stderr.write("megatron-rl: stopping after this step; repeat to stop immediately\n")
+        log.info("stopping after this step; repeat to stop immediately")
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(signal.SIGTERM)
@@ -111,7 +114,7 @@ class LocalRanks:
     def _verdict(self, codes: Sequence[int | None]) -> int:
         """Return STOPPED if a stop request ended ranks that were starting; otherwise raise the first failure."""
         if self._stop_requested and -signal.SIGTERM in codes:
-            sys.stderr.write("megatron-rl: stopped while starting\n")
+            log.info("stopped while starting")
             return STOPPED
         for rank, code in enumerate(codes):
             if code is not None and code < 0:  # a killed rank makes the others fail

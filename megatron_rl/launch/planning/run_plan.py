@@ -278,7 +278,7 @@ def _check_sglang(loaded: Loaded[Run]) -> Iterator[str]:
 def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> Iterator[str]:
     run = loaded.run
     if run.rollout.sampling.top_p < 1 or run.rollout.sampling.top_k not in (-1, 0):
-        yield "top_p or top_k cut the distribution: the engine's log-probs will differ from the trainer's"
+        yield "top_p or top_k truncate the distribution: the engine's log-probs will differ from the trainer's"
     if run.train.updates_per_step == 1 and run.objective.meant_for_several_updates:
         yield f"one update per step: all ratios are 1, {run.objective.label} never clips; updates_per_step = 4 is usual"
     if run.reward.allow_code and runs_code(run.task, run.reward):
@@ -293,13 +293,13 @@ def _warnings(loaded: Loaded[Run]) -> Iterator[str]:
     run, objective = loaded.run, loaded.run.objective
     if not run.rollout.max_lag or run.correction.kind != "none":
         return
-    lag = f"rollout.max_lag = {run.rollout.max_lag} ({loaded.origin('rollout.max_lag')})"
-    said = f'{lag}, but nothing corrects for older samples (correction.kind = "none"); write correction.kind = "tis"'
+    lag = loaded.describe("rollout.max_lag")
+    warning = f'{lag}, but older samples are not corrected (correction.kind = "none"); write correction.kind = "tis"'
     if run.train.updates_per_step > 1 and not objective.bounds_ratios:
-        said += " or objective.dual_clip = 3, or both" if isinstance(objective, Clipped) else ""
-        said += (
-            f": {objective.label} does not bound a ratio from above where the advantage is negative, and a token that"
-            " older weights sampled may be so unlikely under newer ones that the updates of one step multiply its"
-            " probability without limit: loss and gradient with it"
+        warning += " or objective.dual_clip = 3, or both" if isinstance(objective, Clipped) else ""
+        warning += (
+            f": {objective.label} does not bound a ratio from above where the advantage is negative; if a token sampled"
+            " with older weights is very unlikely under newer ones, the updates of one step may raise its ratio, and"
+            " with it loss and gradient, without limit"
         )
-    yield said
+    yield warning
