@@ -1,7 +1,7 @@
-"""The objectives: each file is a configuration section that is also the mathematics.
+"""The built-in objectives: each class is a configuration section and implements the loss that it configures.
 
-Every import below registers one objective under its ``name``. An objective outside the package is named by its file:
-``objective.name = "path/to/mine.py:Mine"``.
+Every import below registers one objective under its ``name``. A class outside the package is selected by file and class
+name: ``objective.name = "path/to/mine.py:Mine"``.
 """
 
 from collections.abc import Mapping
@@ -32,4 +32,4 @@ if TYPE_CHECKING:
     AnyObjective = Objective
 else:
     AnyObjective = Annotated[Union[*OBJECTIVES.values()], Field(discriminator="name"), OrClassInFile(base=Objective)]
-"""A registered objective, chosen by ``name``, or a class in a file."""
+"""A registered objective, selected by ``name``, or a class in a file."""

@@ -1,4 +1,4 @@
-"""What objectives share: columns on whole responses, the weights of an aggregation, the clipped cost.
+"""Base classes of objectives: columns of whole responses, token weights of an aggregation, and the clipped cost.
 
 Legend: T all tokens of the mini-batch, R trained tokens (of the mini-batch, or of a micro-batch on this rank),
 B responses.
@@ -29,10 +29,10 @@ class Tokens:
 
     Attributes:
         batch: the mini-batch.
-        positions_R: int64, where they are in the batch's T.
-        responses_R: int64, the response that each belongs to.
-        counts_R: int64, trained tokens of that response (N_i).
-        num_responses: responses with a trained token (B of the denominators).
+        positions_R: int64, positions of the trained tokens among all tokens of the batch.
+        responses_R: int64, index of the response that each trained token belongs to.
+        counts_R: int64, number of trained tokens of that response (N_i of the equations).
+        num_responses: number of responses with a trained token (B of the equations).
     """
 
     batch: Batch
@@ -43,7 +43,7 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: Batch) -> "Tokens":
-        """Return the view of a mini-batch."""
+        """Return the trained tokens of ``batch``."""
         counts_B, positions_R = batch.trainable_counts_B, batch.trained_R
         responses_R = batch.response_ids_T[positions_R]
         return cls(batch, positions_R, responses_R, counts_B[responses_R], int((counts_B > 0).sum()))
@@ -52,7 +52,11 @@ class Tokens:
         return len(self.positions_R)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the column ``name`` at the trained tokens."""
+        """Return the values of the column ``name`` at the trained tokens, [R].
+
+        Raises:
+            ConfigError: the batch has no such column.
+        """
         if name not in self.batch:
             known = ", ".join(sorted(self.batch.columns))
             raise ConfigError(f"the objective needs {name}, which the batch lacks: it has {known}")
@@ -60,17 +64,21 @@ class Tokens:
 
     @property
     def entropies_R(self) -> Tensor:
-        """The old policy's entropies, nats."""
+        """Entropies of the old policy at the trained tokens, in nats; a ConfigError if the batch has none."""
         if "old_entropies_T" not in self.batch:
-            raise ConfigError("the objective needs the old policy's entropies (old_entropies_T in a batch): give them")
+            raise ConfigError("the objective needs the old policy's entropies (old_entropies_T in a batch): pass them")
         return self["old_entropies_T"]
 
     def constant(self, value: float) -> Tensor:
-        """Return ``value`` for every trained token."""
+        """Return ``value`` for every trained token, float64 [R]."""
         return torch.full((len(self),), value, dtype=torch.float64)
 
     def spread(self, values_R: Tensor) -> Tensor:
-        """Return the column over T with these values (float32 or wider) at the trained tokens, else -1 (ids) or 0."""
+        """Return a column over all tokens, [T], with ``values_R`` at the trained tokens.
+
+        Untrained tokens get -1 in integer columns and 0 in floating-point columns. Floating-point columns have the
+        dtype of the log-probabilities, at least float32.
+        """
         ids = not values_R.dtype.is_floating_point
         dtype = values_R.dtype if ids else torch.promote_types(self._dtype, torch.float32)
         column_T = torch.full((len(self.batch["loss_mask_T"]),), -1 if ids else 0, dtype=dtype)
@@ -85,12 +93,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Cost:
-    """What each trained token of a micro-batch costs.
+    """The cost of each trained token of a micro-batch.
 
     Attributes:
-        values_R: to be minimised, with gradient, not yet weighted.
-        clipped_R: bool, the tokens that the trust region took out of the gradient.
-        ratio: the importance ratio that was used.
+        values_R: unweighted cost to minimize, with gradient.
+        clipped_R: bool, True where the trust region clipped the token (masked or capped it, in some objectives).
+        ratio: the importance ratio that the cost is based on.
     """
 
     values_R: Tensor
@@ -99,68 +107,93 @@ class Cost:
 
 
 class Objective(Section):
-    """From a mini-batch to columns that do not depend on the current weights, and from those to a cost per token."""
+    """Base class of objectives.
+
+    ``prepare`` computes columns of a mini-batch that do not depend on the current weights; ``cost`` computes the cost
+    of each token from those columns and the current log-probabilities.
+    """
 
     clipped_word: ClassVar[str] = "clipped"
-    """How the report calls the tokens of ``Cost.clipped_R``."""
+    """Participle that the report uses for the tokens in ``Cost.clipped_R``."""
     meant_for_several_updates: ClassVar[bool] = False
-    """Whether ``check`` notes a run with one update per step, where all ratios are 1."""
+    """Whether ``check`` prints a note if a run has one update per step, where all ratios are 1."""
 
     name: str = ""
 
     @property
     def label(self) -> str:
-        """The name, without the folder for a class in a file."""
+        """The name of the objective; for a class in a file, without the folder."""
         return self.name.rpartition("/")[2]
 
     @property
     def bounds_ratios(self) -> bool:
-        """Whether the gradient stays bounded however large a ratio grows; ``check`` warns about asynchronous runs."""
+        """Whether the gradient is bounded for arbitrarily large ratios.
+
+        If it is not, ``check`` warns about asynchronous runs.
+        """
         return False
 
     def prepare(
         self, batch: Batch, vocabulary: Vocabulary | None = None, segment_ids_T: Tensor | None = None
     ) -> Columns:
-        """Return the theta-free columns of a global mini-batch of whole responses.
+        """Return the columns of a global mini-batch that do not depend on the current weights.
 
-        Always ``advantages_T``, ``weights_T`` and ``response_shares_T`` (1/N_i: sums to the number of responses);
-        ``segment_ids_T``, ``clip_low_T`` and ``clip_high_T`` where the objective has them. Weights come from global
-        integer counts, so the plain sum of weighted costs over any layout is the loss.
+        They are ``advantages_T``, ``weights_T`` and ``response_shares_T`` (1/N_i, which sums to the number of
+        responses), and ``segment_ids_T``, ``clip_low_T`` and ``clip_high_T`` if the objective uses them. Weights are
+        computed from global integer counts, so the sum of weighted costs over all ranks and micro-batches is the loss
+        for every parallel layout.
 
         Args:
-            batch: needs ``advantages_B`` or ``advantages_T``; ``old_entropies_T`` where entropies matter.
-            vocabulary: for objectives that look at the text or at log V.
-            segment_ids_T: used in place of the objective's own segments; read at trained tokens only, unique per
-                response.
+            batch: whole responses, with ``advantages_B`` or ``advantages_T``, and ``old_entropies_T`` if the objective
+                uses entropies.
+            vocabulary: required by objectives that use the text of tokens or log V.
+            segment_ids_T: int64, segments to use in place of the objective's; unique per response, read at trained
+                tokens only.
+
+        Raises:
+            ConfigError: the batch lacks a column, or the objective does not accept segments.
         """
         tokens = Tokens.of(batch)
-        own_R = None if segment_ids_T is None else joint_ids(tokens.responses_R, segment_ids_T[tokens.positions_R])
+        segment_ids_R = (
+            None if segment_ids_T is None else joint_ids(tokens.responses_R, segment_ids_T[tokens.positions_R])
+        )
         advantages = batch["advantages_T"] if "advantages_T" in batch else batch["advantages_B"][batch.response_ids_T]
         columns = {"advantages_T": advantages[tokens.positions_R], "response_shares_T": 1 / tokens.counts_R.double()}
-        columns |= self.columns(tokens, vocabulary, own_R)
+        columns |= self.columns(tokens, vocabulary, segment_ids_R)
         return {name: tokens.spread(values_R) for name, values_R in columns.items()}
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return ``weights_T`` and what else ``cost`` reads, at the trained tokens."""
+        """Return ``weights_T`` and the other columns that ``cost`` reads, as tensors over the trained tokens, [R] each.
+
+        Args:
+            tokens: the trained tokens of the mini-batch.
+            vocabulary: the vocabulary of the model; None if the caller has none.
+            segment_ids_R: int64, segments to use in place of the objective's; None: the objective's segments.
+        """
         raise NotImplementedError
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
-        """Return what each trained token costs, from its log-probability under the current weights (with gradient)."""
+        """Return the cost of each trained token.
+
+        Args:
+            logprobs_R: log-probabilities under the current weights in nats, with gradient; float32 or float64.
+            inputs: the columns of ``prepare`` and of the batch at the same tokens.
+        """
         raise NotImplementedError
 
     def _refuse_segments(self, segment_ids_R: Tensor | None) -> None:
         if segment_ids_R is not None:
             name = type(self).__name__.lower()
-            raise ConfigError(f"segment_ids given to {name}, whose ratios are per token: leave them out, or use sspo")
+            raise ConfigError(f"segment_ids passed to {name}, whose ratios are per token: leave them out, or use sspo")
 
 
 class Aggregated(Objective):
-    """An objective whose token weights follow from how responses are averaged."""
+    """Base class of objectives whose token weights are set by ``aggregation``."""
 
     aggregation: Aggregation = "sequence"
     """``sequence``: mean over responses of token means; ``token``: 1/sum N; ``constant``: 1/(B normalizer)."""
     normalizer: Positive | None = None
-    """Tokens that a response counts for with ``aggregation = "constant"``, such as the longest allowed response."""
+    """Constant in place of N with ``aggregation = "constant"``, such as the length of the longest allowed response."""
 
     @model_validator(mode="after")
     def _normalizer_goes_with_constant(self) -> Self:
@@ -172,7 +205,7 @@ class Aggregated(Objective):
         return self
 
     def weights(self, tokens: Tokens) -> Tensor:
-        """Return the weight of each trained token's cost, float64."""
+        """Return the weight of each trained token in the loss, float64 [R]."""
         if self.aggregation == "sequence":
             return 1 / (tokens.num_responses * tokens.counts_R.double())
         if self.aggregation == "token":
@@ -182,27 +215,30 @@ class Aggregated(Objective):
 
 
 class Clipped(Objective):
-    """L = -sum_t w_t min(s_t A_t, clip(s_t, 1 - low, 1 + high) A_t), one ratio s for all tokens of a segment."""
+    """Base class of clipped objectives (PPO, arXiv 1707.06347), with one ratio s for all tokens of a segment.
+
+    L = -sum_t w_t min(s_t A_t, clip(s_t, 1 - low, 1 + high) A_t).
+    """
 
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Largest ratio that counts where the advantage is negative (the c of dual-clip PPO, 1912.09729); none: off."""
+    """Upper bound of the ratio where the advantage is negative (c of dual-clip PPO, arXiv 1912.09729); none: off."""
 
     @property
     def bounds_ratios(self) -> bool:
-        """Whether ``dual_clip`` is set: without it, nothing bounds the ratio where the advantage is negative."""
+        """Whether ``dual_clip`` is set; without it, the ratio has no bound where the advantage is negative."""
         return self.dual_clip is not None
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
-        """Return the clipped cost; tokens outside the window cost the constant bound and get no gradient."""
+        """Return the clipped cost of each token; outside the window the cost is constant and has no gradient."""
         return clipped(self.ratio(logprobs_R, inputs), inputs, self.dual_clip)
 
     def ratio(self, logprobs_R: Tensor, inputs: LossInputs) -> Ratio:
-        """Return the ratio to the policy at the start of the rollout batch, geometric mean over each segment."""
+        """Return the importance ratio to the old policy, the geometric mean over each segment."""
         return segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
 
 
 class FixedWindow(Clipped, Aggregated):
-    """A clipped objective with the same window for every segment."""
+    """Base class of clipped objectives with the fields ``clip_low`` and ``clip_high``."""
 
     clip_low: NonNegative
     """A segment with a negative advantage stops training when its ratio falls below 1 - clip_low."""
@@ -210,7 +246,7 @@ class FixedWindow(Clipped, Aggregated):
     """A segment with a positive advantage stops training when its ratio rises above 1 + clip_high."""
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return weights and window, and the segments if tokens share ratios."""
+        """Return the token weights, the clip window, and the segments if tokens share ratios, [R] each."""
         if segment_ids_R is None:
             segment_ids_R = self.segments(tokens, vocabulary)
         low_R, high_R = self.window(tokens, vocabulary, segment_ids_R)
@@ -218,29 +254,37 @@ class FixedWindow(Clipped, Aggregated):
         return {"weights_T": self.weights(tokens), "clip_low_T": low_R, "clip_high_T": high_R, **shared}
 
     def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
-        """Return the segment of each trained token, or None where each is its own."""
+        """Return the segment id of each trained token, int64 [R], or None if every token is a segment."""
         raise NotImplementedError
 
     def window(
         self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return (low, high): how far below and above 1 the ratio of each token's segment may go."""
+        """Return (low, high), [R] each: the ratio of each token's segment is clipped to [1 - low, 1 + high]."""
         return tokens.constant(self.clip_low), tokens.constant(self.clip_high)
 
 
 def clipped(ratio: Ratio, inputs: LossInputs, dual_clip: float | None = None) -> Cost:
-    """Return -min(s A, clip(s) A) for every token, written so that nothing infinite meets a zero.
+    """Return the clipped cost -min(s A, clip(s) A) of every token, computed without inf * 0.
 
     The gradient with respect to the log-probability is -A s inside the window (bounds included) and 0 outside.
+
+    Args:
+        ratio: the importance ratio s.
+        inputs: advantages A and the window ``clip_low_R``, ``clip_high_R``.
+        dual_clip: upper bound of s where A is negative; None: no bound.
+
+    Raises:
+        ConfigError: the batch has no clip window.
     """
     advantages_R, ratio_R = inputs.advantages_R, ratio.value_R
     lower_R, upper_R = 1 - inputs.require("clip_low_R"), 1 + inputs.require("clip_high_R")
     rises_R, falls_R = advantages_R > 0, advantages_R < 0
-    kept_R = (rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))
+    active_R = (rises_R & (ratio_R <= upper_R)) | (falls_R & (ratio_R >= lower_R))
     bound_R = torch.where(rises_R, upper_R, lower_R)
     if dual_clip is not None:
         above_R = falls_R & (ratio_R > dual_clip)
-        kept_R &= ~above_R
+        active_R &= ~above_R
         bound_R = torch.where(above_R, dual_clip, bound_R)
-    values_R = -advantages_R * torch.where(kept_R, ratio.live(kept_R), bound_R)
-    return Cost(values_R, ~kept_R & (advantages_R != 0), ratio)
+    values_R = -advantages_R * torch.where(active_R, ratio.live(active_R), bound_R)
+    return Cost(values_R, ~active_R & (advantages_R != 0), ratio)

@@ -1,6 +1,6 @@
 """CISPO (MiniMax-M1, arXiv 2506.13585): L = -sum_t w_t sg[min(r_t, 1 + clip_high)] A_t l_t.
 
-The importance weight is capped, not the update: every token keeps a gradient.
+Only the importance weight is capped, so every token has a gradient. sg is the stop-gradient, l_t the log-probability.
 """
 
 from typing import ClassVar, Literal
@@ -14,28 +14,28 @@ from megatron_rl.data.vocabulary import Vocabulary
 
 
 class CISPO(Aggregated):
-    """Weigh each token's log-likelihood by its capped ratio."""
+    """Weight each token's log-likelihood by its capped importance ratio."""
 
     clipped_word: ClassVar[str] = "capped"
 
     name: Literal["cispo"] = "cispo"
     clip_high: NonNegative = 4.0
-    """The weight is at most 1 + clip_high. The paper gives no number: a cap of 5 is what others use."""
+    """The weight is at most 1 + clip_high. The paper gives no value; the default, a cap of 5, is in common use."""
     aggregation: Aggregation = "token"
     """``token``: 1/sum N; ``sequence``: mean over responses of token means; ``constant``: 1/(B normalizer)."""
 
     @property
     def bounds_ratios(self) -> bool:
-        """The weight is capped."""
+        """True: the importance weight is capped."""
         return True
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the weights."""
+        """Return the token weights; the cost needs no other column."""
         self._refuse_segments(segment_ids_R)
         return {"weights_T": self.weights(tokens)}
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
-        """Return -sg[min(r, 1 + clip_high)] A l; capped tokens are reported as clipped although they train."""
+        """Return -sg[min(r, 1 + clip_high)] A l; capped tokens are reported as clipped but still have a gradient."""
         ratio = segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
         cap = 1 + self.clip_high
         capped_R = ratio.value_R.clamp(max=cap)

@@ -1,8 +1,8 @@
 """Divergence PPO (arXiv 2602.04879): the trust region is a divergence from the rollout policy, not a ratio.
 
-L = -sum_t w_t M_t sg[min(r_t, ratio_cap)] A_t l_t, r = pi / mu with mu the rollout policy. M_t is 0 where the step
-would lead further away: (A > 0, r > 1, D > delta) or (A < 0, r < 1, D > delta). D is taken over the two events "this
-token" and "another one": total variation |pi - mu|, or KL(mu || pi).
+L = -sum_t w_t M_t sg[min(r_t, ratio_cap)] A_t l_t, with r = pi / mu, mu the rollout policy and l_t the log-probability.
+M_t is 0 where a step would increase a divergence D that exceeds delta, (A > 0, r > 1) or (A < 0, r < 1), else 1. D is
+the divergence of the binary distributions "this token or any other": total variation |pi - mu|, or KL(mu || pi).
 """
 
 from typing import Literal
@@ -17,10 +17,11 @@ from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 
 DELTAS = {"tv": 0.2, "kl": 0.05}
+"""Default of ``DPPO.delta`` for each divergence."""
 
 
 class DPPO(Aggregated):
-    """Mask the tokens whose probability has moved too far from the rollout policy's."""
+    """Mask tokens whose probability has moved too far from that of the rollout policy."""
 
     name: Literal["dppo"] = "dppo"
     divergence: Literal["tv", "kl"] = "tv"
@@ -34,28 +35,30 @@ class DPPO(Aggregated):
 
     @property
     def bounds_ratios(self) -> bool:
-        """The weight is capped."""
+        """True: the importance weight is capped."""
         return True
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the weights."""
+        """Return the token weights; the cost needs no other column of the objective."""
         self._refuse_segments(segment_ids_R)
         if "rollout_logprobs_T" not in tokens.batch:
-            raise ConfigError("dppo is anchored at the rollout policy: the batch has no rollout_logprobs; give them")
+            raise ConfigError(
+                "dppo needs the log-probs of the rollout policy: the batch has no rollout_logprobs; pass them"
+            )
         return {"weights_T": self.weights(tokens)}
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
-        """Return -M sg[min(r, cap)] A l."""
-        advantages_R, anchor_R = inputs.advantages_R, inputs.require("rollout_logprobs_R").to(logprobs_R.dtype)
-        ratio = segment_ratio(logprobs_R - anchor_R, inputs)
-        far_R = self._divergence(logprobs_R.detach(), anchor_R) > (self.delta or DELTAS[self.divergence])
-        away_R = ((advantages_R > 0) & (ratio.log_R > 0)) | ((advantages_R < 0) & (ratio.log_R < 0))
-        masked_R = far_R & away_R
+        """Return -M sg[min(r, ratio_cap)] A l; masked tokens are reported as clipped and have no gradient."""
+        advantages_R, log_mu_R = inputs.advantages_R, inputs.require("rollout_logprobs_R").to(logprobs_R.dtype)
+        ratio = segment_ratio(logprobs_R - log_mu_R, inputs)
+        outside_R = self._divergence(logprobs_R.detach(), log_mu_R) > (self.delta or DELTAS[self.divergence])
+        diverging_R = ((advantages_R > 0) & (ratio.log_R > 0)) | ((advantages_R < 0) & (ratio.log_R < 0))
+        masked_R = outside_R & diverging_R
         weight_R = torch.where(masked_R, 0, ratio.value_R.clamp(max=self.ratio_cap))
         return Cost(-weight_R * advantages_R * torch.where(masked_R, 0, logprobs_R), masked_R, ratio)
 
-    def _divergence(self, logprobs_R: Tensor, anchor_R: Tensor) -> Tensor:
+    def _divergence(self, logprobs_R: Tensor, log_mu_R: Tensor) -> Tensor:
         if self.divergence == "tv":
-            return (logprobs_R.exp() - anchor_R.exp()).abs()
-        other_R, anchor_other_R = -torch.expm1(logprobs_R), -torch.expm1(anchor_R)
-        return anchor_R.exp() * (anchor_R - logprobs_R) + torch.special.xlogy(anchor_other_R, anchor_other_R / other_R)
+            return (logprobs_R.exp() - log_mu_R.exp()).abs()
+        other_R, mu_other_R = -torch.expm1(logprobs_R), -torch.expm1(log_mu_R)
+        return log_mu_R.exp() * (log_mu_R - logprobs_R) + torch.special.xlogy(mu_other_R, mu_other_R / other_R)

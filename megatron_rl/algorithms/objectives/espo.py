@@ -1,8 +1,8 @@
-"""ESPO (entropy importance sampling, arXiv 2512.00499): one clipped ratio for each entropy range of a response.
+"""ESPO (entropy importance sampling, arXiv 2512.00499): one clipped ratio per entropy range of a response.
 
 Equations (5) to (11): tau_k = the tokens of a response in the k-th entropy range, s_k = geometric mean of their ratios,
-eps_k = (alpha / log V) * mean_{t in tau_k} H_t, weights 1 / (B K_i n_k). The paper leaves the ranges open: two of them,
-the ``ceil(0.2 N_i)`` tokens of highest entropy and the rest, are our default.
+eps_k = (alpha / log V) * mean_{t in tau_k} H_t, weights 1 / (B K_i n_k). The paper does not specify the ranges. The
+default here is two ranges: the ``ceil(0.2 N_i)`` tokens of highest entropy, and the rest.
 """
 
 from fractions import Fraction
@@ -36,7 +36,7 @@ class ESPO(Clipped):
     alpha: NonNegative = 0.02
     """Width of the window: eps_k = alpha * mean entropy of the group / log V."""
     fixed_window: NonNegative | None = None
-    """A window for all groups that no entropy moves, in place of ``alpha``: an ablation of the paper."""
+    """Window of all groups, independent of entropy, in place of ``alpha``: an ablation of the paper."""
     top_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of a response's tokens, those of highest entropy, that forms the upper of two groups."""
     quantiles: tuple[Share, ...] = ()
@@ -44,18 +44,18 @@ class ESPO(Clipped):
     thresholds: tuple[NonNegative, ...] = ()
     """Borders between groups in nats; in place of ``top_fraction``."""
     high_only: bool = False
-    """Train the group of highest entropy alone; the others weigh nothing and do not count in K_i."""
+    """Train only the group of highest entropy; the others have weight 0 and do not count in K_i."""
     ratio_form: Literal["detached", "eq9_literal"] = "detached"
     """``detached``: value s_k, as in GSPO-token; ``eq9_literal``: value s_k * r_t, as equation (9) is printed."""
 
     @model_validator(mode="after")
     def _one_way_to_group(self) -> Self:
-        # By value, not by whether it was written: a saved configuration writes every default.
+        # Compare values instead of testing which fields are set: a saved configuration contains every default.
         fields = type(self).model_fields
         names = ("top_fraction", "quantiles", "thresholds")
-        given = [name for name in names if getattr(self, name) != fields[name].default]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} all choose the entropy groups: keep one of them")
+        changed = [name for name in names if getattr(self, name) != fields[name].default]
+        if len(changed) > 1:
+            raise ValueError(f"{' and '.join(changed)} all choose the entropy groups: keep one of them")
         if self.fixed_window is not None and self.alpha != fields["alpha"].default:
             raise ValueError(
                 f"alpha = {self.alpha} and fixed_window = {self.fixed_window}: keep one of the two windows"
@@ -63,17 +63,17 @@ class ESPO(Clipped):
         return self
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return groups, windows and the weights 1 / (B K_i n_k)."""
+        """Return the entropy groups as segments, the clip window, and the token weights 1 / (B K_i n_k), [R] each."""
         entropies_R = tokens.entropies_R
-        weighs_R = torch.ones(len(tokens), dtype=torch.bool)
+        trained_R = torch.ones(len(tokens), dtype=torch.bool)
         if segment_ids_R is None:
             groups_R = self._groups(entropies_R, tokens.responses_R)
             segment_ids_R = joint_ids(tokens.responses_R, groups_R)
             if self.high_only:
-                weighs_R = groups_R == self._num_groups - 1
+                trained_R = groups_R == self._num_groups - 1
         means_R, sizes_R = segment_means(entropies_R, segment_ids_R)
         groups_per_response_R = 1 if self.high_only else segments_per_response(segment_ids_R, tokens.responses_R)
-        weights_R = weighs_R / (tokens.num_responses * groups_per_response_R * sizes_R.double())
+        weights_R = trained_R / (tokens.num_responses * groups_per_response_R * sizes_R.double())
         if self.fixed_window is None:
             window_R = (self.alpha / log_size(vocabulary) * means_R).clamp(min=0)
         else:
@@ -86,7 +86,7 @@ class ESPO(Clipped):
         }
 
     def ratio(self, logprobs_R: Tensor, inputs: LossInputs) -> Ratio:
-        """Return s_k; printed literally, equation (9) has the value s_k * r_t."""
+        """Return the ratio s_k of each token's group, or s_k * r_t if ``ratio_form`` is ``eq9_literal``."""
         ratio = super().ratio(logprobs_R, inputs)
         if self.ratio_form == "detached":
             return ratio

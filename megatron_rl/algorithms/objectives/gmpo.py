@@ -1,7 +1,7 @@
-"""Geometric mean policy optimization (arXiv 2507.20673): token ratios are clipped in log space, then averaged.
+"""Geometric mean policy optimization (arXiv 2507.20673): token log ratios are clipped, then averaged per response.
 
 L = -(1/B) sum_i A_i exp(mean_t dc_t), dc_t = sgn(A) min(sgn(A) d_t, sgn(A) clip(d_t, -clip_low, clip_high)). A clipped
-token loses its own gradient, not its neighbours'.
+token loses its gradient; the other tokens of the response do not.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ from megatron_rl.data.vocabulary import Vocabulary
 
 
 class GMPO(Objective):
-    """Clip each token's log ratio, then take one geometric mean a response."""
+    """Clip each token's log ratio, then take the geometric mean of the ratios per response."""
 
     name: Literal["gmpo"] = "gmpo"
     clip_low: NonNegative = 0.4
@@ -25,12 +25,12 @@ class GMPO(Objective):
     """Where the advantage is positive, log ratios above clip_high count as clip_high."""
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the weights 1 / (B N_i), by which a response's tokens add up to (1/B) A_i s_i, and the responses."""
+        """Return the token weights 1 / (B N_i), which sum to 1 / B per response, and the response ids as segments."""
         ids_R = tokens.responses_R if segment_ids_R is None else segment_ids_R
         return {"weights_T": 1 / (tokens.num_responses * tokens.counts_R.double()), "segment_ids_T": ids_R}
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
-        """Return -s A, where s is the geometric mean of the clipped token ratios."""
+        """Return -s A, with s the geometric mean of the clipped token ratios of the response."""
         advantages_R = inputs.advantages_R
         log_R = logprobs_R - inputs.old_logprobs_R
         clipped_log_R = torch.where(advantages_R > 0, log_R.clamp(max=self.clip_high), log_R.clamp(min=-self.clip_low))

@@ -1,7 +1,7 @@
-"""Group relative policy optimization (arXiv 2402.03300): a clipped ratio for every token.
+"""Group relative policy optimization (arXiv 2402.03300): one clipped ratio per token.
 
-DAPO (2503.14476) is ``clip_high = 0.28`` with ``aggregation = "token"``; Dr.GRPO (2503.20783) is ``aggregation =
-"constant"`` with ``normalizer`` and ``dr`` advantages.
+DAPO (arXiv 2503.14476) is ``clip_high = 0.28`` with ``aggregation = "token"``. Dr.GRPO (arXiv 2503.20783) is
+``aggregation = "constant"`` with ``normalizer`` and ``dr`` advantages.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from megatron_rl.data.vocabulary import Vocabulary
 
 
 class GRPO(FixedWindow):
-    """Clip each token's own ratio."""
+    """Clip the importance ratio of each token."""
 
     name: Literal["grpo"] = "grpo"
     clip_low: NonNegative = 0.2
@@ -22,5 +22,5 @@ class GRPO(FixedWindow):
     """A token with a positive advantage stops training when its ratio rises above 1 + clip_high."""
 
     def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
-        """Return None: every token has a ratio of its own."""
+        """Return None: every token is a segment."""
         return None

@@ -1,4 +1,4 @@
-"""Group sequence policy optimization (arXiv 2507.18071): one clipped ratio for a whole response."""
+"""Group sequence policy optimization (arXiv 2507.18071): one clipped ratio per response."""
 
 from typing import ClassVar, Literal
 
@@ -20,5 +20,5 @@ class GSPO(FixedWindow):
     """A response with a positive advantage stops training when its ratio rises above 1 + clip_high."""
 
     def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
-        """Return the response of each token."""
+        """Return the response index of each trained token, int64 [R]: every response is a segment."""
         return tokens.responses_R

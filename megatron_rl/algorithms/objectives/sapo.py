@@ -1,7 +1,7 @@
 """Soft adaptive policy optimization (arXiv 2511.20347): a smooth gate instead of a clip.
 
-L = -sum_t w_t f(r_t) A_t with f(r) = (4 / tau) sigmoid(tau (r - 1)), tau by the sign of the advantage. The gate weight
-r sech^2(tau (r - 1) / 2) is 1 at r = 1, so on-policy this is the plain policy gradient.
+L = -sum_t w_t f(r_t) A_t with f(r) = (4 / tau) sigmoid(tau (r - 1)) and a tau per sign of the advantage. The gradient
+weight r sech^2(tau (r - 1) / 2) is 1 at r = 1, so an on-policy update is the plain policy gradient.
 """
 
 from typing import ClassVar, Literal
@@ -15,11 +15,11 @@ from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
 LARGEST_LOG_RATIO = 80.0
-"""exp stays finite in float32; the gate's gradient has vanished long before."""
+"""Log ratios are clamped to this value, so that exp is finite in float32; the gate's gradient is already 0 there."""
 
 
 class SAPO(Aggregated):
-    """Weigh each token's ratio by a soft gate."""
+    """Pass each token's importance ratio through a sigmoid gate."""
 
     meant_for_several_updates: ClassVar[bool] = True
 
@@ -27,20 +27,20 @@ class SAPO(Aggregated):
     tau_positive: Positive = 1.0
     """Temperature of the gate where the advantage is positive."""
     tau_negative: Positive = 1.05
-    """Temperature of the gate where the advantage is negative; larger than ``tau_positive`` is the more stable."""
+    """Temperature of the gate where the advantage is negative; values above ``tau_positive`` are more stable."""
 
     @property
     def bounds_ratios(self) -> bool:
-        """The gate's gradient vanishes for large ratios."""
+        """True: the gradient of the gate vanishes for large ratios."""
         return True
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the weights: the gate needs nothing else."""
+        """Return the token weights; the gate needs no other column."""
         self._refuse_segments(segment_ids_R)
         return {"weights_T": self.weights(tokens)}
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
-        """Return -f(r) A; no token is ever clipped."""
+        """Return -f(r) A; no token is reported as clipped."""
         advantages_R = inputs.advantages_R
         ratio = segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
         tau_R = torch.full_like(logprobs_R, self.tau_negative).masked_fill(advantages_R > 0, self.tau_positive)

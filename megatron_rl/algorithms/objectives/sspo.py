@@ -1,8 +1,8 @@
-"""Sentence and subsentence ratios (SSPO, arXiv 2511.04256), with a window moved by the segment's entropy.
+"""Sentence and subsentence ratios (SSPO, arXiv 2511.04256), with a clip window scaled by the segment's entropy.
 
-The paper's delimiters, length normalization and bound formula are not public to us: this is a reconstruction. Ours are
-the delimiters of ``Vocabulary``, the geometric mean, and eps_g = eps0 * clamp(mean_{t in g} H_t / H_ref, 0.5, 2).
-LPO (Ling 2.0, 2510.22115) is ``granularity = "sentence"``, ``entropy_scale = "none"``, ``aggregation = "token"``.
+This is a reconstruction: the paper's delimiters, length normalization and bound formula were not available to us. It
+uses the delimiters of ``Vocabulary``, the geometric mean, and eps_g = eps0 * clamp(mean_{t in g} H_t / H_ref, 0.5, 2).
+LPO (Ling 2.0, arXiv 2510.22115) is ``granularity = "sentence"``, ``entropy_scale = "none"``, ``aggregation = "token"``.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
@@ -49,16 +49,16 @@ class SSPO(FixedWindow):
         return self
 
     def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
-        """Return the (sub)sentence of each token."""
+        """Return the sentence or subsentence of each trained token, int64 [R]."""
         if vocabulary is None or not vocabulary.pieces:
-            raise ConfigError("sspo needs a tokenizer to find sentences: give segment_ids, or a Vocabulary with pieces")
+            raise ConfigError("sspo needs a tokenizer to find sentences: pass segment_ids, or a Vocabulary with pieces")
         run = TokenRun(tokens["input_ids_T"], tokens.positions_R, tokens.responses_R)
         return sentence_ids(run, vocabulary, self.granularity, self.min_tokens)
 
     def window(
         self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the window of each token's segment: wider where the old policy was less certain."""
+        """Return (low, high) of each token's segment, [R] each: wider where the old policy's mean entropy is higher."""
         if self.entropy_scale == "none":
             return super().window(tokens, vocabulary, segment_ids_R)
         assert segment_ids_R is not None, "sspo always has segments"
@@ -68,7 +68,7 @@ class SSPO(FixedWindow):
             window_R = (self.alpha / log_size(vocabulary) * means_R).clamp(min=0)
             return window_R, window_R
         reference = entropies_R.mean() if self.entropy_reference is None else torch.tensor(self.entropy_reference)
-        # A mini-batch without any entropy has nothing to compare: its windows keep eps0.
+        # If all entropies are 0, the window of every segment is eps0.
         relative_R = means_R / reference if reference > 0 else torch.ones_like(means_R)
         scale_R = relative_R.clamp(self.scale_min, self.scale_max)
         return self.clip_low * scale_R, self.clip_high * scale_R
