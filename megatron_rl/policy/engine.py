@@ -44,7 +44,7 @@ from megatron_rl.policy.upstream import repair
 
 Result = TypeVar("Result")
 LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
-"""(row, output of the last stage) -> megatron's triple: scalar to differentiate, token count, what to keep."""
+"""(row, output of the last stage) -> megatron-core's triple: scalar to differentiate, token count, result to keep."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TokenLogprobs:
 
 
 class Policy:
-    """A megatron-core model, its optimizer and its schedule, on this rank's part of the mesh."""
+    """A megatron-core model with its optimizer and learning-rate schedule; this rank holds a part of each."""
 
     def __init__(self, run: Run, world: World, total_updates: int) -> None:
         repair()
@@ -95,7 +95,7 @@ class Policy:
 
     @property
     def row_rules(self) -> RowRules:
-        """What packed rows must satisfy on this mesh."""
+        """Constraints on packed rows from the layout."""
         parallel, train = self._parallel, self._train
         return RowRules(
             tokens=train.tokens_per_microbatch,
@@ -112,7 +112,7 @@ class Policy:
 
         Args:
             batch: the mini-batch.
-            in_one_row: put the whole batch into one row whatever its length, a copy for each data-parallel rank.
+            in_one_row: pack the batch into one row of any length, replicated on data-parallel ranks.
         """
         rows = self._rows(batch, in_one_row)
         with self.replay.recording() as routes:
@@ -130,7 +130,7 @@ class Policy:
         return columns["logprobs"], columns["entropies"]
 
     def _whole(self, names: Sequence[str], rows: Sequence[Row], parts: Sequence[tuple[RankRow, Tensor]]) -> Columns:
-        """Return columns over all tokens of the mini-batch, on the CPU, from [names, R] of each row of the ranks."""
+        """Return columns over all tokens of the mini-batch, on the CPU, from the [names, R] values of each row."""
         total = int(rows[0].batch.lengths_B.sum())
         dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
         whole_NT = torch.zeros(len(names), total, dtype=dtype, device=self.mesh.world.device)
@@ -177,16 +177,16 @@ class Policy:
     def run_backward(
         self, rows: Sequence[Row], loss_fn: LossFn, whole_gradients: bool
     ) -> list[tuple[RankRow, tuple[Loss, Tensor]]]:
-        """Set the gradients to those of these rows; return (loss, is it finite) of each row, as ``run_rows``."""
+        """Zero the gradients, then accumulate those of these rows; return (loss, whether it is finite) per row."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-            chunk.force_all_reduce = whole_gradients  # for buckets that are reduced while the backward pass goes on
+            chunk.force_all_reduce = whole_gradients  # for buckets reduced during the backward pass
         self.optimizer.zero_grad()
         step = partial(_differentiable, loss_fn)
         return self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
 
     def _stop_at_nonfinite(self, rows: Sequence[Row], finite: Sequence[Tensor], loss_fn: LossFn | None = None) -> None:
-        """Raise on all ranks if any has a row, or after a backward pass a gradient, with NaN or inf."""
+        """Raise on all ranks if any rank has NaN or inf in a row or, after a backward pass, in a gradient."""
         buffers = [*chain.from_iterable(chunk.buffers + chunk.expert_parallel_buffers for chunk in self.chunks)]
         gradients = [buffer.grad_data for buffer in buffers] if loss_fn else []
         row, nonfinite = bad_row(self.mesh, finite, gradients, len(rows))
@@ -208,7 +208,7 @@ class Policy:
 
     @contextmanager
     def weights_kept(self) -> Iterator[None]:
-        """Put the parameters back as they were at the end of a ``with`` block; the optimizer's moments are not."""
+        """Restore the parameters at the end of a ``with`` block; optimizer state is not restored."""
         kept = self._copy()
         try:
             yield
@@ -216,21 +216,21 @@ class Policy:
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], kept)
 
     def sharded_state(self) -> list[tuple[StateSlice, Tensor]]:
-        """Return this rank's part of the whole state, shared with the policy: model, optimizer, random generators.
+        """Return this rank's slices of model, optimizer and random generators, sharing memory with the policy.
 
-        The pieces of all ranks together hold every element of the state once; they serve any layout.
+        The union over all ranks contains every element once and can be loaded under any layout.
         """
         shards, parts = shards_of(self.chunks, self.family, self.mesh), optimizer_parts(self.optimizer)
         random = rng_slices(rng_states(self.mesh.world.device), self.mesh)
         return [*state_slices(shards, parts, self.mesh), *random.values()]
 
     def load_sharded_state(self, reader: ShardedStateReader, updates: int, *, same_layout: bool) -> None:
-        """Put back what all ranks' ``pieces`` gave after ``updates`` optimizer steps, whatever their layout was.
+        """Restore a state saved after ``updates`` optimizer steps, written under any layout.
 
-        Random generators are only put back on the layout that they were of.
+        Random generators are restored only if the layout is the same.
 
         Raises:
-            DataError: the pieces are of another model, not whole, or damaged.
+            DataError: the slices belong to another model, are incomplete or damaged.
         """
         check_model(reader, self.family)
         shards = [*shards_of(self.chunks, self.family, self.mesh), *tied_copies(self.chunks, self.family)]
@@ -247,7 +247,7 @@ class Policy:
         return self.scheduler.num_steps
 
     def weights(self, bucket_bytes: int) -> WeightExport:
-        """Return the whole model under Hugging Face names, to iterate over on all ranks: the main one gets it."""
+        """Return an iterable over (Hugging Face name, tensor); all ranks must iterate, rank 0 gets the tensors."""
         return WeightExport(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
 
     def gradients(self) -> WeightExport:
@@ -259,7 +259,7 @@ class Policy:
     def run_rows(
         self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
     ) -> list[tuple[RankRow, Result]]:
-        """Send this rank's rows through megatron's schedule; return (row, result) pairs, none but on the last stage."""
+        """Run this rank's rows in megatron-core's schedule; return (row, result) pairs, only on the last stage."""
         own = rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]
         mine = [self.replay.arm(rank_row(row, self.mesh, self._qkv_format), row.batch) for row in own]
         results = get_forward_backward_func()(
@@ -275,7 +275,7 @@ class Policy:
         return list(zip(mine, results, strict=True)) if self.mesh.is_last_stage else []
 
     def _reduce(self, rows: Sequence[Row], metrics: Sequence[tuple[RankRow, Metrics]]) -> Metrics:
-        """Add up (or take the largest of) every metric over micro-batches and ranks; bring tokens to their places."""
+        """Reduce every metric over micro-batches and ranks by sum or maximum; scatter per-token values to the batch."""
         world, device = torch.distributed.group.WORLD, self.mesh.world.device
         sums = _combine([metric.sums for _, metric in metrics], torch.sum)
         maxima = _combine([metric.maxima for _, metric in metrics], torch.amax)
@@ -300,7 +300,7 @@ class Policy:
 
 
 def _in_order(values: Columns, names: Sequence[str], missing: float, device: torch.device) -> Tensor:
-    """Return the named values in one tensor, without waiting for the device to have them."""
+    """Return the named values in one tensor, without a device synchronization."""
     if not values:
         return torch.full((len(names),), missing, dtype=torch.float64, device=device)
     return torch.stack([values[name].double() for name in names])
@@ -315,7 +315,7 @@ def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _forward(
     loss_step: LossStep[Result], balanced: bool, rows: Iterator[RankRow], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
-    """Megatron's forward step: run one row, say how its output becomes a loss."""
+    """megatron-core's forward step: run one row; return the output and the function from output to loss."""
     row = next(rows)
     output = model(
         input_ids=row.input_ids_T[None],
@@ -330,7 +330,7 @@ def _forward(
 
 
 NO_TOKENS = torch.zeros((), dtype=torch.int)
-"""Megatron's count of loss tokens: our losses carry their own denominators."""
+"""Token count for megatron-core's normalization, unused because losses have their own denominators."""
 
 
 def _keep_output(row: RankRow, output_2R: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights between Hugging Face files and this rank's shards, by the family's table of names."""
+"""Loads Hugging Face checkpoints into this rank's shards and exports them, using the family's table of names."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name
 
 @dataclass(frozen=True)
 class LocalParam:
-    """One parameter (or router's bias) of this rank: its table entry, its global indices, and its tensor."""
+    """One parameter or router bias of this rank: its table entry, its global indices and its tensor."""
 
     name: ParamMapping
     layer: int
@@ -33,34 +33,34 @@ class LocalParam:
     parameter: Tensor
     is_trained: bool = True
     stack: str = ""
-    """The tensor of a checkpoint that holds this one and those of the layer's other experts; empty: it has its own."""
+    """Name of the stacked checkpoint tensor that contains this expert's; empty if the expert has its own tensor."""
 
     @property
     def full_name(self) -> str:
-        """Its name in the whole model, the same under every layout."""
+        """Megatron name with global indices, independent of the layout."""
         return self.name.megatron_name(self.layer, self.expert)
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """The Hugging Face tensors that it is a part of."""
+        """Names of the Hugging Face tensors that the parameter is made of."""
         return self.name.hf_names(self.layer, self.expert)
 
     def group(self, mesh: Mesh) -> RankGroup:
-        """The ranks that hold the other shards of the same tensor."""
+        """The ranks that shard this parameter."""
         return mesh.expert_tensor if self.name.is_expert else mesh.tensor
 
     def whole_group(self, mesh: Mesh) -> RankGroup:
-        """The ranks that hold shards of the same tensor of a checkpoint."""
+        """The ranks that hold parts of the same checkpoint tensor."""
         return mesh.experts if self.stack else self.group(mesh)
 
     def is_first_copy(self, mesh: Mesh) -> bool:
-        """True on the ranks that hold the first data-parallel copy of this tensor's shards."""
+        """True on the ranks of the first data-parallel replica of this parameter."""
         if self.name.is_expert:
             return group_rank(mesh.expert_data) == 0
         return group_rank(mesh.data) == 0 and group_rank(mesh.context) == 0
 
     def copies(self, mesh: Mesh) -> tuple[int, int]:
-        """Which of the equal copies of this shard this rank holds, and how many there are."""
+        """Return (index of this rank's replica of the shard, number of replicas)."""
         axes = [mesh.expert_data] if self.name.is_expert else [mesh.data, mesh.context]
         axes += [self.group(mesh)] if self.name.rule.dim is None else []
         copy, copies = 0, 1
@@ -69,18 +69,16 @@ class LocalParam:
         return copy, copies
 
     def owner_rank(self, mesh: Mesh) -> int:
-        """The global rank that gathers this tensor's shards and hands them on."""
+        """The global rank that gathers this parameter's shards and exports the tensor."""
         group = self.whole_group(mesh)
         return mesh.world.rank if group is None else dist.get_global_rank(group, 0)
 
 
 def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh) -> list[LocalParam]:
-    """Return every parameter of this rank, and every router's bias, with its table entry.
-
-    A tied head is left out: it is the embedding.
+    """Return every parameter and router bias of this rank with its table entry; a tied head is omitted.
 
     Raises:
-        DataError: a parameter has no entry in the table.
+        DataError: the table has no entry for a parameter.
     """
     entries = {name.megatron: name for name in family.mappings}
     first_expert = (
@@ -110,7 +108,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
 
 
 def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> list[LocalParam]:
-    """Return the output head of a last stage without the embedding it is tied to, as another copy of the embedding."""
+    """Return the tied output head on a last stage that does not hold the embedding, with the embedding's entry."""
     if not family.tied:
         return []
     embedding = next(name for name in family.mappings if name.megatron.startswith("embedding."))
@@ -119,13 +117,14 @@ def tied_copies(chunks: Sequence[DistributedDataParallel], family: Family) -> li
 
 
 def mark_shards(shards: Sequence[LocalParam], mesh: Mesh) -> None:
-    """Tell megatron which parameters are cut over tensor-parallel ranks.
+    """Set megatron-core's attributes of tensor-parallel parameters.
 
-    Its layers do so only when they initialize weights, which we skip; without the mark every rank but the first leaves
-    its shards out of the gradient norm. Call before the optimizer is built: it copies the marks to its main parameters.
+    megatron-core's layers set them only when they initialize weights, which is skipped here. Without them, every rank
+    but the first leaves its shards out of the gradient norm. Call this before the optimizer is built, because it copies
+    them to its main parameters.
 
-    What each rank of an expert has whole (a bias) counts on the first of them, whichever of the dense weights' tensor
-    ranks that is; nor is its gradient a part of a sum over those, as megatron's own layer says.
+    A replicated parameter of an expert (a bias) counts in the gradient norm on expert-tensor rank 0 only, and its
+    gradient is not summed over tensor-parallel ranks.
     """
     for shard in shards:
         dim = shard.name.rule.dim
@@ -140,10 +139,10 @@ def mark_shards(shards: Sequence[LocalParam], mesh: Mesh) -> None:
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh, folder: Path) -> None:
-    """Fill this rank's parameters from a checkpoint folder of either kind; every tensor must be there and fit.
+    """Load this rank's parameters from a checkpoint folder of any format.
 
     Raises:
-        DataError: a tensor is missing, extra or misshapen, or a file cannot be read.
+        DataError: a tensor is missing, extra or of the wrong shape, or a file cannot be read.
     """
     source = open_checkpoint(folder, family)
     source.check(family)
@@ -152,19 +151,23 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
         group = shard.group(mesh)
         piece = shard.name.rule.shard(parts, group_rank(group), group_size(group))
         if not shard.is_trained:
-            # megatron keeps a router's bias in float32, but its bfloat16 wrapper has just cast it
+            # megatron-core needs router biases in float32, but its bfloat16 wrapper has converted them
             shard.parameter.data = shard.parameter.data.to(torch.promote_types(piece.dtype, torch.float32))
         shard.parameter.copy_(piece)
 
 
 @dataclass(frozen=True)
 class WeightExport:
-    """The model under Hugging Face names, tensor by tensor.
+    """Exports the model tensor by tensor under Hugging Face names.
 
-    ``bucket_bytes`` bounds what a rank holds besides its shards, if the tensors are let go as they come; one tensor may
-    be larger, it is never cut. Where the experts of a layer are one tensor, that one comes on top, in host memory.
-    ``pick`` chooses what to hand out of each parameter (its gradient, say). Iterating and ``owned_tensors`` are
-    collective: every rank must exhaust the same one of them.
+    Iteration and ``owned_tensors`` are collective: every rank must exhaust the same one of them.
+
+    Attributes:
+        shards: this rank's parameters.
+        mesh: this rank's process groups.
+        bucket_bytes: memory limit per rank in addition to its shards, if the caller releases each tensor before the
+            next. A single larger tensor exceeds it, and so does a stacked tensor of experts, in host memory.
+        pick: maps a parameter to the exported tensor, such as its gradient.
     """
 
     shards: Sequence[LocalParam]
@@ -173,13 +176,13 @@ class WeightExport:
     pick: Callable[[Tensor], Tensor] = Tensor.detach
 
     def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that this rank speaks for, on the CPU: those of all ranks together are the model, once."""
+        """Yield (name, CPU tensor) of the tensors this rank owns; the union over ranks is the model."""
         for owner in range(self.mesh.world.size):
             for merged in self._merged(owner):
                 yield from merged
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor on the CPU of the main rank, nothing on the others; owners send theirs there."""
+        """Yield (name, CPU tensor) of every tensor on rank 0, to which owners send theirs; nothing on other ranks."""
         mesh = self.mesh
         for owner in range(mesh.world.size):
             for merged in self._merged(owner):
@@ -196,11 +199,12 @@ class WeightExport:
 
     @torch.no_grad()
     def _merged(self, owner: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Yield the owner's tensors, bucket by bucket, to the owner itself; the ranks that share them take part."""
+        """Yield the owner's tensors per bucket, on the owner; the ranks that shard them take part in the gathering."""
         mine = [
             shard for shard in self.shards if shard.is_first_copy(self.mesh) and shard.owner_rank(self.mesh) == owner
         ]
-        # Dense tensors and experts apart: they are gathered over different groups, whose ranks must cut equal buckets.
+        # Separate buckets for dense tensors and experts: each is gathered over its group, with equal buckets on all
+        # ranks.
         stacked = sorted((s for s in mine if s.stack), key=attrgetter("stack"))  # one after the other
         dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == own] for own in (False, True))
         for part in (dense, experts, stacked):
@@ -214,7 +218,7 @@ class WeightExport:
 
 
 def _buckets(shards: Sequence[LocalParam], bucket_bytes: int) -> Iterator[list[LocalParam]]:
-    """Cut a list of shards into runs of one dtype that fit in a bucket."""
+    """Yield consecutive shards of one dtype that fit into a bucket."""
     bucket: list[LocalParam] = []
     used = 0
     for shard in shards:
@@ -229,14 +233,14 @@ def _buckets(shards: Sequence[LocalParam], bucket_bytes: int) -> Iterator[list[L
 
 
 def _gather(bucket: Sequence[LocalParam], group: RankGroup, pick: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the shards of all ranks of the bucket's group, [ranks, elements], by one collective."""
+    """Return the bucket's shards of all ranks of the group, [ranks, elements], with one collective."""
     if group_size(group) > 1:
         return gather_over(group, torch.cat([pick(shard.parameter).flatten() for shard in bucket]))
     return torch.cat([pick(shard.parameter).flatten() for shard in bucket])[None]
 
 
 def _pieces(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[LocalParam, list[Tensor]]]:
-    """Yield each shard of a bucket with those that the ranks have in its place, in rank order."""
+    """Yield each shard of a bucket with the corresponding shards of all ranks, in rank order."""
     offset = 0
     for shard in bucket:
         count = shard.parameter.numel()
@@ -245,7 +249,7 @@ def _pieces(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[Lo
 
 
 def _merge(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a bucket's shards make: copies, so that the bucket can go."""
+    """Yield the merged tensors of a bucket, copied so that the bucket can be freed."""
     for shard, pieces in _pieces(bucket, gathered):
         for name, part in zip(shard.hf_names, shard.name.rule.merge(pieces), strict=True):
             whole = part.contiguous().cpu()
@@ -255,14 +259,14 @@ def _merge(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str
 
 @dataclass
 class ExpertStacker:
-    """Puts the experts of a layer together, in host memory: a stack is there from its first bucket to its last."""
+    """Assembles stacked expert tensors in host memory, each from its first to its last bucket."""
 
     mesh: Mesh
     _open: dict[str, Tensor] = field(default_factory=dict)
     _missing: dict[str, int] = field(default_factory=dict)
 
     def merge(self, bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the stacks that a bucket completes; ``gathered`` comes from the ranks of ``Mesh.experts``, in order."""
+        """Yield the stacked tensors that a bucket completes; ``gathered`` is in the rank order of ``Mesh.experts``."""
         sharing, ranks = group_size(self.mesh.expert_tensor), group_size(self.mesh.expert)
         for shard, pieces in _pieces(bucket, gathered):
             name, experts = shard.stack, shard.name.experts
@@ -278,7 +282,7 @@ class ExpertStacker:
 
 
 def _messages(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Yield tensors in groups of at most so many bytes; a larger one is alone."""
+    """Yield tensors in groups of at most this many bytes; a larger tensor is a group of its own."""
     message: dict[str, Tensor] = {}
     used = 0
     for name, tensor in tensors:
@@ -294,7 +298,7 @@ def _messages(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterato
 
 
 def _send(tensors: Mapping[str, Tensor], mesh: Mesh, part_bytes: int) -> None:
-    """Send tensors to the main rank, in parts of so many bytes."""
+    """Send tensors to rank 0 in parts of at most ``part_bytes`` bytes."""
     device = mesh.world.device
     header = json.dumps([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
     text = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8).to(device)

@@ -1,4 +1,4 @@
-"""The policy network: megatron-core's GPTModel, its head returning log-probs and entropies, never logits."""
+"""Builds the policy network: megatron-core's GPTModel with a head that returns log-probs and entropies, not logits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclasses.dataclass
 class YarnConfig(TransformerConfig):
-    """With the settings of a YaRN rotary embedding, which GPTModel and its attention read and TransformerConfig lacks.
+    """TransformerConfig with YaRN settings (arXiv 2309.00071), which GPTModel reads but TransformerConfig lacks.
 
-    See megatron-core's YarnRotaryEmbedding for their meaning.
+    megatron-core's ``YarnRotaryEmbedding`` documents them.
     """
 
     position_embedding_type: str = "yarn"
@@ -65,12 +65,12 @@ class PolicyModel(GPTModel):
         own = {"position_ids": position_ids, "packed_seq_params": packed_seq_params, "padding_mask": padding_mask}
         prepared = super()._preprocess(*args, **own, **kwargs)
         if packed_seq_params.is_plain:
-            # One rotation for the whole row; megatron's for packed rows takes the sequences one by one, in each layer.
+            # Rotate the whole row at once; for packed rows, megatron-core loops over sequences in each layer.
             angles = self.rotary_pos_emb.get_emb(packed_seq_params.max_seqlen_q)
-            angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN's come with a factor
+            angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN also returns a scale
             prepared = (prepared[0], angles[position_ids[0]], *prepared[2:])
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
-            # megatron-core shares the mask over tensor ranks on the first stage only; later stages need it too.
+            # megatron-core splits the mask over tensor ranks on the first stage only; later stages need it too.
             tensor = self.pg_collection.tp
             local_mask = padding_mask.chunk(tensor.size(), dim=1)[tensor.rank()]
             prepared = (*prepared[:5], local_mask, *prepared[6:])
@@ -99,15 +99,15 @@ class PolicyModel(GPTModel):
 
 
 def backends_of(run: Run, mesh: Mesh) -> Backends:
-    """Return which implementations serve this run on this rank's device."""
+    """Return the selected implementations for this run on this rank's device."""
     return backends_for(DTYPES[run.model.dtype], mesh.world.device.type)
 
 
 def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfig:
-    """Return megatron-core's configuration: the family's fields, ours, then ``model.megatron`` on top.
+    """Return megatron-core's configuration: the family's fields, this package's, then ``model.megatron``.
 
     Raises:
-        ConfigError: a field that megatron-core does not have.
+        ConfigError: ``model.megatron`` has an unknown field.
     """
     dtype, parallel = DTYPES[run.model.dtype], run.parallel
     on_cuda = mesh.world.device.type == "cuda"
@@ -145,10 +145,10 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
 
 
 def _built(kind: type[TransformerConfig], fields: dict[str, object], paths: Backends) -> TransformerConfig:
-    """Return the configuration, also of biased experts that several ranks share, which megatron-core refuses.
+    """Return the configuration; it may have biased experts sharded over several ranks, which megatron-core rejects.
 
     Raises:
-        ConfigError: such experts, but not in the layers here that are right for them.
+        ConfigError: the model has such experts and ``GroupedExperts`` is not used.
     """
     ranks = fields["expert_tensor_parallel_size"]
     if not fields["add_bias_linear"] or (paths.engine and ranks == 1):
@@ -174,7 +174,7 @@ RECOMPUTE: Mapping[str, Mapping[str, object]] = {
 
 
 def layout_fields(run: Run) -> dict[str, object]:
-    """Return the mesh sizes as TransformerConfig names them, with the defaults that follow from each other."""
+    """Return the parallel sizes under TransformerConfig's names, with defaults resolved."""
     parallel = run.parallel
     return {
         "tensor_model_parallel_size": parallel.tensor,
@@ -188,7 +188,7 @@ def layout_fields(run: Run) -> dict[str, object]:
 
 
 def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataParallel]:
-    """Build this rank's model chunks, one for each virtual pipeline stage, in megatron's data-parallel wrapper."""
+    """Build this rank's model chunks, one per virtual pipeline stage, in megatron-core's data-parallel wrapper."""
     config = transformer_config(run, family, mesh)
     chunks = []
     for stage in range(run.parallel.virtual_pipeline):
@@ -202,7 +202,7 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
     )
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
     if run.parallel.overlap_grad_reduce:
-        # Without it megatron reduces after every micro-batch, and all but the last gradient is counted twice.
+        # Without no_sync, megatron-core reduces after every micro-batch and counts earlier gradients twice.
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
@@ -235,5 +235,5 @@ def _build_chunk(
 
 
 def _finalize_sums(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: object) -> None:
-    """Reduce gradients as plain sums: the loss carries its global denominators, no token count divides it."""
+    """Reduce gradients as plain sums: the loss has its global denominators, so no token count divides it."""
     finalize_model_grads(model, None, **kwargs)

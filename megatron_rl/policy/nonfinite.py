@@ -1,7 +1,7 @@
-"""Where the first NaN or inf of a step comes from: a micro-batch run again alone, watched module by module.
+"""Finds the origin of the first NaN or inf of a step by rerunning one micro-batch with hooks on every module.
 
-``Policy`` raises flags while it computes; only when one is up, all ranks come here together. Every function is
-collective. Legend: T tokens of the mini-batch, R trained tokens of this rank, B responses.
+``Policy`` checks for non-finite values during a step and calls these functions on all ranks if it finds one. Every
+function is collective. Legend: T tokens of the mini-batch, R trained tokens of this rank, B responses.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NonFiniteTensor:
-    """The first tensor that is not finite, in the order of the forward pass (of the backward pass for gradients).
+    """The first non-finite tensor in the order of the forward pass, or of the backward pass for gradients.
 
     Attributes:
         kind: ``output``, ``log-prob``, ``loss column``, ``loss`` or ``gradient``; ``none`` if the micro-batch is
             finite when run again alone.
         name: module, column, or Hugging Face name of the parameter.
-        layer: of the whole model, from 0; None outside of the layers.
-        rank: that holds the tensor; the lowest of several.
-        sample: ``sample_index_B`` of the first response that it is in; None if no single one has it.
-        depth, order: where in the pass it stands.
-        weights: Hugging Face names of the weights that are not finite themselves.
+        layer: global layer index; None outside of the layers.
+        rank: lowest rank that holds the tensor.
+        sample: ``sample_index_B`` of the first affected response; None if it cannot be attributed to one.
+        depth, order: position in the pass.
+        weights: Hugging Face names of the non-finite weights.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class NonFiniteTensor:
     weights: tuple[str, ...] = ()
 
     def words(self) -> str:
-        """Return it in words."""
+        """Return a description for error messages."""
         if self.kind == "none":
             return "a value that is not finite, which did not come up again when its micro-batch was run alone"
         where = "" if self.layer is None else f" in layer {self.layer}"
@@ -63,11 +63,11 @@ class NonFiniteTensor:
 
 
 class NonFiniteError(TrainingError):
-    """A step met NaN or inf. Raised on all ranks alike, before the optimizer saw any of it.
+    """A step computed NaN or inf. Raised on all ranks before the optimizer step.
 
     Attributes:
-        finding: the first tensor.
-        batch: the responses of the micro-batch that it is in.
+        finding: the first non-finite tensor.
+        batch: the responses of its micro-batch.
     """
 
     def __init__(self, finding: NonFiniteTensor, batch: Batch) -> None:
@@ -78,9 +78,9 @@ class NonFiniteError(TrainingError):
 def bad_row(
     mesh: Mesh, finite: Sequence[Tensor], gradients: Iterable[Tensor], num_rows: int
 ) -> tuple[int | None, bool]:
-    """Return the first row with a value that is not finite, and whether any gradient is: the same on every rank.
+    """Return (index of the first non-finite row or None, whether a gradient is non-finite), equal on every rank.
 
-    finite: a bool for each row of this rank. One all-reduce of two numbers.
+    ``finite`` has one bool per row of this rank. Communication is one all-reduce of two numbers.
     """
     flags = torch.stack(list(finite)).tolist() if finite else []
     mine = [place for place, fine in enumerate(flags) if not fine]
@@ -93,7 +93,7 @@ def bad_row(
 
 
 def explain(policy: "Policy", rows: Sequence[Row], row: int | None, loss_fn: LossFn | None) -> NonFiniteError:
-    """Return the error for a flag that is up: in this row's values, or without a row in the gradients."""
+    """Return the error for non-finite values in this row, or in the gradients if ``row`` is None."""
     if row is not None:
         batch = rows[row].batch.select(rows[row].sequences)
         return NonFiniteError(_first(_forward(policy, batch, loss_fn), _nonfinite_weights(policy)), batch)
@@ -112,7 +112,7 @@ def _first(found: Sequence[NonFiniteTensor], weights: tuple[str, ...]) -> NonFin
 
 
 def _gathered(policy: "Policy", own: Sequence[NonFiniteTensor]) -> list[NonFiniteTensor]:
-    """Return the findings of all ranks."""
+    """Return the non-finite tensors of all ranks."""
     ranks = gather_json([asdict(one) for one in own], policy.mesh.world.device)
     return [NonFiniteTensor(**fields) for found in cast(list[list[dict[str, Any]]], ranks) for fields in found]
 
@@ -124,7 +124,7 @@ def _nonfinite_weights(policy: "Policy") -> tuple[str, ...]:
 
 @torch.no_grad()
 def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[NonFiniteTensor]:
-    """Run one micro-batch alone, forward only; return what each rank saw first, and what came out of it."""
+    """Run one micro-batch alone, forward only; return each rank's first non-finite tensor and those of the loss."""
     found: list[NonFiniteTensor] = []
     with _watched(policy, found):
         step = partial(_inspect, policy, batch, loss_fn, found)
@@ -134,7 +134,7 @@ def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[Non
 
 @contextmanager
 def _watched(policy: "Policy", found: list[NonFiniteTensor]) -> Iterator[None]:
-    """Note the first module of this rank whose output is not finite."""
+    """Record the first module of this rank with a non-finite output."""
     rank, last = policy.mesh.world.rank, policy.family.num_layers
     order = iter(range(1 << 60))
 
@@ -154,7 +154,7 @@ def _watched(policy: "Policy", found: list[NonFiniteTensor]) -> Iterator[None]:
 
 
 def _places(policy: "Policy") -> Iterator[tuple[tuple[str, int | None], nn.Module]]:
-    """Yield every module of this rank with its name within its layer, and the layer's number in the whole model."""
+    """Yield ((name within its layer, global layer index or None), module) for every module of this rank."""
     for chunk in unwrap_model(list(policy.chunks)):
         numbers = {f"decoder.layers.{own}": layer.layer_number - 1 for own, layer in enumerate(chunk.decoder.layers)}
         for name, module in chunk.named_modules():
@@ -183,7 +183,7 @@ def _inspect(
     row: RankRow,
     output_2R: Tensor,
 ) -> tuple[Tensor, Tensor, None]:
-    """Look at log-probs, entropies, the loss's columns and the loss, as megatron's loss function."""
+    """Check log-probs, entropies, the loss's columns and the loss; called as megatron-core's loss function."""
     mesh, depth = policy.mesh, policy.family.num_layers + 1
 
     def note(kind: str, name: str, bad_R: Tensor, below: int) -> None:
@@ -207,7 +207,7 @@ def _inspect(
 
 
 def _backward(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[NonFiniteTensor]:
-    """Run one micro-batch alone, forward and backward; return each rank's gradients that are not finite."""
+    """Run one micro-batch alone, forward and backward; return the non-finite gradients of all ranks."""
     if not (found := _nonfinite_gradients(policy, batch, loss_fn)):
         return []
     numbers = batch["sample_index_B"].tolist() if "sample_index_B" in batch else list(range(len(batch)))

@@ -1,17 +1,17 @@
-"""Routing replay: the experts that a token took in one pass are taken again in another.
+"""Routing replay: reuse the experts that were chosen in one pass in another pass.
 
-    none     every pass routes for itself
-    report   likewise, and what the engine says it chose is compared with what the trainer chooses
+    none     every pass uses its own routing
+    report   as none, and the engine's choices are compared with the trainer's
     r2       ``forward_backward`` takes the experts that ``compute_logprobs`` chose, whatever rounding does
-    r3       what the engine chose is taken in both: rollout and trainer see the same experts
+    r3       both passes take the experts that the engine chose (rollout routing replay)
 
-Only the choice is replayed. The gates are computed from the router's own scores of the chosen experts, so the router
-keeps its gradient. A token without a record (the last of a sequence, which the engine never read; padding) is routed
-by the live router.
+Only the choice is replayed. Gates are computed from the router's scores of the chosen experts, so the router keeps its
+gradient. Tokens without a record (padding, and the last token of a sequence, which the engine never processed) are
+routed by the live router.
 
-The record is a column of the batch, one entry a token, so it is cut and dealt like every other column: no layout,
-packing or order of micro-batches can mix tokens up. A layer finds the entries of its row in the description of the
-packed row that it is called with, the first time and when activations are recomputed, whatever the schedule.
+The record is a per-token column of the batch and is sharded like every other column, so layouts, packing and the order
+of micro-batches cannot mix tokens up. A layer reads the entries of its row from the packed row's description, both in
+the forward pass and when activations are recomputed.
 
 Legend: T tokens, L layers with experts, K experts per token.
 """
@@ -39,7 +39,7 @@ TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
 class LayerReplay(RouterReplay):
-    """Stands between a router's scores and its choice, in megatron-core's own place for that."""
+    """Overrides a router's choice of experts, through megatron-core's replay interface."""
 
     def __init__(self, place: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class LayerReplay(RouterReplay):
 
 
 class Replay:
-    """Arms rows with what their tokens shall take, and gathers what was chosen."""
+    """Attaches recorded routes to rows and gathers the routers' choices."""
 
     def __init__(
         self, mode: RoutingReplay, chunks: Sequence[DistributedDataParallel], family: Family, mesh: Mesh
@@ -100,12 +100,12 @@ class Replay:
                 if isinstance(router, TopKRouter):
                     router.router_replay = LayerReplay(places[layer.layer_number - 1])
                     layer.register_forward_pre_hook(partial(_hand_over, router.router_replay), with_kwargs=True)
-        # Megatron's list of all routers would keep models alive, and we address routers by layer.
+        # megatron-core's global list of routers would keep models alive, and is not used here.
         RouterReplay.clear_global_router_replay_instances()
 
     @contextmanager
     def recording(self) -> Iterator[list[RowRoutes]]:
-        """Yield the list that takes the routes of every row that is armed meanwhile."""
+        """Yield a list to which the routes of every row are appended inside the ``with`` block."""
         self._kept = []
         try:
             yield self._kept
@@ -114,7 +114,7 @@ class Replay:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let every router decide: other weights (a reference policy's) have routes of their own."""
+        """Disable replay inside the ``with`` block, as for a reference policy, which has its own routes."""
         self._is_off = True
         try:
             yield
@@ -122,7 +122,7 @@ class Replay:
             self._is_off = False
 
     def arm(self, row: RankRow, batch: Batch) -> RankRow:
-        """Give the row what is known of its tokens' routes; return it."""
+        """Attach the recorded routes to a row and return the row."""
         if self.mode == "none" or self._is_off:
             return row
         name = "routes_T" if self.mode == "r2" else "rollout_routes_T"
@@ -139,7 +139,7 @@ class Replay:
                 known_T &= batch["rollout_routed_T"][local_T.clamp(min=0)]
         replays = self.mode in ("r2", "r3")
         if replays:
-            # Padding takes the first experts: if it moved, the experts' matrix products would round differently.
+            # Padding takes fixed experts, so that grouped products have the same shapes and rounding in both passes.
             given_TLK[local_T < 0] = torch.arange(self._shape.per_token, dtype=given_TLK.dtype)
             known_T |= local_T < 0
         routes = RowRoutes(local_T, given_TLK, known_T, replays, None if self._kept is None else {})
@@ -154,7 +154,7 @@ class Replay:
         ``routes_T``: uint8 or int16 [T, L, K]. ``routing_differs_T``: int32, layers. Collective.
 
         Raises:
-            TrainingError: some token was not routed exactly once in every layer.
+            TrainingError: a token was not routed exactly once in every layer.
         """
         if self._is_off:
             return {}
@@ -172,11 +172,11 @@ class Replay:
 
     @property
     def _reports(self) -> bool:
-        """Whether this rank speaks for its tokens: without sequence parallelism all tensor ranks see the same."""
+        """Whether this rank reports its tokens: without sequence parallelism, all tensor ranks have the same ones."""
         return self._shares_tokens or group_rank(self._mesh.tensor) == 0
 
     def _gathered(self, kept: Sequence[RowRoutes], place: int, total: int) -> Tensor:
-        """Return [T, K], int32 on the CPU: one layer's choice from whichever ranks made it."""
+        """Return [T, K], int32 on the CPU: one layer's choices, from all ranks."""
         own = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
         for routes in kept:
             if routes.chosen and place in routes.chosen and self._reports:
@@ -203,6 +203,6 @@ class Replay:
 
 
 def _hand_over(replay: LayerReplay, _layer: nn.Module, _args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    """Tell a layer's router which row it works on: a forward hook, so that recomputation tells it again."""
+    """Pass the row's routes to a layer's router; a forward pre-hook, so that it also runs in recomputation."""
     packed = kwargs.get("packed_seq_params")
     replay.routes = packed.routes if isinstance(packed, PackedRow) else None
