@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,58 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import megatron_rl
+from megatron_rl.algorithms.objectives import OBJECTIVES
 from megatron_rl.api import Option
 from megatron_rl.errors import ConfigError
 from tests.oracle import objectives as oracle
-from tests.oracle.objectives import Result, Row
+from tests.oracle.objectives import CASES, VOCABULARY_SIZE, Row
 
-SIZE = 1000
 EXACT = (1e-12, 1e-13)
 """Relative and absolute: float64, a few dozen operations: some hundred roundings of 1e-16."""
 GARBAGE = (math.nan, math.inf, -math.inf, 800.0, 0.0)
 
-CASES: dict[str, tuple[Mapping[str, Option], Callable[[list[Row]], Result]]] = {
-    "grpo": ({"name": "grpo"}, oracle.grpo),
-    "grpo dual clip": ({"name": "grpo", "dual_clip": 1.5}, lambda rows: oracle.grpo(rows, dual=1.5)),
-    "dapo": (
-        {"name": "grpo", "clip_high": 0.28, "aggregation": "token"},
-        lambda rows: oracle.grpo(rows, 0.2, 0.28, "token"),
-    ),
-    "dr grpo": (
-        {"name": "grpo", "aggregation": "constant", "normalizer": 7},
-        lambda rows: oracle.grpo(rows, aggregation="constant", normalizer=7),
-    ),
-    "gspo": ({"name": "gspo"}, oracle.gspo),
-    "gspo wide": ({"name": "gspo", "clip_low": 0.05, "clip_high": 0.05}, lambda rows: oracle.gspo(rows, 0.05, 0.05)),
-    "sapo": ({"name": "sapo"}, oracle.sapo),
-    "sspo": ({"name": "sspo"}, oracle.sspo),
-    "sspo reference": (
-        {"name": "sspo", "entropy_reference": 0.7, "scale_max": 5.0},
-        lambda rows: oracle.sspo(rows, highest=5.0, reference=0.7),
-    ),
-    "sspo log vocab": (
-        {"name": "sspo", "entropy_scale": "log_vocab", "alpha": 0.4},
-        lambda rows: oracle.sspo_log_vocab(rows, SIZE, 0.4),
-    ),
-    "lpo": ({"name": "sspo", "entropy_scale": "none", "aggregation": "token"}, oracle.lpo),
-    "espo": ({"name": "espo"}, lambda rows: oracle.espo(rows, SIZE)),
-    "espo wide": (
-        {"name": "espo", "alpha": 0.5, "top_fraction": 0.4},
-        lambda rows: oracle.espo(rows, SIZE, 0.5, lambda row: oracle.entropy_split(row, 0.4)),
-    ),
-    "espo fixed window": (
-        {"name": "espo", "fixed_window": 0.07},
-        lambda rows: oracle.espo(rows, SIZE, fixed=0.07),
-    ),
-    "espo eq9": (
-        {"name": "espo", "alpha": 0.5, "ratio_form": "eq9_literal"},
-        lambda rows: oracle.espo_eq9(rows, SIZE, 0.5),
-    ),
-    "cispo": ({"name": "cispo", "clip_high": 0.3}, lambda rows: oracle.cispo(rows, 0.3)),
-    "gmpo": ({"name": "gmpo"}, oracle.gmpo),
-    "dppo tv": ({"name": "dppo", "ratio_cap": 1.5}, lambda rows: oracle.dppo(rows, cap=1.5)),
-    "dppo kl": ({"name": "dppo", "divergence": "kl"}, lambda rows: oracle.dppo(rows, "kl", 0.05)),
-}
 OWN_SEGMENTS = {name for name in CASES if name.startswith(("sspo", "lpo"))}
 
 
@@ -103,7 +61,7 @@ def run(
         entropies=column(lambda row: row.entropies),
         segment_ids=ids,
         rollout_logprobs=column(lambda row: row.rollout or row.old),
-        vocab_size=SIZE,
+        vocab_size=VOCABULARY_SIZE,
     )
     assert result.loss.dtype == torch.float64
     result.loss.backward()
@@ -142,6 +100,10 @@ def batches(draw, shortest: int = 0, step: float | None = None) -> list[Row]:
             )
         )
     return rows
+
+
+def test_every_registered_objective_has_a_case():
+    assert {options["name"] for options, _ in CASES.values()} == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -287,7 +249,7 @@ def fixed(name: str, width: float) -> dict[str, Option]:
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_espo_with_one_group_and_the_window_of_gspo_is_gspo(rows):
     flat = [Row(r.new, r.old, [1.0] * len(r.new), r.advantage) for r in rows]
-    espo = {"name": "espo", "alpha": 0.05 * math.log(SIZE), "top_fraction": 1.0}
+    espo = {"name": "espo", "alpha": 0.05 * math.log(VOCABULARY_SIZE), "top_fraction": 1.0}
     agree(run(flat, espo), run(flat, fixed("gspo", 0.05)))
 
 
@@ -296,7 +258,7 @@ def test_espo_with_one_group_and_the_window_of_gspo_is_gspo(rows):
 def test_one_token_segments_with_a_fixed_window_are_grpo(rows):
     single = [Row(r.new, r.old, [1.0] * len(r.new), r.advantage, range(len(r.new))) for r in rows]
     grpo = run(single, "grpo")
-    agree(run(single, {"name": "espo", "alpha": 0.2 * math.log(SIZE)}, segments=True), grpo)
+    agree(run(single, {"name": "espo", "alpha": 0.2 * math.log(VOCABULARY_SIZE)}, segments=True), grpo)
     agree(run(single, {**fixed("sspo", 0.2), "entropy_scale": "none"}, segments=True), grpo)
     agree(run(single, fixed("gspo", 0.2), segments=True), grpo)
 

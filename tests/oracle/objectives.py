@@ -5,8 +5,10 @@ without a trained token count nowhere.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from megatron_rl.api import Option
 
 Gradient = list[list[float]]
 Result = tuple[float, Gradient]
@@ -204,3 +206,50 @@ def dppo(rows, divergence="tv", delta=0.2, cap=20.0) -> Result:
             loss -= w * new
             derivatives[t] = -w
     return loss, gradient
+
+
+VOCABULARY_SIZE = 1000
+"""Size of the vocabulary in ``CASES``."""
+CASES: dict[str, tuple[Mapping[str, Option], Callable[[list[Row]], Result]]] = {
+    "grpo": ({"name": "grpo"}, grpo),
+    "grpo dual clip": ({"name": "grpo", "dual_clip": 1.5}, lambda rows: grpo(rows, dual=1.5)),
+    "dapo": (
+        {"name": "grpo", "clip_high": 0.28, "aggregation": "token"},
+        lambda rows: grpo(rows, 0.2, 0.28, "token"),
+    ),
+    "dr grpo": (
+        {"name": "grpo", "aggregation": "constant", "normalizer": 7},
+        lambda rows: grpo(rows, aggregation="constant", normalizer=7),
+    ),
+    "gspo": ({"name": "gspo"}, gspo),
+    "gspo wide": ({"name": "gspo", "clip_low": 0.05, "clip_high": 0.05}, lambda rows: gspo(rows, 0.05, 0.05)),
+    "sapo": ({"name": "sapo"}, sapo),
+    "sspo": ({"name": "sspo"}, sspo),
+    "sspo reference": (
+        {"name": "sspo", "entropy_reference": 0.7, "scale_max": 5.0},
+        lambda rows: sspo(rows, highest=5.0, reference=0.7),
+    ),
+    "sspo log vocab": (
+        {"name": "sspo", "entropy_scale": "log_vocab", "alpha": 0.4},
+        lambda rows: sspo_log_vocab(rows, VOCABULARY_SIZE, 0.4),
+    ),
+    "lpo": ({"name": "sspo", "entropy_scale": "none", "aggregation": "token"}, lpo),
+    "espo": ({"name": "espo"}, lambda rows: espo(rows, VOCABULARY_SIZE)),
+    "espo wide": (
+        {"name": "espo", "alpha": 0.5, "top_fraction": 0.4},
+        lambda rows: espo(rows, VOCABULARY_SIZE, 0.5, lambda row: entropy_split(row, 0.4)),
+    ),
+    "espo fixed window": (
+        {"name": "espo", "fixed_window": 0.07},
+        lambda rows: espo(rows, VOCABULARY_SIZE, fixed=0.07),
+    ),
+    "espo eq9": (
+        {"name": "espo", "alpha": 0.5, "ratio_form": "eq9_literal"},
+        lambda rows: espo_eq9(rows, VOCABULARY_SIZE, 0.5),
+    ),
+    "cispo": ({"name": "cispo", "clip_high": 0.3}, lambda rows: cispo(rows, 0.3)),
+    "gmpo": ({"name": "gmpo"}, gmpo),
+    "dppo tv": ({"name": "dppo", "ratio_cap": 1.5}, lambda rows: dppo(rows, cap=1.5)),
+    "dppo kl": ({"name": "dppo", "divergence": "kl"}, lambda rows: dppo(rows, "kl", 0.05)),
+}
+"""Options of an objective and its formula, by case; every registered objective has at least one."""
