@@ -86,7 +86,7 @@ def simulate(max_lag: int, train_seconds: float) -> dict[str, float]:
                 fleet.update([("t", torch.zeros(1))], step + 1)
                 busy += time.monotonic() - before
                 if max_lag:
-                    stream.sample_ahead(step + 1)
+                    stream.request_groups(step + 1)
             total = time.monotonic() - begun
             return {"seconds": total / STEPS, "trainer": busy / total, "fleet": fleet.busy_seconds / total}
 

@@ -60,7 +60,7 @@ class Slurm(Section):
     image: str = ""
     """Container image."""
     mounts: tuple[str, ...] = ()
-    """Folders to mount, ``FROM:TO``, besides the run folder and the submission folder."""
+    """Folders to mount, ``FROM:TO``, in addition to the run folder and the submission folder."""
     python: str = "python"
     """Python interpreter on the nodes or in the container."""
 

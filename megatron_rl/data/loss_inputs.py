@@ -98,8 +98,8 @@ class LossInputs:
             elif field_name not in get_args(OptionalInput):
                 missing = COLUMNS[column_name].missing
                 raise ConfigError(f"the loss needs the column {column_name}, which the batch lacks: {missing}")
-        own = [name for name in batch.columns if name.startswith(EXTRA)]
-        extra = {name.removeprefix(EXTRA).removesuffix("_T"): batch[name][positions_R] for name in own}
+        extra_names = [name for name in batch.columns if name.startswith(EXTRA)]
+        extra = {name.removeprefix(EXTRA).removesuffix("_T"): batch[name][positions_R] for name in extra_names}
         num_segments = 0
         if "segment_ids_R" in columns:
             present = batch["segment_ids_T"][positions_R if row_positions_R is None else row_positions_R].unique()

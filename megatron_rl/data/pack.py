@@ -59,7 +59,7 @@ class Row:
 
     @cached_property
     def token_ids_T(self) -> Tensor:
-        """Int64 [T]: which token of the batch stands at each position, -1 at padding."""
+        """Int64 [T]: index in the batch of the token at each position, -1 at padding."""
         index_T = torch.full((self.length,), -1, dtype=torch.int64)
         row_starts_N = self.padded_N.cumsum(0) - self.padded_N
         batch_starts_N = self.batch.starts_B[torch.tensor(self.sequences, dtype=torch.int64)]
@@ -105,7 +105,7 @@ def pack(batch: Batch, rules: RowRules) -> list[Row]:
 def one_row(batch: Batch, rules: RowRules) -> list[Row]:
     """Return the whole batch as one row, as many times as the mesh asks for rows; no budget applies.
 
-    Copies, not empty rows: what is undefined for an empty row (a load-balancing loss) would look like a finding.
+    Copies, not empty rows: a load-balancing loss, which is undefined for an empty row, would look like a finding.
     """
     padded_N = _round_up(batch.lengths_B, rules.sequence_multiple)
     length = int(_round_up(padded_N.sum().clamp(min=1), rules.row_multiple))

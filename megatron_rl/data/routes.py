@@ -49,8 +49,8 @@ class RouteShape:
             raise ValueError(f"it is not base64: {error}") from error
         expected = tokens * self.all_layers * self.per_token
         if len(raw) != 4 * expected:
-            said = f"{tokens} tokens * {self.all_layers} layers * {self.per_token} experts"
-            raise ValueError(f"it has {len(raw) // 4} numbers, expected {said} = {expected}")
+            product = f"{tokens} tokens * {self.all_layers} layers * {self.per_token} experts"
+            raise ValueError(f"it has {len(raw) // 4} numbers, expected {product} = {expected}")
         all_TAK = np.frombuffer(raw, dtype="<i4").reshape(tokens, self.all_layers, self.per_token)
         routes_TLK = all_TAK[:, list(self.layers)]
         if routes_TLK.size and not 0 <= routes_TLK.min() <= routes_TLK.max() < self.experts:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_rl.data.columns import check_columns
 
 Columns = Mapping[str, Tensor]
-"""Named columns. A name ends in ``_T`` (one entry a token) or ``_B`` (one entry a response)."""
+"""Named columns. A name ends in ``_T`` (one entry per token) or ``_B`` (one entry per response)."""
 
 
 @dataclass(frozen=True)

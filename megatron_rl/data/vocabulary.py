@@ -78,8 +78,8 @@ class Vocabulary:
             size: ``vocab_size`` of the model's own config.json, which may be larger than the tokenizer's.
             end_ids: tokens that end a sequence, on top of the tokenizer's own.
         """
-        own_end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return cls(size, token_bytes(tokenizer), frozenset([*own_end, *end_ids]))
+        eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return cls(size, token_bytes(tokenizer), frozenset([*eos_ids, *end_ids]))
 
     def boundaries(self, granularity: Granularity) -> Boundaries:
         """Return the tables for sentences or for subsentences."""

@@ -172,8 +172,8 @@ def with_sinks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put a key without value before the others, whose product with a query of head n is ``logits_A[n]``.
 
-    Heads that share keys are told apart by features of their own: head n's queries have a 1 where the key has its
-    logit. Values get as many zeros, because torch's kernels want heads of one width. Gradients are those of the
+    Extra features distinguish the heads that share keys: head n's queries have a 1 where the key has its logit.
+    Values get as many zeros, because torch's kernels want heads of one width. Gradients are those of the
     softmax with one more logit, by whatever kernel runs.
     """
     groups = key_BQSD.shape[1]
@@ -182,9 +182,9 @@ def with_sinks(
     mine_AD = F.pad(torch.eye(shared, dtype=query_BASD.dtype, device=query_BASD.device), (0, more - shared))
     mine_AD = mine_AD.repeat(groups, 1)
     query = torch.cat([query_BASD, mine_AD[None, :, None].expand(*query_BASD.shape[:3], -1)], dim=-1)
-    own_QD = F.pad(logits_A.to(key_BQSD.dtype).view(groups, shared), (key_BQSD.shape[-1], more - shared))
-    own = own_QD[None, :, None].expand(len(key_BQSD), -1, -1, -1)
-    return query, torch.cat([own, F.pad(key_BQSD, (0, more))], dim=2), F.pad(value_BQSD, (0, more, 1, 0))
+    sink_QD = F.pad(logits_A.to(key_BQSD.dtype).view(groups, shared), (key_BQSD.shape[-1], more - shared))
+    sink_keys = sink_QD[None, :, None].expand(len(key_BQSD), -1, -1, -1)
+    return query, torch.cat([sink_keys, F.pad(key_BQSD, (0, more))], dim=2), F.pad(value_BQSD, (0, more, 1, 0))
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:

@@ -149,7 +149,7 @@ class Policy:
         """
         if self._reference is None:
             raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
-        with self.weights_kept(), self.replay.off():
+        with self.preserve_weights(), self.replay.off():
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], self._reference)
             yield
 
@@ -207,13 +207,13 @@ class Policy:
         return StepReport(float(grad_norm), lr)
 
     @contextmanager
-    def weights_kept(self) -> Iterator[None]:
+    def preserve_weights(self) -> Iterator[None]:
         """Restore the parameters at the end of a ``with`` block; optimizer state is not restored."""
-        kept = self._copy()
+        saved = self._copy()
         try:
             yield
         finally:
-            _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], kept)
+            _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], saved)
 
     def sharded_state(self) -> list[tuple[StateSlice, Tensor]]:
         """Return this rank's slices of model, optimizer and random generators, sharing memory with the policy.
@@ -260,8 +260,8 @@ class Policy:
         self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
     ) -> list[tuple[RankRow, Result]]:
         """Run this rank's rows in megatron-core's schedule; return (row, result) pairs, only on the last stage."""
-        own = rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]
-        mine = [self.replay.arm(rank_row(row, self.mesh, self._qkv_format), row.batch) for row in own]
+        local_rows = rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]
+        mine = [self.replay.arm(rank_row(row, self.mesh, self._qkv_format), row.batch) for row in local_rows]
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward, loss_step, self.balancing.is_on),
             data_iterator=[iter(mine) for _ in self.chunks],
@@ -280,20 +280,20 @@ class Policy:
         sums = _combine([metric.sums for _, metric in metrics], torch.sum)
         maxima = _combine([metric.maxima for _, metric in metrics], torch.amax)
         last_rank = self.mesh.world.size - 1
-        own_names = {
+        local_names = {
             "sums": list(sums),
             "maxima": list(maxima),
             "tokens": list(metrics[0][1].tokens) if metrics else [],
         }
-        names = cast(dict[str, list[str]], broadcast_json(own_names, source=last_rank, device=device))
+        names = cast(dict[str, list[str]], broadcast_json(local_names, source=last_rank, device=device))
         reported = self.mesh.reports_tokens
         local_sums = _in_order(sums if reported else {}, names["sums"], 0.0, device)
         local_maxima = _in_order(maxima if reported else {}, names["maxima"], -math.inf, device)
         totals, largest = sum_over(world, local_sums).cpu(), max_over(world, local_maxima).cpu()
         tokens: Columns = {}
-        if kept := names["tokens"]:
-            parts = [(row, torch.stack([metric.tokens[name] for name in kept])) for row, metric in metrics]
-            tokens = self._whole(kept, rows, parts)
+        if token_names := names["tokens"]:
+            parts = [(row, torch.stack([metric.tokens[name] for name in token_names])) for row, metric in metrics]
+            tokens = self._whole(token_names, rows, parts)
         return Metrics(
             dict(zip(names["sums"], totals, strict=True)), dict(zip(names["maxima"], largest, strict=True)), tokens
         )

@@ -88,10 +88,10 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
     for chunk in unwrap_model(list(chunks)):
         trained = dict(chunk.named_parameters())
         biases = {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
-        for own_name, parameter in (trained | biases).items():
-            if family.tied and own_name == "output_layer.weight":
+        for param_name, parameter in (trained | biases).items():
+            if family.tied and param_name == "output_layer.weight":
                 continue
-            canonical = to_local_name(own_name)
+            canonical = to_local_name(param_name)
             layer = expert = 0
             if match := re.search(r"layers\.(\d+)\.", canonical):
                 layer = chunk.decoder.layers[int(match[1])].layer_number - 1
@@ -100,10 +100,10 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
                 expert = first_expert + int(match[1])
                 canonical = canonical.replace(match[0], "local_experts.{expert}.", 1)
             if canonical not in entries:
-                raise DataError(f"the model's parameter {own_name} has no entry in the table of names ({canonical})")
+                raise DataError(f"the model's parameter {param_name} has no entry in the table of names ({canonical})")
             name = entries[canonical]
             stack = family.stacked_names.get(name.hf[0], "").format(layer=layer)
-            shards.append(LocalParam(name, layer, expert, parameter, own_name in trained, stack))
+            shards.append(LocalParam(name, layer, expert, parameter, param_name in trained, stack))
     return shards
 
 
@@ -206,7 +206,7 @@ class WeightExport:
         # Separate buckets for dense tensors and experts: each is gathered over its group, with equal buckets on all
         # ranks.
         stacked = sorted((s for s in mine if s.stack), key=attrgetter("stack"))  # one after the other
-        dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == own] for own in (False, True))
+        dense, experts = ([s for s in mine if not s.stack and s.name.is_expert == expert] for expert in (False, True))
         for part in (dense, experts, stacked):
             group = part[0].whole_group(self.mesh) if part else None
             share, stacks = self.bucket_bytes // PUSH_BUFFERS // group_size(group), ExpertStacker(self.mesh)
@@ -327,7 +327,7 @@ def _receive(owner: int, mesh: Mesh, part_bytes: int) -> Iterator[tuple[str, Ten
             dist.recv(buffer, src=owner)
             part.copy_(buffer)
         del buffer, part
-        for (name, shape, dtype), own in zip(entries, flat.split(sizes), strict=True):
-            alone = own if len(entries) == 1 else own.clone()
-            yield name, alone.view(getattr(torch, dtype)).view(shape)
-        del flat, own, alone  # before the next one comes
+        for (name, shape, dtype), part in zip(entries, flat.split(sizes), strict=True):
+            tensor = part if len(entries) == 1 else part.clone()
+            yield name, tensor.view(getattr(torch, dtype)).view(shape)
+        del flat, part, tensor  # before the next one comes

@@ -62,8 +62,8 @@ class PolicyModel(GPTModel):
         padding_mask: Tensor | None = None,
         **kwargs: object,
     ) -> tuple[object, ...]:
-        own = {"position_ids": position_ids, "packed_seq_params": packed_seq_params, "padding_mask": padding_mask}
-        prepared = super()._preprocess(*args, **own, **kwargs)
+        inputs = {"position_ids": position_ids, "packed_seq_params": packed_seq_params, "padding_mask": padding_mask}
+        prepared = super()._preprocess(*args, **inputs, **kwargs)
         if packed_seq_params.is_plain:
             # Rotate the whole row at once; for packed rows, megatron-core loops over sequences in each layer.
             angles = self.rotary_pos_emb.get_emb(packed_seq_params.max_seqlen_q)

@@ -87,8 +87,8 @@ def bad_row(
     first = group_rank(mesh.data) + mine[0] * group_size(mesh.data) if mine else num_rows
     nonfinite = [~torch.isfinite(torch.stack(torch.aminmax(gradient))).all() for gradient in gradients]
     any_nonfinite = bool(torch.stack(nonfinite).any()) if nonfinite else False
-    own = torch.tensor([num_rows - first, int(any_nonfinite)], device=mesh.world.device)
-    before_end, gradient = max_over(torch.distributed.group.WORLD, own).tolist()
+    local_flags = torch.tensor([num_rows - first, int(any_nonfinite)], device=mesh.world.device)
+    before_end, gradient = max_over(torch.distributed.group.WORLD, local_flags).tolist()
     return (num_rows - before_end if before_end else None), bool(gradient)
 
 
@@ -111,9 +111,9 @@ def _first(found: Sequence[NonFiniteTensor], weights: tuple[str, ...]) -> NonFin
     return replace(earliest, sample=min(samples, default=None), weights=weights)
 
 
-def _gathered(policy: "Policy", own: Sequence[NonFiniteTensor]) -> list[NonFiniteTensor]:
+def _gathered(policy: "Policy", findings: Sequence[NonFiniteTensor]) -> list[NonFiniteTensor]:
     """Return the non-finite tensors of all ranks."""
-    ranks = gather_json([asdict(one) for one in own], policy.mesh.world.device)
+    ranks = gather_json([asdict(one) for one in findings], policy.mesh.world.device)
     return [NonFiniteTensor(**fields) for found in cast(list[list[dict[str, Any]]], ranks) for fields in found]
 
 
@@ -156,7 +156,9 @@ def _watched(policy: "Policy", found: list[NonFiniteTensor]) -> Iterator[None]:
 def _places(policy: "Policy") -> Iterator[tuple[tuple[str, int | None], nn.Module]]:
     """Yield ((name within its layer, global layer index or None), module) for every module of this rank."""
     for chunk in unwrap_model(list(policy.chunks)):
-        numbers = {f"decoder.layers.{own}": layer.layer_number - 1 for own, layer in enumerate(chunk.decoder.layers)}
+        numbers = {
+            f"decoder.layers.{index}": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)
+        }
         for name, module in chunk.named_modules():
             owner = ".".join(name.split(".")[:3])
             inside = name.removeprefix(owner).removeprefix(".") or "the whole layer"

@@ -76,19 +76,19 @@ class OptimizerPart:
     group: dict[str, object]
 
     @property
-    def has_own_main(self) -> bool:
+    def has_main_copy(self) -> bool:
         """Whether ``main`` is a separate float32 copy rather than the parameter's memory."""
         return self.main.dtype is not self.parameter.dtype
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the main parameter, if it is a separate copy, and the moments, if there are any yet."""
         state = self.inner.state.get(self.main, {})
-        own = {"main": self.main} if self.has_own_main else {}
-        return {**own, **{name: state[name] for name in MOMENTS if name in state}}
+        main = {"main": self.main} if self.has_main_copy else {}
+        return {**main, **{name: state[name] for name in MOMENTS if name in state}}
 
     def fill(self, values: Mapping[str, Tensor], updates: int) -> None:
         """Restore tensors that ``tensors`` returned after ``updates`` steps."""
-        if self.has_own_main:
+        if self.has_main_copy:
             self.main.copy_(values["main"])
         if not updates:
             self.inner.state.pop(self.main, None)

@@ -71,8 +71,8 @@ class LayerReplay(RouterReplay):
             routes.chosen[self.place] = live_TK.to(torch.int16)
         if not routes.replays:
             return values_TK, live_TK
-        given_TK = routes.given_TLK[:, self.place].to(live_TK)
-        taken_TK = torch.where(routes.known_T[:, None].to(scores.device), given_TK, live_TK)
+        record_TK = routes.record_TLK[:, self.place].to(live_TK)
+        taken_TK = torch.where(routes.known_T[:, None].to(scores.device), record_TK, live_TK)
         return scores.gather(1, taken_TK), taken_TK
 
 
@@ -85,7 +85,7 @@ class Replay:
         self.mode: RoutingReplay = mode if family.num_experts else "none"
         self._mesh = mesh
         self._shape = family.route_shape
-        self._kept: list[RowRoutes] | None = None
+        self._recording: list[RowRoutes] | None = None
         self._is_off = False
         config = chunks[0].config
         self._shares_tokens = bool(config.sequence_parallel) and group_size(mesh.tensor) > 1
@@ -106,11 +106,11 @@ class Replay:
     @contextmanager
     def recording(self) -> Iterator[list[RowRoutes]]:
         """Yield a list to which the routes of every row are appended inside the ``with`` block."""
-        self._kept = []
+        self._recording = []
         try:
-            yield self._kept
+            yield self._recording
         finally:
-            self._kept = None
+            self._recording = None
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -129,26 +129,26 @@ class Replay:
         local_T = row.token_ids_T
         if self._shares_tokens:
             local_T = local_T.chunk(group_size(self._mesh.tensor))[group_rank(self._mesh.tensor)]
-        given_TLK, known_T = self._empty(len(local_T)), torch.zeros(len(local_T), dtype=torch.bool)
+        record_TLK, known_T = self._empty(len(local_T)), torch.zeros(len(local_T), dtype=torch.bool)
         if name in batch:
-            if batch[name].shape[1:] != given_TLK.shape[1:]:
-                found, expected = list(batch[name].shape[1:]), list(given_TLK.shape[1:])
+            if batch[name].shape[1:] != record_TLK.shape[1:]:
+                found, expected = list(batch[name].shape[1:]), list(record_TLK.shape[1:])
                 raise TrainingError(f"{name} is {found} for each token, the model needs {expected}")
-            given_TLK, known_T = batch[name][local_T.clamp(min=0)], local_T >= 0
+            record_TLK, known_T = batch[name][local_T.clamp(min=0)], local_T >= 0
             if self.mode != "r2":
                 known_T &= batch["rollout_routed_T"][local_T.clamp(min=0)]
         replays = self.mode in ("r2", "r3")
         if replays:
             # Padding takes fixed experts, so that grouped products have the same shapes and rounding in both passes.
-            given_TLK[local_T < 0] = torch.arange(self._shape.per_token, dtype=given_TLK.dtype)
+            record_TLK[local_T < 0] = torch.arange(self._shape.per_token, dtype=record_TLK.dtype)
             known_T |= local_T < 0
-        routes = RowRoutes(local_T, given_TLK, known_T, replays, None if self._kept is None else {})
+        routes = RowRoutes(local_T, record_TLK, known_T, replays, None if self._recording is None else {})
         row.packed.routes = routes
-        if self._kept is not None:
-            self._kept.append(routes)
+        if self._recording is not None:
+            self._recording.append(routes)
         return row
 
-    def columns(self, kept: Sequence[RowRoutes], batch: Batch) -> Columns:
+    def columns(self, recording: Sequence[RowRoutes], batch: Batch) -> Columns:
         """Return what a scoring pass found: ``routes_T`` under r2, else in how many layers the engine chose otherwise.
 
         ``routes_T``: uint8 or int16 [T, L, K]. ``routing_differs_T``: int32, layers. Collective.
@@ -161,11 +161,11 @@ class Replay:
         if self.mode == "r2":
             routes_TLK = self._empty(int(batch.lengths_B.sum()))
             for place in range(len(self._shape.layers)):
-                routes_TLK[:, place] = self._gathered(kept, place, len(routes_TLK))
+                routes_TLK[:, place] = self._gathered(recording, place, len(routes_TLK))
             return {"routes_T": routes_TLK}
         if self.mode == "none" or "rollout_routes_T" not in batch:
             return {}
-        return {"routing_differs_T": self._differences(kept, int(batch.lengths_B.sum()))}
+        return {"routing_differs_T": self._differences(recording, int(batch.lengths_B.sum()))}
 
     def _empty(self, tokens: int) -> Tensor:
         return torch.zeros(tokens, *self._shape.each, dtype=getattr(torch, self._shape.dtype))
@@ -175,31 +175,31 @@ class Replay:
         """Whether this rank reports its tokens: without sequence parallelism, all tensor ranks have the same ones."""
         return self._shares_tokens or group_rank(self._mesh.tensor) == 0
 
-    def _gathered(self, kept: Sequence[RowRoutes], place: int, total: int) -> Tensor:
+    def _gathered(self, recording: Sequence[RowRoutes], place: int, total: int) -> Tensor:
         """Return [T, K], int32 on the CPU: one layer's choices, from all ranks."""
-        own = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
-        for routes in kept:
+        local = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
+        for routes in recording:
             if routes.chosen and place in routes.chosen and self._reports:
-                real_T = (routes.token_ids_T >= 0).to(own.device)
-                chosen_TK = routes.chosen[place][real_T].to(own.dtype)
+                real_T = (routes.token_ids_T >= 0).to(local.device)
+                chosen_TK = routes.chosen[place][real_T].to(local.dtype)
                 counted = torch.cat([chosen_TK, torch.ones_like(chosen_TK[:, :1])], dim=1)
-                own.index_add_(0, routes.token_ids_T.to(own.device)[real_T], counted)
-        summed = sum_over(torch.distributed.group.WORLD, own).cpu()
+                local.index_add_(0, routes.token_ids_T.to(local.device)[real_T], counted)
+        summed = sum_over(torch.distributed.group.WORLD, local).cpu()
         if bool((summed[:, -1] != 1).any()):
             wrong, layer = int((summed[:, -1] != 1).sum()), self._shape.layers[place]
             raise TrainingError(f"{wrong} of {total} tokens were not routed exactly once in layer {layer}")
         return summed[:, :-1]
 
-    def _differences(self, kept: Sequence[RowRoutes], total: int) -> Tensor:
-        own_T = torch.zeros(total, dtype=torch.int32, device=self._mesh.world.device)
-        for routes in kept if self._reports else ():
-            known_T = (routes.known_T & (routes.token_ids_T >= 0)).to(own_T.device)
-            ids_T = routes.token_ids_T.to(own_T.device)[known_T]
+    def _differences(self, recording: Sequence[RowRoutes], total: int) -> Tensor:
+        differing_T = torch.zeros(total, dtype=torch.int32, device=self._mesh.world.device)
+        for routes in recording if self._reports else ():
+            known_T = (routes.known_T & (routes.token_ids_T >= 0)).to(differing_T.device)
+            ids_T = routes.token_ids_T.to(differing_T.device)[known_T]
             for place, chosen_TK in (routes.chosen or {}).items():
-                given_TK = routes.given_TLK[:, place].to(chosen_TK)
-                other_T = (given_TK.sort(1).values != chosen_TK.sort(1).values).any(1)
-                own_T.index_add_(0, ids_T, other_T[known_T].to(own_T.dtype))
-        return sum_over(torch.distributed.group.WORLD, own_T).cpu()
+                record_TK = routes.record_TLK[:, place].to(chosen_TK)
+                other_T = (record_TK.sort(1).values != chosen_TK.sort(1).values).any(1)
+                differing_T.index_add_(0, ids_T, other_T[known_T].to(differing_T.dtype))
+        return sum_over(torch.distributed.group.WORLD, differing_T).cpu()
 
 
 def _hand_over(replay: LayerReplay, _layer: nn.Module, _args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:

@@ -41,14 +41,14 @@ class RowRoutes:
 
     Attributes:
         token_ids_T: index of each position's token in the mini-batch, -1 at padding.
-        given_TLK: recorded experts, to replay or to compare with.
-        known_T: where ``given_TLK`` says anything.
+        record_TLK: recorded experts, to replay or to compare with.
+        known_T: where ``record_TLK`` has an entry.
         replays: whether the routers use the recorded experts.
         chosen: place among the L layers -> [T, K] what the router chose by itself; None: not recorded.
     """
 
     token_ids_T: Tensor
-    given_TLK: Tensor
+    record_TLK: Tensor
     known_T: Tensor
     replays: bool
     chosen: dict[int, Tensor] | None

@@ -57,7 +57,7 @@ def load_sharded_state(
         if part is None:
             continue
         count = part.main.numel()
-        kinds = [*(["main"] if part.has_own_main else []), *(MOMENTS if updates else [])]
+        kinds = [*(["main"] if part.has_main_copy else []), *(MOMENTS if updates else [])]
         values = {}
         for kind in kinds:
             place = _place(kind, shard, mesh, part.start)

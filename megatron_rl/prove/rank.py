@@ -47,6 +47,6 @@ def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dic
     metrics = summary(policy.forward_backward(prepared, make_loss(run.objective), whole_gradients=True))
     results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}
-    with policy.weights_kept():
+    with policy.preserve_weights():
         results["metric.grad_norm"] = torch.tensor(policy.optim_step().grad_norm, dtype=torch.float64)
     return results

@@ -69,7 +69,7 @@ class RolloutController:
         push_weights(self._run, self._world, weights, version, self._stream.fleet if self._stream else None)
         idle = self._run.rollout.max_lag == 0 or evaluation_due(self._run, version) or self._stop.requested
         if self._stream and not idle:
-            self._stream.sample_ahead(version)
+            self._stream.request_groups(version)
 
     def gauges(self) -> Iterable[Gauge]:
         """Return the current state of the queue and the servers; nothing on the other ranks. Callable in any thread."""

@@ -1,7 +1,7 @@
 """Sampled and verified groups, step after step: keeps the fleet as busy as the buffer allows.
 
-    take(step)             wait until the groups of a step are sampled and verified; order replacements meanwhile
-    sample_ahead(version)  after a push of weights, request the groups that these weights may sample
+    take(step)               wait until the groups of a step are sampled and verified; order replacements meanwhile
+    request_groups(version)  after a push of weights, request the groups that these weights may sample
 
 The fleet works in its own thread, from which finished groups go to the verifier: both continue while the trainer
 trains. The calling thread moves verified groups into the buffer.
@@ -77,13 +77,13 @@ class Stream:
     def take(self, step: int, wait: Callable[[Collection[Verified]], None] = wait_for_any) -> StepBatch:
         """Return the groups of a step whose weights the fleet has; if ``wait`` raises, nothing is lost."""
         while True:
-            self.sample_ahead(step)
+            self.request_groups(step)
             batch = self.buffer.take(step)
             if batch is not None:
                 return batch
             wait(self._pending.keys())
 
-    def sample_ahead(self, version: int) -> None:
+    def request_groups(self, version: int) -> None:
         """Store finished groups, and request all groups that weights of this version may sample."""
         self._store_finished()
         for order in self.buffer.orders(version):

@@ -152,7 +152,7 @@ def test_prometheus_shows_the_queue_and_the_servers_as_they_are_when_asked():
         try:
             before = scraped(endpoint)
             good.delay_seconds = bad.delay_seconds = 1.0
-            stream.sample_ahead(0)
+            stream.request_groups(0)
             waiting = scraped(endpoint)
             good.delay_seconds = bad.delay_seconds = 0.0
             stream.take(0)

@@ -143,7 +143,7 @@ def trained(
                 fleet.work()
         fleet.version = step + 1
         if run.rollout.max_lag:
-            stream.sample_ahead(step + 1)
+            stream.request_groups(step + 1)
     assert not fleet.making
     return taken
 
@@ -270,7 +270,7 @@ def test_a_stop_while_waiting_loses_nothing() -> None:
     assert 0 < len(finished) < 9
     again = FakeFleet(Random(4), 0, 0.0)
     stream = Stream(run_of("rollout.max_lag=2"), cast(Fleet, again), task, state)
-    stream.sample_ahead(0)
+    stream.request_groups(0)
     assert sum(again.asked.values()) == 9 - len(finished)
     assert {making.seed for making in again.making} <= {(0, 0), (0, 1), (0, 2)}  # as if nothing had happened
     assert len(stream.take(0, again.until_one_is_done).used) == 3
@@ -282,7 +282,7 @@ def test_a_saved_group_comes_back_whole_with_the_experts_it_took() -> None:
     stream.take(0, fleet.until_one_is_done)
     while fleet.making:
         fleet.work()
-    stream.sample_ahead(0)
+    stream.request_groups(0)
     (plan,) = stream.buffer.plans.values()
     for held in plan.finished.values():
         for response in held.group.responses:

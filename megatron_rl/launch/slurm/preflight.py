@@ -164,8 +164,8 @@ def find_problems(
         problems = facts[node]["problems"]
         assert isinstance(problems, list)
         found[node] += [str(problem) for problem in problems]
-        if abs(ahead := float(str(facts[node]["clock_seconds"]))) > MAX_CLOCK_SECONDS:
-            found[node].append(f"has a clock that differs by {ahead:+.0f} s from the run folder's file system")
+        if abs(offset := float(str(facts[node]["clock_seconds"]))) > MAX_CLOCK_SECONDS:
+            found[node].append(f"has a clock that differs by {offset:+.0f} s from the run folder's file system")
     for name in COMPARED:
         values = Counter(str(facts[node][name]) for node in nodes if node in facts)
         usual = values.most_common(1)[0][0] if values else ""
