@@ -1,7 +1,7 @@
 """The schema of a batch: every per-token and per-response column, with its dtype, its writer and its readers.
 
-``Batch`` refuses a column that is not listed here, so a new column starts with a line in ``COLUMNS``. An objective may
-add columns for its own use without a line here: ``extra_NAME_T``, floating point or integer, read only by its own cost.
+``Batch`` rejects columns that are not listed in ``COLUMNS``, so a new column starts with an entry there. An objective
+may add unlisted columns ``extra_NAME_T``, floating-point or integer, that only its ``cost`` reads.
 
 Legend: T all tokens of the batch, prompts included, B responses, L layers with experts, K experts per token.
 """
@@ -20,21 +20,21 @@ BOOLEAN = (torch.bool,)
 ROUTES = (torch.uint8, torch.int16)
 
 EXTRA = "extra_"
-"""Prefix of an objective's own columns: ``extra_NAME_T`` reaches its cost as ``LossInputs.extra["NAME"]``."""
+"""Prefix of objective-specific columns: ``cost`` reads ``extra_NAME_T`` as ``LossInputs.extra["NAME"]``."""
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """One column of a batch.
+    """Schema of one column of a batch.
 
     Attributes:
         name: ends in ``_T`` (one entry per token) or ``_B`` (one entry per response).
         dtypes: the accepted dtypes.
-        writer: module, below ``megatron_rl``, that writes the column.
+        writer: module, relative to ``megatron_rl``, that writes the column.
         readers: modules that read it, from the batch or as a field of ``LossInputs``.
         meaning: values and unit.
-        missing: what to do where a run needs the column and lacks it.
-        trailing: dimensions after the first, such as ``("L", "K")``.
+        missing: text for the error message if the column is required but missing: which code writes it.
+        trailing: names of the dimensions after the first, such as ``("L", "K")``.
     """
 
     name: str
@@ -232,10 +232,10 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             FLOAT,
             "algorithms.correction",
             ("algorithms.loss",),
-            "weight against the mismatch of rollout engine and trainer",
+            "weight that corrects the mismatch of rollout engine and trainer",
             "algorithms.loss.prepare writes it if correction.kind is not none",
         ),
-        # Written by the loss for the record of tokens.
+        # Written by the loss for the token record.
         ColumnSpec(
             "new_logprobs_T",
             FLOAT,
@@ -263,24 +263,28 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             FLOAT,
             "prove.case",
             ("prove.case",),
-            "what moves the old log-probs, so that ratios differ from 1",
+            "noise added to the old log-probs, so that ratios differ from 1",
         ),
     )
 }
 
 
 def check_columns(lengths_B: Tensor, columns: Mapping[str, Tensor]) -> None:
-    """Check names, dtypes and shapes of a batch's columns.
+    """Check the names, dtypes and shapes of the columns of a batch.
+
+    Args:
+        lengths_B: int64, tokens of each sequence.
+        columns: the columns by name.
 
     Raises:
-        ConfigError: a column is not in the schema, or is not what the schema says.
+        ConfigError: a column is not in the schema, or its dtype or shape does not match the schema.
     """
     sizes = {"T": int(lengths_B.sum()), "B": len(lengths_B)}
     for name, tensor in columns.items():
         column = COLUMNS.get(name)
         if column is None and not (name.startswith(EXTRA) and name.endswith("_T")):
             raise ConfigError(
-                f"a batch has no column {name}: an objective's own column is named {EXTRA}NAME_T, every other one is"
+                f"a batch has no column {name}: objective-specific columns are named {EXTRA}NAME_T, all others are"
                 " listed in megatron_rl/data/columns.py"
             )
         size, trailing = sizes[name.rpartition("_")[2]], () if column is None else column.trailing

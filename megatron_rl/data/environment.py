@@ -1,4 +1,4 @@
-"""What answers the model between its turns: a tool, a game, a user."""
+"""Interface of environments, which answer the model between its turns: a tool, a game or a simulated user."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,15 +7,18 @@ from megatron_rl.data.types import Prompt
 
 
 class Environment(Protocol):
-    """The world of one response. There is a new one for each, so it may keep a state."""
+    """An environment for one response. A new instance is created for each response, so it may have state."""
 
     def reset(self, prompt: Prompt) -> None:
-        """Begin: the model is about to answer this prompt."""
+        """Start an episode for ``prompt``."""
         ...
 
     def step(self, turn: str) -> str | Sequence[int] | None:
-        """Return what the model reads next, after this turn of its own, as text or as token ids; None: it is done.
+        """Return the observation after a turn of the model, as text or token ids; None ends the response.
 
-        ``turn`` is decoded without special tokens. It must not depend on anything but the prompt and the turns.
+        The result must depend only on the prompt and the turns so far.
+
+        Args:
+            turn: the text of the model's turn, without special tokens.
         """
         ...

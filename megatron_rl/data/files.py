@@ -1,4 +1,4 @@
-"""Batches as safetensors files."""
+"""Saving and loading batches as safetensors files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +12,24 @@ from megatron_rl.data.types import Batch
 
 
 def save_batch(batch: Batch, path: Path, words: Mapping[str, str] | None = None) -> None:
-    """Write a batch as safetensors, with words of any kind in its header."""
+    """Write a batch to a safetensors file.
+
+    Args:
+        batch: the batch; its columns are copied to the CPU.
+        path: the file to write.
+        words: metadata for the header of the file; None: no metadata.
+    """
     columns = {name: column.detach().cpu().clone().contiguous() for name, column in batch.columns.items()}
     save_file({"lengths_B": batch.lengths_B, **columns}, path, metadata=dict(words or {}))
 
 
 def load_batch(path: Path) -> Batch:
-    """Read what ``save_batch`` wrote."""
+    """Load a batch from a file written by ``save_batch``."""
     columns = cast(dict[str, Tensor], load_file(path))
     return Batch(columns.pop("lengths_B"), columns)
 
 
 def read_words(path: Path) -> dict[str, str]:
-    """Return the words in the header."""
+    """Return the metadata in the header of a file written by ``save_batch``."""
     with safe_open(path, framework="pt") as reader:
         return dict(reader.metadata() or {})

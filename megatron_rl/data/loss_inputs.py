@@ -1,4 +1,4 @@
-"""The tensors that a loss reads: one value per trained token of a packed row.
+"""Inputs of a loss function: tensors with one value per trained token of a packed row.
 
 Legend: T all tokens of the mini-batch, R trained tokens of one row that this rank holds.
 """
@@ -24,15 +24,15 @@ OptionalInput = Literal[
     "ref_logprobs_R",
     "old_entropies_R",
 ]
-"""Fields of ``LossInputs`` that a run may lack."""
+"""Fields of ``LossInputs`` that may be None."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything that a loss reads about the trained tokens of one row, without padding or masked slots.
+    """Inputs of a loss for the trained tokens of one row, without padding and untrained tokens.
 
-    The tensor ``x_R`` holds the values of the batch column ``x_T`` at those tokens; none has a gradient. Floating point
-    columns are float32, or float64 if the log-probabilities are.
+    The tensor ``x_R`` contains the values of the batch column ``x_T`` at those tokens, without gradient. Floating-point
+    tensors are float32, or float64 if the log-probabilities are float64.
     """
 
     old_logprobs_R: Tensor
@@ -53,7 +53,8 @@ class LossInputs:
     clip_high_R: Tensor | None = None
     """The ratio may rise to 1 + clip_high. Written by ``Objective.columns``; read by ``clipped``."""
     corrections_R: Tensor | None = None
-    """Weight against the mismatch of rollout engine and trainer. Written by ``Correction``; read by ``make_loss``."""
+    """Weight that corrects the mismatch of rollout engine and trainer. Written by ``Correction``; read by
+    ``make_loss``."""
     rollout_logprobs_R: Tensor | None = None
     """Log-probability that the rollout engine reported, in nats. Written by ``collect``; read by dppo."""
     ref_logprobs_R: Tensor | None = None
@@ -63,11 +64,11 @@ class LossInputs:
     """Entropy of the policy before the update, in nats. Written by ``Policy.compute_logprobs``; the built-in objectives
     read it from the batch, in ``Objective.columns``."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """The objective's own columns by name. Written by its ``columns`` as ``extra_NAME_T``; read by its ``cost``."""
+    """Objective-specific columns by NAME. Written by ``Objective.columns`` as ``extra_NAME_T``; read by ``cost``."""
     num_segments: int = 0
-    """Segments of the whole row; 0 without ``segment_ids_R``."""
+    """Number of segments of the whole row; 0 without ``segment_ids_R``."""
     context_group: ProcessGroup | None = None
-    """The ranks that hold the other tokens of the row; None: this rank holds all of them."""
+    """Process group of the ranks that share the row (context parallelism); None: this rank holds the whole row."""
 
     @classmethod
     def gather(
@@ -78,14 +79,14 @@ class LossInputs:
         row_positions_R: Tensor | None = None,
         context_group: ProcessGroup | None = None,
     ) -> "LossInputs":
-        """Return the inputs at some trained tokens of a batch that ``prepare`` has completed.
+        """Return the inputs at trained tokens of a batch that has the columns of ``prepare``.
 
         Args:
             batch: the mini-batch.
             positions_R: int64, positions in T of this rank's tokens; None: all trained tokens.
-            row_positions_R: int64, positions in T of the trained tokens of the whole row, over which segments are
-                numbered; None: ``positions_R``.
-            context_group: the ranks that share the row.
+            row_positions_R: int64, positions in T of the trained tokens of the whole row, whose segments are numbered
+                from 0; None: ``positions_R``.
+            context_group: process group of the ranks that share the row; None: this rank holds the whole row.
 
         Raises:
             ConfigError: the batch lacks a column that every loss needs.
@@ -108,10 +109,10 @@ class LossInputs:
         return cls(**columns, extra=extra, num_segments=num_segments, context_group=context_group)
 
     def require(self, name: OptionalInput) -> Tensor:
-        """Return an optional input.
+        """Return the optional input ``name``, [R].
 
         Raises:
-            ConfigError: the batch has no such column.
+            ConfigError: the input is None because the batch has no such column.
         """
         value: Tensor | None = getattr(self, name)
         if value is None:
@@ -120,20 +121,20 @@ class LossInputs:
         return value
 
     def columns(self) -> dict[str, Tensor]:
-        """Return every tensor by the name of the batch column that it was gathered from."""
-        found = {column_name: getattr(self, field_name) for field_name, column_name in TENSORS.items()}
+        """Return all tensors by the name of the batch column that they were gathered from, [R] each."""
+        tensors = {column_name: getattr(self, field_name) for field_name, column_name in TENSORS.items()}
         extra = {f"{EXTRA}{name}_T": tensor for name, tensor in self.extra.items()}
-        return {name: tensor for name, tensor in found.items() if tensor is not None} | extra
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None} | extra
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LossInputs":
-        """Return the inputs with ``function`` applied to every tensor, such as a copy to a device or a selection."""
-        found = {name: getattr(self, name) for name in TENSORS}
-        mapped = {name: function(tensor) for name, tensor in found.items() if tensor is not None}
+        """Return the inputs with ``function`` applied to every tensor, for example to copy them to a device."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        mapped = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **mapped, extra={name: function(tensor) for name, tensor in self.extra.items()})
 
 
 TENSORS = {entry.name: f"{entry.name.removesuffix('_R')}_T" for entry in fields(LossInputs) if entry.name[-2:] == "_R"}
-"""Field of ``LossInputs`` -> column of the batch."""
+"""Name of the batch column of each tensor field of ``LossInputs``."""
 
 LossFn = Callable[[Tensor, Tensor, LossInputs], Loss]
-"""(logprobs_R with gradient, entropies_R, inputs) -> Loss."""
+"""A loss function: takes logprobs_R with gradient, entropies_R in nats and the inputs, and returns a ``Loss``."""

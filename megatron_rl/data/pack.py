@@ -1,7 +1,8 @@
-"""Lay sequences end to end in rows of equal length, dealt over data-parallel ranks.
+"""Packing of sequences into rows of equal length, which are distributed over data-parallel ranks.
 
-A tiny model is bound by the latency of its collectives and a large one by its matrix products: both want few, long
-rows. Rows depend on lengths alone, so the rows that score a mini-batch are the rows that train it.
+Few long rows are efficient for small models, which are bound by the latency of collectives, and for large models, which
+are bound by matrix products. Rows depend only on sequence lengths, so the forward pass that computes log-probs and the
+training pass of a mini-batch use the same rows.
 
 Legend: T tokens of one row, padding included, N sequences of one row, B responses of the batch.
 """
@@ -19,14 +20,14 @@ from megatron_rl.errors import ConfigError
 
 @dataclass(frozen=True)
 class RowRules:
-    """What a row must satisfy.
+    """Constraints on packed rows.
 
     Attributes:
-        tokens: most tokens in a row (longer only if one sequence alone is longer: that is an error).
+        tokens: maximum number of tokens per row; a longer sequence is an error.
         sequence_multiple: each sequence is padded to a multiple of this (zig-zag context parallelism).
         row_multiple: each row is padded to a multiple of this (sequence parallelism).
         count_multiple: the number of rows is padded to a multiple of this (data and pipeline parallelism).
-        one_each: one sequence a row instead of packing.
+        one_each: put one sequence in each row instead of packing.
     """
 
     tokens: int
@@ -38,13 +39,13 @@ class RowRules:
 
 @dataclass(frozen=True)
 class Row:
-    """Sequences laid end to end, then padding.
+    """A packed row: concatenated sequences, each padded, followed by padding.
 
     Attributes:
-        batch: the mini-batch that the row was made from.
-        sequences: the row's sequences, as indices into the batch.
-        padded_N: int64, the padded length of each sequence.
-        length: positions of the row, the same for all rows of a mini-batch.
+        batch: the mini-batch that contains the sequences.
+        sequences: indices of the row's sequences in the batch.
+        padded_N: int64, padded length of each sequence in tokens.
+        length: length of the row in tokens, the same for all rows of a mini-batch.
     """
 
     batch: Batch
@@ -54,12 +55,12 @@ class Row:
 
     @cached_property
     def lengths_N(self) -> Tensor:
-        """Int64 [N]: real tokens of each sequence."""
+        """Int64 [N]: length of each sequence in tokens, without padding."""
         return self.batch.lengths_B[torch.tensor(self.sequences, dtype=torch.int64)]
 
     @cached_property
     def token_ids_T(self) -> Tensor:
-        """Int64 [T]: index in the batch of the token at each position, -1 at padding."""
+        """Int64 [T]: batch index of the token at each position, -1 at padding."""
         index_T = torch.full((self.length,), -1, dtype=torch.int64)
         row_starts_N = self.padded_N.cumsum(0) - self.padded_N
         batch_starts_N = self.batch.starts_B[torch.tensor(self.sequences, dtype=torch.int64)]
@@ -68,10 +69,10 @@ class Row:
 
     @cached_property
     def target_ids_T(self) -> Tensor:
-        """Int64 [T]: which token of the batch each position predicts (the next of its sequence), -1 for none."""
-        here, following = self.token_ids_T[:-1], self.token_ids_T[1:]
+        """Int64 [T]: batch index of the token that each position predicts (the next of its sequence), or -1."""
+        current, following = self.token_ids_T[:-1], self.token_ids_T[1:]
         target_T = torch.full_like(self.token_ids_T, -1)
-        target_T[:-1] = torch.where((here >= 0) & (following == here + 1) & ~self._starts_T[1:], following, -1)
+        target_T[:-1] = torch.where((current >= 0) & (following == current + 1) & ~self._starts_T[1:], following, -1)
         return target_T
 
     @cached_property
@@ -82,7 +83,14 @@ class Row:
 
 
 def pack(batch: Batch, rules: RowRules) -> list[Row]:
-    """Return the batch as rows of one common length, as few and as even as the token budget allows.
+    """Pack a batch into rows of equal length: few rows, with balanced numbers of tokens.
+
+    Args:
+        batch: the mini-batch.
+        rules: maximum number of tokens per row, and multiples for padding.
+
+    Returns:
+        The rows; rows without sequences are appended until their number is a multiple of ``rules.count_multiple``.
 
     Raises:
         ConfigError: a sequence does not fit in a row.
@@ -103,9 +111,10 @@ def pack(batch: Batch, rules: RowRules) -> list[Row]:
 
 
 def one_row(batch: Batch, rules: RowRules) -> list[Row]:
-    """Return the whole batch as one row, as many times as the mesh asks for rows; no budget applies.
+    """Pack the whole batch into one row of any length and return ``rules.count_multiple`` references to it.
 
-    Copies, not empty rows: a load-balancing loss, which is undefined for an empty row, would look like a finding.
+    The row is repeated instead of adding empty rows, because some quantities (such as a load-balancing loss) are
+    undefined for an empty row.
     """
     padded_N = _round_up(batch.lengths_B, rules.sequence_multiple)
     length = int(_round_up(padded_N.sum().clamp(min=1), rules.row_multiple))
@@ -113,7 +122,7 @@ def one_row(batch: Batch, rules: RowRules) -> list[Row]:
 
 
 def _even_bins(lengths: Sequence[int], rules: RowRules) -> list[list[int]]:
-    """Deal sequences, longest first, each into the emptiest row; use more rows until all fit the budget."""
+    """Assign sequences, longest first, to the row with the fewest tokens; add rows until all of them fit."""
     multiple = rules.count_multiple
     count = -(-max(sum(lengths), 1) // rules.tokens)
     count = -(-count // multiple) * multiple
@@ -122,9 +131,9 @@ def _even_bins(lengths: Sequence[int], rules: RowRules) -> list[list[int]]:
         bins: list[list[int]] = [[] for _ in range(count)]
         loads = [0] * count
         for index in order:
-            emptiest = loads.index(min(loads))
-            bins[emptiest].append(index)
-            loads[emptiest] += lengths[index]
+            shortest = loads.index(min(loads))
+            bins[shortest].append(index)
+            loads[shortest] += lengths[index]
         if max(loads) <= rules.tokens:
             return [sorted(b) for b in bins]
         count += multiple

@@ -1,4 +1,4 @@
-"""Streams of prompts that resume from a number: prompt ``i`` is a pure function of the seed and ``i``."""
+"""Prompt streams that resume from a position: prompt ``i`` is a pure function of the seed and ``i``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +11,11 @@ from megatron_rl.data.types import Prompt, fold_seed
 
 
 class PromptSource(Protocol):
-    """Prompts by position. Positions never end; a finite source begins its next epoch."""
+    """An infinite sequence of prompts, indexed by position; a finite data set starts over with each epoch."""
 
     @property
     def size(self) -> int | None:
-        """Different prompts; None if there is no end to them."""
+        """Number of different prompts; None if unlimited."""
         ...
 
     def __getitem__(self, position: int) -> Prompt: ...
@@ -23,7 +23,7 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True)
 class Generated:
-    """Prompts that a function makes from their position."""
+    """Prompts that a function generates from their position."""
 
     make: Callable[[int], Prompt]
     size: None = None
@@ -34,9 +34,9 @@ class Generated:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """A list of prompts in an order that depends on the seed and the epoch only.
+    """A list of prompts, shuffled in each epoch in an order that depends only on the seed and the epoch.
 
-    From the second epoch on the id of a prompt ends in ``+epoch``, so that no two prompts of a stream share one.
+    From the second epoch on, prompt ids end in ``+epoch``, so ids are unique within a stream.
     """
 
     prompts: Sequence[Prompt]
@@ -44,7 +44,7 @@ class Shuffled:
 
     @property
     def size(self) -> int:
-        """Different prompts."""
+        """Number of prompts."""
         return len(self.prompts)
 
     def __getitem__(self, position: int) -> Prompt:
@@ -55,24 +55,24 @@ class Shuffled:
 
 @lru_cache(maxsize=4)
 def epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Return the order of an epoch: a permutation of ``range(size)``."""
+    """Return the order of prompts in an epoch, a permutation of ``range(size)``."""
     generator = torch.Generator().manual_seed(fold_seed((seed, epoch)))
     return tuple(torch.randperm(size, generator=generator).tolist())
 
 
 class PromptStream:
-    """Reads a source from a position on; ``position`` is all there is to save and restore."""
+    """An iterator over a prompt source. ``position`` is the only state to save and restore."""
 
     def __init__(self, source: PromptSource, position: int = 0) -> None:
         self.source = source
         self.position = position
 
     def take(self, count: int) -> tuple[Prompt, ...]:
-        """Return the next prompts and move on."""
+        """Return the next ``count`` prompts and advance the position."""
         first, self.position = self.position, self.position + count
         return tuple(self.source[position] for position in range(first, self.position))
 
 
 def first_prompts(source: PromptSource, count: int) -> tuple[Prompt, ...]:
-    """Return the first ``count`` prompts, or all that there are: the fixed set that an evaluation uses."""
+    """Return the first ``count`` prompts, or all prompts of a smaller source: the fixed set of an evaluation."""
     return PromptStream(source).take(count if source.size is None else min(count, source.size))

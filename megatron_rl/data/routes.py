@@ -1,4 +1,4 @@
-"""The experts that tokens take, as an engine records them and as a column of a batch has them. No torch here.
+"""Routes (the experts that process each token) as recorded by a rollout engine and as a batch column, without torch.
 
 Legend: T tokens, A all layers of the model, L layers with experts, K experts per token.
 """
@@ -13,13 +13,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RouteShape:
-    """What a record of a model's routes looks like.
+    """Layers and experts of a model, which determine the shape of its routes.
 
     Attributes:
-        layers: the layers with experts, counted from 0.
-        all_layers: layers of the model, those without experts included: engines record them all.
-        experts: experts of a layer.
-        per_token: experts that a token takes.
+        layers: indices of the layers with experts, from 0.
+        all_layers: number of layers of the model, including layers without experts, which engines record too.
+        experts: number of experts per layer.
+        per_token: number of experts per token.
     """
 
     layers: tuple[int, ...]
@@ -34,14 +34,22 @@ class RouteShape:
 
     @property
     def dtype(self) -> Literal["uint8", "int16"]:
-        """The smallest type that numbers the experts."""
+        """The smallest of the two integer types that can represent every expert index."""
         return "uint8" if self.experts <= 256 else "int16"
 
     def decode(self, record: str, tokens: int) -> np.ndarray:
-        """Return [T, L, K] of a server's record: base64 of little-endian int32 [T, A, K].
+        """Decode the record of a server, base64 of little-endian int32 [T, A, K].
+
+        Args:
+            record: the base64 text.
+            tokens: expected number of tokens (T).
+
+        Returns:
+            Expert indices, [T, L, K] of type ``dtype``, for the layers with experts.
 
         Raises:
-            ValueError: it is not that, or a token has an expert twice or one that the model has not.
+            ValueError: the record is not base64 or has the wrong size, a token has an expert twice, or an expert index
+                is out of range.
         """
         try:
             raw = base64.b64decode(record, validate=True)
@@ -63,5 +71,5 @@ class RouteShape:
 
 
 def encode_routes(routes_TAK: np.ndarray) -> str:
-    """Return a server's record: base64 of little-endian int32 [T, A, K]."""
+    """Encode expert indices, [T, A, K], as the record of a server: base64 of little-endian int32."""
     return base64.b64encode(np.ascontiguousarray(routes_TAK, dtype="<i4").tobytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Records of a step: plain data that rollout and policy hand to the recorder."""
+"""Data of a training step that rollout and policy pass to the recorder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from megatron_rl.data.types import Group
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The samples of a step, as they are recorded; empty on all ranks but the main one.
+    """The recorded samples of a step; empty on all ranks except the main rank.
 
     Attributes:
-        groups: all groups of the step, those of its batch first; ``sample_index_B`` counts their responses.
-        lines: lines of ``rollouts.jsonl``, one per response; empty if ``log.rollouts`` is off.
+        groups: all groups of the step, those in the batch first; ``sample_index_B`` is an index into their responses.
+        lines: lines of ``rollouts.jsonl``, one per response; empty if ``log.rollouts`` is false.
         ledger: lines of ``ledger.jsonl``, one per group.
-        counts: metrics that cannot be computed from the batch, by their key in ``metrics.jsonl``.
+        counts: metrics that cannot be computed from the batch, by key of ``metrics.jsonl``.
     """
 
     groups: Sequence[Group] = ()
@@ -25,7 +25,12 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did: the global gradient norm before clipping, and the learning rate."""
+    """Result of one optimizer step.
+
+    Attributes:
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of the step.
+    """
 
     grad_norm: float
     lr: float

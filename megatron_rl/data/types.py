@@ -1,6 +1,6 @@
-"""What flows through a step: prompts, sampled responses, and the columns of a batch.
+"""Data types of a training step: prompts, sampled responses, batches of columns, losses and metrics.
 
-Legend: T all tokens of the sequences end to end, prompts included, R trained tokens, B responses.
+Legend: T all tokens of the concatenated sequences, prompts included, R trained tokens, B responses.
 """
 
 from base64 import b64decode, b64encode
@@ -15,51 +15,51 @@ from torch import Tensor
 from megatron_rl.data.columns import check_columns
 
 Columns = Mapping[str, Tensor]
-"""Named columns. A name ends in ``_T`` (one entry per token) or ``_B`` (one entry per response)."""
+"""Tensors by column name. A name ends in ``_T`` (one entry per token) or ``_B`` (one entry per response)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, tokenised once and never again."""
+    """A prompt with its token ids; it is tokenized only once."""
 
     id: str
     """Unique within the task and stable between runs."""
     input_ids: tuple[int, ...]
     text: str
     answer: str
-    """What the verifier compares with; its meaning is the task's."""
+    """Reference answer for the verifier; its format is defined by the task."""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled answer, as token ids, with what the engine said about them."""
+    """A sampled response: token ids and text, with the log-probabilities and metadata from the rollout engine."""
 
     id: str
-    """Names the sample: run, step, prompt and index within the group. No two samples of a run share it."""
+    """Unique within the run: made of run, step, prompt and index within the group."""
     prompt_id: str
     index: int
-    """Position within the group."""
+    """Index within the group, from 0."""
     output_ids: tuple[int, ...]
-    """Sampled tokens, and those of an environment between them; the stop token, if there was one, is the last."""
+    """Sampled tokens, with the tokens of an environment between them; includes the final stop token, if any."""
     logprobs: tuple[float, ...]
-    """The engine's own log-probability of each output token, in nats; 0 where it was not sampled."""
+    """Log-probability of each output token reported by the engine, in nats; 0 for tokens that were not sampled."""
     text: str
     finish_reason: str
-    """``stop``, ``length`` or ``abort``; ``failed`` if the response's environment did."""
+    """``stop``, ``length``, ``abort``, or ``failed`` if the environment of the response failed."""
     weight_versions: tuple[tuple[int, int, int], ...]
-    """(version, start, end): which weights made which output tokens."""
+    """(version, start, end): output tokens ``start:end`` were generated with this version of the weights."""
     routes: Tensor | None = field(default=None, compare=False, repr=False)
-    """The experts that the engine chose: [prompt + output tokens - 1, L, K] as of ``RouteShape``; None: not returned.
-    The last token was never read by the model, so it has none."""
+    """Expert indices that the engine reported, [prompt + output tokens - 1, L, K] (see ``RouteShape``), or None. The
+    last token has no entry because the model never processes it."""
     observed: tuple[tuple[int, int], ...] = ()
-    """(start, end): output tokens that an environment put in. They are not sampled, so they are not trained."""
+    """(start, end): output tokens ``start:end`` come from an environment. They are not sampled and not trained."""
     last_turn: str | None = None
-    """The text since the last of those; None where there are none."""
+    """Text after the last tokens of an environment; None if the response has no such tokens."""
 
     @property
     def answer_text(self) -> str:
-        """What a verifier looks for the answer in: what the model itself said last."""
+        """The text in which the verifier looks for the answer: the last turn of the model."""
         return self.text if self.last_turn is None else self.last_turn
 
     @property
@@ -71,7 +71,7 @@ class Response:
         return tuple(mask)
 
     def to_json(self) -> dict[str, Any]:
-        """Return every field as JSON: tuples become lists, routes [dtype, shape, base64 of the bytes]."""
+        """Return all fields as a JSON object; ``routes`` is encoded as [dtype, shape, base64 of the bytes]."""
         fields = asdict(replace(self, routes=None))
         if self.routes is not None:
             array = self.routes.numpy()
@@ -80,7 +80,7 @@ class Response:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Response":
-        """Return what ``to_json`` wrote; fields that it did not have yet get their defaults."""
+        """Return the response that ``to_json`` encoded; missing fields get their defaults."""
         values = {name: _as_tuple(value) for name, value in fields.items()}
         if values.get("routes") is not None:
             dtype, shape, data = values["routes"]
@@ -101,25 +101,25 @@ class Group:
 
     @property
     def id(self) -> str:
-        """The ids of its responses without their index."""
+        """The common part of the ids of the responses, without their index."""
         return self.responses[0].id.rpartition("/")[0]
 
     @property
     def oldest_version(self) -> int:
-        """The oldest weights that made a token; -1 where there is no token or the engine did not say."""
+        """The oldest weight version that generated a token; -1 if there is no token or no version was reported."""
         return min((version for response in self.responses for version, _, _ in response.weight_versions), default=-1)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole sequences laid end to end, with everything that does not depend on the weights as columns.
+    """Concatenated whole sequences, with per-token and per-response data as columns.
 
-    Token column ``x_T[t]`` belongs to token t itself: ``old_logprobs_T[t]`` is the log-probability of token t given the
-    tokens before it. ``loss_mask_T`` is True on the tokens that are trained.
+    Entry t of a column ``x_T`` belongs to token t: ``old_logprobs_T[t]`` is the log-probability of token t given the
+    tokens before it. ``loss_mask_T`` is True on trained tokens. Invalid columns raise ``ConfigError``.
 
     Attributes:
         lengths_B: int64, tokens of each sequence, prompt and response together.
-        columns: ``input_ids_T`` and ``loss_mask_T``, and any others of ``data/columns.py``.
+        columns: ``loss_mask_T``, and any other columns of ``data/columns.py``.
     """
 
     lengths_B: Tensor
@@ -149,7 +149,7 @@ class Batch:
 
     @property
     def trainable_counts_B(self) -> Tensor:
-        """Int64 [B]: the number of trained tokens of each response (N_i of the spec)."""
+        """Int64 [B]: the number of trained tokens of each response (N_i of the equations)."""
         counts_B = torch.zeros(len(self), dtype=torch.int64)
         return counts_B.index_add_(0, self.response_ids_T, self["loss_mask_T"].long())
 
@@ -159,11 +159,11 @@ class Batch:
         return self["loss_mask_T"].nonzero().squeeze(1)
 
     def add(self, columns: Columns) -> "Batch":
-        """Return the batch with more columns, or with some replaced."""
+        """Return a batch with ``columns`` added; columns with the same name are replaced."""
         return replace(self, columns={**self.columns, **columns})
 
     def select(self, response_ids: Sequence[int] | Tensor) -> "Batch":
-        """Return the batch of these responses, in this order, with all columns."""
+        """Return a batch of the responses with these indices, in this order, with all columns."""
         chosen_B = torch.as_tensor(response_ids, dtype=torch.int64)
         tokens = token_positions(self.starts_B[chosen_B], self.lengths_B[chosen_B])
         columns = {n: c[tokens] if n.endswith("_T") else c[chosen_B] for n, c in self.columns.items()}
@@ -171,13 +171,13 @@ class Batch:
 
     @staticmethod
     def join(batches: Sequence["Batch"]) -> "Batch":
-        """Return the responses of all batches, in order, with the columns that all of them have."""
+        """Concatenate batches in order, with the columns that all of them have."""
         shared = set.intersection(*(set(batch.columns) for batch in batches))
         columns = {name: torch.cat([batch[name] for batch in batches]) for name in sorted(shared)}
         return Batch(torch.cat([batch.lengths_B for batch in batches]), columns)
 
     def split(self, parts: int, seed: Iterable[int]) -> list["Batch"]:
-        """Deal the responses, shuffled by the seed, into mini-batches whose sizes differ by at most one."""
+        """Shuffle the responses and split them into ``parts`` mini-batches whose sizes differ by at most one."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(fold_seed(seed)))
         return [self.select(order[part::parts]) for part in range(parts)]
 
@@ -189,13 +189,13 @@ def token_positions(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
 
 
 def dense_ids(ids_T: Tensor) -> tuple[Tensor, int]:
-    """Return the ids renumbered 0, 1, ... in increasing order, and how many different ones there are."""
+    """Return the ids renumbered 0, 1, ... in increasing order, int64 [T], and the number of different ids."""
     values, dense_T = torch.unique(ids_T, return_inverse=True)
     return dense_T, len(values)
 
 
 def fold_seed(parts: Iterable[int]) -> int:
-    """Fold several integers into one 63-bit seed; different sequences give unrelated seeds (splitmix64 steps)."""
+    """Hash a sequence of integers to a 63-bit seed with steps like those of splitmix64."""
     mask = (1 << 64) - 1
     state = 0x9E3779B97F4A7C15
     for part in parts:
@@ -207,13 +207,13 @@ def fold_seed(parts: Iterable[int]) -> int:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers that add up (or take the largest) over tokens, micro-batches and ranks; means come at the very end.
+    """Metrics that are reduced over tokens, micro-batches and ranks; means are computed after the reduction.
 
     Attributes:
-        sums: scalars.
-        maxima: scalars.
-        tokens: columns that the loss was asked to keep: of a micro-batch's trained tokens on one rank, like those of
-            ``LossInputs``; once added up, of all tokens of the mini-batch, 0 where untrained.
+        sums: scalars that are reduced by summation, by name.
+        maxima: scalars that are reduced by maximum, by name.
+        tokens: per-token columns by name. Before the reduction they have one entry per trained token of the
+            micro-batch on this rank, as in ``LossInputs``; afterwards one per token of the mini-batch, 0 if untrained.
     """
 
     sums: Columns = field(default_factory=dict)
@@ -223,7 +223,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to minimise (already weighted by global counts: ranks and micro-batches just add up) and its metrics."""
+    """The loss of a micro-batch.
+
+    Attributes:
+        value: scalar to minimize. Token weights contain the global counts, so values of ranks and micro-batches add up.
+        metrics: metrics of the micro-batch on this rank.
+    """
 
     value: Tensor
     metrics: Metrics

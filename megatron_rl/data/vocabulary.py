@@ -1,4 +1,4 @@
-"""What the tokens of a vocabulary look like as text: tables that turn "does a sentence end here" into one gather.
+"""Text properties of the tokens of a vocabulary, as lookup tables that are used to find sentence boundaries.
 
 Legend: V vocabulary of the model, before any padding for tensor parallelism.
 """
@@ -21,12 +21,12 @@ DELIMITERS: dict[Granularity, str] = {
     "sentence": ".!?\u3002\uff0e\uff61\uff01\uff1f",
     "subsentence": ".!?\u3002\uff0e\uff61\uff01\uff1f,;:\uff0c\u3001\uff64\uff1b\uff1a",
 }
-"""Characters that end a segment, with their CJK forms. A newline ends both."""
+"""Characters that end a segment of each granularity, with their CJK forms. A newline ends both."""
 CLOSERS = " \t\r\f\v\u00a0\u3000\"')]}>\u2019\u201d\u00bb\u203a\uff09\uff3d\uff5d\u3015\u3011\u3009\u300b\u300d\u300f"
-"""Spaces, closing quotes and brackets: what may stand between a delimiter and the end of its token."""
+"""Spaces, closing quotes and brackets, which may follow a delimiter within a token."""
 
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
-"""Bytes of a UTF-8 character that are not its first."""
+"""Continuation bytes of UTF-8, which are never the first byte of a character."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Boundaries:
     """Boolean tables over the vocabulary, [V] each.
 
     Attributes:
-        closes_V: the token's text ends in a delimiter (after right-stripping ``CLOSERS``) or holds a newline.
-        digit_before_V: it closes by a ``.`` or ``,`` at its very end, right after a digit of its own.
-        bare_V: it is nothing but a ``.`` or ``,``.
-        starts_with_digit_V: its first character is a digit.
-        ends_in_digit_V: its last character is a digit.
-        continues_V: its first byte is in the middle of a UTF-8 character: the tokens before it must be looked at.
-        ends_sequence_V: it is an end-of-sequence token.
+        closes_V: the token ends in a delimiter (after stripping ``CLOSERS`` from the right) or contains a newline.
+        digit_before_V: the token ends in a digit followed by ``.`` or ``,``.
+        bare_V: the token is a single ``.`` or ``,``.
+        starts_with_digit_V: the first character is a digit.
+        ends_in_digit_V: the last character is a digit.
+        continues_V: the first byte continues a UTF-8 character, so the text depends on the tokens before it.
+        ends_sequence_V: the token is an end-of-sequence token.
     """
 
     closes_V: Tensor
@@ -54,13 +54,13 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids of a model as bytes of text.
+    """The token ids of a model and their text as UTF-8 bytes.
 
     Attributes:
-        size: number of token ids that the model gives a probability to: the V of log V.
-        pieces: UTF-8 bytes of each token, possibly a part of a character; empty for control tokens. May be shorter than
-            ``size``: many models have spare rows.
-        end_ids: tokens that end a sequence.
+        size: number of token ids of the model's output distribution (V of log V).
+        pieces: UTF-8 bytes of each token, possibly part of a character; empty for control tokens. May be shorter than
+            ``size``, because many models have unused token ids.
+        end_ids: ids of the tokens that end a sequence.
     """
 
     size: int
@@ -75,22 +75,22 @@ class Vocabulary:
 
         Args:
             tokenizer: byte-level BPE, or one with byte fallback (SentencePiece).
-            size: ``vocab_size`` of the model's own config.json, which may be larger than the tokenizer's.
-            end_ids: tokens that end a sequence, on top of the tokenizer's own.
+            size: ``vocab_size`` of the model's config.json, which may be larger than that of the tokenizer.
+            end_ids: ids of tokens that end a sequence, in addition to the tokenizer's end-of-sequence token.
         """
         eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return cls(size, token_bytes(tokenizer), frozenset([*eos_ids, *end_ids]))
 
     def boundaries(self, granularity: Granularity) -> Boundaries:
-        """Return the tables for sentences or for subsentences."""
+        """Return the lookup tables for sentences or subsentences."""
         return self._sentence if granularity == "sentence" else self._subsentence
 
     def closes(self, token_ids: Sequence[int], granularity: Granularity) -> bool:
-        """Return whether the last of these tokens closes a segment, the text before it taken into account."""
+        """Return whether the last of these tokens ends a segment, decoded together with the tokens before it."""
         earlier = b"".join(self.pieces[i] for i in token_ids[:-1])
-        begun = len(earlier.rstrip(CONTINUATION_BYTES)) - 1
-        unfinished = earlier[begun:] if begun >= 0 and earlier[begun] >= 0xC0 else b""
-        text = (unfinished + self.pieces[token_ids[-1]]).decode("utf-8", "replace")
+        lead = len(earlier.rstrip(CONTINUATION_BYTES)) - 1
+        partial = earlier[lead:] if lead >= 0 and earlier[lead] >= 0xC0 else b""
+        text = (partial + self.pieces[token_ids[-1]]).decode("utf-8", "replace")
         return _closes(text, DELIMITERS[granularity])
 
     @cached_property
@@ -127,13 +127,13 @@ def _closes(text: str, delimiters: str) -> bool:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> tuple[bytes, ...]:
-    """Return the UTF-8 bytes of each token id, empty for special tokens and for ids that the tokenizer lacks."""
+    """Return the UTF-8 bytes of each token id, empty for special tokens and for ids without a token."""
     tokens = tokenizer.get_vocab()
     pieces = [b""] * (max(tokens.values()) + 1)
     kinds = _decoder_kinds(tokenizer)
     for token, token_id in tokens.items():
         if "ByteLevel" in kinds:
-            # Added tokens are kept as plain text and may hold characters outside the byte alphabet.
+            # Added tokens are stored as plain text and may contain characters outside the byte alphabet.
             pieces[token_id] = b"".join(_byte_of().get(c, c.encode()) for c in token)
         elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x"):
             pieces[token_id] = bytes([int(token[3:5], 16)])
@@ -147,7 +147,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> tuple[bytes, ...]:
 
 
 def _decoder_kinds(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """Return the types of the decoding steps of a fast tokenizer, such as {"ByteLevel"}."""
+    """Return the decoder types of a fast tokenizer, such as {"ByteLevel"}; empty for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return set()
@@ -157,7 +157,7 @@ def _decoder_kinds(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
 
 @cache
 def _byte_of() -> dict[str, bytes]:
-    """Return the byte that each character of the byte-level BPE alphabet stands for (the table of GPT-2)."""
+    """Return the byte that each character of the byte-level BPE alphabet represents (the table of GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): bytes([b]) for b in printable} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
