@@ -36,7 +36,7 @@ class PolicyLoss:
     Attributes:
         loss: scalar to minimize, differentiable with respect to ``logprobs``.
         metrics: metrics of the mini-batch by name, with the keys of ``megatron_rl.algorithms.loss.summary`` and
-            ``megatron_rl.algorithms.correction.mismatch``.
+            ``megatron_rl.algorithms.correction.mismatch``; ``entropy_mean`` only if ``entropies`` are passed.
     """
 
     loss: Tensor
@@ -66,8 +66,7 @@ def policy_loss(
 ) -> PolicyLoss:
     """Compute the loss of a mini-batch of padded responses with the code that the trainer uses.
 
-    The loss is computed in float32, or in float64 if ``logprobs`` is float64. Values at masked positions are never read
-    and may be NaN or infinite.
+    Computation is in float32, or in float64 if ``logprobs`` is. Values at masked positions are never read.
 
     Args:
         objective: a name such as ``"grpo"`` or ``"path/to/mine.py:Mine"``, or a table of options:
@@ -77,19 +76,14 @@ def policy_loss(
         old_logprobs: [B, S], log-probabilities under the weights at the start of the rollout batch.
         advantages: [B] or [B, S], advantage per response or per token.
         loss_mask: [B, S] bool, True on trained tokens. Rows without a trained token do not count.
-        entropies: [B, S], entropies of the old policy in nats; required by espo, and by sspo unless ``entropy_scale``
-            is ``"none"``.
+        entropies: [B, S], entropies of the old policy in nats; required by espo and by most settings of sspo.
         segment_ids: [B, S] int, -1 where masked; tokens of a row with the same id share an importance ratio. Required
             by sspo; other clipped objectives use them in place of the segments that they would compute.
         rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo and if
             ``correction.kind`` is not ``"none"``; otherwise they only add the ``mismatch_`` metrics.
         ref_logprobs: [B, S], log-probabilities under a frozen reference policy. Required if ``kl.coefficient`` is above
             0; otherwise they only add the metric ``reference_kl_mean``.
-        vocab_size: number of token ids of the model (V of log V); required by espo and by ``entropy_scale =
-            "log_vocab"``.
-
-    Returns:
-        The scalar loss and its metrics; the metric ``entropy_mean`` is present only if ``entropies`` is passed.
+        vocab_size: number of token ids of the model; required by espo and by ``entropy_scale = "log_vocab"``.
 
     Raises:
         ConfigError: an option is invalid, or the objective needs a tensor that is missing.
