@@ -90,7 +90,7 @@ def _module(path: Path, _changed: int) -> ModuleType:
 
 @dataclass(frozen=True)
 class OrClassInFile(ReadFrom):
-    """Marks a union of sections, told apart by a field, that also accepts a class in a file: ``name = "a.py:Mine"``.
+    """Marks a union of sections, distinguished by a field, that also accepts a class in a file: ``name = "a.py:Mine"``.
 
     Attributes:
         base: the class that such a class must derive from.
