@@ -29,6 +29,8 @@ class Model(Section):
     """Activation recomputation in the backward pass."""
     megatron: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig."""
+    untested_megatron: bool = False
+    """Run with a release of megatron-core that was not tested, at your own risk."""
 
 
 class Parallel(Section):

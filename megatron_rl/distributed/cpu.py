@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import ConfigError
-
-SUPPORTED_MEGATRON_CORE = ("0.16", "0.17", "0.18", "0.19")
+from megatron_rl.util.megatron_version import TESTED
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def activate() -> None:
     """Apply all replacements in this process. Later calls do nothing.
 
     Raises:
-        ConfigError: CUDA is available, or the version of megatron-core was not tested.
+        ConfigError: CUDA is available, or megatron-core lacks a symbol that must be replaced.
     """
     global _is_active
     if _is_active:
@@ -170,12 +169,10 @@ def activate() -> None:
             "CUDA is available, but the CPU replacements were requested; unset MEGATRON_RL_DEVICE, or set "
             "CUDA_VISIBLE_DEVICES= to hide the GPUs"
         )
-    found = version("megatron-core")
-    if not found.startswith(SUPPORTED_MEGATRON_CORE) or (missing := missing_targets()):
-        detail = "" if not found.startswith(SUPPORTED_MEGATRON_CORE) else f"; missing: {', '.join(missing)}"
+    if missing := missing_targets():
         raise ConfigError(
-            f"megatron-core {found} was not tested on CPU{detail}; "
-            f"install a version that starts with {' or '.join(SUPPORTED_MEGATRON_CORE)}"
+            f"megatron-core {version('megatron-core')} cannot run on a CPU here: it lacks {', '.join(missing)}, which"
+            f" must be replaced; install a release of {', '.join(TESTED)}"
         )
     for replacement in REPLACEMENTS:
         holder, name = replacement.owner()

@@ -28,7 +28,7 @@ from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.distributed.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
 from megatron_rl.distributed.mesh import World
 from megatron_rl.distributed.rng import rng_states, set_rng_states
-from megatron_rl.errors import TrainingError
+from megatron_rl.errors import ConfigError, TrainingError
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.sharded_files import ShardedStateReader, StateSlice, check_model
 from megatron_rl.policy.balance import LoadBalancing
@@ -41,6 +41,7 @@ from megatron_rl.policy.routing_replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
 from megatron_rl.policy.sharded_state import PER_RANK, load_sharded_state, rng_slices, state_slices
 from megatron_rl.policy.upstream import repair
+from megatron_rl.util.megatron_version import untested_megatron
 
 Result = TypeVar("Result")
 LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
@@ -74,6 +75,8 @@ class Policy:
     """A megatron-core model with its optimizer and learning-rate schedule; this rank holds a part of each."""
 
     def __init__(self, run: Run, world: World, total_updates: int) -> None:
+        if not run.model.untested_megatron and (refusal := untested_megatron()) is not None:
+            raise ConfigError(refusal)
         repair()
         self.family = family_of(read_hf_config(Path(run.model.path)))
         self.mesh = build_mesh(run, world)

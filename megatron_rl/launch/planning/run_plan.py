@@ -22,6 +22,7 @@ from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.observability.sinks import missing_packages
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.reward import runs_code
+from megatron_rl.util.megatron_version import untested_megatron
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def make_plan(
         ConfigError: the run cannot work; the message lists all problems.
     """
     run, problems, missing = loaded.run, list(check_megatron_fields(loaded)), list[str]()
+    if not run.model.untested_megatron and (refusal := untested_megatron()) is not None:
+        problems.append(refusal)
     layout = layout_of(run.parallel, ranks, run.model.megatron)
     batches = batch_sizes(run, layout)
     sizes = None
