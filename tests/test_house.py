@@ -189,11 +189,12 @@ def test_everything_exported_at_the_top_exists():
     assert [name for name in megatron_rl.__all__ if not hasattr(megatron_rl, name)] == []
 
 
-def test_the_lock_pins_every_requirement_with_a_hash():
+@pytest.mark.parametrize("name", ["python3.11.txt", "python3.12.txt"])
+def test_the_locks_pin_every_requirement_with_a_hash(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     required = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["tasks"]]
-    lock = (ROOT / "locks" / "requirements.txt").read_text()
+    lock = (ROOT / "locks" / name).read_text()
     pinned = dict(re.findall(r"^([\w-]+)==(\S+).*\\\n +--hash=sha256:", lock, re.MULTILINE))
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in required}
     assert names - {"torch", "megatron-rl"} - pinned.keys() == set()
