@@ -91,7 +91,7 @@ def setup_with(python: str) -> subprocess.CompletedProcess[str]:
 def test_setup_without_python_says_what_to_install():
     done = setup_with("python-of-nowhere")
     assert done.returncode == 1
-    assert "no python-of-nowhere on this machine; install Python 3.11" in done.stderr
+    assert "no python-of-nowhere on this machine (PYTHON); name an interpreter of Python 3.11" in done.stderr
 
 
 @pytest.mark.processes
@@ -101,11 +101,11 @@ def test_setup_with_an_old_python_says_which_is_needed(tmp_path):
     old.chmod(0o755)
     done = setup_with(str(old))
     assert done.returncode == 1
-    assert "is 3.9; 3.11, 3.12 or 3.13 is needed" in done.stderr
+    assert "is Python 3.9 (PYTHON); 3.11, 3.12 or 3.13 is needed" in done.stderr
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("tool", ["setup", "check", "demo"])
+@pytest.mark.parametrize("tool", ["setup", "check", "check-oldest", "demo"])
 def test_shell_tools_parse_and_are_executable(tool):
     path = ROOT / "tools" / tool
     assert os.access(path, os.X_OK)
