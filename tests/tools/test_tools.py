@@ -105,7 +105,7 @@ def test_setup_with_an_old_python_says_which_is_needed(tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("tool", ["setup", "check", "check-oldest", "demo"])
+@pytest.mark.parametrize("tool", ["setup", "check", "check-oldest", "check-te", "te-cpu", "demo"])
 def test_shell_tools_parse_and_are_executable(tool):
     path = ROOT / "tools" / tool
     assert os.access(path, os.X_OK)
