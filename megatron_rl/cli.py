@@ -131,7 +131,9 @@ def _prove(options: argparse.Namespace) -> int:
 def _add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
     _add_config(parser, "+")
     parser.add_argument("--submit", action="store_true", help="submit the script with sbatch")
-    parser.add_argument("--dry-run", action="store_true", help="only print the script (default)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="write and print the script without submitting it (default)"
+    )
 
 
 def _slurm(options: argparse.Namespace) -> int:

@@ -94,18 +94,25 @@ class OrClassInFile(ReadFrom):
 
     Attributes:
         base: the class that such a class must derive from.
+        methods: names of the base's methods that such a class must define.
     """
 
     when: str = ".py:"
     base: type[BaseModel] = BaseModel
+    methods: tuple[str, ...] = ()
 
     def section(self, tag: str) -> type[BaseModel]:
         """Return the class that a tag names, as a section whose tag it is.
 
         Raises:
-            LoadError: there is no such class, or it does not derive from ``base``.
+            LoadError: there is no such class, it does not derive from ``base``, or it lacks a method.
         """
-        return _tagged(find_object(tag), tag, self.base)
+        section = _tagged(find_object(tag), tag, self.base)
+        missing = [name for name in self.methods if getattr(section, name) is getattr(self.base, name)]
+        if missing:
+            file, _, name = tag.rpartition(":")
+            raise LoadError(f"{name} in {file} does not define {' and '.join(missing)}", "add the methods to the class")
+        return section
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Add one choice to pydantic's tagged union: any tag with a file."""

@@ -10,6 +10,7 @@ UPSTREAM_WARNINGS = (
     r"index_reduce\(\) is in beta",
     r"When using sequence parallelism it is recommended",  # a CUDA setting
     r"full scope is deprecated",
+    r"MimoModelConfig is experimental",
     r"If you are using transformer_engine as the transformer implementation, the core_attn",
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # megatron-core's experts
     r".*recommended.*CUDA_DEVICE_MAX_CONNECTIONS",

@@ -16,7 +16,7 @@ from megatron_rl.prove.main import ObjectiveChoice
 FILE = '''
 from typing import Annotated
 from pydantic import Field
-from megatron_rl.algorithms.objectives import GRPO
+from megatron_rl.algorithms.objectives import GRPO, Objective
 
 class Mine(GRPO):
     """GRPO with names."""
@@ -28,6 +28,10 @@ class Mine(GRPO):
 
 class Other:
     pass
+
+class Unfinished(Objective):
+    def columns(self, tokens, vocabulary, segment_ids_R):
+        return {}
 '''
 
 
@@ -99,8 +103,12 @@ def test_another_name_drops_the_options_of_the_file(folder: Path):
             "objective.name={folder}/mine.py:Min",
             "no function or class Min in {folder}/mine.py (command line: objective",
         ),
-        ("objective.name={folder}/mine.py:Min", "; it has Mine, Other"),
+        ("objective.name={folder}/mine.py:Min", "; it has Mine, Other, Unfinished"),
         ("objective.name={folder}/mine.py:Other", "Other in {folder}/mine.py is not a subclass of Objective (command"),
+        (
+            "objective.name={folder}/mine.py:Unfinished",
+            "Unfinished in {folder}/mine.py does not define cost (command",
+        ),
         (
             "objective.name=grpoo",
             'no such objective.name: "grpoo" (command line: objective.name=grpoo); did you mean "gr',

@@ -31,5 +31,9 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 if TYPE_CHECKING:
     AnyObjective = Objective
 else:
-    AnyObjective = Annotated[Union[*OBJECTIVES.values()], Field(discriminator="name"), OrClassInFile(base=Objective)]
+    AnyObjective = Annotated[
+        Union[*OBJECTIVES.values()],
+        Field(discriminator="name"),
+        OrClassInFile(base=Objective, methods=("columns", "cost")),
+    ]
 """A registered objective, selected by ``name``, or a class in a file."""
