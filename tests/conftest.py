@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 PROCESS_FOLDERS = {"contract", "e2e", "slurm"}
 """Folders of ``tests/`` whose tests all have the marker ``processes``; elsewhere modules and tests are marked."""
-MACHINE_QUERIES = {"c++", "git", "uname"}
+MACHINE_QUERIES = {"c++", "git", "ip", "uname"}
 """Programs that only answer what this machine has; a test that starts nothing else needs no marker."""
 
 

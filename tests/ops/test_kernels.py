@@ -21,6 +21,7 @@ runs = pytest.mark.skipif(
 )
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the others run here")
 def test_the_kernels_in_the_interpreter() -> None:
@@ -32,6 +33,7 @@ def test_the_kernels_in_the_interpreter() -> None:
     assert "passed" in done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="what is interpreted cannot be compiled")
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])

@@ -182,6 +182,7 @@ def test_head_repeats_bit_for_bit_and_matches_without_gradient():
     assert all(torch.equal(a, b) for a, b in zip(scored, trained, strict=True))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("small_tiles")
 def test_head_gives_only_the_gradients_that_are_asked_for():
     hidden, weight, targets = random(6, 5), random(30, 5, seed=1), torch.arange(6)
@@ -329,6 +330,7 @@ def test_head_on_tensor_ranks_gives_the_whole_and_partial_gradients(size):
         torch.testing.assert_close(torch.cat([result[i][2] for result in ranks]), weight_gradient, **EXACT)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not compiler_found("cpu"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.usefixtures("small_tiles")
 def test_compiled_tiles_equal_the_definition_and_the_eager_ones():

@@ -205,6 +205,7 @@ def bias_gradients(folder: str, parallel: dict[str, object]) -> dict[str, Tensor
     }
 
 
+@pytest.mark.processes
 def test_ranks_that_share_an_expert_train_its_bias_alike(tmp_path: Path) -> None:
     """Only rank 0 adds the bias of the down matrix; without its gradient, the other ranks' copies would diverge."""
     folder = families.save("gpt_oss", tmp_path / "hf")

@@ -103,6 +103,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on thi
 
 
 @needs_chromium
+@pytest.mark.processes
 def test_the_viewer_steps_through_responses_and_fetches_nothing(page):
     async def use(browser: Page) -> None:
         assert await browser.text("#where") == "step 0 (1 of 3 shown)"
@@ -147,6 +148,7 @@ def test_the_viewer_steps_through_responses_and_fetches_nothing(page):
 
 
 @needs_chromium
+@pytest.mark.processes
 def test_the_content_security_policy_blocks_injected_scripts(page):
     html = page.read_text().replace("<h1>", "<script>document.title='owned'</script><h1>")
     page.write_text(html)
