@@ -95,7 +95,8 @@ def test_a_server_that_is_stopped_for_longer_than_the_timeout_changes_nothing(tm
         time.sleep(6)
         os.kill(server.pid, signal.SIGCONT)
         assert job.end() == 0, job.output()
-        assert 1 <= job.output().count("left the fleet") <= 2, job.output()
+        # A stop during a request loses the server until the next push; a stop during a push only delays it.
+        assert job.output().count("left the fleet") <= 2, job.output()
     same_result(tmp_path / "run", straight)
 
 
