@@ -1,6 +1,7 @@
 """The loss of packed micro-batches: splits, context ranks, corrections, KL and metrics."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from operator import itemgetter
 
@@ -89,6 +90,36 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(name, parts):
     torch.testing.assert_close(gradient_T[batch.trained_R], whole[1], **EXACT)
     torch.testing.assert_close(sums, dict(whole[2].sums), **EXACT)
     assert largest == whole[2].maxima["ratio"].item()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[1], [0, 2, 4], [3]], [[0, 3, 4, 2], [], [1]]])
+def test_parts_of_a_minibatch_are_prepared_as_in_the_whole(name, parts):
+    objective, correction = OBJECTIVES[name], Correction(kind="tis", level="segment")
+    batch, _ = batch_of([9, 4, 7, 12, 5])
+    totals: list[Tensor] = []
+
+    def record(values: Tensor) -> Tensor:
+        totals.append(values)
+        return values
+
+    whole = batch.add(prepare(batch, objective, correction, VOCABULARY, total=record))
+    summands: list[list[Tensor]] = []
+    for part in parts:
+        given = iter(totals)
+        asked: list[Tensor] = []
+
+        def total(values: Tensor, given: Iterator[Tensor] = given, asked: list[Tensor] = asked) -> Tensor:
+            asked.append(values)
+            return next(given)
+
+        found = prepare(batch.select(part), objective, correction, VOCABULARY, total=total)
+        expected = whole.select(part)
+        for column in found.keys() - {"segment_ids_T"}:  # numbered from 0 in each part
+            torch.testing.assert_close(found[column], expected[column], **EXACT)
+        summands.append(asked)
+    for wanted, terms in zip(totals, zip(*summands, strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(terms).sum(0), wanted, **EXACT)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.correction import Correction
 from megatron_rl.algorithms.kl import ReferenceKL, k3
-from megatron_rl.algorithms.objectives.base import Cost, Objective, Tokens
+from megatron_rl.algorithms.objectives.base import Cost, Objective, Tokens, Total, only_part
 from megatron_rl.data.loss_inputs import LossFn, LossInputs
 from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.data.vocabulary import Vocabulary
@@ -21,6 +21,7 @@ def prepare(
     correction: Correction | None = None,
     vocabulary: Vocabulary | None = None,
     segment_ids_T: Tensor | None = None,
+    total: Total = only_part,
 ) -> Columns:
     """Return all columns that the loss of a mini-batch reads and that do not depend on the current weights.
 
@@ -28,13 +29,15 @@ def prepare(
     correction kind ``bypass``, ``old_logprobs_T`` with the values of ``rollout_logprobs_T``.
 
     Args:
-        batch: the global mini-batch of whole responses: all data-parallel ranks and all micro-batches. It has
-            ``old_logprobs_T`` (for ``bypass``: ``rollout_logprobs_T``), ``advantages_B`` or ``advantages_T``, and
-            ``old_entropies_T`` if the objective uses entropies.
+        batch: whole responses: the mini-batch, or the part of it that this rank owns. It has ``old_logprobs_T`` (for
+            ``bypass``: ``rollout_logprobs_T``), ``advantages_B`` or ``advantages_T``, and ``old_entropies_T`` if the
+            objective uses entropies.
         objective: computes segments, clip windows and token weights.
         correction: correction of the mismatch between rollout engine and trainer; None: no correction.
         vocabulary: required by objectives that use the text of tokens or log V.
         segment_ids_T: int64, segments to use in place of the objective's; unique per response.
+        total: adds a tensor over all parts of the mini-batch: denominators are global counts. Every part calls it in
+            the same order. Default: ``batch`` is the whole mini-batch.
 
     Raises:
         ConfigError: the batch lacks a column that the objective or the correction needs.
@@ -46,7 +49,7 @@ def prepare(
     if correction.kind == "bypass":
         replaced = {"old_logprobs_T": batch["rollout_logprobs_T"]}
     batch = batch.add(replaced)
-    batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T))
+    batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T, total))
     return {**replaced, **prepared, **correction.columns(Tokens.of(batch))}
 
 

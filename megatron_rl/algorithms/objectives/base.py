@@ -1,9 +1,9 @@
 """Base classes of objectives: columns of whole responses, token weights of an aggregation, and the clipped cost.
 
-Legend: T all tokens of the mini-batch, R trained tokens (of the mini-batch, or of a micro-batch on this rank),
-B responses.
+Legend: T all tokens of a batch, R trained tokens (of a batch, or of a micro-batch on this rank), B responses.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -23,16 +23,29 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+Total = Callable[[Tensor], Tensor]
+"""Returns the element-wise sum of a tensor over all parts of a mini-batch; every part calls it in the same order."""
+
+
+def only_part(values: Tensor) -> Tensor:
+    """Return the tensor itself, which is its total if a batch is the whole mini-batch."""
+    return values
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """The trained tokens of a global mini-batch.
+    """The trained tokens of a batch of whole responses: a mini-batch, or this rank's part of one.
+
+    Columns have entries for the batch. The two counts and ``total`` are over the whole mini-batch.
 
     Attributes:
-        batch: the mini-batch.
+        batch: the batch.
         positions_R: int64, positions of the trained tokens among all tokens of the batch.
         responses_R: int64, index of the response that each trained token belongs to.
         counts_R: int64, number of trained tokens of that response (N_i of the equations).
-        num_responses: number of responses with a trained token (B of the equations).
+        num_responses: number of responses of the mini-batch with a trained token (B of the equations).
+        num_tokens: number of trained tokens of the mini-batch (the sum of N_i).
+        total: adds a tensor over all parts of the mini-batch.
     """
 
     batch: Batch
@@ -40,13 +53,16 @@ class Tokens:
     responses_R: Tensor
     counts_R: Tensor
     num_responses: int
+    num_tokens: int
+    total: Total = only_part
 
     @classmethod
-    def of(cls, batch: Batch) -> "Tokens":
-        """Return the trained tokens of ``batch``."""
+    def of(cls, batch: Batch, total: Total = only_part) -> "Tokens":
+        """Return the trained tokens of ``batch``, with the counts of its mini-batch; collective if ``total`` is."""
         counts_B, positions_R = batch.trainable_counts_B, batch.trained_R
         responses_R = batch.response_ids_T[positions_R]
-        return cls(batch, positions_R, responses_R, counts_B[responses_R], int((counts_B > 0).sum()))
+        responses, tokens = total(torch.stack([(counts_B > 0).sum(), counts_B.sum()])).tolist()
+        return cls(batch, positions_R, responses_R, counts_B[responses_R], responses, tokens, total)
 
     def __len__(self) -> int:
         return len(self.positions_R)
@@ -68,6 +84,10 @@ class Tokens:
         if "old_entropies_T" not in self.batch:
             raise ConfigError("the objective needs the old policy's entropies (old_entropies_T in a batch): pass them")
         return self["old_entropies_T"]
+
+    def mean(self, values_R: Tensor) -> Tensor:
+        """Return the mean of the values over all trained tokens of the mini-batch, float64 scalar; NaN without any."""
+        return self.total(values_R.double().sum()) / self.num_tokens
 
     def constant(self, value: float) -> Tensor:
         """Return ``value`` for every trained token, float64 [R]."""
@@ -134,9 +154,13 @@ class Objective(Section):
         return False
 
     def prepare(
-        self, batch: Batch, vocabulary: Vocabulary | None = None, segment_ids_T: Tensor | None = None
+        self,
+        batch: Batch,
+        vocabulary: Vocabulary | None = None,
+        segment_ids_T: Tensor | None = None,
+        total: Total = only_part,
     ) -> Columns:
-        """Return the columns of a global mini-batch that do not depend on the current weights.
+        """Return the columns of a mini-batch, or of a part of one, that do not depend on the current weights.
 
         They are ``advantages_T``, ``weights_T`` and ``response_shares_T`` (1/N_i, which sums to the number of
         responses), and ``segment_ids_T``, ``clip_low_T`` and ``clip_high_T`` if the objective uses them. Weights are
@@ -149,11 +173,12 @@ class Objective(Section):
             vocabulary: required by objectives that use the text of tokens or log V.
             segment_ids_T: int64, segments to use in place of the objective's; unique per response, read at trained
                 tokens only.
+            total: adds a tensor over all parts of the mini-batch, see ``Tokens``; default: ``batch`` is all of it.
 
         Raises:
             ConfigError: the batch lacks a column, or the objective does not accept segments.
         """
-        tokens = Tokens.of(batch)
+        tokens = Tokens.of(batch, total)
         segment_ids_R = (
             None if segment_ids_T is None else joint_ids(tokens.responses_R, segment_ids_T[tokens.positions_R])
         )
@@ -166,7 +191,8 @@ class Objective(Section):
         """Return ``weights_T`` and the other columns that ``cost`` reads, as tensors over the trained tokens, [R] each.
 
         Args:
-            tokens: the trained tokens of the mini-batch.
+            tokens: the trained tokens, with global counts: an objective that needs a sum over the whole mini-batch uses
+                ``tokens.total`` or ``tokens.mean``, because ``tokens`` may be one rank's part of it.
             vocabulary: the vocabulary of the model; None if the caller has none.
             segment_ids_R: int64, segments to use in place of the objective's; None: the objective's segments.
         """
@@ -209,7 +235,7 @@ class Aggregated(Objective):
         if self.aggregation == "sequence":
             return 1 / (tokens.num_responses * tokens.counts_R.double())
         if self.aggregation == "token":
-            return tokens.constant(1 / max(len(tokens), 1))
+            return tokens.constant(1 / max(tokens.num_tokens, 1))
         assert self.normalizer is not None, "checked when the section was made"
         return tokens.constant(1 / (max(tokens.num_responses, 1) * self.normalizer))
 
