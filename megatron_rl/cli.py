@@ -1,10 +1,11 @@
 """The command line: ``megatron-rl VERB``."""
 
 import argparse
+import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,15 @@ EVAL_HELP = (
 )
 
 
+REMOVED_VERBS = {
+    "preflight": "the job script does this; `check --cluster` checks the nodes of an allocation",
+    "fleet": "the job script does this; `check --cluster` checks the nodes of an allocation",
+    "replay": "it is now `debug-nonfinite`",
+    "replay-rank": "it is now `debug-nonfinite`",
+}
+"""Verbs of earlier versions -> what to use instead."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit code; a user error is one message and code 2 (1 for ``check``)."""
     options = _parse(argv)
@@ -40,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; unlike in plain argparse, settings may also follow options."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    parser, verbs = _parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and not words[0].startswith("-") and words[0] not in verbs:
+        parser.error(f"no command {words[0]!r}; {_instead_of(words[0], verbs)}")
+    options, rest = parser.parse_known_args(words)
     unknown = [word for word in rest if word.startswith("-") or "config" not in options]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -50,7 +63,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _instead_of(verb: str, verbs: Collection[str]) -> str:
+    """Return what to write instead of an unknown verb."""
+    if verb in REMOVED_VERBS:
+        return REMOVED_VERBS[verb]
+    close = difflib.get_close_matches(verb, verbs, 1)
+    return f"did you mean `{close[0]}`?" if close else f"one of {', '.join(verbs)}"
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser, and the parser of each verb."""
     parser = argparse.ArgumentParser(prog="megatron-rl", description="RL post-training for mixture-of-experts models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -67,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report_arguments(add("report", _report, "write an HTML page about one or more runs"))
     _add_eval_arguments(add("eval", _evaluate, "measure pass@k of checkpoints on held-out prompts"))
     add_serve_arguments(add("serve", _serve, "run the embedded inference server"))
-    return parser
+    return parser, verbs.choices
 
 
 def _add_config(parser: argparse.ArgumentParser, nargs: str) -> None:

@@ -1,5 +1,6 @@
 """Functions and classes that a setting names by file: ``path/to/file.py:name``."""
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -54,11 +55,13 @@ def find_object(name: str, built_in: str = "") -> Any:
         LoadError: no such file, no such name in it, or the file cannot be imported.
     """
     file, colon, attribute = name.rpartition(":")
-    path = Path(file)
-    if not colon or not file.endswith(".py"):
+    path = Path(file if colon else name)
+    if path.suffix != ".py":
         raise LoadError(f"no such name: {name!r}", f"one of {built_in}, or path/to/file.py:name")
     if not path.is_file():
         raise LoadError(f"no such file: {path}", "write path/to/file.py:name")
+    if not colon:
+        raise LoadError(f"no name after the file {path}", f"write {name}:NAME, where NAME is {_defined_names(path)}")
     try:
         module = _module(path.resolve(), path.stat().st_mtime_ns)
     except Exception as error:
@@ -69,6 +72,16 @@ def find_object(name: str, built_in: str = "") -> Any:
         names = [member.__name__ for member in members if inspect.isfunction(member) or inspect.isclass(member)]
         raise LoadError(f"no function or class {attribute} in {path}", f"it has {', '.join(names) or 'none'}")
     return value
+
+
+def _defined_names(path: Path) -> str:
+    """Return the functions and classes of a file for a message; the file is parsed, not run."""
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError) as error:
+        return f"a function or class of it; the file cannot be read: {error}"
+    names = [part.name for part in body if isinstance(part, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    return f"one of {', '.join(names)}" if names else "a function or class; it defines none"
 
 
 @cache
@@ -97,7 +110,7 @@ class OrClassInFile(ReadFrom):
         methods: names of the base's methods that such a class must define.
     """
 
-    when: str = ".py:"
+    when: str = ".py"
     base: type[BaseModel] = BaseModel
     methods: tuple[str, ...] = ()
 

@@ -29,5 +29,5 @@ InputPath = Annotated[str, ReadFrom()]
 """A file or folder to read. A relative path is relative to the folder of the TOML file that sets it; in ``key=value``,
 and in ``log.path``, to the working directory."""
 
-PathToFunction = Annotated[str, ReadFrom(when=".py:")]
+PathToFunction = Annotated[str, ReadFrom(when=".py")]
 """A name, or ``path/to/file.py:function`` with a path like ``InputPath``."""

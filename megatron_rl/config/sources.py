@@ -73,7 +73,7 @@ def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
 def read_file(path: Path) -> ConfigSource:
     """Read a TOML file, or the ``config.json`` of a run folder."""
     if not path.is_file():
-        raise ConfigError(f"no config file {path}; {_available(path)}")
+        raise ConfigError(_missing_file(path))
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         return _read_json(path, text)
@@ -97,13 +97,17 @@ def _read_json(path: Path, text: str) -> ConfigSource:
     return ConfigSource(table, {(name,): str(path) for name in table}, path.resolve().parent)
 
 
-def _available(path: Path) -> str:
+def _missing_file(path: Path) -> str:
+    """Return the message about a word that is neither a file nor a setting."""
     folder = path.parent if path.parent.is_dir() and path.parent != Path() else Path("configs")
     names = sorted(str(found) for pattern in ("*.toml", "*/*.toml") for found in folder.glob(pattern))
     close = difflib.get_close_matches(str(path), names, 1)
     if close:
-        return f"did you mean {close[0]}?"
-    return f"there are {', '.join(names)}" if names else f"there is no TOML file in {folder}"
+        return f"no config file {path}; did you mean {close[0]}?"
+    if path.suffix not in (".toml", ".json"):
+        return f"{path} is no file, folder or setting; write a file ending in .toml, or section.key=value"
+    there = f"there are {', '.join(names)}" if names else f"there is no TOML file in {folder}"
+    return f"no config file {path}; {there}"
 
 
 _HEADER = re.compile(r"^\s*\[([^\[\]]+)\]\s*(?:#.*)?$")

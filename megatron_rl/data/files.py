@@ -11,16 +11,16 @@ from torch import Tensor
 from megatron_rl.data.types import Batch
 
 
-def save_batch(batch: Batch, path: Path, words: Mapping[str, str] | None = None) -> None:
+def save_batch(batch: Batch, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a batch to a safetensors file.
 
     Args:
         batch: the batch; its columns are copied to the CPU.
         path: the file to write.
-        words: metadata for the header of the file; None: no metadata.
+        metadata: text for the header of the file; None: nothing.
     """
     columns = {name: column.detach().cpu().clone().contiguous() for name, column in batch.columns.items()}
-    save_file({"lengths_B": batch.lengths_B, **columns}, path, metadata=dict(words or {}))
+    save_file({"lengths_B": batch.lengths_B, **columns}, path, metadata=dict(metadata or {}))
 
 
 def load_batch(path: Path) -> Batch:
@@ -29,7 +29,7 @@ def load_batch(path: Path) -> Batch:
     return Batch(columns.pop("lengths_B"), columns)
 
 
-def read_words(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata in the header of a file written by ``save_batch``."""
     with safe_open(path, framework="pt") as reader:
         return dict(reader.metadata() or {})

@@ -27,14 +27,14 @@ class RowRules:
         sequence_multiple: each sequence is padded to a multiple of this (zig-zag context parallelism).
         row_multiple: each row is padded to a multiple of this (sequence parallelism).
         count_multiple: the number of rows is padded to a multiple of this (data and pipeline parallelism).
-        one_each: put one sequence in each row instead of packing.
+        one_sequence_per_row: put one sequence in each row instead of packing.
     """
 
     tokens: int
     sequence_multiple: int = 1
     row_multiple: int = 1
     count_multiple: int = 1
-    one_each: bool = False
+    one_sequence_per_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def pack(batch: Batch, rules: RowRules) -> list[Row]:
             f"a sequence of {longest} tokens (padded) does not fit in a row of {rules.tokens}; "
             f"set train.tokens_per_microbatch to at least {longest}, or shorten rollout.sampling.max_new_tokens"
         )
-    bins = [[index] for index in range(len(batch))] if rules.one_each else _even_bins(padded_B.tolist(), rules)
+    bins = (
+        [[index] for index in range(len(batch))] if rules.one_sequence_per_row else _even_bins(padded_B.tolist(), rules)
+    )
     while len(bins) % rules.count_multiple or not bins:
         bins.append([])
     length = max(int(padded_B[b].sum()) for b in bins)

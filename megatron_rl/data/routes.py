@@ -28,7 +28,7 @@ class RouteShape:
     per_token: int
 
     @property
-    def each(self) -> tuple[int, int]:
+    def trailing_shape(self) -> tuple[int, int]:
         """The trailing dimensions (L, K) of a column of routes."""
         return len(self.layers), self.per_token
 

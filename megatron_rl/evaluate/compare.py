@@ -12,8 +12,9 @@ from megatron_rl.errors import DataError
 from megatron_rl.evaluate.metrics import PromptCounts, count_by_prompt, subsets
 from megatron_rl.evaluate.result_folder import differences, read_description, read_samples
 from megatron_rl.evaluate.statistics import BOOTSTRAPS, Estimate, holm, paired_interval, sign_flip_p
-from megatron_rl.evaluate.tables import format_p, make_console
+from megatron_rl.evaluate.tables import format_p
 from megatron_rl.util.atomic import replace_text
+from megatron_rl.util.console import make_console
 
 MAX_CHANGES = 12
 """Differences between the two evaluations that are printed."""

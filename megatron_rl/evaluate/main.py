@@ -14,7 +14,7 @@ from megatron_rl.data.types import Prompt
 from megatron_rl.evaluate.metrics import METHOD, all_metrics
 from megatron_rl.evaluate.result_folder import RESULT, SAMPLES, ResultFolder, describe_evaluation
 from megatron_rl.evaluate.servers import VERSION, serving
-from megatron_rl.evaluate.tables import make_console, notes, table
+from megatron_rl.evaluate.tables import notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
 from megatron_rl.launch.planning.run_plan import check_sampling
 from megatron_rl.rollout.evaluation import evaluation_request, heldout_prompts
@@ -24,6 +24,7 @@ from megatron_rl.rollout.stream import verify_groups
 from megatron_rl.tasks import make_task
 from megatron_rl.tasks.pool import open_verifier
 from megatron_rl.util.atomic import replace_text
+from megatron_rl.util.console import make_console
 
 
 def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None = None) -> int:

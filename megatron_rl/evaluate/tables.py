@@ -2,17 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.evaluate.metrics import METHOD, EvaluationMetrics
 from megatron_rl.evaluate.statistics import MIN_P, Estimate
-
-
-def make_console() -> Console:
-    """Return a console, with 160 columns if the output is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def table(metrics: Sequence[EvaluationMetrics]) -> Table:

@@ -19,7 +19,7 @@ from megatron_rl.fleet.process import require_model
 from megatron_rl.inference_server.masks import has_sliding_layers
 from megatron_rl.inference_server.requests import BadRequest
 from megatron_rl.inference_server.route_recorder import RouteRecorder
-from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, holds_hf_files, open_checkpoint
+from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weights, holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.weights.checksum import SHA256, sha256, sums64
 
@@ -119,11 +119,20 @@ class ServedModel:
 
 
 def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model from a checkpoint of any supported format."""
+    """Load the model from a checkpoint of any supported format.
+
+    Raises:
+        DataError: the folder has no weights, or they cannot be read.
+    """
     hf = read_hf_config(folder)
+    if not has_weights(folder):
+        raise DataError(f"no weights in {folder}: it has a config.json, but no *.safetensors; give a whole checkpoint")
     # transformers then uses eager or grouped_mm experts: batched_mm is 20 to 50 times slower on a CPU
     if holds_hf_files(folder) and QUANTIZATION_CONFIG not in hf:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        try:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"the weights in {folder} cannot be read: {error}; copy the checkpoint again") from error
     family = family_of(hf)
     source = open_checkpoint(folder, family)
     source.check(family)

@@ -19,6 +19,7 @@ from megatron_rl.launch.planning.model_sizes import ModelSizes
 from megatron_rl.launch.planning.run_plan import BatchSizes, make_plan, max_prompt_tokens
 from megatron_rl.launch.planning.tables import memory_table, step_table, suggestions_table
 from megatron_rl.launch.versions import OPTIONAL, found_versions
+from megatron_rl.util.console import make_console
 
 SOFTWARE_USE = {
     "transformer-engine": "layers on GPUs; without it, megatron-core's local layers",
@@ -42,9 +43,7 @@ def check(loaded: Loaded[Run] | None, ranks: int | None = None) -> int:
     Raises:
         ConfigError: the run cannot work; the message lists all problems.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = make_console()
     console.print(versions_table())
     if loaded is None:
         return 0

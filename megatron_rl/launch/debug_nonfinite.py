@@ -5,12 +5,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from megatron_rl.config.schema import Parallel, Run
 from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.launch.ranks import LocalRanks
-from megatron_rl.train.nonfinite_dump import DEBUG_RESULT, DEBUG_RUN, on_saved_weights, saved_run
+from megatron_rl.observability.file_names import NONFINITE
+from megatron_rl.train.nonfinite_dump import DEBUG_RESULT, DEBUG_RUN, ROW, on_saved_weights, saved_run
+
+ADVICE = "give the file that train named when it stopped: RUN/nonfinite/row.safetensors"
 
 
 def debug_nonfinite(file: Path, same_layout: bool) -> int:
@@ -24,12 +28,7 @@ def debug_nonfinite(file: Path, same_layout: bool) -> int:
         DataError: a run did not save the file.
         TrainingError: the ranks failed.
     """
-    try:
-        run, ranks, message = saved_run(file)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise DataError(
-            f"{file} is not a micro-batch that a run saved: {error}; give RUN/nonfinite/row.safetensors"
-        ) from error
+    run, ranks, message = _read(file)
     run, ranks = (run, ranks) if same_layout else (one_rank(run), 1)
     run = on_saved_weights(run, file)
     sys.stdout.write(f"then: {message}\n")
@@ -43,6 +42,26 @@ def debug_nonfinite(file: Path, same_layout: bool) -> int:
     for stage in stages:
         sys.stdout.write(f"now:  {stage['stage']}: {stage['found'] or 'finite'}\n")
     return 1 if stages[-1]["found"] else 0
+
+
+def _read(file: Path) -> tuple[Run, int, str]:
+    """Return the run that saved the file, its number of ranks, and the message of its error."""
+    if not file.is_file():
+        found = sorted({*file.glob(f"**/{NONFINITE}/{ROW}"), *file.glob(ROW)}) if file.is_dir() else []
+        problem = f"{file} is a folder" if file.is_dir() else f"no such file: {file}"
+        advice = f"did you mean {found[0]}?" if found else ADVICE
+        raise DataError(f"{problem}; {advice}")
+    try:
+        return saved_run(file)
+    except SafetensorError as error:
+        raise DataError(f"{file} is not a safetensors file ({error}); {ADVICE}") from error
+    except KeyError as error:
+        raise DataError(f"{file} is not a micro-batch that a run saved: its header has no {error}; {ADVICE}") from error
+    except ValidationError as error:
+        raise DataError(
+            f"{file} was saved by another version of megatron-rl, whose settings differ: {error.error_count()}"
+            " do not fit; use that version"
+        ) from error
 
 
 def one_rank(run: Run) -> Run:

@@ -33,10 +33,7 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
 
 def _run_ranks(loaded: Loaded[Run], words: Sequence[str]) -> int:
     plan = make_plan(loaded)
-    _log_warnings(plan)
-    check_resumable(loaded.run)
-    for change in prepare_folder(loaded.run, found_versions()):
-        log.info("resumed with a changed setting: %s", change)
+    _prepare(loaded.run, plan, check_resumable(loaded.run))
     command = ["megatron_rl", "train", *words]
     return LocalRanks(command, plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
 
@@ -44,10 +41,9 @@ def _run_ranks(loaded: Loaded[Run], words: Sequence[str]) -> int:
 def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
     if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
         plan = make_plan(loaded, size)
-        check_resumable(loaded.run)
+        resumed = check_resumable(loaded.run)
         if rank == 0:
-            _log_warnings(plan)
-            prepare_folder(loaded.run, found_versions())
+            _prepare(loaded.run, plan, resumed)
     quiet_upstream()
     record_collectives()
     with reporting_failure():
@@ -56,6 +52,12 @@ def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
         return run_rank(loaded)
 
 
-def _log_warnings(plan: RunPlan) -> None:
+def _prepare(run: Run, plan: RunPlan, resumed: str) -> None:
+    """Create the run folder, and log warnings, where the run begins, and the settings that changed."""
     for warning in plan.warnings:
         log.warning(warning)
+    changes = prepare_folder(run, found_versions())
+    if resumed:
+        log.info(resumed)
+    if changes:
+        log.info("\n  ".join(["resumed with changed settings:", *changes]))

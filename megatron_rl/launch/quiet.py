@@ -1,5 +1,6 @@
-"""Filters for warnings that torch and megatron-core raise about their own code."""
+"""Filters for warnings and log messages of torch and megatron-core about their own code."""
 
+import logging
 import warnings
 
 UPSTREAM_WARNINGS = (
@@ -17,7 +18,17 @@ UPSTREAM_WARNINGS = (
 )
 
 
+UPSTREAM_MESSAGES = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # CUDA_HOME of a machine without a GPU
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+}
+"""Logger -> beginning of its message that is not shown."""
+
+
 def quiet_upstream() -> None:
-    """Ignore these warnings; call before torch or megatron-core is imported."""
+    """Ignore these warnings and messages; call before torch or megatron-core is imported."""
     for message in UPSTREAM_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name, start in UPSTREAM_MESSAGES.items():
+        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))

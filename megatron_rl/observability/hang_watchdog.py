@@ -46,7 +46,6 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._asked_before = self._asked()
         self._thread.start()
         return self
@@ -68,6 +67,7 @@ class Watchdog:
             if self._ledger.progress != seen:
                 seen, since = self._ledger.progress, time.monotonic()
             if self._ledger.waiting() and time.monotonic() - since > self._limit:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 (self._folder / "asked").write_text(f"rank {self._rank}\n")
             if self._asked() > self._asked_before:
                 self._answer()

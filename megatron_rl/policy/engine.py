@@ -105,7 +105,7 @@ class Policy:
             sequence_multiple=parallel.sequence_multiple,
             row_multiple=parallel.row_multiple,
             count_multiple=group_size(self.mesh.data) * parallel.microbatch_multiple,
-            one_each=not train.packing,
+            one_sequence_per_row=not train.packing,
         )
 
     def compute_logprobs(self, batch: Batch, *, in_one_row: bool = False) -> TokenLogprobs:

@@ -168,7 +168,7 @@ class Replay:
         return {"routing_differs_T": self._differences(recording, int(batch.lengths_B.sum()))}
 
     def _empty(self, tokens: int) -> Tensor:
-        return torch.zeros(tokens, *self._shape.each, dtype=getattr(torch, self._shape.dtype))
+        return torch.zeros(tokens, *self._shape.trailing_shape, dtype=getattr(torch, self._shape.dtype))
 
     @property
     def _reports(self) -> bool:

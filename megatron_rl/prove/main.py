@@ -3,11 +3,10 @@
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +24,8 @@ from megatron_rl.prove.case import CASE, RESULT, RUNS, SizeOverrides, make_batch
 from megatron_rl.prove.compare import TOLERANCES, Differences, differences
 from megatron_rl.prove.layouts import DEFAULT, LayoutRun, layout_runs, reference
 from megatron_rl.prove.ranks import run_forked
+from megatron_rl.util.atomic import replace_text
+from megatron_rl.util.console import make_console
 
 
 class ObjectiveChoice(Section):
@@ -50,20 +51,25 @@ def prove(
         objectives: names of objectives, or ``path/to/file.py:Class``; if empty, the one of the configuration.
         output: file to write the results to, as JSON.
         max_ranks: largest number of ranks of a layout of the default set.
+
+    Raises:
+        ConfigError: a layout, a size or an objective is invalid.
     """
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=150)
+    console = make_console()
     with tempfile.TemporaryDirectory(prefix="megatron-rl-prove-") as temporary:
         folder = Path(temporary)
         model = make_model(loaded.run, None if shrink is None else SizeOverrides.parse(shrink), folder / "model")
         run = with_model(loaded.run, model)
-        family = family_of(read_hf_config(Path(model)))
+        hf = read_hf_config(Path(model))
+        family = family_of(hf)
         selected, skipped = _select_layouts(loaded, run, layouts, max_ranks)
         case = folder / CASE
         save_batch(make_batch(family.vocab_size, seed=run.train.seed), case)
         objective_runs = _with_objectives(run, objectives)
         labels = ", ".join(each.objective.label for each in objective_runs)
-        console.print(f"reference: one rank, float64; {family.num_layers} layers, {labels}")
+        console.print(
+            f"reference: one rank, float64; {family.num_layers} layers, hidden size {hf['hidden_size']}, {labels}"
+        )
         expected = _run(reference(run), objective_runs, case, folder / "reference")
         _add_old_logprobs(case, expected)
         table = Table("layout", "ranks", "objective", *COLUMNS, "verdict")
@@ -86,9 +92,14 @@ def prove(
     bad = [record for record in records if not record["holds"]]
     console.print(f"{len(records) - len(bad)} of {len(records)} pass with the tolerance of {run.model.dtype}")
     if output is not None:
-        report = {"dtype": run.model.dtype, "tolerance": vars(TOLERANCES[run.model.dtype]), "results": records}
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _write_results(output, run.model.dtype, records)
     return 1 if bad else 0
+
+
+def _write_results(output: Path, dtype: str, records: Sequence[Mapping[str, object]]) -> None:
+    report = {"dtype": dtype, "tolerance": vars(TOLERANCES[dtype]), "results": records}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(output, json.dumps(report, indent=2) + "\n")
 
 
 COLUMNS = ("log-prob", "entropy", "loss", "gradient", "worst gradient", "norm", "ratio")

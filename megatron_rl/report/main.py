@@ -23,8 +23,9 @@ def report(folders: Sequence[Path], output: Path | None) -> int:
     samples = [[read_samples(run, max_bytes=bytes_per_run) for run in group.runs] for group in groups]
     page = output or Path("report.html")
     try:
+        page.parent.mkdir(parents=True, exist_ok=True)
         replace_text(page, RunReport(groups, samples).html())
     except OSError as error:
-        raise DataError(f"cannot write the report: {error}; give another file: --output") from error
+        raise DataError(f"cannot write the report {page}: {error.strerror}; give another file: --output") from error
     sys.stdout.write(f"{page}: {page.stat().st_size / 1e6:.1f} MB, open it in a browser\n")
     return 0

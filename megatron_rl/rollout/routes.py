@@ -34,7 +34,7 @@ def route_columns(responses: Sequence[Response], lengths: Sequence[int], shape: 
             " with --enable-return-routed-experts, or set rollout.routing_replay to r2 or none"
         )
     dtype = getattr(torch, shape.dtype)
-    routes_TLK = torch.zeros(sum(lengths), *shape.each, dtype=dtype)
+    routes_TLK = torch.zeros(sum(lengths), *shape.trailing_shape, dtype=dtype)
     routed_T = torch.zeros(sum(lengths), dtype=torch.bool)
     start = 0
     for response, length in zip(responses, lengths, strict=True):

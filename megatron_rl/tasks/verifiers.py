@@ -85,7 +85,7 @@ def find_score_fn(name: str) -> ScoreFn:
                 " pip install 'megatron-rl[tasks]'"
             )
         return VERIFIERS[name]
-    if ".py:" not in name:
+    if ".py" not in name:
         close = difflib.get_close_matches(name, VERIFIERS, 1)
         hint = (
             f"did you mean {close[0]}?"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_rl.algorithms.loss import make_loss
 from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run
-from megatron_rl.data.files import load_batch, read_words, save_batch
+from megatron_rl.data.files import load_batch, read_metadata, save_batch
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import TrainingError
@@ -97,7 +97,7 @@ def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str |
 
 def saved_run(file: Path) -> tuple[Run, int, str]:
     """Return the run that saved a file, its number of ranks, and the message of its error."""
-    header = read_words(file)
+    header = read_metadata(file)
     return Run.model_validate_json(header["run"]), int(header["ranks"]), header["message"]
 
 

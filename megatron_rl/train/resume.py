@@ -28,12 +28,27 @@ def layout_record(run: Run, ranks: int) -> dict[str, int | str | None]:
     return run.parallel.model_dump() | {"ranks": ranks, "dtype": run.model.dtype}
 
 
-def check_resumable(run: Run) -> None:
+def check_resumable(run: Run) -> str:
     """Check the newest checkpoint if the run resumes; a checkpoint of any layout is accepted.
+
+    Returns:
+        where the run begins, as a sentence; empty if it does not resume.
 
     Raises:
         DataError: a file is missing or incomplete, or the checkpoint is of another model.
     """
-    newest = newest_checkpoint(run) if run.train.resume else None
-    if newest is not None:
-        check_model(open_sharded_state(newest, read_meta(newest)), family_of(read_hf_config(Path(run.model.path))))
+    if not run.train.resume:
+        return ""
+    newest = newest_checkpoint(run)
+    if newest is None:
+        return f"train.resume = true, but there is no checkpoint in {checkpoint_folder(run)}: starting at step 0"
+    meta = read_meta(newest)
+    check_model(open_sharded_state(newest, meta), family_of(read_hf_config(Path(run.model.path))))
+    return describe_start(newest, meta.step, run.train.steps)
+
+
+def describe_start(checkpoint: Path, step: int, steps: int) -> str:
+    """Return where a run of this many steps begins that resumes from a checkpoint written after ``step`` of them."""
+    if step < steps:
+        return f"resuming at step {step} from {checkpoint}"
+    return f"{checkpoint} has all {steps} steps (train.steps); to train on, set train.steps above {step}"

@@ -104,6 +104,12 @@ def test_another_name_drops_the_options_of_the_file(folder: Path):
             "no function or class Min in {folder}/mine.py (command line: objective",
         ),
         ("objective.name={folder}/mine.py:Min", "; it has Mine, Other, Unfinished"),
+        (
+            "objective.name={folder}/mine.py",
+            "no name after the file {folder}/mine.py (command line: objective.name={folder}/mine.py); "
+            "write {folder}/mine.py:NAME, where NAME is one of Mine, Other, Unfinished",
+        ),
+        ("objective.name=no.py", "no such file: {cwd}/no.py (command line: objective.name=no.py); write path"),
         ("objective.name={folder}/mine.py:Other", "Other in {folder}/mine.py is not a subclass of Objective (command"),
         (
             "objective.name={folder}/mine.py:Unfinished",

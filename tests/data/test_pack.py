@@ -23,7 +23,7 @@ RULES = st.builds(
     sequence_multiple=st.sampled_from([1, 4, 8]),
     row_multiple=st.sampled_from([8, 16]),
     count_multiple=st.integers(1, 4),
-    one_each=st.booleans(),
+    one_sequence_per_row=st.booleans(),
 )
 
 

@@ -62,8 +62,8 @@ def test_a_run_trains_resumes_and_is_reported(overlay: Path, tmp_path: Path) -> 
 
     with Job(folder, "train.steps=3", "train.resume=true", overlays=[str(folder / "config.json")]) as job:
         assert job.end() == 0, job.output()
-        changes = re.findall(r"resumed with a changed setting: (\S+):", job.output())
-    assert changes == ["train.steps"]
+        changes = re.findall(r"resumed with changed settings:\n((?:  .*\n)*)", job.output())
+    assert changes == ["  train.steps: 2 -> 3\n"]
     assert json.loads((folder / "config.json").read_text())["objective"] == saved
     lines = metrics_of(folder)
     assert [line["step"] for line in lines] == [0, 1, 2]

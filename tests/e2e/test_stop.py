@@ -40,7 +40,7 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
         with Job(folder, *settings) as job:
             assert job.end() == 0, job.output()
             said = job.output()
-    assert "resumed with a changed setting: parallel.tensor: 2 -> 1" in said
+    assert "resumed with changed settings:\n  parallel.tensor: 2 -> 1\n" in said
     assert [line["step"] for line in job.metrics()] == [0, 1, 2, 3]
     assert [line["weight_version"] for line in job.metrics()] == [0, 1, 2, 3]
     assert max(line["mismatch_max"] for line in job.metrics()) < 1e-4

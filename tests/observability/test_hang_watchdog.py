@@ -41,6 +41,12 @@ def test_the_report_names_the_rank_that_skipped_a_collective(tmp_path, capfd):
     assert "thread MainThread" in text
 
 
+def test_a_run_that_does_not_hang_leaves_no_folder(tmp_path):
+    with Watchdog(tmp_path / "hang", World(0, 1, torch.device("cpu")), 60):
+        pass
+    assert not (tmp_path / "hang").exists()
+
+
 def entry(rank_count: int, number: int, *, left: bool, group: str = "0") -> CollectiveCall:
     return CollectiveCall("all_reduce", group, range(rank_count), number, 4, "x.py:1", 0.0, left)
 

@@ -9,6 +9,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.observability.run_folder import prepare_folder
+from megatron_rl.train.resume import check_resumable, describe_start
 
 
 def prepare(folder: Path, *settings: str) -> list[str]:
@@ -36,3 +37,16 @@ def test_a_folder_that_cannot_be_created_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write the run folder .*log\.path"):
         prepare(tmp_path / "file" / "run")
+
+
+def test_a_run_says_where_it_resumes(tmp_path):
+    def said(*settings: str) -> str:
+        return check_resumable(load(Run, [], ["model.path=x", f"log.path={tmp_path}", *settings]).run)
+
+    assert said() == ""
+    assert said("train.resume=true").endswith(f"no checkpoint in {tmp_path}/checkpoints: starting at step 0")
+    checkpoint = tmp_path / "checkpoints" / "step_00000005"
+    assert describe_start(checkpoint, 5, 6) == f"resuming at step 5 from {checkpoint}"
+    for steps in (4, 5):
+        assert f"has all {steps} steps" in describe_start(checkpoint, 5, steps)
+        assert describe_start(checkpoint, 5, steps).endswith("set train.steps above 5")

@@ -193,10 +193,3 @@ def test_the_saved_micro_batch_shows_the_same_again_on_the_ranks_of_the_run(tmp_
     assert stage["stage"] == "score"
     assert "layer 2" in stage["found"]
     assert stage["found"] in message
-
-
-def test_what_no_run_saved_is_refused(tmp_path, capsys):
-    (tmp_path / ROW).write_text("x")
-    assert main(["debug-nonfinite", str(tmp_path / ROW)]) == 2
-    assert "is not a micro-batch" in capsys.readouterr().err
-    assert main(["debug-nonfinite", str(tmp_path / "nothing")]) == 2

@@ -95,8 +95,17 @@ def test_invalid_folders_and_files_are_one_error(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     assert main(["report", str(tmp_path / "none")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
-    assert main(["report", str(run), "--output", str(tmp_path / "none" / "report.html")]) == 2
-    assert "give another file: --output" in capsys.readouterr().err
+    page = run / "config.json" / "report.html"
+    assert main(["report", str(run), "--output", str(page)]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write the report {page}: " in said
+    assert "give another file: --output" in said
+
+
+def test_the_folder_of_the_page_is_created(tmp_path):
+    run, page = write_run(tmp_path / "run"), tmp_path / "new" / "report.html"
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert page.is_file()
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")

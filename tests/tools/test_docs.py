@@ -25,8 +25,8 @@ DOCS = ROOT / "docs"
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of every command."""
-    (choices,) = [action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(choices)
+    _, verbs = _parser()
+    return dict(verbs)
 
 
 def test_every_command_has_a_section_with_an_example():

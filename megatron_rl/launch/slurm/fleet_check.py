@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.schema import Run, Sampling
@@ -25,6 +24,7 @@ from megatron_rl.fleet.protocol import GenerationRequest
 from megatron_rl.fleet.request_plan import sampling_params
 from megatron_rl.fleet.servers import registered, write_address
 from megatron_rl.fleet.vllm import VllmClient
+from megatron_rl.util.console import make_console
 
 PROMPT = tuple(range(1, 9))
 """Token ids that every vocabulary has."""
@@ -74,7 +74,7 @@ def check_fleet(run: Run, registry: Path | None = None) -> int:
     probes = asyncio.run(_probe_all([client(url) for url in urls], timeouts))
     if not run.train.resume or started_by_job:  # otherwise the trainer pushes its own weights first
         probes = compare_weights(probes)
-    Console(highlight=False, width=160).print(_table(probes))
+    make_console().print(_table(probes))
     for probe in probes:
         if probe.problem:
             sys.stdout.write(f"preflight: {probe.url} {probe.problem}\n")

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.load import to_json
@@ -31,6 +30,7 @@ from megatron_rl.distributed.links import free_gpu_bytes, measure_links
 from megatron_rl.launch.slurm.fleet_check import check_fleet
 from megatron_rl.launch.versions import found_versions
 from megatron_rl.util.atomic import replace_text
+from megatron_rl.util.console import make_console
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 
 WAIT_SECONDS = 15.0
@@ -137,7 +137,7 @@ def judge(folder: Path, nodes: Sequence[str], needed: int, wait_seconds: float =
         time.sleep(0.2)
     facts = {node: json.loads(file.read_text()) for node, file in files.items() if file.exists()}
     problems = find_problems(facts, nodes, folder)
-    Console(highlight=False, width=160).print(_table(facts, problems))
+    make_console().print(_table(facts, problems))
     good = [node for node in nodes if not problems[node]]
     for node in nodes:
         for problem in problems[node]:
