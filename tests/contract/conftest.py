@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ ENGINES = (
     pytest.param("vllm", marks=pytest.mark.vllm),
 )
 """Engines under contract. vLLM speaks another protocol: of it only what the client makes of it is tested."""
+LONG = {"input_ids": [3, 1, 4], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}, "return_logprob": True}
+"""A request with as many tokens as the context has room for."""
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 
 
@@ -99,12 +102,20 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             await member.client.close()
 
         asyncio.run(wait())
-        if request.param == "sglang":
-            yield Contract("sglang", process.url, model, repeats=False, head_start_seconds=0.5)
-        else:
-            yield Contract(request.param, process.url, model)
+        contract = Contract(request.param, process.url, model, repeats=request.param != "sglang")
+        if request.param != "vllm":
+            contract = replace(contract, head_start_seconds=long_request_seconds(contract) / 4)
+        yield contract
     finally:
         process.stop()
+
+
+def long_request_seconds(server: Contract) -> float:
+    """Return how long the server takes for ``LONG``; the first request, which warms it up, does not count."""
+    for _ in range(2):
+        started = time.perf_counter()
+        server.json("/generate", LONG)
+    return time.perf_counter() - started
 
 
 def start(engine: str, model: Path, log: Path) -> ServerProcess:

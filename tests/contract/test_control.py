@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.conftest import Contract
-
-LONG = {"input_ids": [3, 1, 4], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}, "return_logprob": True}
+from tests.contract.conftest import LONG, Contract
 
 
 async def during(

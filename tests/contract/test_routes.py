@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.data.routes import RouteShape
-from tests.contract.conftest import Contract
-from tests.contract.test_control import LONG, during
+from tests.contract.conftest import LONG, Contract
+from tests.contract.test_control import during
 
 SHAPE = RouteShape(layers=(0, 1), all_layers=2, experts=4, per_token=2)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

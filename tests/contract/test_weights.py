@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.weights.tensor import encode
-from tests.contract.conftest import Contract
-from tests.contract.test_control import LONG, during
+from tests.contract.conftest import LONG, Contract
+from tests.contract.test_control import during
 
 GREEDY = {
     "input_ids": [3, 1, 4, 1, 5],
