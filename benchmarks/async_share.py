@@ -76,7 +76,9 @@ def simulate(max_lag: int, train_seconds: float) -> dict[str, float]:
     run = load(Run, [], ["model.path=none", *sizes, *lag]).run
     with serving(*(SleepyServer() for _ in range(SERVERS))) as servers:
         urls = [server.url for server in servers]
-        with Fleet.open(urls, TensorTransport(1 << 20), sequences_per_request=GROUP, requests_per_server=64) as fleet:
+        with Fleet.open(
+            urls, TensorTransport(1 << 20), sequences_per_request=GROUP, sequences_per_server=64 * GROUP
+        ) as fleet:
             stream = Stream(run, fleet, AnyAnswer())
             begun, busy = time.monotonic(), 0.0
             for step in range(STEPS):

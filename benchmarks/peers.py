@@ -130,7 +130,7 @@ def our_command(setup: Setup, seed: int, steps: int, folder: Path) -> list[str]:
         "checkpoint.export": "false",
     }
     if setup.servers > 1:
-        settings["rollout.rows_per_request"] = s["prompts_per_step"] * s["group_size"] // setup.servers
+        settings["rollout.sequences_per_server"] = s["prompts_per_step"] * s["group_size"] // setup.servers
     words = [f"{name}={value}" for name, value in settings.items()]
     return [sys.executable, "-m", "megatron_rl", "train", "configs/demo.toml", *words]
 

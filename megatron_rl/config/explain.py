@@ -157,6 +157,8 @@ def _suggest(model: type[BaseModel], table: Mapping[str, object], key: Key) -> s
     field = field_at(model, table, prefix) if prefix else None
     section = section_at(field, lookup(table, prefix)) if prefix else model
     names = list(section.model_fields) if section else []
+    if name in (retired := getattr(section, "retired", {})):
+        return f"it was replaced by {'.'.join((*prefix, retired[name]))}"
     if close := difflib.get_close_matches(name, names, 1, 0.75):
         return f"did you mean {'.'.join((*prefix, close[0]))}?"
     everywhere = [(other, condition) for other, _, condition in all_fields(model)]

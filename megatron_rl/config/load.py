@@ -54,7 +54,7 @@ def load(model: type[T], files: Sequence[str | Path], overrides: Sequence[str] =
     sources = read_sources(files, overrides)
     table: dict[str, object] = {}
     for source in sources:
-        table = merge(model, table, source.table)
+        table = merge(model, table, _without_retired(model, source.table) if source.is_saved else source.table)
     table = _with_default_kinds(model, table)
     owners = {key: _owner(sources, key) for key in leaves(table)}
     origins = {key: source.origin(key) or "command line" for key, source in owners.items() if source is not None}
@@ -92,6 +92,16 @@ def merge(model: type[BaseModel] | None, base: Mapping[str, object], over: Mappi
         else:
             merged[name] = value
     return merged
+
+
+def _without_retired(section: type[BaseModel] | None, table: Mapping[str, object]) -> dict[str, object]:
+    """Return the table without the settings that no longer exist."""
+    fields = section.model_fields if section else {}
+    return {
+        name: _without_retired(section_of(fields.get(name)), value) if isinstance(value, Mapping) else value
+        for name, value in table.items()
+        if name not in getattr(section, "retired", ())
+    }
 
 
 def _kind(field: FieldInfo | None) -> tuple[str, object] | None:

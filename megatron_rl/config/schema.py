@@ -4,8 +4,8 @@ The string under a field is its description in docs/config.md.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
@@ -111,6 +111,11 @@ RoutingReplay = Literal["none", "report", "r2", "r3"]
 class Rollout(Section):
     """The rollout servers."""
 
+    retired: ClassVar[Mapping[str, str]] = {
+        "rows_per_request": "sequences_per_server",
+        "requests_per_server": "sequences_per_server",
+    }
+
     engine: Literal["embedded", "sglang", "vllm"] = "embedded"
     """Inference engine; ``embedded`` needs no GPU and no other package."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -129,10 +134,9 @@ class Rollout(Section):
     """Time after which an unanswered request is sent to another server."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Time in which a server must become healthy."""
-    rows_per_request: Annotated[int, Field(ge=1)] = 256
-    """Maximum sequences per request, in whole groups."""
-    requests_per_server: Annotated[float, Field(ge=1)] = 2
-    """Concurrent requests per server."""
+    sequences_per_server: Annotated[int, Field(ge=1)] = 512
+    """Maximum concurrent sequences per server, each in a request of its own. Without ``max_lag`` the embedded server,
+    whose results depend on the sequences of a batch, gets fixed batches of at most 256."""
     max_lag: Annotated[int, Field(ge=0)] = 0
     """Maximum lag of a token behind the trained weights, in weight versions. 0: sampling and training alternate; above
     0: sampling runs up to that many steps ahead. Set ``correction`` then."""

@@ -1,7 +1,8 @@
 """The base of every configuration section."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +13,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    retired: ClassVar[Mapping[str, str]] = {}
+    """Former settings and the setting that replaces each: named in errors, and dropped from older run folders."""
 
 
 @dataclass(frozen=True)

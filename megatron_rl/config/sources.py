@@ -23,11 +23,13 @@ class ConfigSource:
         table: the settings, as nested tables.
         origins: where each table and setting was written, such as ``configs/demo.toml:12``.
         folder: base of relative paths.
+        is_saved: whether it is the ``config.json`` of a run folder, maybe of an earlier release.
     """
 
     table: Mapping[str, object]
     origins: Mapping[Key, str]
     folder: Path
+    is_saved: bool = False
 
     def origin(self, key: Key) -> str | None:
         """Return where a setting was written, or None; a setting in an inline table has the origin of the table."""
@@ -94,7 +96,7 @@ def _read_json(path: Path, text: str) -> ConfigSource:
         raise ConfigError(f"not valid JSON: {error} ({path}); give the config.json of a run, or a TOML file") from error
     if not isinstance(table, dict):
         raise ConfigError(f"not a JSON object: {path}; give the config.json of a run, or a TOML file")
-    return ConfigSource(table, {(name,): str(path) for name in table}, path.resolve().parent)
+    return ConfigSource(table, {(name,): str(path) for name in table}, path.resolve().parent, is_saved=True)
 
 
 def _missing_file(path: Path) -> str:

@@ -16,15 +16,17 @@ MAX_PREFIXES = 8192
 class PrefixAffinity:
     """Remembers which server was asked last for a prefix. A push empties the servers' caches, and this memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, slack_sequences: int = 1) -> None:
+        self.slack_sequences = slack_sequences
+        """How many more sequences than the least busy server the server that knows the prefix may have."""
         self._last: OrderedDict[tuple[int, ...], Member] = OrderedDict()
         self._pushes = 0
 
     def choose(self, free: Sequence[Member], requests: Sequence[GenerationRequest], pushes: int) -> Member:
         """Return the server for these requests.
 
-        The server that knows the prefix is chosen if it has at most ``len(requests)`` more sequences than the least
-        busy server.
+        The server that knows the prefix is chosen if it has at most ``slack_sequences``, or ``len(requests)``, more
+        sequences than the least busy server.
 
         Args:
             free: servers that have room, at least one.
@@ -37,7 +39,8 @@ class PrefixAffinity:
         least = min(free, key=lambda member: member.num_sequences)
         prefix = requests[0].input_ids[:PREFIX_TOKENS]
         known = self._last.pop(prefix, None)
-        near = known is not None and known in free and known.num_sequences - least.num_sequences <= len(requests)
+        slack = max(self.slack_sequences, len(requests))
+        near = known is not None and known in free and known.num_sequences - least.num_sequences <= slack
         chosen = known if near and known is not None else least
         self._last[prefix] = chosen
         if len(self._last) > MAX_PREFIXES:

@@ -1,17 +1,15 @@
 """Several inference servers used as one; the number of servers affects the time, not the results.
 
-    trainer rank 0 --submit(prompts)----> plan: fixed batches --> least busy ready server --> validated --> groups
+    trainer rank 0 --submit(prompts)----> one request per sequence --> least busy ready server --> validated --> groups
                    --update(weights)----> transport: each bucket to every ready server --> checksums --> version
-    monitor (one task per server): ended, or busy and silent -> leaves, its batches go to other servers
-                                   healthy again -> gets the current weights -> takes batches again
+    monitor (one task per server): ended, or busy and silent -> leaves, its requests go to other servers
+                                   healthy again -> gets the current weights -> takes requests again
 
 The interface is synchronous. Inside, everything runs on one asyncio event loop in a background thread, and every method
 may be called from any other thread.
 """
 
 import asyncio
-import contextlib
-import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,16 +21,16 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.routes import RouteShape
-from megatron_rl.data.types import Group, Prompt
+from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.affinity import PrefixAffinity
 from megatron_rl.fleet.background import LoopThread
 from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.dispatch import Dispatcher
 from megatron_rl.fleet.members import Member, Timeouts, monitor, wait_until_healthy
 from megatron_rl.fleet.partial import Decode, PartialResults
 from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused, ServerUnreachable
-from megatron_rl.fleet.request_plan import RequestBatch, build_groups, plan_requests, sampling_params
+from megatron_rl.fleet.request_plan import HttpRequest, RequestBatch, plan_requests, sampling_params
 from megatron_rl.fleet.router import Router
 from megatron_rl.fleet.sync import WeightSync
 from megatron_rl.fleet.turns import MultiTurn
@@ -49,13 +47,12 @@ class Fleet:
     sync: WeightSync
     timeouts: Timeouts
     sequences_per_request: int
-    requests_per_server: float
+    dispatcher: Dispatcher
     keep_weights: bool
     decode: Decode | None
     multi_turn: MultiTurn | None
     router: Router | None
-    _affinity: PrefixAffinity = field(default_factory=PrefixAffinity, init=False)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _numbers: "count[int]" = field(default_factory=count, init=False)
     _monitors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
     _loop: LoopThread = field(default_factory=lambda: LoopThread("rollout fleet"), init=False)
 
@@ -67,8 +64,8 @@ class Fleet:
         timeouts: Timeouts | None = None,
         *,
         client: type[Client] = Client,
-        sequences_per_request: int = 256,
-        requests_per_server: float = 2,
+        sequences_per_server: int = 512,
+        sequences_per_request: int = 1,
         keep_weights: bool = True,
         decode: Decode | None = None,
         multi_turn: MultiTurn | None = None,
@@ -81,8 +78,10 @@ class Fleet:
             transport: brings weights to the servers.
             timeouts: time limits and retries.
             client: client class of the servers' engine.
-            sequences_per_request: sequences per HTTP request; requests contain whole groups, at least one.
-            requests_per_server: requests that a server works on at the same time.
+            sequences_per_server: sequences that a server works on at the same time.
+            sequences_per_request: 1: every sequence is an HTTP request. Above 1, a request has at most so many
+                sequences, in whole groups, at least one group, and any failure repeats it as a whole: a server whose
+                results depend on the sequences that it decodes together then repeats bit for bit.
             keep_weights: whether to keep a copy of the weights in this process for servers that come back between two
                 pushes.
             decode: if given, a push aborts unfinished responses, and the fleet requests the rest with what they have as
@@ -94,16 +93,19 @@ class Fleet:
             RolloutError: a server did not become healthy.
         """
         timeouts = timeouts or Timeouts()
+        members = [_member(server, client, timeouts) for server in servers]
+        sync = WeightSync(transport, timeouts, "retract" if decode is None else "abort")
+        front = None if router is None else Router(router, timeouts)
         fleet = cls(
-            [_member(server, client, timeouts) for server in servers],
-            WeightSync(transport, timeouts, "retract" if decode is None else "abort"),
+            members,
+            sync,
             timeouts,
             sequences_per_request=sequences_per_request,
-            requests_per_server=requests_per_server,
+            dispatcher=Dispatcher(members, sync, timeouts, sequences_per_server, front),
             keep_weights=keep_weights,
             decode=decode,
             multi_turn=multi_turn,
-            router=None if router is None else Router(router, timeouts),
+            router=front,
         )
         try:
             for member in fleet._all_members():
@@ -196,9 +198,9 @@ class Fleet:
             GenerationRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)
         ]
         size = self.sequences_per_request
-        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+        units = [requests[i : i + size] for i in range(0, len(requests), size)]
         versions = None if weight_version is None else range(weight_version, weight_version + 1)
-        answers = self._loop.call(gather_or_cancel([self._generate(batch, versions) for batch in batches]))
+        answers = self._loop.call(gather_or_cancel([self._generate(unit, versions) for unit in units]))
         return [result.input_logprobs for results in answers for result in results]
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
@@ -245,7 +247,7 @@ class Fleet:
 
     def _add(self, member: Member, catch_up: Callable[[Member], Awaitable[None]]) -> None:
         member.join()
-        self._monitors.append(asyncio.ensure_future(monitor(member, self.timeouts, catch_up, self._changed.set)))
+        self._monitors.append(asyncio.ensure_future(monitor(member, self.timeouts, catch_up, self.dispatcher.wake)))
 
     async def _close(self) -> None:
         for task in self._monitors:
@@ -254,10 +256,14 @@ class Fleet:
             await member.client.close()
 
     async def _groups(self, batch: RequestBatch, versions: range | None) -> list[Group]:
-        results = await self._generate(batch.requests, versions)
+        parts = await gather_or_cancel([self._responses(request, versions) for request in batch.requests])
+        return batch.groups([response for part in parts for response in part])
+
+    async def _responses(self, request: HttpRequest, versions: range | None) -> list[Response]:
+        results = await self._generate(request.sequences, versions)
         if self.multi_turn is None:
-            return build_groups(batch, results)
-        return await self.multi_turn.finish(batch, results, partial(self._generate, versions=versions))
+            return request.responses(results)
+        return await self.multi_turn.finish(request, results, partial(self._generate, versions=versions))
 
     async def _require(self, versions: range) -> None:
         """Bring the fleet's weights to every ready server; raise if their version is not among the allowed ones."""
@@ -265,7 +271,8 @@ class Fleet:
         version = self.sync.version or str(versions[0])
         if int(version) not in versions:
             version = str(versions[-1])  # no server has it, and the error names it
-        await gather_or_cancel([self._require_of(member, version) for member in self.members if member.ready])
+        behind = [member for member in self.members if member.ready and member.version != version]
+        await gather_or_cancel([self._require_of(member, version) for member in behind])
 
     async def _require_of(self, member: Member, version: str) -> None:
         try:
@@ -274,8 +281,9 @@ class Fleet:
             member.leave(error, self.timeouts)
 
     async def _generate(self, requests: Sequence[GenerationRequest], versions: range | None) -> list[GenerationResult]:
-        """Return the results of one batch, from the first server that completes it."""
+        """Return the results of one HTTP request, from the first server that completes it."""
         allowed = None if versions is None else frozenset(map(str, versions))
+        number = next(self._numbers)
         errors: list[str] = []
         results = PartialResults(requests, self.decode)
         for attempt in count():
@@ -287,7 +295,7 @@ class Fleet:
             via_router = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
             # An abandoned request may still run on its server, so its id is not used again.
             remaining = results.remaining(f"@{attempt}" if attempt else "")
-            member = await self._choose(remaining, allowed, errors, self.router if via_router else None)
+            member = await self.dispatcher.choose(number, remaining, allowed, errors, use_router=via_router)
             pushes = self.sync.pushes
             try:
                 answers = await member.generate(remaining, allowed)
@@ -304,44 +312,8 @@ class Fleet:
                 errors.append(str(error))
                 member.leave(error, self.timeouts)
             finally:
-                self._changed.set()
+                self.dispatcher.wake()
         raise RolloutError(f"gave up on {len(requests)} sequences after {len(errors)} attempts: " + "; ".join(errors))
-
-    async def _choose(
-        self,
-        requests: Sequence[GenerationRequest],
-        versions: Collection[str] | None,
-        errors: Sequence[str],
-        router: Router | None,
-    ) -> Member:
-        """Wait for a ready server that has room, or the router; none is chosen during a push."""
-        last_ready = time.monotonic()
-        while True:
-            await self.sync.wait_until_idle()
-            ready = [m for m in self.members if m.ready and (versions is None or m.version in versions)]
-            if router is not None:
-                await router.set_workers([member.url for member in ready])
-                if router.has_room(ready, self.requests_per_server):
-                    return router.member
-            free = [m for m in ready if len(m.requests) < self.requests_per_server]
-            if free:
-                return self._affinity.choose(free, requests, self.sync.pushes)
-            now = time.monotonic()
-            if ready:
-                last_ready = now
-            elif now - last_ready > self.timeouts.start_timeout_seconds:
-                reasons = "; ".join(f"{m.url}: {m.reason or f'has weights {m.version}'}" for m in self.members)
-                raise RolloutError(
-                    f"no rollout server for {self.timeouts.start_timeout_seconds:g} s: {reasons}"
-                    + (f"; before that: {'; '.join(errors)}" if errors else "")
-                )
-            await self._wait_for_change()
-
-    async def _wait_for_change(self) -> None:
-        """Wait until a server may have become ready or free."""
-        self._changed.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), self.timeouts.probe_seconds)
 
 
 def _member(server: ServerProcess | str, client: type[Client], timeouts: Timeouts) -> Member:

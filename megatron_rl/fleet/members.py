@@ -76,6 +76,10 @@ class Member:
         """Total time that the server has had unfinished requests."""
         return self._busy_seconds + (time.monotonic() - self._busy_since if self.requests else 0.0)
 
+    def has_room(self, sequences: int, limit: int) -> bool:
+        """Return whether the server may get so many more sequences; an idle server may get more than the limit."""
+        return not self.requests or self.num_sequences + sequences <= limit
+
     def leave(self, error: RolloutError | str, timeouts: Timeouts) -> None:
         """Take the server out of the fleet for a while, and cancel its requests."""
         if not self.ready:

@@ -14,12 +14,36 @@ from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, GenerationR
 
 
 @dataclass(frozen=True)
-class RequestBatch:
-    """Whole groups that are sent to one server in one HTTP request."""
+class HttpRequest:
+    """The sequences of one HTTP request, with the prompt of each, and its index within the prompt's group."""
 
     prompts: tuple[Prompt, ...]
-    requests: tuple[GenerationRequest, ...]
+    indices: tuple[int, ...]
+    sequences: tuple[GenerationRequest, ...]
+
+    def responses(self, results: Sequence[GenerationResult]) -> list[Response]:
+        """Return the results as responses."""
+        parts = zip(self.prompts, self.indices, self.sequences, results, strict=True)
+        return [_response(prompt, index, sequence, result) for prompt, index, sequence, result in parts]
+
+    def split(self) -> "list[HttpRequest]":
+        """Return a request for each sequence."""
+        parts = zip(self.prompts, self.indices, self.sequences, strict=True)
+        return [HttpRequest((prompt,), (index,), (sequence,)) for prompt, index, sequence in parts]
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """Whole groups that are returned together, and the HTTP requests for them, in order."""
+
+    prompts: tuple[Prompt, ...]
+    requests: tuple[HttpRequest, ...]
     group_size: int
+
+    def groups(self, responses: Sequence[Response]) -> list[Group]:
+        """Return the prompts with their responses."""
+        size = self.group_size
+        return [Group(prompt, tuple(responses[i * size : (i + 1) * size])) for i, prompt in enumerate(self.prompts)]
 
 
 def plan_requests(
@@ -33,19 +57,24 @@ def plan_requests(
     """Return the requests for ``group_size`` responses to each prompt.
 
     Every response has a seed, folded from the given seeds (run, step), its prompt's id and its index, and an id that
-    names the same. The division into batches depends only on the arguments, so equal calls give equal requests.
+    names the same. The division depends only on the arguments, so equal calls give equal requests. With
+    ``sequences_per_request = 1`` a batch is one group, and each of its sequences is a request. A larger number gives
+    batches of so many sequences, in whole groups, at least one, and each batch is one request.
     """
     prompts_per_batch = max(1, sequences_per_request // group_size)
     repeats: Counter[str] = Counter()
     batches = []
     for start in range(0, len(prompts), prompts_per_batch):
         part = tuple(prompts[start : start + prompts_per_batch])
-        requests: list[GenerationRequest] = []
+        sequences: list[GenerationRequest] = []
         for prompt in part:
             repeat = repeats[prompt.id]
             repeats[prompt.id] += 1
             group = [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
-            requests += [replace(request, routes=routes) for request in group]
+            sequences += [replace(request, routes=routes) for request in group]
+        repeated = tuple(prompt for prompt in part for _ in range(group_size))
+        request = HttpRequest(repeated, (*range(group_size),) * len(part), tuple(sequences))
+        requests = request.split() if sequences_per_request == 1 else [request]
         batches.append(RequestBatch(part, tuple(requests), group_size))
     return batches
 
@@ -67,16 +96,6 @@ def sampling_params(sampling: Sampling) -> Json:
         "max_new_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
     }
-
-
-def build_groups(batch: RequestBatch, results: Sequence[GenerationResult]) -> list[Group]:
-    """Return the batch's prompts with their responses."""
-    size = batch.group_size
-    responses = [
-        _response(batch.prompts[i // size], i % size, request, result)
-        for i, (request, result) in enumerate(zip(batch.requests, results, strict=True))
-    ]
-    return [Group(prompt, tuple(responses[i * size : (i + 1) * size])) for i, prompt in enumerate(batch.prompts)]
 
 
 def _response(prompt: Prompt, index: int, request: GenerationRequest, result: GenerationResult) -> Response:

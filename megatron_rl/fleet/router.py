@@ -101,10 +101,10 @@ class Router:
             except RolloutError as error:
                 self.member.leave(error, self.timeouts)
 
-    def has_room(self, ready: Sequence[Member], requests_per_server: float) -> bool:
-        """Return whether the router can take one more request for these servers."""
-        limit = requests_per_server * len(ready)
-        return self.member.ready and len(ready) > 1 and len(self.member.requests) < limit
+    def has_room(self, ready: Sequence[Member], sequences: int, sequences_per_server: int) -> bool:
+        """Return whether the router can take so many more sequences for these servers."""
+        member = self.member
+        return member.ready and len(ready) > 1 and member.has_room(sequences, sequences_per_server * len(ready))
 
     async def catch_up(self, member: Member) -> None:
         """Note that a restarted router does not know the servers; it has no weights to catch up with."""

@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Protocol
 
 from megatron_rl.data.environment import Environment
-from megatron_rl.data.types import Group, Prompt, Response, fold_seed
+from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.fleet.partial import join_results
 from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult
-from megatron_rl.fleet.request_plan import RequestBatch, build_groups
+from megatron_rl.fleet.request_plan import HttpRequest
 
 log = logging.getLogger(__name__)
 
@@ -78,15 +78,16 @@ class MultiTurn:
     max_turns: int
     timeout_seconds: float
 
-    async def finish(self, batch: RequestBatch, results: Sequence[GenerationResult], generate: Generate) -> list[Group]:
-        """Return the groups of a batch whose first turns were sampled; all its responses take each turn together."""
-        prompts = [prompt for prompt in batch.prompts for _ in range(batch.group_size)]
+    async def finish(
+        self, request: HttpRequest, results: Sequence[GenerationResult], generate: Generate
+    ) -> list[Response]:
+        """Return the responses whose first turns were sampled; those of one request take each turn together."""
         conversations = [
-            Conversation(request, self.make_environment(), result)
-            for request, result in zip(batch.requests, results, strict=True)
+            Conversation(sequence, self.make_environment(), result)
+            for sequence, result in zip(request.sequences, results, strict=True)
         ]
         # The environment is foreign code that may block, so it runs in threads.
-        await asyncio.gather(*(self._reset(c, prompt) for c, prompt in zip(conversations, prompts, strict=True)))
+        await asyncio.gather(*(self._reset(c, p) for c, p in zip(conversations, request.prompts, strict=True)))
         for turn in range(1, self.max_turns + 1):
             await asyncio.gather(*(self._observe(c, turn) for c in conversations if c.open))
             unfinished = [c for c in conversations if c.open]
@@ -95,12 +96,8 @@ class MultiTurn:
             answers = await generate([_next_request(c, turn) for c in unfinished])
             for conversation, answer in zip(unfinished, answers, strict=True):
                 conversation.result = join_results(conversation.result, answer)
-        groups = build_groups(batch, [c.result for c in conversations])
-        remaining = iter(conversations)
-        return [
-            replace(g, responses=tuple(self._with_observed(response, next(remaining)) for response in g.responses))
-            for g in groups
-        ]
+        responses = request.responses([c.result for c in conversations])
+        return [self._with_observed(response, c) for response, c in zip(responses, conversations, strict=True)]
 
     async def _reset(self, conversation: Conversation, prompt: Prompt) -> None:
         environment = conversation.environment

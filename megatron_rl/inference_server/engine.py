@@ -131,13 +131,17 @@ class Engine:
     def _admit(self) -> None:
         if self.batch and self.batching == "request":
             return
-        if self.waiting and (self.batching == "continuous" or not self.running):
-            self.running.append(self.waiting.pop(0))
-        for request in list(self.running):
-            room = self.max_sequences - (len(self.batch) if self.batch else 0)
-            if request.waiting and room:
-                sequences, request.waiting = request.waiting[:room], request.waiting[room:]
-                self._start(sequences)
+        count = len(self.waiting) if self.batching == "continuous" else int(not self.running)
+        self.running += self.waiting[:count]
+        del self.waiting[:count]
+        sequences: list[ActiveSequence] = []
+        room = self.max_sequences - (len(self.batch) if self.batch else 0)
+        for request in self.running:
+            left = room - len(sequences)
+            sequences += request.waiting[:left]
+            del request.waiting[:left]
+        if sequences:
+            self._start(sequences)
 
     def _start(self, sequences: list[ActiveSequence]) -> None:
         to_score = [s for s in sequences if s.input_start >= 0 and not s.input_logprobs]

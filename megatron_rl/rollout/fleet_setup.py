@@ -26,6 +26,9 @@ from megatron_rl.weights.shared_memory import can_share_memory
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import WeightTransport
 
+MAX_FIXED_BATCH = 256
+"""Maximum number of sequences in a request to an embedded server that must repeat bit for bit."""
+
 
 class FleetTokenizer(TurnTokenizer, ChatTokenizer, Protocol):
     """The part of a Hugging Face tokenizer that a fleet needs."""
@@ -68,13 +71,19 @@ def open_fleet(run: Run, world: World, tokenizer: FleetTokenizer) -> Fleet:
             attempts=rollout.attempts,
         ),
         client=client_class(run),
-        sequences_per_request=rollout.rows_per_request,
-        requests_per_server=rollout.requests_per_server,
+        sequences_per_server=rollout.sequences_per_server,
+        sequences_per_request=sequences_per_request(run),
         keep_weights=keep_weights,
         decode=partial(tokenizer.decode, skip_special_tokens=True) if rollout.at_push == "resubmit" else None,
         multi_turn=_multi_turn(run, tokenizer),
         router=router,
     )
+
+
+def sequences_per_request(run: Run) -> int:
+    """Return the size of the fixed batches of a server that must repeat bit for bit; 1: every sequence by itself."""
+    rollout = run.rollout
+    return 1 if rollout.engine != "embedded" or rollout.max_lag else min(MAX_FIXED_BATCH, rollout.sequences_per_server)
 
 
 def client_class(run: Run) -> type[Client]:

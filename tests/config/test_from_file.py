@@ -78,6 +78,14 @@ def test_a_saved_configuration_loads_again(folder: Path):
     assert load(Run, [saved], ["objective.length=5"]).run.objective.model_dump()["length"] == 5
 
 
+def test_a_former_setting_is_named_in_the_error_and_dropped_from_an_older_run_folder(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"rollout.rows_per_request.*replaced by rollout.sequences_per_server"):
+        load(Run, [], ["model.path=x", "rollout.rows_per_request=8"])
+    saved = tmp_path / "config.json"
+    saved.write_text('{"model": {"path": "x"}, "rollout": {"rows_per_request": 8, "requests_per_server": 2.0}}')
+    assert load(Run, [saved]).run.rollout.sequences_per_server == 512
+
+
 def test_its_options_are_documented_settings(folder: Path):
     found = {key: (value, meaning) for key, value, meaning in settings(load(Run, [folder / "run.toml"]).run)}
     assert found["objective.windows"] == ((0.5, 1.0), "Documented here.")

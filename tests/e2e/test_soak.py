@@ -26,7 +26,7 @@ DEMO_SIZES = (
     "evaluate.every=50",
     "checkpoint.every=50",
     "rollout.max_lag=1",
-    "rollout.rows_per_request=32",
+    "rollout.sequences_per_server=64",
     "rollout.servers=2",
     "correction.kind=tis",
 )

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import RolloutError
+from megatron_rl.fleet import dispatch
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.weights.tensor import TensorTransport
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.processes
 TIMEOUTS = Timeouts(
     request_timeout_seconds=5,
     control_timeout_seconds=1,
+    pause_timeout_seconds=1,
     start_timeout_seconds=1,
     probe_seconds=0.05,
     probe_timeout_seconds=0.2,
@@ -47,8 +49,25 @@ SAMPLING = Sampling(max_new_tokens=6)
 WEIGHTS = [("t", torch.ones(3))]
 
 
+@dataclass
+class Size:
+    """Sequences per request of the fleets that a test opens: one, or fixed batches of 8."""
+
+    per_request: int = 8
+
+
+SIZE = Size()
+
+
+@pytest.fixture(autouse=True, params=[1, 8], ids=["one sequence", "fixed batches"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(SIZE, "per_request", request.param)
+    return int(request.param)
+
+
 def fleet_of(servers: Sequence[FakeServer], timeouts: Timeouts = TIMEOUTS) -> Fleet:
-    return Fleet.open([server.url for server in servers], TensorTransport(1 << 20), timeouts, sequences_per_request=8)
+    urls, transport = [server.url for server in servers], TensorTransport(1 << 20)
+    return Fleet.open(urls, transport, timeouts, sequences_per_server=16, sequences_per_request=SIZE.per_request)
 
 
 def sampled(fleet: Fleet, step: int = 0, version: int | None = 0) -> list[Group]:
@@ -132,13 +151,13 @@ def test_a_slow_server_gets_less_to_do_and_loses_nothing() -> None:
     assert len(slow.rows) + len(fast.rows) == 40
 
 
-def test_no_good_server_is_an_error_that_names_it_and_what_it_did() -> None:
+def test_no_good_server_is_an_error_that_names_it_and_what_it_did(size: int) -> None:
     timeouts = replace(TIMEOUTS, start_timeout_seconds=20)  # each failure doubles the time until it is asked again
     with serving(FakeServer()) as (liar,), fleet_of([liar], timeouts) as fleet:
         liar.trick = nan_logprobs
         with pytest.raises(RolloutError, match=f"{liar.url}.*log-prob 0 is") as caught:
             sampled(fleet)
-        assert "gave up on 8 sequences after 3 attempts" in str(caught.value)
+        assert f"gave up on {size} sequences after 3 attempts" in str(caught.value)
 
 
 def test_a_fleet_without_servers_gives_up_and_says_why() -> None:
@@ -174,13 +193,13 @@ def test_a_refused_request_is_an_error_at_once() -> None:
         assert fleet.urls == [server.url]
 
 
-def test_aborted_samples_are_asked_for_again_and_nobody_is_blamed() -> None:
+def test_aborted_samples_are_asked_for_again_and_nobody_is_blamed(size: int) -> None:
     with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
         server.trick = once(aborted)
         assert sampled(fleet) == expected()
         assert fleet.urls == [server.url]
         server.trick = aborted
-        with pytest.raises(RolloutError, match=f"after 3 attempts.*{server.url} aborted 1 of 8 sequences"):
+        with pytest.raises(RolloutError, match=f"after 3 attempts.*{server.url} aborted 1 of {size} sequences"):
             sampled(fleet)
 
 
@@ -267,3 +286,39 @@ def test_an_interrupted_wait_leaves_the_fleet_usable() -> None:
             signal.signal(signal.SIGALRM, previous)
         server.delay_seconds = 0
         assert sampled(fleet) == expected()
+
+
+def test_a_server_never_has_more_sequences_than_the_limit(size: int) -> None:
+    with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
+        server.delay_seconds = 0.02
+        member = fleet.members[0]
+        most: list[int] = []
+        original = member.generate
+
+        async def generate(*arguments: object) -> object:
+            most.append(member.num_sequences + len(arguments[0]))  # type: ignore[arg-type]
+            return await original(*arguments)  # type: ignore[arg-type]
+
+        member.generate = generate  # type: ignore[method-assign]
+        sampled(fleet)
+        assert max(most) == 16
+        assert server.calls["/generate"] == 40 // size
+
+
+def test_one_sequence_that_fails_is_repeated_alone(size: int) -> None:
+    with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
+        server.trick = once(aborted)
+        assert sampled(fleet) == expected()
+        assert len(server.rows) == 40 + size
+
+
+def test_a_fleet_that_waits_for_servers_says_so(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "_REPORT_SECONDS", 0.2)
+    with serving(FakeServer()) as (server,), fleet_of([server]) as fleet:
+        server.hangs = True
+        with pytest.raises(RolloutError, match="no rollout server for 1 s"):
+            sampled(fleet, version=None)
+        server.hangs = False
+    waits = [record.message for record in caplog.records if record.message.startswith("No rollout server for")]
+    assert 1 <= len(waits) <= 5
+    assert all(f"rollout.start_timeout_seconds): {server.url}: " in message for message in waits)
