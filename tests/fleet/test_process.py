@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,9 @@ from megatron_rl.errors import DataError, RolloutError
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.fleet.process import ServerProcess, embedded_server
-from megatron_rl.util.ports import free_port
+from megatron_rl.fleet.sglang import sglang_server
+from megatron_rl.fleet.vllm import vllm_server
+from megatron_rl.util.ports import free_port, reserve_port
 from megatron_rl.weights.tensor import TensorTransport
 
 pytestmark = pytest.mark.processes
@@ -91,11 +94,42 @@ def test_a_taken_port_is_an_error_before_anything_starts(tmp_path: Path) -> None
     assert process.exit_status is None
 
 
+def test_a_port_stays_reserved_while_its_server_starts(tmp_path: Path) -> None:
+    with closing(reserve_port("127.0.0.1", 0)) as reservation, socket.socket() as other, socket.socket() as server:
+        address = reservation.getsockname()
+        with pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(address)
+        server.listen()
+        socket.create_connection(address, timeout=10).close()
+        with pytest.raises(RolloutError, match="in use"):
+            reserve_port(*address)
+    process = sleeper(tmp_path, SLEEP)
+    process.start()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind((process.host, process.port))
+    process.stop()
+    with socket.socket() as other:
+        other.bind((process.host, process.port))
+
+
 def test_a_server_that_ends_while_starting_shows_the_end_of_its_log(tmp_path: Path) -> None:
     server = sleeper(tmp_path, [sys.executable, "-c", "import sys; sys.exit('fire')"])
     with pytest.raises(RolloutError, match=r"ended with status 1 while starting; its log .*\nfire"):
         Fleet.open([server], TensorTransport(1 << 20), Timeouts(start_timeout_seconds=60))
     assert is_gone(server.pid)
+
+
+def test_servers_listen_on_the_address_that_they_are_given(tmp_path: Path, moe_folder: Path) -> None:
+    common = (str(moe_folder), tmp_path / "log")
+    for server in (
+        embedded_server(*common, host="127.0.0.2"),
+        sglang_server("python", *common, {}, {}, "127.0.0.2"),
+        vllm_server("python", *common, {}, {}, "127.0.0.2"),
+    ):
+        assert server.url == f"http://127.0.0.2:{server.port}"
+        assert server.command[server.command.index("--host") + 1] == "127.0.0.2"
 
 
 def test_a_folder_without_a_model_is_an_error_before_anything_starts(tmp_path: Path) -> None:

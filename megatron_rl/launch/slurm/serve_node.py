@@ -18,7 +18,8 @@ from pathlib import Path
 
 from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.mesh import slurm_task_index
-from megatron_rl.errors import ConfigError
+from megatron_rl.errors import ConfigError, RolloutError
+from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.servers import END, server_of, write_address
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 
@@ -64,12 +65,20 @@ def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
                 log.warning("the server exited with status %d; restarting it in %g s", server.exit_status, delay)
                 time.sleep(delay)
                 delay = min(2 * delay, MAX_RESTART_SECONDS)
-                server.start()
+                _restart(server)
     except KeyboardInterrupt:
         log.info("stop requested")
     finally:
         server.stop()
     return 0
+
+
+def _restart(server: ServerProcess) -> None:
+    """Start a server again at its address, which the trainer knows; if its port is in use, the caller tries again."""
+    try:
+        server.start()
+    except RolloutError:
+        log.warning("port %d is still in use, perhaps by a child of the old server; trying again", server.port)
 
 
 def node_address() -> str:
