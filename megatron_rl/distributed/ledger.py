@@ -7,7 +7,6 @@ are recorded if they are sent in batches, as megatron-core's pipeline does.
 
 import functools
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -58,7 +57,6 @@ class CollectiveCall:
         number: how many collectives of this group this rank has entered, including this one.
         size_bytes: total size of the tensor arguments.
         source: file and line of the caller.
-        entered_seconds: time of the call by this machine's monotonic clock.
         left: whether the call has returned. On a GPU, the collective may still be running.
     """
 
@@ -68,7 +66,6 @@ class CollectiveCall:
     number: int
     size_bytes: int
     source: str
-    entered_seconds: float
     left: bool = False
 
     def describe(self) -> str:
@@ -92,7 +89,7 @@ class Ledger:
         name = group.group_name if group is not None else "?"
         ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
         self._counts[name] += 1
-        entry = CollectiveCall(operation, name, ranks, self._counts[name], size_bytes, source, time.monotonic())
+        entry = CollectiveCall(operation, name, ranks, self._counts[name], size_bytes, source)
         self.entries.append(entry)
         self.progress += 1
         return entry
@@ -101,10 +98,6 @@ class Ledger:
         """Record that the call has returned."""
         entry.left = True
         self.progress += 1
-
-    def newest(self) -> dict[str, CollectiveCall]:
-        """Return the most recent call of each group."""
-        return {entry.group: entry for entry in tuple(self.entries)}
 
     def waiting(self) -> CollectiveCall | None:
         """Return the collective that this rank is waiting in; None if there is none."""

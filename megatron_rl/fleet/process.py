@@ -106,12 +106,11 @@ def embedded_server(
     log_path: Path,
     options: Sequence[str] = (),
     host: str = "127.0.0.1",
-    port: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> ServerProcess:
     """Return an embedded server that is not started yet; ``options`` are those of ``megatron-rl serve``."""
     require_model(model_path)
-    port = free_port(host) if port is None else port
+    port = free_port(host)
     command = [
         sys.executable,
         "-m",

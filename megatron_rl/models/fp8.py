@@ -18,9 +18,9 @@ def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, i
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return values [rows, columns] times the scale of their block, multiplied in float32 and rounded once."""
-    return (values.float() * _expand(scales, values.shape, block)).to(dtype)
+def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return values [rows, columns] times the scale of their block, multiplied in float32, rounded to bfloat16."""
+    return (values.float() * _expand(scales, values.shape, block)).bfloat16()
 
 
 def quantize(weight: Tensor, block: tuple[int, int], old: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def test_a_run_that_does_not_hang_leaves_no_folder(tmp_path):
 
 
 def entry(rank_count: int, number: int, *, left: bool, group: str = "0") -> CollectiveCall:
-    return CollectiveCall("all_reduce", group, range(rank_count), number, 4, "x.py:1", 0.0, left)
+    return CollectiveCall("all_reduce", group, range(rank_count), number, 4, "x.py:1", left)
 
 
 def test_ranks_that_came_are_not_blamed():

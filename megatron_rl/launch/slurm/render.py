@@ -79,21 +79,20 @@ RESERVED_OPTIONS = (
 """Options of sbatch that other settings decide, or that would break the script."""
 
 
-def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool, folder: Path | None = None) -> int:
+def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool) -> int:
     """Write the script to the run folder, then print or submit it; return the exit code.
 
     Args:
         loaded: the configuration.
         words: config files and settings of the command line, which the job reads again.
         submit: whether to submit the script with sbatch.
-        folder: working directory of the job; None: the current one.
 
     Raises:
         ConfigError: the run cannot work, or Slurm refuses the job.
     """
     if submit and shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on the PATH of this machine; run this on a login node, or leave out --submit")
-    text = render(loaded, words, folder or Path.cwd(), starts_here=submit)
+    text = render(loaded, words, Path.cwd(), starts_here=submit)
     run = Path(loaded.run.log.path).absolute()
     try:
         (run / "slurm").mkdir(parents=True, exist_ok=True)

@@ -237,10 +237,10 @@ def fused_experts(parts: tuple[str, ...] = EXPERT_PARTS) -> tuple[FusedParam, ..
     )
 
 
-def mtp_layers(hf: HFConfig, key: str = "num_nextn_predict_layers") -> tuple[str, ...]:
+def mtp_layers(hf: HFConfig) -> tuple[str, ...]:
     """Return patterns of the multi-token-prediction layers, which follow the decoder layers and are not trained."""
     first = hf["num_hidden_layers"]
-    return tuple(rf"model\.layers\.{first + number}\..*" for number in range(hf.get(key) or 0))
+    return tuple(rf"model\.layers\.{first + number}\..*" for number in range(hf.get("num_nextn_predict_layers") or 0))
 
 
 def moe_fields(hf: HFConfig, layers: Iterable[int], *, count: int, width: int) -> dict[str, object]:

@@ -17,7 +17,8 @@ class BusyPort:
     url, port = "http://127.0.0.1:1", 1
 
     def __init__(self, registry: Path) -> None:
-        self.registry, self.starts, self.stopped, self.exit_status = registry, 0, False, None
+        self.registry, self.starts, self.stopped = registry, 0, False
+        self.exit_status: int | None = None
 
     def start(self) -> None:
         self.starts += 1
