@@ -88,10 +88,11 @@ def rank(folder: Path, saves: int, settings: Mapping[str, Mapping[str, object]])
     batch = make_batch(VOCABULARY, seed=3)
     names = ("old_logprobs_T", "advantages_T", "weights_T", "response_shares_T")
     batch = batch.add(dict.fromkeys(names, torch.zeros(int(batch.lengths_B.sum()))))  # the loss reads none of them
+    minibatch = policy.local_part(batch)
     checkpoints = Checkpoints(run, world, policy)
 
     def update() -> None:
-        policy.forward_backward(batch, loss_fn)
+        policy.forward_backward(minibatch, loss_fn)
         policy.optim_step()
 
     found: dict[str, list[float]] = {name: [] for name in ("update", "stall", "complete", "update while writing")}

@@ -135,8 +135,9 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
         },
     )
     objective = GRPO()
-    scored = batch.add(policy.compute_logprobs(batch).as_old())
-    prepared = scored.add(prepare(scored, objective))
+    part = policy.local_part(batch)
+    scored = part.add(policy.compute_logprobs(part).as_old())
+    prepared = scored.add(prepare(scored, objective, total=policy.total))
 
     def step() -> None:
         policy.forward_backward(prepared, make_loss(objective))
@@ -145,7 +146,7 @@ def main(arguments: argparse.Namespace) -> dict[str, object]:
 
     results: dict[str, object] = {"parameters": sum(p.numel() for c in policy.chunks for p in c.parameters())}
     limit = json.loads(arguments.limit.read_text())["bf16 TFLOP/s"] if arguments.limit else None
-    work = {"score": (lambda: policy.compute_logprobs(batch), 1), "step": (step, 3)}
+    work = {"score": (lambda: policy.compute_logprobs(part), 1), "step": (step, 3)}
     for name, (operation, passes) in work.items():
         seconds = median_seconds(operation, world.device.type, arguments.repeats)
         tera = passes * size.flops(total, arguments.length) / seconds / 1e12

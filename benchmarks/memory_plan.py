@@ -173,7 +173,7 @@ def measure(run: Run, lengths: Sequence[int], rows: int) -> Measured:
         return Loss(value, Metrics({"loss": value.detach()}, {}))
 
     policy = Policy(run, start_world(120, deterministic=True), total_updates=1)
-    batch = full_batch(run, lengths, rows)
+    batch = policy.local_part(full_batch(run, lengths, rows))
     parameters = [parameter for module in policy.chunks for parameter in module.parameters()]
     buffers = [*chain.from_iterable(module.buffers + module.expert_parallel_buffers for module in policy.chunks)]
     gradients = [buffer.grad_data for buffer in buffers]

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.kl import k3
-from megatron_rl.algorithms.objectives.base import Tokens
+from megatron_rl.algorithms.objectives.base import Tokens, Total, only_part
+from megatron_rl.algorithms.percentiles import order_statistics
 from megatron_rl.algorithms.segments import segment_means
 from megatron_rl.config.section import Section
 from megatron_rl.data.types import Batch, Columns
@@ -79,24 +80,28 @@ def mismatch(batch: Batch) -> dict[str, float]:
     no rollout log-probs, no old log-probs, or no trained tokens.
     """
     tokens = Tokens.of(batch)
-    if "rollout_logprobs_T" not in batch or "old_logprobs_T" not in batch or not len(tokens):
+    if "rollout_logprobs_T" not in batch or "old_logprobs_T" not in batch:
         return {}
     log_R = tokens["old_logprobs_T"].double() - tokens["rollout_logprobs_T"].double()
     return {f"mismatch_{name}": value for name, value in log_ratio_statistics(log_R).items()}
 
 
-def log_ratio_statistics(log_R: Tensor) -> dict[str, float]:
-    """Return statistics of log ratios (old minus rollout log-prob, in nats) of one or more tokens.
+def log_ratio_statistics(log_R: Tensor, total: Total = only_part) -> dict[str, float]:
+    """Return statistics of log ratios (old minus rollout log-prob, in nats); empty without tokens.
 
     ``kl``: mean k3 estimate of KL(rollout || old) in nats per token; ``abs_mean``, ``abs_p50``, ``abs_p90``,
     ``abs_p99`` and ``abs_max``: mean, percentiles and maximum of the absolute log ratio in nats.
+
+    Args:
+        log_R: log ratios, float64: all, or one part of them.
+        total: adds a tensor over all parts; the statistics are those of all parts together.
     """
-    # Sort instead of torch.quantile, which is limited to 16 million values.
-    ordered_R = log_R.abs().sort().values
-    last = len(ordered_R) - 1
-    return {
-        "kl": float(k3(log_R).mean()),
-        "abs_mean": float(ordered_R.mean()),
-        **{f"abs_p{percent}": float(ordered_R[round(percent / 100 * last)]) for percent in (50, 90, 99)},
-        "abs_max": float(ordered_R[last]),
-    }
+    count = int(total(torch.tensor(len(log_R))))
+    if not count:
+        return {}
+    size_R = log_R.abs()
+    sums = total(torch.stack([k3(log_R).sum(), size_R.sum()]))
+    kl, mean = (sums / count).tolist()
+    names = {"abs_p50": 50, "abs_p90": 90, "abs_p99": 99, "abs_max": 100}
+    values = order_statistics(size_R, [round(percent / 100 * (count - 1)) for percent in names.values()], total)
+    return {"kl": kl, "abs_mean": mean, **dict(zip(names, values, strict=True))}

@@ -53,6 +53,6 @@ def _by_megatron(folder: Path, tokens_T: Tensor) -> Tensor:
     policy = Policy(Run.model_validate(settings), single_rank_world(), total_updates=1)
     mask_T = torch.arange(length) > 0
     batch = Batch(torch.tensor([length]), {"input_ids_T": tokens_T, "loss_mask_T": mask_T})
-    scored = policy.compute_logprobs(batch).logprobs_T[1:]
+    scored = policy.compute_logprobs(policy.local_part(batch)).logprobs_T[1:]
     destroy_mesh()
     return scored

@@ -19,6 +19,9 @@ INTEGER = (torch.int64,)
 BOOLEAN = (torch.bool,)
 ROUTES = (torch.uint8, torch.int16)
 
+ROUTE_COLUMNS = ("rollout_routes_T", "routes_T")
+"""Columns [T, L, K]. In a mini-batch on a rank, L are the layers with experts that the rank has."""
+
 EXTRA = "extra_"
 """Prefix of objective-specific columns: ``cost`` reads ``extra_NAME_T`` as ``LossInputs.extra["NAME"]``."""
 
@@ -62,7 +65,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "loss_mask_T",
             BOOLEAN,
             "rollout.collect",
-            ("data.types", "policy.rows", "observability.step_metrics"),
+            ("data.types", "policy.rows", "observability.token_record"),
             "True on trained tokens: those that the policy sampled",
         ),
         ColumnSpec(
@@ -77,14 +80,14 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "weight_versions_T",
             INTEGER,
             "rollout.collect",
-            ("observability.step_metrics", "observability.mismatch_causes"),
+            ("data.types", "observability.mismatch_causes", "observability.mismatch_report"),
             "version of the weights that sampled the token, -1 where it was not sampled",
         ),
         ColumnSpec(
             "rollout_routes_T",
             ROUTES,
             "rollout.routes",
-            ("policy.routing_replay", "observability.routing_statistics"),
+            ("policy.routing_replay",),
             "experts that the rollout engine chose",
             trailing=("L", "K"),
         ),
@@ -137,6 +140,42 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             ("algorithms.objectives.base", "observability.token_record"),
             "advantage of the response",
             "rollouts write it; policy_loss takes it as advantages",
+        ),
+        # Written by ``Batch.outline``, from the per-token columns.
+        ColumnSpec(
+            "trained_tokens_B",
+            INTEGER,
+            "data.types",
+            ("data.types",),
+            "number of trained tokens",
+        ),
+        ColumnSpec(
+            "oldest_versions_B",
+            INTEGER,
+            "data.types",
+            ("observability.step_metrics",),
+            "lowest weight version of the response's tokens; the largest int64 if none is known",
+        ),
+        ColumnSpec(
+            "newest_versions_B",
+            INTEGER,
+            "data.types",
+            ("observability.step_metrics",),
+            "highest weight version of the response's tokens; -1 if none is known",
+        ),
+        ColumnSpec(
+            "known_versions_B",
+            INTEGER,
+            "data.types",
+            ("observability.step_metrics",),
+            "number of tokens whose weight version is known",
+        ),
+        ColumnSpec(
+            "version_sums_B",
+            INTEGER,
+            "data.types",
+            ("observability.step_metrics",),
+            "sum of the known weight versions over the tokens",
         ),
         # Written by the policy's forward pass before the update.
         ColumnSpec(

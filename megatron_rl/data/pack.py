@@ -1,12 +1,13 @@
-"""Packing of sequences into rows of equal length, which are distributed over data-parallel ranks.
+"""Packing of sequences into rows of equal length, which are distributed over data-parallel replicas.
 
 Few long rows are efficient for small models, which are bound by the latency of collectives, and for large models, which
-are bound by matrix products. Rows depend only on sequence lengths, so the forward pass that computes log-probs and the
-training pass of a mini-batch use the same rows.
+are bound by matrix products. Rows depend only on sequence lengths, so every rank computes the same rows without
+communication, and the forward pass that computes log-probs and the training pass of a mini-batch use the same rows.
 
-Legend: T tokens of one row, padding included, N sequences of one row, B responses of the batch.
+Legend: T tokens of one row, padding included, N sequences of one row, B responses of the mini-batch.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_rl.data.types import Batch, token_positions
+from megatron_rl.data.types import token_positions
 from megatron_rl.errors import ConfigError
 
 
@@ -42,29 +43,25 @@ class Row:
     """A packed row: concatenated sequences, each padded, followed by padding.
 
     Attributes:
-        batch: the mini-batch that contains the sequences.
-        sequences: indices of the row's sequences in the batch.
+        sequences: indices of the row's sequences in the batch that holds their tokens.
+        starts_N: int64, position of each sequence's first token among all tokens of that batch.
+        lengths_N: int64, length of each sequence in tokens, without padding.
         padded_N: int64, padded length of each sequence in tokens.
         length: length of the row in tokens, the same for all rows of a mini-batch.
     """
 
-    batch: Batch
     sequences: tuple[int, ...]
+    starts_N: Tensor
+    lengths_N: Tensor
     padded_N: Tensor
     length: int
 
     @cached_property
-    def lengths_N(self) -> Tensor:
-        """Int64 [N]: length of each sequence in tokens, without padding."""
-        return self.batch.lengths_B[torch.tensor(self.sequences, dtype=torch.int64)]
-
-    @cached_property
     def token_ids_T(self) -> Tensor:
-        """Int64 [T]: batch index of the token at each position, -1 at padding."""
-        index_T = torch.full((self.length,), -1, dtype=torch.int64)
+        """Int64 [T]: batch index of each position's token, -1 at padding."""
         row_starts_N = self.padded_N.cumsum(0) - self.padded_N
-        batch_starts_N = self.batch.starts_B[torch.tensor(self.sequences, dtype=torch.int64)]
-        index_T[token_positions(row_starts_N, self.lengths_N)] = token_positions(batch_starts_N, self.lengths_N)
+        index_T = torch.full((self.length,), -1, dtype=torch.int64)
+        index_T[token_positions(row_starts_N, self.lengths_N)] = token_positions(self.starts_N, self.lengths_N)
         return index_T
 
     @cached_property
@@ -82,11 +79,44 @@ class Row:
         return starts_T
 
 
-def pack(batch: Batch, rules: RowRules) -> list[Row]:
-    """Pack a batch into rows of equal length: few rows, with balanced numbers of tokens.
+@dataclass(frozen=True)
+class Packing:
+    """The rows of a whole mini-batch; row r belongs to data-parallel replica r modulo the number of replicas.
+
+    Attributes:
+        lengths_B: int64, length of each sequence of the mini-batch in tokens.
+        padded_B: int64, padded lengths.
+        bins: indices of the sequences of each row, ascending within a row.
+        length: length of every row in tokens.
+    """
+
+    lengths_B: Tensor
+    padded_B: Tensor
+    bins: tuple[tuple[int, ...], ...]
+    length: int
+
+    def owned(self, replica: int, replicas: int) -> Tensor:
+        """Return the indices of the sequences in the replica's rows, ascending, int64."""
+        return torch.tensor(sorted({index for b in self.bins[replica::replicas] for index in b}), dtype=torch.int64)
+
+    def rows(self, replica: int, replicas: int) -> list[Row]:
+        """Return the replica's rows, whose indices are those of a batch of its ``owned`` sequences."""
+        owned_B = self.owned(replica, replicas)
+        lengths_B = self.lengths_B[owned_B]
+        starts_B = lengths_B.cumsum(0) - lengths_B
+        rows = []
+        for members in self.bins[replica::replicas]:
+            local_N = torch.searchsorted(owned_B, torch.tensor(members, dtype=torch.int64))
+            padded_N = self.padded_B[list(members)]
+            rows.append(Row(tuple(local_N.tolist()), starts_B[local_N], lengths_B[local_N], padded_N, self.length))
+        return rows
+
+
+def pack(lengths_B: Tensor, rules: RowRules) -> Packing:
+    """Pack sequences of these lengths into rows of equal length: few rows, with balanced numbers of tokens.
 
     Args:
-        batch: the mini-batch.
+        lengths_B: int64, length of each sequence in tokens.
         rules: maximum number of tokens per row, and multiples for padding.
 
     Returns:
@@ -95,50 +125,57 @@ def pack(batch: Batch, rules: RowRules) -> list[Row]:
     Raises:
         ConfigError: a sequence does not fit in a row.
     """
-    padded_B = _round_up(batch.lengths_B, rules.sequence_multiple)
-    longest = int(padded_B.max()) if len(batch) else 0
+    padded_B = _round_up(lengths_B, rules.sequence_multiple)
+    longest = int(padded_B.max()) if len(padded_B) else 0
     if longest > rules.tokens:
         raise ConfigError(
             f"a sequence of {longest} tokens (padded) does not fit in a row of {rules.tokens}; "
             f"set train.tokens_per_microbatch to at least {longest}, or shorten rollout.sampling.max_new_tokens"
         )
-    bins = (
-        [[index] for index in range(len(batch))] if rules.one_sequence_per_row else _even_bins(padded_B.tolist(), rules)
-    )
+    padded = padded_B.tolist()
+    bins = [[index] for index in range(len(padded))] if rules.one_sequence_per_row else _even_bins(padded, rules)
     while len(bins) % rules.count_multiple or not bins:
         bins.append([])
-    length = max(int(padded_B[b].sum()) for b in bins)
+    length = max(sum(padded[index] for index in b) for b in bins)
     length = int(_round_up(torch.tensor(max(length, 1)), rules.row_multiple))
-    return [Row(batch, tuple(b), padded_B[torch.tensor(b, dtype=torch.int64)], length) for b in bins]
+    return Packing(lengths_B, padded_B, tuple(map(tuple, bins)), length)
 
 
-def one_row(batch: Batch, rules: RowRules) -> list[Row]:
-    """Pack the whole batch into one row of any length and return ``rules.count_multiple`` references to it.
+def one_row(lengths_B: Tensor, rules: RowRules) -> Packing:
+    """Pack all sequences into one row of any length and repeat it ``rules.count_multiple`` times.
 
-    The row is repeated instead of adding empty rows, because some quantities (such as a load-balancing loss) are
-    undefined for an empty row.
+    Every replica owns all sequences. The row is repeated instead of adding empty rows, because some quantities (such as
+    a load-balancing loss) are undefined for an empty row.
     """
-    padded_N = _round_up(batch.lengths_B, rules.sequence_multiple)
-    length = int(_round_up(padded_N.sum().clamp(min=1), rules.row_multiple))
-    return [Row(batch, tuple(range(len(batch))), padded_N, length)] * rules.count_multiple
+    padded_B = _round_up(lengths_B, rules.sequence_multiple)
+    length = int(_round_up(padded_B.sum().clamp(min=1), rules.row_multiple))
+    return Packing(lengths_B, padded_B, (tuple(range(len(lengths_B))),) * rules.count_multiple, length)
 
 
 def _even_bins(lengths: Sequence[int], rules: RowRules) -> list[list[int]]:
-    """Assign sequences, longest first, to the row with the fewest tokens; add rows until all of them fit."""
-    multiple = rules.count_multiple
+    """Assign sequences, longest first, to the row with the fewest tokens; add rows until all of them fit.
+
+    Among rows with equally many tokens, the first is taken. An attempt ends at the first sequence that does not fit.
+    """
     count = -(-max(sum(lengths), 1) // rules.tokens)
-    count = -(-count // multiple) * multiple
+    count = -(-count // rules.count_multiple) * rules.count_multiple
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for index in order:
-            shortest = loads.index(min(loads))
-            bins[shortest].append(index)
-            loads[shortest] += lengths[index]
-        if max(loads) <= rules.tokens:
-            return [sorted(b) for b in bins]
-        count += multiple
+    while (bins := _fill(lengths, order, count, rules.tokens)) is None:
+        count += rules.count_multiple
+    return [sorted(b) for b in bins]
+
+
+def _fill(lengths: Sequence[int], order: Sequence[int], count: int, most: int) -> list[list[int]] | None:
+    """Return the sequences of ``count`` rows, or None if a row would have more than ``most`` tokens."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for index in order:
+        load, number = heap[0]
+        if load + lengths[index] > most:
+            return None
+        bins[number].append(index)
+        heapq.heapreplace(heap, (load + lengths[index], number))
+    return bins
 
 
 def _round_up(values: Tensor, multiple: int) -> Tensor:

@@ -6,7 +6,7 @@ Legend: T all tokens of the concatenated sequences, prompts included, R trained 
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -150,6 +150,8 @@ class Batch:
     @property
     def trainable_counts_B(self) -> Tensor:
         """Int64 [B]: the number of trained tokens of each response (N_i of the equations)."""
+        if "trained_tokens_B" in self:
+            return self["trained_tokens_B"]
         counts_B = torch.zeros(len(self), dtype=torch.int64)
         return counts_B.index_add_(0, self.response_ids_T, self["loss_mask_T"].long())
 
@@ -158,15 +160,34 @@ class Batch:
         """Int64 [R]: the positions in T of the trained tokens."""
         return self["loss_mask_T"].nonzero().squeeze(1)
 
-    def add(self, columns: Columns) -> "Batch":
+    def add(self, columns: Columns) -> Self:
         """Return a batch with ``columns`` added; columns with the same name are replaced."""
         return replace(self, columns={**self.columns, **columns})
+
+    def outline(self) -> "Batch":
+        """Return the per-response columns of the batch, with the counts that need its tokens.
+
+        Counts: ``trained_tokens_B``; with weight versions also ``oldest_versions_B``, ``newest_versions_B``,
+        ``known_versions_B`` and ``version_sums_B``. Its size is proportional to the responses, not to the tokens.
+        """
+        columns = {name: column for name, column in self.columns.items() if name.endswith("_B")}
+        if "loss_mask_T" in self:
+            columns["trained_tokens_B"] = self.trainable_counts_B
+        if "weight_versions_T" in self:
+            columns |= _version_columns(self["weight_versions_T"], self.response_ids_T, len(self))
+        return Batch(self.lengths_B, columns)
+
+    def token_positions(self, response_ids: Tensor) -> Tensor:
+        """Return the positions in T of the tokens of these responses, in this order, int64."""
+        return token_positions(self.starts_B[response_ids], self.lengths_B[response_ids])
 
     def select(self, response_ids: Sequence[int] | Tensor) -> "Batch":
         """Return a batch of the responses with these indices, in this order, with all columns."""
         chosen_B = torch.as_tensor(response_ids, dtype=torch.int64)
-        tokens = token_positions(self.starts_B[chosen_B], self.lengths_B[chosen_B])
-        columns = {n: c[tokens] if n.endswith("_T") else c[chosen_B] for n, c in self.columns.items()}
+        columns = {name: column[chosen_B] for name, column in self.columns.items() if name.endswith("_B")}
+        if len(columns) < len(self.columns):
+            tokens = self.token_positions(chosen_B)
+            columns |= {name: column[tokens] for name, column in self.columns.items() if name.endswith("_T")}
         return Batch(self.lengths_B[chosen_B], columns)
 
     @staticmethod
@@ -180,6 +201,26 @@ class Batch:
         """Shuffle the responses and split them into ``parts`` mini-batches whose sizes differ by at most one."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(fold_seed(seed)))
         return [self.select(order[part::parts]) for part in range(parts)]
+
+
+def _version_columns(versions_T: Tensor, response_ids_T: Tensor, responses: int) -> Columns:
+    """Return statistics per response of the weight versions of its tokens, without tokens of unknown version (-1)."""
+    known_T = versions_T >= 0
+    versions, owners = versions_T[known_T], response_ids_T[known_T]
+    highest = torch.iinfo(torch.int64).max
+    return {
+        "oldest_versions_B": torch.full((responses,), highest).scatter_reduce(0, owners, versions, "amin"),
+        "newest_versions_B": torch.full((responses,), -1).scatter_reduce(0, owners, versions, "amax"),
+        "known_versions_B": torch.bincount(owners, minlength=responses),
+        "version_sums_B": torch.zeros(responses, dtype=torch.int64).index_add_(0, owners, versions),
+    }
+
+
+def values_at(column_T: Tensor, ids_N: Tensor) -> Tensor:
+    """Return a per-token column at token indices, [N, ...]; entries with index -1 are arbitrary, also of no tokens."""
+    if not len(column_T):
+        column_T = column_T.new_zeros(1, *column_T.shape[1:])
+    return column_T[ids_N.clamp(min=0)]
 
 
 def token_positions(starts_B: Tensor, lengths_B: Tensor) -> Tensor:
@@ -213,7 +254,8 @@ class Metrics:
         sums: scalars that are reduced by summation, by name.
         maxima: scalars that are reduced by maximum, by name.
         tokens: per-token columns by name. Before the reduction they have one entry per trained token of the
-            micro-batch on this rank, as in ``LossInputs``; afterwards one per token of the mini-batch, 0 if untrained.
+            micro-batch on this rank, as in ``LossInputs``; afterwards one per token of the mini-batch that this replica
+            owns, 0 if untrained.
     """
 
     sums: Columns = field(default_factory=dict)

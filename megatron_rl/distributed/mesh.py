@@ -3,12 +3,14 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.distributed import cpu
-from megatron_rl.distributed.collectives import RankGroup, group_rank, group_size
+from megatron_rl.distributed.collectives import RankGroup, gather_over, group_rank, group_size
+from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.errors import ConfigError
 
 
@@ -47,6 +49,10 @@ class Mesh:
         expert_data: ranks with the same shard of the same experts.
         experts: ranks that together hold each expert of a layer once; ranks of one ``expert_tensor`` group are
             consecutive.
+        stage: the ranks of this replica and pipeline stage: its tensor-parallel and context-parallel ranks.
+        replica: the ranks of this data-parallel replica, for tensors in host memory (gloo).
+        replica_stage: the ranks of ``stage``, for tensors in host memory (gloo).
+        peers: one rank of each replica, at this rank's place within it, for tensors in host memory (gloo).
     """
 
     world: World
@@ -58,6 +64,20 @@ class Mesh:
     expert: RankGroup
     expert_data: RankGroup
     experts: RankGroup
+    stage: RankGroup
+    replica: RankGroup
+    replica_stage: RankGroup
+    peers: RankGroup
+
+    @property
+    def replicas(self) -> Replicas:
+        """The data-parallel replicas, among the ranks at this rank's place in its replica."""
+        return Replicas(self.peers)
+
+    @property
+    def leads_replica(self) -> bool:
+        """True on the first rank of each replica, which receives its token columns and records its metrics."""
+        return group_rank(self.replica) == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -68,6 +88,18 @@ class Mesh:
     def reports_tokens(self) -> bool:
         """True on exactly one rank per token: tensor-parallel rank 0 of the last pipeline stage."""
         return self.is_last_stage and group_rank(self.tensor) == 0
+
+
+def host_group(world: World, label: int) -> RankGroup:
+    """Return a gloo group of the ranks with the same label, for tensors in host memory. Collective over all ranks."""
+    labels = gather_over(dist.group.WORLD, torch.tensor([label], device=world.device)).flatten().tolist()
+    mine: RankGroup = None
+    for each in sorted(set(labels)):
+        ranks = [rank for rank, value in enumerate(labels) if value == each]
+        group = cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo"))
+        if each == label:
+            mine = group
+    return mine
 
 
 def rank_from_environment() -> tuple[int, int, int] | None:

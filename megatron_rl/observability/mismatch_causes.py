@@ -1,6 +1,7 @@
 """Why the rollout engine's log-probs differ from the trainer's: size and cause of the gap.
 
-Pure functions on a batch with log-probs of both. Legend: T tokens of the batch, R trained tokens.
+Pure functions on the log-probs of both at this replica's tokens; counts are summed over replicas. Legend: R trained
+tokens of this replica.
 
     not finite       the engine returned NaN or inf
     stale weights    some tokens were sampled by other weights than those that scored them, and the other tokens agree
@@ -12,15 +13,20 @@ Pure functions on a batch with log-probs of both. Legend: T tokens of the batch,
     unexplained      none of these: the engine may have other weights or another model than it reports
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.correction import log_ratio_statistics
 from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.data.minibatch import Minibatch, joined
 from megatron_rl.data.types import Batch
+from megatron_rl.distributed.replicas import Replicas
 
 ROUNDING: Mapping[str, float] = {
     # megatron-core's router computes its softmax in float32 for every model type.
@@ -93,6 +99,39 @@ class Diagnosis:
     causes: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class LogprobGaps:
+    """Differences of the log-probs at the trained tokens of this replica's responses.
+
+    Attributes:
+        log_R: trainer minus engine log-prob, nats, float64.
+        finite_R: whether the engine's log-prob is finite.
+        versions_R: weight version that sampled the token, -1 if unknown.
+        replicas: the replicas that hold the other tokens.
+    """
+
+    log_R: Tensor
+    finite_R: Tensor
+    versions_R: Tensor
+    replicas: Replicas
+
+    @classmethod
+    def of(cls, minibatches: Sequence[Minibatch], replicas: Replicas) -> "LogprobGaps":
+        """Return the differences of mini-batches that have ``old_logprobs_T``."""
+        rollout_R = joined(minibatches, "rollout_logprobs_T")
+        log_R = joined(minibatches, "old_logprobs_T").double() - rollout_R.double()
+        return cls(log_R, rollout_R.isfinite(), joined(minibatches, "weight_versions_T"), replicas)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, float]:
+        """``log_ratio_statistics`` of the tokens of all replicas; empty without tokens. The first use is collective."""
+        return log_ratio_statistics(self.log_R, self.replicas.sum)
+
+    def fresh_R(self, version: int) -> Tensor:
+        """Return where a token was sampled by these weights, or by weights of unknown version, bool."""
+        return (self.versions_R == version) | (self.versions_R < 0)
+
+
 def log_gap(batch: Batch) -> Tensor:
     """Return trainer minus engine log-prob of the trained tokens, [R], float64."""
     trained_R = batch.trained_R
@@ -100,29 +139,28 @@ def log_gap(batch: Batch) -> Tensor:
 
 
 def diagnose(
-    batch: Batch, version: int, settings: MismatchSettings, routing: RoutingDifferences | None = None
+    gaps: LogprobGaps, version: int, settings: MismatchSettings, routing: RoutingDifferences | None = None
 ) -> Diagnosis | None:
-    """Return the cause of the gap; None if no token is trained.
+    """Return the cause of the gap, the same on every replica; None if no token is trained. Collective.
 
     Args:
-        batch: has ``old_logprobs_T``, ``rollout_logprobs_T`` and ``weight_versions_T``.
-        version: version of the weights that computed ``old_logprobs_T``.
+        gaps: the differences at this replica's tokens.
+        version: version of the weights that computed the trainer's log-probs.
         settings: types and sampling parameters.
         routing: differences of the chosen experts; None if they are unknown.
     """
-    log_R = log_gap(batch)
-    if not len(log_R):
+    whole = gaps.statistics
+    if not whole:
         return None
-    finite_R = batch["rollout_logprobs_T"][batch.trained_R].isfinite()
-    versions_R = batch["weight_versions_T"][batch.trained_R]
-    fresh_R = (versions_R == version) | (versions_R < 0)
-    whole = log_ratio_statistics(log_R)
-    fresh = log_ratio_statistics(log_R[fresh_R]) if bool(fresh_R.any()) else None
-    higher = float((log_R[fresh_R] < 0).double().mean()) if fresh else 0.0
+    fresh_R = gaps.fresh_R(version)
+    fresh_log_R = gaps.log_R[fresh_R]
+    fresh = log_ratio_statistics(fresh_log_R, gaps.replicas.sum) or None
+    counted = torch.stack([(fresh_log_R < 0).sum(), fresh_R.sum(), (~gaps.finite_R).sum()])
+    higher, fresh_count, not_finite = gaps.replicas.sum(counted).tolist()
     causes = {
-        "not_finite": {"tokens": int((~finite_R).sum())},
-        "stale_weights": _stale(versions_R, fresh_R, version, fresh),
-        "sampling": {"settings": settings.truncations, "engine_higher": higher},
+        "not_finite": {"tokens": not_finite},
+        "stale_weights": _stale(gaps, fresh_R, version, fresh),
+        "sampling": {"settings": settings.truncations, "engine_higher": higher / max(fresh_count, 1)},
         "routing": None if routing is None else {"tokens": routing.tokens, "layers": routing.layers},
         "numerics": {
             "engine": settings.engine_dtype,
@@ -135,10 +173,14 @@ def diagnose(
     return Diagnosis(cause, _verdict(cause, whole, causes, settings), whole, causes)
 
 
-def _stale(versions_R: Tensor, fresh_R: Tensor, version: int, fresh: Mapping[str, float] | None) -> dict[str, object]:
-    stale_R = versions_R[~fresh_R]
-    found = {str(int(v)): int((stale_R == v).sum()) for v in torch.unique(stale_R)}
-    return {"tokens": len(stale_R), "versions": found, "scored_by": version, "gap_of_the_others": fresh}
+def _stale(gaps: LogprobGaps, fresh_R: Tensor, version: int, fresh: Mapping[str, float] | None) -> dict[str, object]:
+    versions, counts = torch.unique(gaps.versions_R[~fresh_R], return_counts=True)
+    found: Counter[int] = Counter()
+    for part in cast(list[list[list[int]]], gaps.replicas.gather(torch.stack([versions, counts], 1).tolist())):
+        for stale, count in part:
+            found[stale] += count
+    by_version = {str(stale): found[stale] for stale in sorted(found)}
+    return {"tokens": found.total(), "versions": by_version, "scored_by": version, "gap_of_the_others": fresh}
 
 
 def _describe_stale(stale: object) -> str:

@@ -1,24 +1,33 @@
 """``mismatch.json``: why the log-probs of engine and trainer differ, and the worst tokens and samples of a step.
 
-Legend: R trained tokens, B responses.
+Every replica lists its own worst tokens and samples; the main rank merges the lists. Legend: R trained tokens,
+B responses.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from megatron_rl.config.schema import Run
+from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.types import Batch, Group, Response
 from megatron_rl.observability.file_names import MISMATCH
-from megatron_rl.observability.mismatch_causes import Diagnosis, MismatchSettings, diagnose, log_gap
-from megatron_rl.observability.routing_statistics import routing
+from megatron_rl.observability.mismatch_causes import (
+    LogprobGaps,
+    MismatchSettings,
+    diagnose,
+    log_gap,
+)
+from megatron_rl.observability.routing_statistics import RoutingCounts
 from megatron_rl.util.atomic import replace_text
+
+Json = Mapping[str, object]
 
 WORST = 20
 """How many tokens and how many samples are listed."""
@@ -51,89 +60,135 @@ class ReportedSample:
 
 
 class MismatchReport:
-    """Compares the log-probs of engine and trainer at every step. Only the main rank has one."""
+    """Compares the log-probs of engine and trainer at every step. The first rank of each replica has one."""
 
     def __init__(self, run: Run, tokenizer: TextTokenizer) -> None:
         self.settings, self.tokenizer = MismatchSettings.of(run), tokenizer
         self.file = Path(run.log.path) / MISMATCH
         self._cause: str | None = None
 
-    def compare(self, step: int, groups: Sequence[Group], batch: Batch) -> str | None:
-        """Write ``mismatch.json``; return the verdict if its cause differs from that of the previous step."""
-        found = diagnose(batch, step, self.settings, routing(batch))
+    def compare(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        minibatches: Sequence[Minibatch],
+        gaps: LogprobGaps,
+        routing: RoutingCounts | None,
+    ) -> str | None:
+        """Write ``mismatch.json`` on the main rank; return the verdict if its cause differs from that of the last step.
+
+        Args:
+            step: the step, whose number is the version of the weights that computed the trainer's log-probs.
+            groups: all groups of the step on the main rank, empty on the others.
+            minibatches: this replica's parts of the step's mini-batches.
+            gaps: the differences of the log-probs.
+            routing: differences of the chosen experts; None if they are unknown.
+        """
+        found = diagnose(gaps, step, self.settings, None if routing is None else routing.differences)
         if found is None:
             return None
+        listed = gaps.replicas.gather([worst_tokens(minibatches), worst_samples(minibatches)])
+        if not groups:
+            return None
+        tokens, sequences = (_merged(lists) for lists in zip(*cast(list[list[list[Json]]], listed), strict=True))
         samples = [ReportedSample(response, group.prompt.id) for group in groups for response in group.responses]
-        replace_text(self.file, json.dumps(_clean(self.record(step, found, samples, batch)), indent=2) + "\n")
-        changed, self._cause = found.cause != self._cause, found.cause
-        return found.verdict if changed else None
-
-    def record(self, step: int, found: Diagnosis, samples: Sequence[ReportedSample], batch: Batch) -> dict[str, object]:
-        """Return the contents of ``mismatch.json``."""
-        responses = [sample.response for sample in samples]
-        return {
+        record = {
             "step": step,
             "cause": found.cause,
             "verdict": found.verdict,
             "gap": found.gap,
-            "causes": {**found.causes, "tokenisation": retokenize(_first(responses), self.tokenizer)},
-            "worst_tokens": worst_tokens(batch, samples, self.tokenizer),
-            "worst_samples": worst_samples(batch, samples),
+            "causes": {**found.causes, "tokenisation": retokenize(_first(samples), self.tokenizer)},
+            "worst_tokens": [described_token(token, samples, self.tokenizer) for token in tokens],
+            "worst_samples": [described_sample(sequence, samples) for sequence in sequences],
         }
+        replace_text(self.file, json.dumps(_clean(record), indent=2) + "\n")
+        changed, self._cause = found.cause != self._cause, found.cause
+        return found.verdict if changed else None
 
 
-def worst_tokens(batch: Batch, samples: Sequence[ReportedSample], tokenizer: TextTokenizer) -> list[dict[str, object]]:
-    """Return the tokens with the largest gaps, worst first; ``position`` counts output tokens from 0."""
-    trained_R = batch.trained_R
-    order = torch.argsort(_size(batch), descending=True, stable=True)[:WORST]
-    ends_B = batch.starts_B + batch.lengths_B
-    listed: list[dict[str, object]] = []
-    for token in trained_R[order].tolist():
-        owner = int(batch.response_ids_T[token])
-        sample = samples[int(batch["sample_index_B"][owner])]
-        ids = sample.response.output_ids
-        position = len(ids) - (int(ends_B[owner]) - token)
-        listed.append(
-            {
-                "sample": sample.response.id,
-                "prompt_id": sample.prompt_id,
-                "position": position,
-                "token_id": ids[position],
-                "text": tokenizer.decode([ids[position]]),
-                "before": tokenizer.decode(list(ids[max(0, position - CONTEXT) : position])),
-                "rollout_logprob": float(batch["rollout_logprobs_T"][token]),
-                "trainer_logprob": float(batch["old_logprobs_T"][token]),
-                "weight_version": int(batch["weight_versions_T"][token]),
-            }
-        )
-    return listed
+def worst_tokens(minibatches: Sequence[Minibatch]) -> list[Json]:
+    """Return this replica's tokens with the largest gaps, worst first; ``from_end`` counts from the response's end."""
+    listed: list[Json] = []
+    for batch in minibatches:
+        size_R, ends_B = gap_sizes(batch), batch.starts_B + batch.lengths_B
+        order_R = largest(size_R, WORST)
+        for token, size in zip(batch.trained_R[order_R].tolist(), size_R[order_R].tolist(), strict=True):
+            owner = int(torch.searchsorted(ends_B, token, right=True))
+            listed.append(
+                {
+                    "size": size,
+                    "sample_index": int(batch["sample_index_B"][owner]),
+                    "from_end": int(ends_B[owner]) - token,
+                    "rollout_logprob": float(batch["rollout_logprobs_T"][token]),
+                    "trainer_logprob": float(batch["old_logprobs_T"][token]),
+                    "weight_version": int(batch["weight_versions_T"][token]),
+                }
+            )
+    return _merged([listed])
 
 
-def worst_samples(batch: Batch, samples: Sequence[ReportedSample]) -> list[dict[str, object]]:
-    """Return the responses with the largest mean gap, worst first."""
-    owners_R = batch.response_ids_T[batch.trained_R]
-    size_R, zeros_B = _size(batch), torch.zeros(len(batch), dtype=torch.float64)
-    means_B = zeros_B.index_add(0, owners_R, size_R) / batch.trainable_counts_B.clamp(min=1)
-    largest_B = zeros_B.scatter_reduce(0, owners_R, size_R, "amax")
-    listed: list[dict[str, object]] = []
-    for owner in torch.argsort(means_B, descending=True, stable=True)[:WORST].tolist():
-        sample = samples[int(batch["sample_index_B"][owner])]
-        listed.append(
-            {
-                "sample": sample.response.id,
-                "prompt_id": sample.prompt_id,
-                "mean": float(means_B[owner]),
-                "max": float(largest_B[owner]),
-                "tokens": len(sample.response.output_ids),
-                "text": sample.response.text,
-            }
-        )
-    return listed
+def worst_samples(minibatches: Sequence[Minibatch]) -> list[Json]:
+    """Return this replica's responses with the largest mean gap, worst first."""
+    listed: list[Json] = []
+    for batch in minibatches:
+        owners_R, size_R = batch.response_ids_T[batch.trained_R], gap_sizes(batch)
+        zeros_B = torch.zeros(len(batch), dtype=torch.float64)
+        means_B = zeros_B.index_add(0, owners_R, size_R) / batch.trainable_counts_B.clamp(min=1)
+        largest_B = zeros_B.scatter_reduce(0, owners_R, size_R, "amax")
+        for owner in largest(means_B, WORST).tolist():
+            mean, most, sample = float(means_B[owner]), float(largest_B[owner]), int(batch["sample_index_B"][owner])
+            listed.append({"size": mean, "sample_index": sample, "max": most})
+    return _merged([listed])
 
 
-def _size(batch: Batch) -> torch.Tensor:
+def gap_sizes(batch: Batch) -> torch.Tensor:
     """Return the absolute gap of each trained token; NaN counts as infinite."""
     return log_gap(batch).abs().nan_to_num(nan=torch.inf)
+
+
+def largest(values_N: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices of the largest values, largest first and equal ones in order, without sorting all of them."""
+    if len(values_N) > count:
+        bound = torch.topk(values_N, count).values[-1]
+        above, equal = (values_N > bound).nonzero().flatten(), (values_N == bound).nonzero().flatten()
+        chosen = torch.cat([above, equal[: count - len(above)]]).sort().values
+    else:
+        chosen = torch.arange(len(values_N))
+    return chosen[torch.argsort(values_N[chosen], descending=True, stable=True)]
+
+
+def _merged(lists: Sequence[list[Json]]) -> list[Json]:
+    """Return the entries of several lists with the largest sizes, largest first and equal ones in order."""
+    return sorted(chain.from_iterable(lists), key=lambda entry: -cast(float, entry["size"]))[:WORST]
+
+
+def described_token(token: Json, samples: Sequence[ReportedSample], tokenizer: TextTokenizer) -> dict[str, object]:
+    """Return an entry of ``worst_tokens`` with its text; ``position`` counts output tokens from 0."""
+    sample = samples[cast(int, token["sample_index"])]
+    ids = sample.response.output_ids
+    position = len(ids) - cast(int, token["from_end"])
+    return {
+        "sample": sample.response.id,
+        "prompt_id": sample.prompt_id,
+        "position": position,
+        "token_id": ids[position],
+        "text": tokenizer.decode([ids[position]]),
+        "before": tokenizer.decode(list(ids[max(0, position - CONTEXT) : position])),
+        **{name: token[name] for name in ("rollout_logprob", "trainer_logprob", "weight_version")},
+    }
+
+
+def described_sample(sequence: Json, samples: Sequence[ReportedSample]) -> dict[str, object]:
+    """Return an entry of ``worst_samples`` with its text."""
+    sample = samples[cast(int, sequence["sample_index"])]
+    return {
+        "sample": sample.response.id,
+        "prompt_id": sample.prompt_id,
+        "mean": sequence["size"],
+        "max": sequence["max"],
+        "tokens": len(sample.response.output_ids),
+        "text": sample.response.text,
+    }
 
 
 def retokenize(responses: Sequence[Response], tokenizer: TextTokenizer) -> dict[str, object]:
@@ -149,8 +204,9 @@ def retokenize(responses: Sequence[Response], tokenizer: TextTokenizer) -> dict[
     return {"responses": len(responses), "other_ids": len(other), "samples": other[:WORST]}
 
 
-def _first(responses: Sequence[Response]) -> list[Response]:
+def _first(samples: Sequence[ReportedSample]) -> list[Response]:
     """Return the first responses within the limits of retokenization."""
+    responses = [sample.response for sample in samples]
     ends = accumulate(len(response.output_ids) for response in responses[:MAX_RETOKENIZED])
     return [response for response, end in zip(responses, ends, strict=False) if end <= MAX_RETOKENIZED_TOKENS]
 

@@ -9,15 +9,19 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.step import StepReport, StepSamples
 from megatron_rl.data.types import Batch, Metrics
+from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.observability.console import ConsoleHandler, ConsoleTable
 from megatron_rl.observability.file_names import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, TOKENS
 from megatron_rl.observability.metric_keys import METRIC_KEYS
+from megatron_rl.observability.mismatch_causes import LogprobGaps
 from megatron_rl.observability.mismatch_report import MismatchReport
+from megatron_rl.observability.routing_statistics import routing_counts
 from megatron_rl.observability.run_folder import keep_steps_before
 from megatron_rl.observability.sinks import ReadGauges, Sink, flat
-from megatron_rl.observability.step_metrics import StepMetrics
+from megatron_rl.observability.step_metrics import StepMetrics, entropy_parts
 from megatron_rl.observability.token_record import TokenRecord
 from megatron_rl.util.logs import logging_to
 
@@ -27,14 +31,18 @@ Metric = float | int | None
 
 
 class RunRecorder:
-    """Records a run. Without a folder, as on all ranks but the main one, it only measures the time of phases.
+    """Records a run. Every rank has one: the first rank of each replica computes records of its own responses, the main
+    rank merges and writes them, and the others only measure the time of phases.
 
     While it is open it shows the log messages of the package on the console and writes them to ``console.log``.
 
     Args:
-        folder: the run folder; lines of ``step`` and later steps, left by an earlier run, are removed from its files.
+        folder: the run folder, on the main rank; lines of ``step`` and later steps, left by an earlier run, are removed
+            from its files.
         total_steps: number of steps of the run.
         step: the first step.
+        replicas: the data-parallel replicas, on the first rank of each; None on the other ranks.
+        route_layers: number of the model's layers with experts.
         mismatch: writes ``mismatch.json``.
         tokens: makes the lines of ``tokens.jsonl``.
         sinks: trackers that receive the metrics.
@@ -48,6 +56,8 @@ class RunRecorder:
         total_steps: int,
         step: int = 0,
         *,
+        replicas: Replicas | None = None,
+        route_layers: int = 1,
         mismatch: MismatchReport | None = None,
         tokens: TokenRecord | None = None,
         sinks: Sequence[Sink] = (),
@@ -55,6 +65,7 @@ class RunRecorder:
         terminal: bool | None = None,
     ) -> None:
         self.folder, self._sinks, self._traces, self._step = folder, sinks, traces, step
+        self._replicas, self._route_layers = replicas, route_layers
         self._mismatch, self._tokens = mismatch, tokens
         self._metrics, self._samples = StepMetrics(), StepSamples()
         self._seconds: dict[str, float] = {}
@@ -104,28 +115,31 @@ class RunRecorder:
         """Record an accuracy and its number of prompts."""
         self._metrics.evaluation(result)
 
-    def rollout(self, step: int, batch: Batch, samples: StepSamples) -> None:
-        """Record the batch of a step and its samples."""
+    def rollout(self, step: int, outline: Batch, samples: StepSamples) -> None:
+        """Record the outline of a step and its samples."""
         if self.folder is None:
             return
         self._samples = samples
         self._write_lines(ROLLOUTS, samples.lines)
         self._write_lines(LEDGER, samples.ledger)
-        self._metrics.rollout(step, batch, samples.counts)
+        self._metrics.rollout(step, outline, samples.counts)
 
-    def logprobs(self, step: int, minibatches: Sequence[Batch]) -> None:
+    def logprobs(self, step: int, minibatches: Sequence[Minibatch]) -> None:
         """Record the log-probs and entropies of the old policy, and how far the rollout engine's differ."""
-        if self.folder is None:
+        if self._replicas is None:
             return
-        batch = Batch.join(minibatches)
-        self._metrics.logprobs(batch)
-        verdict = self._mismatch.compare(step, self._samples.groups, batch) if self._mismatch else None
+        gaps = LogprobGaps.of(minibatches, self._replicas)
+        routing = routing_counts(minibatches, self._replicas, self._route_layers)
+        self._metrics.logprobs(entropy_parts(minibatches, self._replicas), gaps.statistics, routing)
+        if self._mismatch is None:
+            return
+        verdict = self._mismatch.compare(step, self._samples.groups, minibatches, gaps, routing)
         if verdict is not None:
             log.info(verdict)
 
-    def update(self, minibatch: Batch, metrics: Metrics, report: StepReport) -> None:
+    def update(self, minibatch: Minibatch, metrics: Metrics, report: StepReport) -> None:
         """Record an optimizer step: its mini-batch, the metrics of its loss, and its report."""
-        if self.folder is None:
+        if self._replicas is None:
             return
         self._metrics.update(metrics, report)
         if self._tokens and metrics.tokens:
@@ -138,8 +152,12 @@ class RunRecorder:
 
     def finish_step(self, step: int) -> None:
         """Write the tokens and metrics of a step, and start to time the next one."""
-        if self._tokens and self._tokens.updates:
-            self._write_lines(TOKENS, [self._tokens.take(step, self._samples.groups)])
+        if (
+            self._tokens
+            and self._tokens.updates
+            and (line := self._tokens.take(step, self._samples.groups)) is not None
+        ):
+            self._write_lines(TOKENS, [line])
         metrics, self._metrics = self._metrics.summary(), StepMetrics()
         self.write(step, metrics)
 

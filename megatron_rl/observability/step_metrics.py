@@ -1,19 +1,21 @@
-"""The metrics of one step, computed from its batch, its log-probs, and the sums of each update.
+"""The metrics of one step, computed from its outline, from sums over its tokens, and the sums of each update.
 
-Legend: T tokens, B responses.
+Legend: B responses.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import zero_variance
-from megatron_rl.algorithms.correction import mismatch
 from megatron_rl.algorithms.loss import summary
+from megatron_rl.data.minibatch import Minibatch, joined
 from megatron_rl.data.step import StepReport
 from megatron_rl.data.types import Batch, Metrics
-from megatron_rl.observability.routing_statistics import missing_routes, routing
+from megatron_rl.distributed.replicas import Replicas
+from megatron_rl.observability.routing_statistics import RoutingCounts
 
 TOKEN_MEANS = (
     "ratio_mean",
@@ -25,6 +27,26 @@ TOKEN_MEANS = (
     "correction_mean",
 )
 """Metrics of an update that are means over trained tokens; the last two are not always computed."""
+
+
+@dataclass(frozen=True)
+class MeanParts:
+    """Sum and number of values over all replicas, of which ``mean`` is computed last."""
+
+    sum: float
+    count: int
+
+    @property
+    def mean(self) -> float | None:
+        """The mean; None without values."""
+        return self.sum / self.count if self.count else None
+
+
+def entropy_parts(minibatches: Sequence[Minibatch], replicas: Replicas) -> MeanParts:
+    """Return sum and number of the old policy's entropies at the trained tokens of all replicas, nats. Collective."""
+    entropies_R = joined(minibatches, "old_entropies_T").double()
+    total, count = replicas.sum(torch.stack([entropies_R.sum(), torch.tensor(len(entropies_R)).double()])).tolist()
+    return MeanParts(total, int(count))
 
 
 class StepMetrics:
@@ -40,7 +62,7 @@ class StepMetrics:
             self._values |= {"accuracy": result[0], "evaluated_prompts": result[1]}
 
     def rollout(self, step: int, batch: Batch, counts: Mapping[str, float | int]) -> None:
-        """Add the sampled batch, and counts that cannot be computed from it."""
+        """Add the outline of the sampled batch, and counts that cannot be computed from it."""
         verified_B = batch["verified_B"]
         rewards = batch["rewards_B"][verified_B]
         self._values = {
@@ -57,20 +79,25 @@ class StepMetrics:
             **counts,
         }
 
-    def logprobs(self, batch: Batch) -> None:
-        """Add the entropy of the old policy, and its differences from the rollout engine."""
-        difference = mismatch(batch)
+    def logprobs(self, entropies: MeanParts, gap: Mapping[str, float], routing: RoutingCounts | None) -> None:
+        """Add the entropy of the old policy, and its differences from the rollout engine.
+
+        Args:
+            entropies: entropy of the old policy at all trained tokens, nats.
+            gap: ``log_ratio_statistics`` of all trained tokens.
+            routing: differences of the chosen experts; None if routes were not compared.
+        """
         self._values |= {
-            "entropy_mean": _mean(batch["old_entropies_T"][batch["loss_mask_T"]]),
-            "mismatch_kl": difference.get("mismatch_kl"),
-            "mismatch_p50": difference.get("mismatch_abs_p50"),
-            "mismatch_p90": difference.get("mismatch_abs_p90"),
-            "mismatch_p99": difference.get("mismatch_abs_p99"),
-            "mismatch_max": difference.get("mismatch_abs_max"),
+            "entropy_mean": entropies.mean,
+            "mismatch_kl": gap.get("kl"),
+            "mismatch_p50": gap.get("abs_p50"),
+            "mismatch_p90": gap.get("abs_p90"),
+            "mismatch_p99": gap.get("abs_p99"),
+            "mismatch_max": gap.get("abs_max"),
         }
-        if (found := routing(batch)) is not None:
+        if routing is not None and (found := routing.differences) is not None:
             self._values |= {"routing_differs_tokens": found.tokens, "routing_differs_layers": found.layers}
-            self._values["routing_missing_tokens"] = missing_routes(batch)
+            self._values["routing_missing_tokens"] = routing.missing
 
     def update(self, metrics: Metrics, report: StepReport) -> None:
         """Add one optimizer step."""
@@ -100,18 +127,15 @@ class StepMetrics:
         }
 
 
-def _lags(step: int, batch: Batch) -> dict[str, float | int | None]:
+def _lags(step: int, outline: Batch) -> dict[str, float | int | None]:
     """Return how many versions the tokens are behind their step, without tokens of unknown version."""
-    known_T = batch["weight_versions_T"] >= 0
-    versions = batch["weight_versions_T"][known_T]
-    lowest_B = torch.full((len(batch),), torch.iinfo(torch.int64).max).scatter_reduce(
-        0, batch.response_ids_T[known_T], versions, "amin"
-    )
-    highest_B = torch.full((len(batch),), -1).scatter_reduce(0, batch.response_ids_T[known_T], versions, "amax")
+    known_B = outline["known_versions_B"]
+    known, versions = int(known_B.sum()), int(outline["version_sums_B"].sum())
+    oldest = outline["oldest_versions_B"][known_B > 0]
     return {
-        "lag_mean": _mean(step - versions),
-        "lag_max": int((step - versions).max()) if len(versions) else None,
-        "mixed_versions_fraction": _mean(lowest_B < highest_B),
+        "lag_mean": (step * known - versions) / known if known else None,
+        "lag_max": step - int(oldest.min()) if known else None,
+        "mixed_versions_fraction": _mean(outline["oldest_versions_B"] < outline["newest_versions_B"]),
     }
 
 

@@ -1,18 +1,21 @@
 """``tokens.jsonl``: counts of clipped segments by length and entropy, and some responses token by token.
 
-Pure functions on mini-batches after their update, whose columns cover all tokens, so the layout does not matter.
-Legend: T tokens of the mini-batch, R trained tokens, G segments, N tokens of one response.
+Pure functions on this replica's part of a mini-batch after its update, whose columns cover all tokens of its responses,
+so the layout within the replica does not matter. Legend: T tokens of this replica's part, R trained tokens, G segments,
+N tokens of one response.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.types import Batch, Group, dense_ids
+from megatron_rl.distributed.replicas import Replicas
 
 TOKENS_PER_STEP = 4096
 """Largest total of tokens written per step; longer responses are cut, but their segments are counted whole."""
@@ -74,59 +77,73 @@ class SegmentTable:
 
 
 class TokenRecord:
-    """Collects the mini-batches of a step after their updates. Only the main rank has one."""
+    """Collects the mini-batches of a step after their updates. The first rank of each replica has one."""
 
-    def __init__(self, count: int, decoder: TokenDecoder, clipped_word: str = "clipped") -> None:
-        self._count, self._decoder = count, decoder
+    def __init__(
+        self, count: int, decoder: TokenDecoder, clipped_word: str = "clipped", replicas: Replicas | None = None
+    ) -> None:
+        self._count, self._decoder, self._replicas = count, decoder, replicas or Replicas()
         self._words = {} if clipped_word == "clipped" else {"clipped_word": clipped_word}
-        self._trained: list[tuple[Batch, SegmentTable]] = []
+        self._trained: list[tuple[Minibatch, SegmentTable]] = []
 
     @property
     def updates(self) -> int:
         """Number of updates of the step so far."""
         return len(self._trained)
 
-    def add(self, trained: Batch) -> None:
-        """Add a mini-batch with its columns before and after the update."""
+    def add(self, trained: Minibatch) -> None:
+        """Add this replica's part of a mini-batch, with its columns before and after the update."""
         self._trained.append((trained, SegmentTable.of(trained)))
 
-    def take(self, step: int, groups: Sequence[Group]) -> dict[str, object]:
-        """Return the line of a step: clip counts of all updates, responses of the last one. Starts the next step."""
-        batch, segments = self._trained[-1]
+    def take(self, step: int, groups: Sequence[Group]) -> dict[str, object] | None:
+        """Return the line of a step: clip counts of all updates, responses of the last one. Starts the next step.
+
+        Collective over the replicas; returns None without ``groups``, which only the main rank has.
+        """
+        minibatch, segments = self._trained[-1]
         updates = [found for _, found in self._trained]
         self._trained.clear()
-        responses = chosen(batch, self._count)
-        return {
-            "step": step,
-            "updates": len(updates),
-            **self._words,
-            "by_length": by_length(updates),
-            "by_entropy": by_entropy(updates),
-            "samples": [self._sample(batch, segments, owner, groups) for owner in responses],
-        }
+        tables = {"by_length": by_length(updates, self._replicas), "by_entropy": by_entropy(updates, self._replicas)}
+        shown = self._replicas.gather(self._samples(minibatch, segments))
+        if not groups:
+            return None
+        by_index = {index: sample for part in cast(list[list[list[Any]]], shown) for index, sample in part}
+        samples = [self._named(by_index[index], groups) for index in chosen(minibatch.whole, self._count)]
+        return {"step": step, "updates": len(updates), **self._words, **tables, "samples": samples}
 
-    def _sample(self, batch: Batch, segments: SegmentTable, owner: int, groups: Sequence[Group]) -> dict[str, object]:
+    def _samples(self, minibatch: Minibatch, segments: SegmentTable) -> list[tuple[int, dict[str, object]]]:
+        """Return the responses to write that this replica owns, by their index within the mini-batch."""
+        owners = {index: owner for owner, index in enumerate(minibatch.owned_B.tolist())}
+        found = []
+        for index in chosen(minibatch.whole, self._count):
+            if (owner := owners.get(index)) is not None:
+                verified = bool(minibatch["verified_B"][owner])
+                sample = {
+                    "sample_index": int(minibatch["sample_index_B"][owner]),
+                    "reward": float(minibatch["rewards_B"][owner]) if verified else None,
+                    "advantage": _rounded(float(minibatch["advantages_B"][owner])),
+                    **tokens_of(minibatch, segments, owner, max(TOKENS_PER_STEP // self._count, 1), self._decoder),
+                }
+                found.append((index, sample))
+        return found
+
+    def _named(self, sample: dict[str, object], groups: Sequence[Group]) -> dict[str, object]:
         flat = [(group.prompt, response) for group in groups for response in group.responses]
-        prompt, response = flat[int(batch["sample_index_B"][owner])]
-        return {
-            "id": response.id,
-            "prompt_id": prompt.id,
-            "prompt": prompt.text,
-            "reward": float(batch["rewards_B"][owner]) if bool(batch["verified_B"][owner]) else None,
-            "advantage": _rounded(float(batch["advantages_B"][owner])),
-            **tokens_of(batch, segments, owner, max(TOKENS_PER_STEP // self._count, 1), self._decoder),
-        }
+        prompt, response = flat[cast(int, sample["sample_index"])]
+        rest = {name: value for name, value in sample.items() if name != "sample_index"}
+        return {"id": response.id, "prompt_id": prompt.id, "prompt": prompt.text, **rest}
 
 
-def chosen(batch: Batch, count: int) -> list[int]:
+def chosen(outline: Batch, count: int) -> list[int]:
     """Return the responses to write: the first with A > 0 and the first with A < 0, if possible half of each."""
-    counts_B, advantages_B = batch.trainable_counts_B, batch["advantages_B"]
-    trained = [owner for owner in range(len(batch)) if counts_B[owner] > 0]
+    counts_B, advantages_B = outline.trainable_counts_B.tolist(), outline["advantages_B"].tolist()
+    trained = [owner for owner in range(len(outline)) if counts_B[owner] > 0]
     rises = [owner for owner in trained if advantages_B[owner] > 0]
     falls = [owner for owner in trained if advantages_B[owner] < 0]
     half = max(count // 2, count - len(falls))
     picked = rises[:half] + falls[: count - len(rises[:half])]
-    others = [owner for owner in trained if owner not in picked]
+    taken = set(picked)
+    others = [owner for owner in trained if owner not in taken]
     return (picked + others)[:count]
 
 
@@ -196,17 +213,19 @@ def token_texts(token_ids: Sequence[int], decoder: TokenDecoder) -> list[str]:
     return texts
 
 
-def by_length(updates: Sequence[SegmentTable]) -> dict[str, object]:
-    """Return the number of segments and of clipped segments, in bins of their length."""
-    return _binned(updates, [segments.sizes_G for segments in updates], LENGTH_EDGES)
+def by_length(updates: Sequence[SegmentTable], replicas: Replicas) -> dict[str, object]:
+    """Return the number of segments and of clipped segments of all replicas, in bins of their length."""
+    return _binned(updates, [segments.sizes_G for segments in updates], LENGTH_EDGES, replicas)
 
 
-def by_entropy(updates: Sequence[SegmentTable]) -> dict[str, object]:
-    """Return the number of segments and of clipped segments, in bins of their mean entropy."""
-    return _binned(updates, [segments.entropies_G for segments in updates], ENTROPY_EDGES)
+def by_entropy(updates: Sequence[SegmentTable], replicas: Replicas) -> dict[str, object]:
+    """Return the number of segments and of clipped segments of all replicas, in bins of their mean entropy."""
+    return _binned(updates, [segments.entropies_G for segments in updates], ENTROPY_EDGES, replicas)
 
 
-def _binned(updates: Sequence[SegmentTable], values: Sequence[Tensor], edges: Sequence[float]) -> dict[str, object]:
+def _binned(
+    updates: Sequence[SegmentTable], values: Sequence[Tensor], edges: Sequence[float], replicas: Replicas
+) -> dict[str, object]:
     """Return per bin the segments, clipped segments (a fraction if clipped in part), tokens and clipped tokens."""
     bins_G = torch.bucketize(torch.cat(list(values)).double(), torch.tensor(edges, dtype=torch.float64))
     sizes_G = torch.cat([segments.sizes_G for segments in updates]).double()
@@ -217,8 +236,9 @@ def _binned(updates: Sequence[SegmentTable], values: Sequence[Tensor], edges: Se
         "tokens": sizes_G,
         "clipped_tokens": clipped_G * sizes_G,
     }
-    counts = {name: torch.bincount(bins_G, weights_G, len(edges) + 1) for name, weights_G in columns.items()}
-    return {"edges": edges, **{name: [_rounded(value) for value in count.tolist()] for name, count in counts.items()}}
+    counts = replicas.sum(torch.stack([torch.bincount(bins_G, each_G, len(edges) + 1) for each_G in columns.values()]))
+    rounded = [[_rounded(value) for value in count] for count in counts.tolist()]
+    return {"edges": edges, **dict(zip(columns, rounded, strict=True))}
 
 
 def _rounded(value: float) -> float | None:

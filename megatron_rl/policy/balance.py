@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_rl.data.pack import Row
+from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.errors import ConfigError
 
 
@@ -29,17 +29,17 @@ class LoadBalancing:
                 if isinstance(module, TopKRouter):
                     module.calculate_per_token_loss = False
 
-    def share_between(self, rows: Sequence[Row]) -> None:
-        """Divide the coefficient by the number of rows that the mini-batch was packed into.
+    def share_between(self, minibatch: Minibatch) -> None:
+        """Divide the coefficient by the number of rows that the mini-batch was packed into, over all replicas.
 
         Raises:
             ConfigError: a row is empty; its load-balancing loss is undefined.
         """
         if not self.is_on:
             return
-        if any(not row.sequences for row in rows):
+        if minibatch.has_empty_rows:
             raise ConfigError(
-                f"a mini-batch of {len(rows[0].batch)} responses leaves rows empty, and the load-balancing loss of an "
-                "empty row is undefined; lower train.updates_per_step or the data-parallel size"
+                f"a mini-batch of {len(minibatch.whole)} responses leaves rows empty, and the load-balancing loss of "
+                "an empty row is undefined; lower train.updates_per_step or the data-parallel size"
             )
-        self._config.moe_aux_loss_coeff = self._coefficient / len(rows)
+        self._config.moe_aux_loss_coeff = self._coefficient / minibatch.num_rows

@@ -1,9 +1,10 @@
 """The policy: computes log-probs and gradients of any loss, updates its weights, and exports them.
 
-Every method is collective: all trainer ranks call it in the same order with the same batch. Packing, pipeline
-schedules, the exchange of sequences and experts, and the split of rows over data-parallel ranks are internal to it.
+Every method is collective: all trainer ranks call it in the same order with their parts of the same mini-batch, as
+``plan`` distributes it over data-parallel replicas. Pipeline schedules and the exchange of sequences and experts are
+internal to it.
 
-Legend: T all tokens of a mini-batch.
+Legend: T all tokens of the responses that this replica owns, R trained tokens of one row on this rank.
 """
 
 import math
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.loss_inputs import LossFn
-from megatron_rl.data.pack import Row, RowRules, one_row, pack
+from megatron_rl.data.minibatch import Minibatch, MinibatchPlan
+from megatron_rl.data.pack import RowRules, one_row, pack
 from megatron_rl.data.step import StepReport
 from megatron_rl.data.types import Batch, Columns, Loss, Metrics
-from megatron_rl.distributed.collectives import broadcast_json, group_rank, group_size, max_over, sum_over
+from megatron_rl.distributed.collectives import broadcast_json, group_size, max_over, sum_over
 from megatron_rl.distributed.mesh import World
 from megatron_rl.distributed.rng import rng_states, set_rng_states
 from megatron_rl.errors import ConfigError, TrainingError
@@ -50,7 +52,7 @@ LossStep = Callable[["RankRow", Tensor], tuple[Tensor, Tensor, Result]]
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """What a forward pass computes for each token of a mini-batch, on the CPU; 0 on tokens that are not trained.
+    """What a forward pass computes for the tokens of this replica's responses, on the CPU; 0 where not trained.
 
     Attributes:
         logprobs_T: log-probability of the token, nats, float32 (float64 if the model is).
@@ -108,40 +110,56 @@ class Policy:
             one_sequence_per_row=not train.packing,
         )
 
-    def compute_logprobs(self, batch: Batch, *, in_one_row: bool = False) -> TokenLogprobs:
-        """Return log-probs and entropies of the mini-batch's tokens under the current weights; forward only.
+    @property
+    def route_layers(self) -> tuple[int, ...]:
+        """Which of the model's layers with experts this rank has, ascending: those whose routes it reads."""
+        return self.replay.layers
 
-        The forward pass is the one of ``forward_backward``: same rows, same kernels, so the first ratios are exactly 1.
+    @property
+    def total(self) -> Callable[[Tensor], Tensor]:
+        """A function that adds a tensor in host memory over the data-parallel replicas."""
+        return self.mesh.replicas.sum
+
+    def plan(self, outline: Batch, *, in_one_row: bool = False) -> MinibatchPlan:
+        """Pack a mini-batch: from lengths alone, every rank computes which replica owns which response.
 
         Args:
-            batch: the mini-batch.
-            in_one_row: pack the batch into one row of any length, replicated on data-parallel ranks.
+            outline: all responses of the mini-batch; only its lengths are read.
+            in_one_row: pack all of it into one row of any length, which every replica owns.
         """
-        rows = self._rows(batch, in_one_row)
-        with self.replay.recording() as routes:
-            logprobs_T, entropies_T = self._forward_only(rows)
-        return TokenLogprobs(logprobs_T, entropies_T, self.replay.columns(routes, batch))
+        packing = (one_row if in_one_row else pack)(outline.lengths_B, self.row_rules)
+        return MinibatchPlan(outline, packing, self.mesh.replicas.index, self.mesh.replicas.count)
 
-    def _rows(self, batch: Batch, in_one_row: bool) -> list[Row]:
-        return one_row(batch, self.row_rules) if in_one_row else pack(batch, self.row_rules)
+    def local_part(self, batch: Batch, *, in_one_row: bool = False) -> Minibatch:
+        """Return this replica's part of a mini-batch that every rank holds whole, with the routes of all layers."""
+        plan = self.plan(batch.outline(), in_one_row=in_one_row)
+        return plan.minibatch(self.replay.local_layers(batch.select(plan.owned())))
+
+    def compute_logprobs(self, minibatch: Minibatch) -> TokenLogprobs:
+        """Return log-probs and entropies of this replica's tokens under the current weights; forward only.
+
+        The forward pass is the one of ``forward_backward``: same rows, same kernels, so the first ratios are exactly 1.
+        """
+        with self.replay.recording() as routes:
+            logprobs_T, entropies_T = self._forward_only(minibatch)
+        return TokenLogprobs(logprobs_T, entropies_T, self.replay.columns(routes, minibatch))
 
     @torch.no_grad()
-    def _forward_only(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        results = self.run_rows(rows, _keep_output, forward_only=True)
-        self._stop_at_nonfinite(rows, [output_2R.isfinite().all() for _, output_2R in results])
-        columns = self._whole(("logprobs", "entropies"), rows, results)
+    def _forward_only(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
+        results = self.run_rows(minibatch, _keep_output, forward_only=True)
+        self._stop_at_nonfinite(minibatch, [output_2R.isfinite().all() for _, output_2R in results])
+        columns = self._gather(("logprobs", "entropies"), minibatch, results)
         return columns["logprobs"], columns["entropies"]
 
-    def _whole(self, names: Sequence[str], rows: Sequence[Row], parts: Sequence[tuple[RankRow, Tensor]]) -> Columns:
-        """Return columns over all tokens of the mini-batch, on the CPU, from the [names, R] values of each row."""
-        total = int(rows[0].batch.lengths_B.sum())
+    def _gather(self, names: Sequence[str], batch: Batch, parts: Sequence[tuple[RankRow, Tensor]]) -> Columns:
+        """Return columns over the tokens of this replica, on the CPU, from the [names, R] values of each row."""
+        total = int(batch.lengths_B.sum())
         dtype = torch.float64 if self.chunks[0].config.params_dtype is torch.float64 else torch.float32
-        whole_NT = torch.zeros(len(names), total, dtype=dtype, device=self.mesh.world.device)
+        found_NT = torch.zeros(len(names), total, dtype=dtype, device=self.mesh.world.device)
         if self.mesh.reports_tokens:
             for row, values_NR in parts:
-                whole_NT.index_copy_(1, row.target_tokens_R.to(whole_NT.device), values_NR.to(dtype))
-        whole_NT = sum_over(torch.distributed.group.WORLD, whole_NT).cpu()
-        return dict(zip(names, whole_NT, strict=True))
+                found_NT.index_copy_(1, row.target_tokens_R.to(found_NT.device), values_NR.to(dtype))
+        return dict(zip(names, sum_over(self.mesh.replica, found_NT.cpu()), strict=True))
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
@@ -156,29 +174,27 @@ class Policy:
             _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], self._reference)
             yield
 
-    def forward_backward(
-        self, batch: Batch, loss_fn: LossFn, whole_gradients: bool = False, *, in_one_row: bool = False
-    ) -> Metrics:
+    def forward_backward(self, minibatch: Minibatch, loss_fn: LossFn, whole_gradients: bool = False) -> Metrics:
         """Compute the gradient of the loss over the mini-batch; return metrics summed over all tokens and ranks.
 
+        ``Metrics.tokens`` has the tokens of this replica.
+
         Args:
-            batch: the mini-batch, with the columns that the loss reads.
+            minibatch: this replica's part of the mini-batch, with the columns that the loss reads.
             loss_fn: the loss of a micro-batch.
             whole_gradients: leave every rank with the gradients of all its parameters, so that ``gradients`` can read
                 them, where the distributed optimizer would keep only this rank's shard.
-            in_one_row: as in ``compute_logprobs``.
 
         Raises:
             NonFiniteError: NaN or inf in a log-prob, a loss or a gradient, on any rank.
         """
-        rows = self._rows(batch, in_one_row)
-        self.balancing.share_between(rows)
-        results = self.run_backward(rows, loss_fn, whole_gradients)
-        self._stop_at_nonfinite(rows, [finite for _, (_, finite) in results], loss_fn)
-        return self._reduce(rows, [(row, loss.metrics) for row, (loss, _) in results])
+        self.balancing.share_between(minibatch)
+        results = self.run_backward(minibatch, loss_fn, whole_gradients)
+        self._stop_at_nonfinite(minibatch, [finite for _, (_, finite) in results], loss_fn)
+        return self._reduce(minibatch, [(row, loss.metrics) for row, (loss, _) in results])
 
     def run_backward(
-        self, rows: Sequence[Row], loss_fn: LossFn, whole_gradients: bool
+        self, minibatch: Minibatch, loss_fn: LossFn, whole_gradients: bool
     ) -> list[tuple[RankRow, tuple[Loss, Tensor]]]:
         """Zero the gradients, then accumulate those of these rows; return (loss, whether it is finite) per row."""
         for chunk in self.chunks:
@@ -186,15 +202,15 @@ class Policy:
             chunk.force_all_reduce = whole_gradients  # for buckets reduced during the backward pass
         self.optimizer.zero_grad()
         step = partial(_differentiable, loss_fn)
-        return self.run_rows(rows, step, forward_only=False, force_all_reduce=whole_gradients)
+        return self.run_rows(minibatch, step, forward_only=False, force_all_reduce=whole_gradients)
 
-    def _stop_at_nonfinite(self, rows: Sequence[Row], finite: Sequence[Tensor], loss_fn: LossFn | None = None) -> None:
+    def _stop_at_nonfinite(self, minibatch: Minibatch, finite: Sequence[Tensor], loss_fn: LossFn | None = None) -> None:
         """Raise on all ranks if any rank has NaN or inf in a row or, after a backward pass, in a gradient."""
         buffers = [*chain.from_iterable(chunk.buffers + chunk.expert_parallel_buffers for chunk in self.chunks)]
         gradients = [buffer.grad_data for buffer in buffers] if loss_fn else []
-        row, nonfinite = bad_row(self.mesh, finite, gradients, len(rows))
+        row, nonfinite = bad_row(self.mesh, finite, gradients, minibatch.num_rows)
         if row is not None or nonfinite:
-            raise explain(self, rows, row, loss_fn)
+            raise explain(self, minibatch, row, loss_fn)
 
     def optim_step(self) -> StepReport:
         """Clip the gradients, step the optimizer, advance the learning-rate schedule.
@@ -260,24 +276,24 @@ class Policy:
         return replace(weights, shards=trained, pick=attrgetter("main_grad"))
 
     def run_rows(
-        self, rows: Sequence[Row], loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
+        self, minibatch: Minibatch, loss_step: LossStep[Result], forward_only: bool, force_all_reduce: bool = False
     ) -> list[tuple[RankRow, Result]]:
-        """Run this rank's rows in megatron-core's schedule; return (row, result) pairs, only on the last stage."""
-        local_rows = rows[group_rank(self.mesh.data) :: group_size(self.mesh.data)]
-        mine = [self.replay.arm(rank_row(row, self.mesh, self._qkv_format), row.batch) for row in local_rows]
+        """Run this replica's rows in megatron-core's schedule; return (row, result) pairs, only on the last stage."""
+        rows = [rank_row(row, minibatch, self.mesh, self._qkv_format) for row in minibatch.rows]
+        rows = [self.replay.arm(row, minibatch) for row in rows]
         results = get_forward_backward_func()(
             forward_step_func=partial(_forward, loss_step, self.balancing.is_on),
-            data_iterator=[iter(mine) for _ in self.chunks],
+            data_iterator=[map(self.replay.on_device, rows) for _ in self.chunks],
             model=self.chunks,
-            num_microbatches=len(mine),
-            seq_length=rows[0].length,
+            num_microbatches=len(rows),
+            seq_length=minibatch.rows[0].length,
             micro_batch_size=1,
             forward_only=forward_only,
             force_all_reduce=force_all_reduce,
         )
-        return list(zip(mine, results, strict=True)) if self.mesh.is_last_stage else []
+        return list(zip(rows, results, strict=True)) if self.mesh.is_last_stage else []
 
-    def _reduce(self, rows: Sequence[Row], metrics: Sequence[tuple[RankRow, Metrics]]) -> Metrics:
+    def _reduce(self, batch: Batch, metrics: Sequence[tuple[RankRow, Metrics]]) -> Metrics:
         """Reduce every metric over micro-batches and ranks by sum or maximum; scatter per-token values to the batch."""
         world, device = torch.distributed.group.WORLD, self.mesh.world.device
         sums = _combine([metric.sums for _, metric in metrics], torch.sum)
@@ -296,7 +312,7 @@ class Policy:
         tokens: Columns = {}
         if token_names := names["tokens"]:
             parts = [(row, torch.stack([metric.tokens[name] for name in token_names])) for row, metric in metrics]
-            tokens = self._whole(token_names, rows, parts)
+            tokens = self._gather(token_names, batch, parts)
         return Metrics(
             dict(zip(names["sums"], totals, strict=True)), dict(zip(names["maxima"], largest, strict=True)), tokens
         )

@@ -15,10 +15,18 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_rl.data.loss_inputs import LossFn
-from megatron_rl.data.pack import Row, one_row
+from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.types import Batch
-from megatron_rl.distributed.collectives import broadcast_json, gather_json, group_rank, group_size, max_over
+from megatron_rl.distributed.collectives import (
+    broadcast_json,
+    broadcast_tensors,
+    gather_json,
+    group_rank,
+    group_size,
+    max_over,
+)
 from megatron_rl.distributed.mesh import Mesh
+from megatron_rl.distributed.replicas import CPU
 from megatron_rl.errors import TrainingError
 from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.rows import RankRow
@@ -92,17 +100,39 @@ def bad_row(
     return (num_rows - before_end if before_end else None), bool(gradient)
 
 
-def explain(policy: "Policy", rows: Sequence[Row], row: int | None, loss_fn: LossFn | None) -> NonFiniteError:
+def explain(policy: "Policy", minibatch: Minibatch, row: int | None, loss_fn: LossFn | None) -> NonFiniteError:
     """Return the error for non-finite values in this row, or in the gradients if ``row`` is None."""
     if row is not None:
-        batch = rows[row].batch.select(rows[row].sequences)
-        return NonFiniteError(_first(_forward(policy, batch, loss_fn), _nonfinite_weights(policy)), batch)
+        batch = _row_batch(policy, minibatch, row)
+        found = _forward(policy, batch, loss_fn)
+        return _error(policy, batch, found)
     assert loss_fn is not None, "gradients come from a loss"
-    for each in rows:
-        batch = each.batch.select(each.sequences)
+    for each in range(minibatch.num_rows):
+        batch = _row_batch(policy, minibatch, each)
         if len(batch) and (found := _backward(policy, batch, loss_fn)):
-            return NonFiniteError(_first(found, _nonfinite_weights(policy)), batch)
-    return NonFiniteError(NonFiniteTensor("none", ""), rows[0].batch.select(rows[0].sequences))
+            return _error(policy, batch, found)
+    return _error(policy, _row_batch(policy, minibatch, 0), ())
+
+
+def _row_batch(policy: "Policy", minibatch: Minibatch, row: int) -> Batch:
+    """Return the responses of one row of the mini-batch, on every rank: its owner sends them to the other replicas."""
+    peers, replicas = policy.mesh.peers, policy.mesh.replicas
+    owner, index = row % replicas.count, row // replicas.count
+    sent: dict[str, Tensor] | None = None
+    if owner == replicas.index:
+        selected = minibatch.select(minibatch.rows[index].sequences)
+        sent = {"lengths_B": selected.lengths_B, **selected.columns}
+    columns = broadcast_tensors(sent, owner, CPU, peers)
+    assert columns is not None, "the owner always sends"
+    return Batch(columns.pop("lengths_B"), columns)
+
+
+def _error(policy: "Policy", batch: Batch, found: Sequence[NonFiniteTensor]) -> NonFiniteError:
+    return NonFiniteError(_first(found, _nonfinite_weights(policy)), policy.replay.all_layers(batch))
+
+
+def _in_one_row(policy: "Policy", batch: Batch) -> Minibatch:
+    return policy.plan(batch.outline(), in_one_row=True).minibatch(batch)
 
 
 def _first(found: Sequence[NonFiniteTensor], weights: tuple[str, ...]) -> NonFiniteTensor:
@@ -128,7 +158,7 @@ def _forward(policy: "Policy", batch: Batch, loss_fn: LossFn | None) -> list[Non
     found: list[NonFiniteTensor] = []
     with _watched(policy, found):
         step = partial(_inspect, policy, batch, loss_fn, found)
-        policy.run_rows(one_row(batch, policy.row_rules), step, forward_only=True)
+        policy.run_rows(_in_one_row(policy, batch), step, forward_only=True)
     return _gathered(policy, found)
 
 
@@ -220,7 +250,7 @@ def _backward(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[NonFinite
 
 
 def _nonfinite_gradients(policy: "Policy", batch: Batch, loss_fn: LossFn) -> list[NonFiniteTensor]:
-    policy.run_backward(one_row(batch, policy.row_rules), loss_fn, whole_gradients=True)
+    policy.run_backward(_in_one_row(policy, batch), loss_fn, whole_gradients=True)
     last = policy.family.num_layers
     found: list[NonFiniteTensor] = []
     shards = [shard for shard in shards_of(policy.chunks, policy.family, policy.mesh) if shard.is_trained]

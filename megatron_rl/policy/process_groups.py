@@ -4,7 +4,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_rl.config.schema import Run
-from megatron_rl.distributed.mesh import Mesh, World
+from megatron_rl.distributed.collectives import group_rank
+from megatron_rl.distributed.mesh import Mesh, World, host_group
 
 
 def build_mesh(run: Run, world: World) -> Mesh:
@@ -22,6 +23,9 @@ def build_mesh(run: Run, world: World) -> Mesh:
     )
     # Without dropout, the tracker does not need to fork the device's generator, which would require CUDA.
     model_parallel_cuda_manual_seed(run.train.seed, inference_rng_tracker=True)
+    index = parallel_state.get_data_parallel_rank()
+    replica = host_group(world, index)
+    stage = index * parallel.pipeline + parallel_state.get_pipeline_model_parallel_rank()
     return Mesh(
         world=world,
         tensor=parallel_state.get_tensor_model_parallel_group(),
@@ -32,6 +36,10 @@ def build_mesh(run: Run, world: World) -> Mesh:
         expert=parallel_state.get_expert_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
         experts=parallel_state.get_expert_tensor_and_model_parallel_group(),
+        stage=parallel_state.get_tensor_and_context_parallel_group(),
+        replica=replica,
+        replica_stage=host_group(world, stage),
+        peers=host_group(world, group_rank(replica)),
     )
 
 

@@ -10,14 +10,16 @@ gradient. Tokens without a record (padding, and the last token of a sequence, wh
 routed by the live router.
 
 The record is a per-token column of the batch and is sharded like every other column, so layouts, packing and the order
-of micro-batches cannot mix tokens up. A layer reads the entries of its row from the packed row's description, both in
-the forward pass and when activations are recomputed.
+of micro-batches cannot mix tokens up. A rank holds the routes of its own layers only, in the record's integer type, and
+copies those of a row to its device once, before the row's forward pass. A layer reads them from the packed row's
+description, both in the forward pass and when activations are recomputed.
 
-Legend: T tokens, L layers with experts, K experts per token.
+Legend: T tokens, L layers with experts that this rank has, K experts per token.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,7 +30,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_rl.config.schema import RoutingReplay
-from megatron_rl.data.types import Batch, Columns
+from megatron_rl.data.columns import ROUTE_COLUMNS
+from megatron_rl.data.types import Batch, Columns, values_at
 from megatron_rl.distributed.collectives import group_rank, group_size, sum_over
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import TrainingError
@@ -44,7 +47,7 @@ class LayerReplay(RouterReplay):
     def __init__(self, place: int) -> None:
         super().__init__()
         self.place = place
-        """Index of the layer among the layers with experts of the whole model."""
+        """Index of the layer among the layers with experts that this rank has."""
         self.routes: RowRoutes | None = None
         """The routes of the row that the layer processes now."""
 
@@ -72,7 +75,7 @@ class LayerReplay(RouterReplay):
         if not routes.replays:
             return values_TK, live_TK
         record_TK = routes.record_TLK[:, self.place].to(live_TK)
-        taken_TK = torch.where(routes.known_T[:, None].to(scores.device), record_TK, live_TK)
+        taken_TK = torch.where(routes.known_T[:, None], record_TK, live_TK)
         return scores.gather(1, taken_TK), taken_TK
 
 
@@ -89,19 +92,40 @@ class Replay:
         self._is_off = False
         config = chunks[0].config
         self._shares_tokens = bool(config.sequence_parallel) and group_size(mesh.tensor) > 1
-        if family.num_experts:
-            self._attach(chunks)
+        self.layers: tuple[int, ...] = self._attach(chunks) if family.num_experts else ()
+        """Which of the model's layers with experts this rank has, ascending."""
 
-    def _attach(self, chunks: Sequence[DistributedDataParallel]) -> None:
+    def _attach(self, chunks: Sequence[DistributedDataParallel]) -> tuple[int, ...]:
+        """Attach a ``LayerReplay`` to every router; return the layers, as indices among those with experts."""
         places = {layer: place for place, layer in enumerate(self._shape.layers)}
+        routers: dict[int, tuple[nn.Module, TopKRouter]] = {}
         for chunk in unwrap_model(list(chunks)):
             for layer in chunk.decoder.layers:
                 router = getattr(layer.mlp, "router", None)
                 if isinstance(router, TopKRouter):
-                    router.router_replay = LayerReplay(places[layer.layer_number - 1])
-                    layer.register_forward_pre_hook(partial(_hand_over, router.router_replay), with_kwargs=True)
+                    routers[places[layer.layer_number - 1]] = (layer, router)
+        for place, (layer, router) in enumerate(routers[index] for index in sorted(routers)):
+            router.router_replay = LayerReplay(place)
+            layer.register_forward_pre_hook(partial(_hand_over, router.router_replay), with_kwargs=True)
         # megatron-core's global list of routers would keep models alive, and is not used here.
         RouterReplay.clear_global_router_replay_instances()
+        return tuple(sorted(routers))
+
+    def local_layers(self, batch: Batch) -> Batch:
+        """Return the batch with its routes, [T, L, K] of all layers of the model, reduced to this rank's layers."""
+        routes = [name for name in ROUTE_COLUMNS if name in batch]
+        return batch.add({name: batch[name][:, list(self.layers)] for name in routes})
+
+    def all_layers(self, batch: Batch) -> Batch:
+        """Return the batch with the routes of all layers of the model, from all pipeline stages. Collective."""
+        whole: dict[str, Tensor] = {}
+        for name in (name for name in ROUTE_COLUMNS if name in batch):
+            local_TLK = batch[name]
+            all_TLK = local_TLK.new_zeros(len(local_TLK), *self._shape.trailing_shape, dtype=torch.int32)
+            all_TLK[:, list(self.layers)] = local_TLK.int()
+            device = self._mesh.world.device
+            whole[name] = sum_over(self._mesh.pipeline, all_TLK.to(device)).to("cpu", local_TLK.dtype)
+        return batch.add(whole)
 
     @contextmanager
     def recording(self) -> Iterator[list[RowRoutes]]:
@@ -122,7 +146,7 @@ class Replay:
             self._is_off = False
 
     def arm(self, row: RankRow, batch: Batch) -> RankRow:
-        """Attach the recorded routes to a row and return the row."""
+        """Attach the recorded routes to a row, in host memory, and return the row."""
         if self.mode == "none" or self._is_off:
             return row
         name = "routes_T" if self.mode == "r2" else "rollout_routes_T"
@@ -134,9 +158,9 @@ class Replay:
             if batch[name].shape[1:] != record_TLK.shape[1:]:
                 found, expected = list(batch[name].shape[1:]), list(record_TLK.shape[1:])
                 raise TrainingError(f"{name} is {found} for each token, the model needs {expected}")
-            record_TLK, known_T = batch[name][local_T.clamp(min=0)], local_T >= 0
+            record_TLK, known_T = values_at(batch[name], local_T), local_T >= 0
             if self.mode != "r2":
-                known_T &= batch["rollout_routed_T"][local_T.clamp(min=0)]
+                known_T &= values_at(batch["rollout_routed_T"], local_T)
         replays = self.mode in ("r2", "r3")
         if replays:
             # Padding takes fixed experts, so that grouped products have the same shapes and rounding in both passes.
@@ -148,10 +172,19 @@ class Replay:
             self._recording.append(routes)
         return row
 
+    def on_device(self, row: RankRow) -> RankRow:
+        """Return the row with its routes on this rank's device; they are freed with the returned row."""
+        routes, device = row.packed.routes, self._mesh.world.device
+        if routes is None or device.type == "cpu":
+            return row
+        moved = replace(routes, record_TLK=routes.record_TLK.to(device), known_T=routes.known_T.to(device))
+        return replace(row, packed=replace(row.packed, routes=moved))
+
     def columns(self, recording: Sequence[RowRoutes], batch: Batch) -> Columns:
         """Return what a scoring pass found: ``routes_T`` under r2, else in how many layers the engine chose otherwise.
 
-        ``routes_T``: uint8 or int16 [T, L, K]. ``routing_differs_T``: int32, layers. Collective.
+        ``routes_T``: uint8 or int16 [T, L, K]. ``routing_differs_T``: int32, layers of the whole model. Collective
+        within the replica.
 
         Raises:
             TrainingError: a token was not routed exactly once in every layer.
@@ -160,7 +193,7 @@ class Replay:
             return {}
         if self.mode == "r2":
             routes_TLK = self._empty(int(batch.lengths_B.sum()))
-            for place in range(len(self._shape.layers)):
+            for place in range(len(self.layers)):
                 routes_TLK[:, place] = self._gathered(recording, place, len(routes_TLK))
             return {"routes_T": routes_TLK}
         if self.mode == "none" or "rollout_routes_T" not in batch:
@@ -168,7 +201,7 @@ class Replay:
         return {"routing_differs_T": self._differences(recording, int(batch.lengths_B.sum()))}
 
     def _empty(self, tokens: int) -> Tensor:
-        return torch.zeros(tokens, *self._shape.trailing_shape, dtype=getattr(torch, self._shape.dtype))
+        return torch.zeros(tokens, len(self.layers), self._shape.per_token, dtype=getattr(torch, self._shape.dtype))
 
     @property
     def _reports(self) -> bool:
@@ -176,7 +209,7 @@ class Replay:
         return self._shares_tokens or group_rank(self._mesh.tensor) == 0
 
     def _gathered(self, recording: Sequence[RowRoutes], place: int, total: int) -> Tensor:
-        """Return [T, K], int32 on the CPU: one layer's choices, from all ranks."""
+        """Return [T, K], int32 on the CPU: one layer's choices, from all ranks of this stage."""
         local = torch.zeros(total, self._shape.per_token + 1, dtype=torch.int32, device=self._mesh.world.device)
         for routes in recording:
             if routes.chosen and place in routes.chosen and self._reports:
@@ -184,9 +217,9 @@ class Replay:
                 chosen_TK = routes.chosen[place][real_T].to(local.dtype)
                 counted = torch.cat([chosen_TK, torch.ones_like(chosen_TK[:, :1])], dim=1)
                 local.index_add_(0, routes.token_ids_T.to(local.device)[real_T], counted)
-        summed = sum_over(torch.distributed.group.WORLD, local).cpu()
+        summed = sum_over(self._mesh.stage, local).cpu()
         if bool((summed[:, -1] != 1).any()):
-            wrong, layer = int((summed[:, -1] != 1).sum()), self._shape.layers[place]
+            wrong, layer = int((summed[:, -1] != 1).sum()), self._shape.layers[self.layers[place]]
             raise TrainingError(f"{wrong} of {total} tokens were not routed exactly once in layer {layer}")
         return summed[:, :-1]
 
@@ -196,10 +229,10 @@ class Replay:
             known_T = (routes.known_T & (routes.token_ids_T >= 0)).to(differing_T.device)
             ids_T = routes.token_ids_T.to(differing_T.device)[known_T]
             for place, chosen_TK in (routes.chosen or {}).items():
-                record_TK = routes.record_TLK[:, place].to(chosen_TK)
+                record_TK = routes.record_TLK[:, place].to(chosen_TK.device, chosen_TK.dtype)
                 other_T = (record_TK.sort(1).values != chosen_TK.sort(1).values).any(1)
                 differing_T.index_add_(0, ids_T, other_T[known_T].to(differing_T.dtype))
-        return sum_over(torch.distributed.group.WORLD, differing_T).cpu()
+        return sum_over(self._mesh.replica, differing_T.cpu())
 
 
 def _hand_over(replay: LayerReplay, _layer: nn.Module, _args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.pack import Row
-from megatron_rl.data.types import token_positions
+from megatron_rl.data.types import Batch, token_positions, values_at
 from megatron_rl.distributed.collectives import group_rank, group_size
 from megatron_rl.distributed.mesh import Mesh
 
@@ -40,7 +40,7 @@ class RowRoutes:
     T are the positions that this rank's routers process: with sequence parallelism, a part of the rank's row.
 
     Attributes:
-        token_ids_T: index of each position's token in the mini-batch, -1 at padding.
+        token_ids_T: index of each position's token in the batch, -1 at padding.
         record_TLK: recorded experts, to replay or to compare with.
         known_T: where ``record_TLK`` has an entry.
         replays: whether the routers use the recorded experts.
@@ -88,13 +88,13 @@ class RankRow:
     """A row as input of this rank's part of the model.
 
     Attributes:
-        token_ids_T: index of each position's token in the mini-batch, -1 at padding.
+        token_ids_T: index of each position's token in the batch, -1 at padding.
         input_ids_T: token ids, 0 at padding.
         position_ids_T: position within the sequence.
         padding_T: True at padding.
         trained_R: which of the T positions predict a trained token.
         targets_R: the tokens that they predict.
-        target_tokens_R: indices of these tokens in the mini-batch.
+        target_tokens_R: indices of these tokens in the batch.
         loss_inputs: the loss's view of the trained tokens; None where only log-probs are computed.
         packed: the description for attention.
     """
@@ -110,16 +110,15 @@ class RankRow:
     packed: PackedRow
 
 
-def rank_row(row: Row, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
-    """Return this rank's zigzag part of a row, on its device. ``qkv_format``: see ``PackedRow``."""
+def rank_row(row: Row, batch: Batch, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
+    """Return this rank's zigzag part of a row of the batch, on its device. ``qkv_format``: see ``PackedRow``."""
     size, rank, device = group_size(mesh.context), group_rank(mesh.context), mesh.world.device
     lengths_N = _with_filler(row)
     local_T = zigzag(lengths_N, rank, size)
     token_ids_T, target_ids_T = row.token_ids_T[local_T], row.target_ids_T[local_T]
-    loss_mask_T = row.batch["loss_mask_T"]
-    trained_R = ((target_ids_T >= 0) & loss_mask_T[target_ids_T.clamp(min=0)]).nonzero().flatten()
+    trained_R = ((target_ids_T >= 0) & values_at(batch["loss_mask_T"], target_ids_T)).nonzero().flatten()
     target_tokens_R = target_ids_T[trained_R]
-    input_ids_T = torch.where(token_ids_T >= 0, row.batch["input_ids_T"][token_ids_T.clamp(min=0)], 0)
+    input_ids_T = torch.where(token_ids_T >= 0, values_at(batch["input_ids_T"], token_ids_T), 0)
     starts_N = lengths_N.cumsum(0) - lengths_N
     position_ids_W = torch.arange(row.length) - torch.repeat_interleave(starts_N, lengths_N)
     return RankRow(
@@ -128,9 +127,9 @@ def rank_row(row: Row, mesh: Mesh, qkv_format: str = "thd") -> RankRow:
         position_ids_T=position_ids_W[local_T].to(device),
         padding_T=(token_ids_T < 0).to(device),
         trained_R=trained_R.to(device),
-        targets_R=row.batch["input_ids_T"][target_tokens_R].to(device),
+        targets_R=batch["input_ids_T"][target_tokens_R].to(device),
         target_tokens_R=target_tokens_R,
-        loss_inputs=_loss_inputs(row, target_tokens_R, mesh),
+        loss_inputs=_loss_inputs(row, batch, target_tokens_R, mesh),
         packed=replace(_packed(row, lengths_N, local_T, mesh), qkv_format=qkv_format),
     )
 
@@ -152,15 +151,15 @@ def _with_filler(row: Row) -> Tensor:
     return torch.cat([row.padded_N, torch.tensor([filler])]) if filler else row.padded_N
 
 
-def _loss_inputs(row: Row, target_tokens_R: Tensor, mesh: Mesh) -> LossInputs | None:
+def _loss_inputs(row: Row, batch: Batch, target_tokens_R: Tensor, mesh: Mesh) -> LossInputs | None:
     """Return the loss's view of this rank's trained tokens, None before ``prepare`` has added the columns for it."""
-    if "weights_T" not in row.batch:
+    if "weights_T" not in batch:
         return None
     tokens_T = row.token_ids_T[row.token_ids_T >= 0]
     inputs = LossInputs.gather(
-        row.batch,
+        batch,
         target_tokens_R,
-        row_positions_R=tokens_T[row.batch["loss_mask_T"][tokens_T]],
+        row_positions_R=tokens_T[batch["loss_mask_T"][tokens_T]],
         context_group=mesh.context if group_size(mesh.context) > 1 else None,
     )
     return inputs.map(lambda tensor: tensor.to(mesh.world.device))

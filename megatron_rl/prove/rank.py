@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.config.schema import Run
 from megatron_rl.data.files import load_batch
-from megatron_rl.data.types import Batch
+from megatron_rl.data.minibatch import Minibatch, in_outline
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
@@ -24,9 +24,10 @@ def main(folder: Path) -> int:
     runs = [Run.model_validate(run) for run in described["runs"]]
     world = start_world(runs[0].train.step_timeout_seconds, deterministic=True)
     policy = Policy(runs[0], world, total_updates=len(runs))
-    batch = load_batch(folder / CASE)
+    batch = policy.local_part(load_batch(folder / CASE))
     scored = policy.compute_logprobs(batch)
-    tensors: dict[str, Tensor] = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T}
+    columns = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T}
+    tensors: dict[str, Tensor] = {name: policy.total(in_outline(batch, each)) for name, each in columns.items()}
     if "old_logprobs_T" not in batch:  # the reference run: all layouts use its log-probs plus noise
         batch = batch.add(perturbed_logprobs(batch, scored.as_old()))
     # Random tokens have no text: let every seventh token end a sentence, which gives segments of all lengths.
@@ -41,9 +42,9 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _step(policy: Policy, batch: Batch, run: Run, vocabulary: Vocabulary) -> dict[str, Tensor]:
+def _step(policy: Policy, batch: Minibatch, run: Run, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Return loss, metrics, gradient norm and gradients of one objective. Weights are restored."""
-    prepared = batch.add(prepare(batch, run.objective, run.correction, vocabulary))
+    prepared = batch.add(prepare(batch, run.objective, run.correction, vocabulary, total=policy.total))
     metrics = summary(policy.forward_backward(prepared, make_loss(run.objective), whole_gradients=True))
     results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}

@@ -1,15 +1,18 @@
 """Batches for the trainer, and weights for the fleet."""
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from megatron_rl.config.schema import Run
+from megatron_rl.data.minibatch import Minibatch, MinibatchPlan
 from megatron_rl.data.step import StepSamples
 from megatron_rl.data.types import Batch
-from megatron_rl.distributed.mesh import World
+from megatron_rl.distributed.collectives import broadcast_tensors
+from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.rollout.backend import RolloutBackend
 from megatron_rl.rollout.buffer_state import Json
-from megatron_rl.rollout.collect import broadcast_batch, collect
+from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.distribution import TokenDistribution, columns_of, schema_of
 from megatron_rl.rollout.evaluation import evaluation_due
 from megatron_rl.rollout.fleet_setup import PolicyWeights, push_weights
 from megatron_rl.rollout.gauges import Gauge, gauges
@@ -21,23 +24,32 @@ log = logging.getLogger(__name__)
 
 
 class RolloutController:
-    """Gives every rank the batch of each step, and pushes new weights to the fleet.
+    """Gives every rank the outline of each step and the tokens of its own responses, and pushes weights to the fleet.
 
     Every rank has one and calls its methods in the same order. The main rank, which alone has a backend, samples,
-    verifies and broadcasts the batch; the other ranks receive it, and help to gather the weights.
+    verifies and sends; the other ranks receive, and help to gather the weights.
 
     Args:
         run: the configuration.
-        world: this rank.
+        mesh: this rank's groups.
+        route_layers: which of the layers with experts this rank has (``Policy.route_layers``).
         backend: the fleet, task and verifier of the main rank; None on the others.
         stop: ends ``next_batch`` without a batch.
         state: a result of ``state`` to continue from.
     """
 
     def __init__(
-        self, run: Run, world: World, backend: RolloutBackend | None, stop: StopSignal, state: Json | None = None
+        self,
+        run: Run,
+        mesh: Mesh,
+        route_layers: Sequence[int],
+        backend: RolloutBackend | None,
+        stop: StopSignal,
+        state: Json | None = None,
     ) -> None:
-        self._run, self._world, self._stop = run, world, stop
+        self._run, self._world, self._stop = run, mesh.world, stop
+        self._distribution = TokenDistribution(mesh, route_layers)
+        self._batch: Batch | None = None
         self._stream: Stream | None = None
         if backend is not None:
             self._stream = Stream(run, backend.fleet, backend.task, state, backend.verifier)
@@ -45,8 +57,22 @@ class RolloutController:
         """The samples of the newest batch."""
 
     def next_batch(self, step: int) -> Batch | None:
-        """Return the batch of a step, the same on every rank; None if a stop was requested."""
-        return broadcast_batch(self._sample(self._stream, step) if self._stream else None, self._world)
+        """Return the outline of a step's batch, the same on every rank; None if a stop was requested.
+
+        It has the per-response columns only: lengths, rewards, advantages, ids and counts.
+        """
+        self._batch = None if self._stream is None else self._sample(self._stream, step)
+        outline = None if self._batch is None else self._batch.outline()
+        sent = None if outline is None else {"lengths_B": outline.lengths_B, **outline.columns}
+        columns = broadcast_tensors(sent, 0, self._world.device)
+        return None if columns is None else Batch(columns.pop("lengths_B"), columns)
+
+    def fetch(self, plans: Sequence[MinibatchPlan]) -> list[Minibatch]:
+        """Return, for each mini-batch of the newest step, this replica's responses with their tokens."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return self._distribution.fetch(plans, None, None)
+        return self._distribution.fetch(plans, columns_of(batch), schema_of(batch.columns))
 
     def _sample(self, stream: Stream, step: int) -> Batch | None:
         if self._stop.requested:

@@ -1,6 +1,7 @@
 """The algorithm.
 
-    prompts -> rollouts -> rewards -> advantages -> one batch, the same on every rank
+    prompts -> rollouts -> rewards -> advantages -> an outline of the step, the same on every rank
+            -> mini-batches; each data-parallel replica gets the tokens of its own responses only
             -> log-probs and entropies of the old policy (forward only)
             -> segments, windows, weights (on whole responses; independent of the current weights)
             -> ratio per segment -> cost per token -> weighted sum -> gradient -> optimizer step
@@ -39,13 +40,15 @@ def train(
                 recorder.evaluation(evaluation.run(step))
 
         with recorder.phase("rollout"):
-            batch = rollouts.next_batch(step)
-        if batch is None:  # a stop was requested
+            outline = rollouts.next_batch(step)
+        if outline is None:  # a stop was requested
             checkpoints.save(step, rollouts.state())
             return step
-        recorder.rollout(step, batch, rollouts.samples)
+        recorder.rollout(step, outline, rollouts.samples)
 
-        minibatches = batch.split(run.train.updates_per_step, seed=(run.train.seed, step))
+        with recorder.phase("fetch"):
+            parts = outline.split(run.train.updates_per_step, seed=(run.train.seed, step))
+            minibatches = rollouts.fetch([policy.plan(part) for part in parts])
 
         with recorder.phase("score"):
             minibatches = [m.add(policy.compute_logprobs(m).as_old()) for m in minibatches]
@@ -56,7 +59,8 @@ def train(
 
         with recorder.phase("train"):
             for minibatch in minibatches:
-                prepared = minibatch.add(prepare(minibatch, objective, correction, vocabulary))
+                columns = prepare(minibatch, objective, correction, vocabulary, total=policy.total)
+                prepared = minibatch.add(columns)
                 metrics = policy.forward_backward(prepared, loss_fn)
                 recorder.update(prepared, metrics, policy.optim_step())
 

@@ -79,8 +79,9 @@ def debug_rank(file: Path, folder: Path) -> int:
 
 def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str | None]]:
     """Yield each stage with its finding, up to the first stage with NaN or inf."""
+    minibatch = policy.local_part(batch, in_one_row=True)
     try:
-        policy.compute_logprobs(batch, in_one_row=True)
+        policy.compute_logprobs(minibatch)
     except NonFiniteError as error:
         yield "score", error.finding.words()
         return
@@ -88,7 +89,7 @@ def _stages(policy: Policy, run: Run, batch: Batch) -> Iterator[tuple[str, str |
     if "weights_T" not in batch:
         return
     try:
-        policy.forward_backward(batch, make_loss(run.objective, run.kl), in_one_row=True)
+        policy.forward_backward(minibatch, make_loss(run.objective, run.kl))
     except NonFiniteError as error:
         yield "loss and backward", error.finding.words()
         return

@@ -49,11 +49,11 @@ def run_rank(loaded: Loaded[Run]) -> int:
     checkpoints = Checkpoints(run, world, policy)
     start, state = checkpoints.load() if run.train.resume else (0, None)
     with ExitStack() as stack:
-        recorder = stack.enter_context(_open_recorder(run, world, tokenizer, start))
+        recorder = stack.enter_context(_open_recorder(run, policy, tokenizer, start))
         with recorder.phase("start"):
             stop = StopSignal()
             backend = _open_backend(run, world, tokenizer, stack) if world.is_main else None
-            rollouts = RolloutController(run, world, backend, stop, state)
+            rollouts = RolloutController(run, policy.mesh, policy.route_layers, backend, stop, state)
             evaluation = Evaluation(run, backend, stop)
             recorder.register_gauges(rollouts.gauges)
             recorder.add_clock("fleet", rollouts.fleet_seconds)
@@ -75,19 +75,21 @@ def run_rank(loaded: Loaded[Run]) -> int:
     return 0 if finished or not world.is_main else STOPPED
 
 
-def _open_recorder(run: Run, world: World, tokenizer: FleetTokenizer, start: int) -> RunRecorder:
-    folder = Path(run.log.path)
-    traces = Traces(folder / "profile", run.log.profile_steps, world.rank)
-    if not world.is_main:
+def _open_recorder(run: Run, policy: Policy, tokenizer: FleetTokenizer, start: int) -> RunRecorder:
+    folder, mesh = Path(run.log.path), policy.mesh
+    traces = Traces(folder / "profile", run.log.profile_steps, mesh.world.rank)
+    if not mesh.leads_replica:
         return RunRecorder(None, run.train.steps, start, traces=traces)
     shown = {key: value for key, value, _ in settings(run) if key != "rollout.environment"}  # it may hold secrets
     return RunRecorder(
-        folder,
+        folder if mesh.world.is_main else None,
         run.train.steps,
         start,
+        replicas=mesh.replicas,
+        route_layers=len(policy.family.route_shape.layers),
         mismatch=MismatchReport(run, tokenizer),
-        tokens=TokenRecord(run.log.tokens, tokenizer, run.objective.clipped_word),
-        sinks=open_sinks(run.log, shown),
+        tokens=TokenRecord(run.log.tokens, tokenizer, run.objective.clipped_word, mesh.replicas),
+        sinks=open_sinks(run.log, shown) if mesh.world.is_main else (),
         traces=traces,
     )
 

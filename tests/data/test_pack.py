@@ -1,5 +1,7 @@
 """Packed rows: every token exactly once, targets of the same sequence, within the budget."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,8 @@ RULES = st.builds(
 def test_rows_hold_every_token_once_and_predict_within_sequences(lengths: list[int], rules: RowRules) -> None:
     batch = batch_of(lengths)
 
-    rows = pack(batch, rules)
+    packing = pack(batch.lengths_B, rules)
+    rows = packing.rows(0, 1)
 
     assert len(rows) % rules.count_multiple == 0
     assert len({row.length for row in rows}) == 1
@@ -45,6 +48,50 @@ def test_rows_hold_every_token_once_and_predict_within_sequences(lengths: list[i
     predicting = targets >= 0
     assert torch.equal(targets[predicting], ids[predicting] + 1)
     assert sorted(targets[predicting].tolist()) == [token for token in range(sum(lengths)) if token not in firsts]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), RULES, st.integers(1, 3))
+def test_replicas_own_each_sequence_once_and_have_the_rows_of_the_whole(
+    lengths: list[int], rules: RowRules, replicas: int
+) -> None:
+    batch = batch_of(lengths)
+    rules = replace(rules, count_multiple=rules.count_multiple * replicas)
+    packing = pack(batch.lengths_B, rules)
+    whole = packing.rows(0, 1)
+
+    owned = [packing.owned(replica, replicas) for replica in range(replicas)]
+
+    assert sorted(torch.cat(owned).tolist()) == list(range(len(lengths)))
+    for replica, owned_B in enumerate(owned):
+        part = batch.select(owned_B)
+        rows = packing.rows(replica, replicas)
+        assert len(rows) == len(whole) // replicas
+        for row, expected in zip(rows, whole[replica::replicas], strict=True):
+            for mine, theirs in ((row.token_ids_T, expected.token_ids_T), (row.target_ids_T, expected.target_ids_T)):
+                assert torch.equal(mine >= 0, theirs >= 0)
+                assert torch.equal(part["input_ids_T"][mine[mine >= 0]], theirs[theirs >= 0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), RULES)
+def test_rows_are_those_of_the_plain_rule(lengths: list[int], rules: RowRules) -> None:
+    """Longest first, each to the first row with the fewest tokens; if any row is too long, more rows."""
+    padded = [-(-length // rules.sequence_multiple) * rules.sequence_multiple for length in lengths]
+    count = -(-sum(padded) // rules.tokens)
+    count = -(-count // rules.count_multiple) * rules.count_multiple
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        for index in sorted(range(len(padded)), key=lambda index: (-padded[index], index)):
+            loads = [sum(padded[i] for i in b) for b in bins]
+            bins[loads.index(min(loads))].append(index)
+        if max(sum(padded[i] for i in b) for b in bins) <= rules.tokens:
+            break
+        count += rules.count_multiple
+
+    found = pack(torch.tensor(lengths), replace(rules, one_sequence_per_row=False))
+
+    assert [list(b) for b in found.bins] == [sorted(b) for b in bins]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.sampled_from([1, 2, 4]))
@@ -64,4 +111,4 @@ def test_zigzag_pairs_an_early_chunk_with_a_late_one() -> None:
 
 def test_a_sequence_that_fits_no_row_names_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"train\.tokens_per_microbatch to at least 50"):
-        pack(batch_of([50]), RowRules(tokens=40))
+        pack(torch.tensor([50]), RowRules(tokens=40))

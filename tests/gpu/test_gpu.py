@@ -55,7 +55,7 @@ def step(folder: Path, dtype: str, *, deterministic: bool = False) -> dict[str, 
     world = single_rank_world()
     make_deterministic(deterministic, world.device)
     policy = Policy(run_of(folder, model={"dtype": dtype}), world, total_updates=1)
-    batch = case()
+    batch = policy.local_part(case())
     scored = policy.compute_logprobs(batch)
     policy.forward_backward(batch, weighted, whole_gradients=True)
     gradients = {name: tensor.clone().float() for name, tensor in policy.gradients()}

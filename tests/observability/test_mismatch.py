@@ -7,11 +7,19 @@ import torch
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run, Sampling
-from megatron_rl.data.types import Batch, Group, Prompt, Response
-from megatron_rl.observability.mismatch_causes import Diagnosis, MismatchSettings, RoutingDifferences, diagnose
+from megatron_rl.data.types import Group, Prompt, Response
+from megatron_rl.distributed.replicas import Replicas
+from megatron_rl.observability.mismatch_causes import (
+    Diagnosis,
+    LogprobGaps,
+    MismatchSettings,
+    RoutingDifferences,
+    diagnose,
+)
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
+from tests.minibatches import alone
 
 EXACT = MismatchSettings("float32", "float32", Sampling())
 
@@ -46,8 +54,16 @@ def scored(groups, gaps=(), settings=()):
     return batch.add({"old_logprobs_T": old_T})
 
 
+def gaps_of(batches) -> LogprobGaps:
+    return LogprobGaps.of([alone(batch) for batch in batches], Replicas())
+
+
+def compared(report, groups, *batches):
+    return report.compare(3, groups, [alone(batch) for batch in batches], gaps_of(batches), None)
+
+
 def diagnosed(batch, version, settings, routing=None) -> Diagnosis:
-    found = diagnose(batch, version, settings, routing)
+    found = diagnose(gaps_of([batch]), version, settings, routing)
     assert found is not None
     return found
 
@@ -110,7 +126,8 @@ def test_log_probs_that_are_no_numbers_come_first(groups):
 
 def test_nothing_trained_says_nothing(groups):
     batch = scored(groups)
-    assert diagnose(batch.add({"loss_mask_T": torch.zeros_like(batch["loss_mask_T"])}), 3, EXACT) is None
+    nothing = batch.add({"loss_mask_T": torch.zeros_like(batch["loss_mask_T"])})
+    assert diagnose(gaps_of([nothing]), 3, EXACT) is None
 
 
 def test_the_engines_type_is_the_models_unless_its_options_say_otherwise():
@@ -125,7 +142,7 @@ def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_pa
     report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     # two mini-batches, shuffled, as the loop has them; token 9 is the third output token of r1, "ab"
     parts = scored(groups, {9: 0.5, 3: 0.25}).split(2, seed=(0, 3))
-    verdict = report.compare(3, groups, Batch.join(parts))
+    verdict = compared(report, groups, *parts)
     assert verdict is not None
     assert "UNEXPLAINED" in verdict
     record = json.loads((tmp_path / "mismatch.json").read_text())
@@ -141,7 +158,7 @@ def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_pa
 def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path):
     report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
     told = [
-        report.compare(3, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
+        compared(report, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
     ]
     assert [line is not None for line in told] == [True, False, True, False, True]
     assert json.loads((tmp_path / "mismatch.json").read_text())["cause"] == "numerics"
@@ -149,5 +166,5 @@ def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path)
 
 def test_a_gap_without_end_is_null_in_the_file(groups, tmp_path):
     report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
-    report.compare(3, groups, scored(groups, {3: -torch.inf}))
+    compared(report, groups, scored(groups, {3: -torch.inf}))
     assert json.loads((tmp_path / "mismatch.json").read_text())["gap"]["abs_max"] is None

@@ -25,7 +25,7 @@ def rollout(step: int) -> tuple[Batch, StepSamples]:
     group = Group(Prompt("p", (1,), "2+2=", "4"), (response,))
     batch = collect([group], [[Verdict(1.0, True)]], load(Run, [], ["model.path=x"]).run)
     lines, ledger = [{"step": step, "id": "0-p-0"}], [{"step": step, "group": "0-p"}]
-    return batch, StepSamples([group], lines, ledger, {"refills": 3})
+    return batch.outline(), StepSamples([group], lines, ledger, {"refills": 3})
 
 
 def test_a_step_is_one_line_of_documented_keys_with_its_phases(tmp_path):

@@ -18,6 +18,7 @@ from megatron_rl.distributed.mesh import start_world
 from megatron_rl.observability.token_record import TokenRecord, chosen, token_texts
 from megatron_rl.policy.engine import Policy
 from megatron_rl.prove.case import make_batch, perturbed_logprobs
+from tests.minibatches import alone
 from tests.policy.tiny import VOCABULARY, run_of, save_model
 from tests.ranks import run_ranks
 
@@ -78,7 +79,9 @@ def trained(name: str) -> tuple[Batch, dict[str, float]]:
 
 
 def taken(record: TokenRecord, step: int, batch: Batch) -> dict[str, Any]:
-    return record.take(step, groups_of(batch))
+    line = record.take(step, groups_of(batch))
+    assert line is not None
+    return line
 
 
 OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo", "cispo", "gmpo", "dppo")
@@ -88,8 +91,8 @@ OBJECTIVES = ("grpo", "gspo", "sapo", "sspo", "espo", "cispo", "gmpo", "dppo")
 def test_bins_add_up_to_what_the_metrics_say(name):
     batch, metrics = trained(name)
     record = TokenRecord(4, Letters())
-    record.add(batch)
-    record.add(batch)
+    record.add(alone(batch))
+    record.add(alone(batch))
     line = taken(record, 7, batch)
 
     assert (line["step"], line["updates"], record.updates) == (7, 2, 0)
@@ -105,7 +108,7 @@ def test_bins_add_up_to_what_the_metrics_say(name):
 def test_a_sample_has_the_numbers_of_its_tokens_and_of_its_whole_segments(name):
     batch, _ = trained(name)
     record = TokenRecord(4, Letters())
-    record.add(batch)
+    record.add(alone(batch))
     line = taken(record, 0, batch)
 
     assert len(line["samples"]) == 4
@@ -131,7 +134,7 @@ def test_a_sample_has_the_numbers_of_its_tokens_and_of_its_whole_segments(name):
 def test_which_tokens_are_clipped_is_told_where_segments_do_not_tell_it():
     batch, _ = trained("gmpo")
     record = TokenRecord(8, Letters())
-    record.add(batch)
+    record.add(alone(batch))
     told = [sample for sample in taken(record, 0, batch)["samples"] if "clipped_tokens" in sample]
     assert told
     for sample in told:
@@ -144,7 +147,7 @@ def test_ratios_of_clipped_segments_lie_outside_their_window_on_the_side_of_the_
     for name in ("grpo", "gspo", "sspo", "espo"):
         batch, _ = trained(name)
         record = TokenRecord(8, Letters())
-        record.add(batch)
+        record.add(alone(batch))
         for sample in taken(record, 0, batch)["samples"]:
             s, rises = sample["segments"], sample["advantage"] > 0
             for ratio, low, high, share in zip(s["ratio"], s["low"], s["high"], s["clipped"], strict=True):
@@ -157,7 +160,7 @@ def test_long_responses_are_cut_and_their_segments_are_not(monkeypatch):
     batch, _ = trained("gspo")
     monkeypatch.setattr("megatron_rl.observability.token_record.TOKENS_PER_STEP", 12)
     record = TokenRecord(4, Letters())
-    record.add(batch)
+    record.add(alone(batch))
     samples = taken(record, 0, batch)["samples"]
     assert max(len(sample["text"]) for sample in samples) == 3
     assert all(sample["all_segments"] == 1 for sample in samples)
@@ -169,9 +172,9 @@ def test_long_responses_are_cut_and_their_segments_are_not(monkeypatch):
 def test_a_step_whose_last_mini_batch_trains_nothing_is_recorded_too():
     batch, _ = trained("sspo")
     record = TokenRecord(4, Letters())
-    record.add(batch)
-    record.add(batch.select([0]))  # the response without a trained token
-    record.add(batch.select([]))
+    record.add(alone(batch))
+    record.add(alone(batch.select([0])))  # the response without a trained token
+    record.add(alone(batch.select([])))
     line = taken(record, 0, batch)
     assert (line["updates"], line["samples"]) == (3, [])
     assert sum(line["by_length"]["tokens"]) == len(batch.trained_R)
@@ -214,13 +217,14 @@ def one_line(folder: str, parallel: dict[str, object], name: str) -> dict[str, o
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
     batch = rewarded(make_batch(VOCABULARY, seed=3))
-    batch = batch.add(perturbed_logprobs(batch, policy.compute_logprobs(batch).as_old()))
+    part = policy.local_part(batch)
+    part = part.add(perturbed_logprobs(part, policy.compute_logprobs(part).as_old()))
     objective = objective_of(name)
-    prepared = batch.add(prepare(batch, objective, vocabulary=WORDS))
+    prepared = part.add(prepare(part, objective, vocabulary=WORDS, total=policy.total))
     summed = policy.forward_backward(prepared, make_loss(objective, keep_tokens=True))
-    record = TokenRecord(8, Letters())
+    record = TokenRecord(8, Letters(), replicas=policy.mesh.replicas)
     record.add(prepared.add(summed.tokens))
-    return record.take(0, groups_of(batch)) if world.is_main else None
+    return record.take(0, groups_of(batch) if world.is_main else [])
 
 
 @pytest.fixture(scope="module")

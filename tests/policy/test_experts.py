@@ -61,7 +61,7 @@ def views(folder: str) -> dict[str, bool]:
     """Return which kinds of the experts' memory can be read and written without a copy, after a backward pass."""
     run = run_of(Path(folder), parallel={"distributed_optimizer": True})
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    policy.forward_backward(case(), weighted)
+    policy.forward_backward(policy.local_part(case()), weighted)
     modules = [m for m in policy.chunks[0].modules() if isinstance(m, GroupedExperts)]
     assert not [m for m in policy.chunks[0].modules() if isinstance(m, SequentialMLP)]
     matrices = [side.weights for module in modules for side in module.matrices]
@@ -178,7 +178,7 @@ def test_experts_with_biases_and_a_clamped_gate_are_what_they_are_written_out() 
 def grad_norms(folder: str, parallel: dict[str, object]) -> tuple[float, dict[str, Tensor]]:
     """Return the norm of the gradient of one step, and the gradients that the main rank has."""
     policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
-    policy.forward_backward(case(), weighted, whole_gradients=True)
+    policy.forward_backward(policy.local_part(case()), weighted, whole_gradients=True)
     gradients = {name: tensor.double().clone() for name, tensor in policy.gradients()}
     return policy.optim_step().grad_norm, gradients
 
@@ -196,7 +196,7 @@ def test_the_norm_counts_every_bias_of_an_expert_once(tmp_path: Path, parallel: 
 def bias_gradients(folder: str, parallel: dict[str, object]) -> dict[str, Tensor]:
     """Return this rank's gradient of every bias that each expert-tensor rank holds in full."""
     policy = Policy(run_of(Path(folder), parallel=parallel), start_world(60, deterministic=True), total_updates=1)
-    policy.forward_backward(case(), weighted, whole_gradients=True)
+    policy.forward_backward(policy.local_part(case()), weighted, whole_gradients=True)
     shards = shards_of(policy.chunks, policy.family, policy.mesh)
     return {
         shard.full_name: getattr(shard.parameter, "main_grad").double().clone()  # noqa: B009 (not of Tensor)

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_rl.data.pack import pack
+from megatron_rl.data.minibatch import Minibatch, in_outline
 from megatron_rl.data.types import Batch
-from megatron_rl.distributed.collectives import gather_over, group_rank, group_size
+from megatron_rl.distributed.collectives import gather_over
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from tests.minibatches import whole
 from tests.policy import families
 from tests.policy.families import MIXTURES, MODELS
 from tests.policy.test_parity import weighted
@@ -82,33 +83,32 @@ def one_step(folder: str, parallel: dict[str, object], batch: Batch) -> dict[str
     run = run_of(Path(folder), parallel=parallel, train={"tokens_per_microbatch": 2048})
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
-    rows = pack(batch, policy.row_rules)
+    part = policy.local_part(batch)
     hidden: list[Tensor] = []
     last = policy.chunks[-1].module
     if last.post_process:
         last.decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.detach()))
-    scored = policy.compute_logprobs(batch)
+    scored = policy.compute_logprobs(part)
     results = {f"weight.{name}": tensor.clone() for name, tensor in policy.weights(1 << 16)}
     if last.post_process:
-        results[HIDDEN] = _in_order(hidden, rows, policy)
+        results[HIDDEN] = _in_order(hidden, part, policy)
     hidden.clear()
-    policy.forward_backward(batch, weighted, whole_gradients=True)
+    policy.forward_backward(part, weighted, whole_gradients=True)
     results |= {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
-    if world.is_main:
-        results["logprobs_T"] = scored.logprobs_T
+    logprobs = whole(policy, part, {"logprobs_T": scored.logprobs_T})
+    results |= logprobs if world.is_main else {}
     dist.barrier()
     return results
 
 
-def _in_order(hidden, rows, policy: Policy) -> Tensor:
+def _in_order(hidden, part: Minibatch, policy: Policy) -> Tensor:
     """Return the last hidden state of this rank's tokens, in the order of the batch; zeros for those of other ranks."""
-    mine = rows[group_rank(policy.mesh.data) :: group_size(policy.mesh.data)]
-    ordered = torch.zeros(int(rows[0].batch.lengths_B.sum()), hidden[0].shape[-1])
-    for row, part_T1H in zip(mine, hidden, strict=True):
+    ordered = torch.zeros(int(part.lengths_B.sum()), hidden[0].shape[-1])
+    for row, part_T1H in zip(part.rows, hidden, strict=True):
         whole_RH = gather_over(policy.mesh.tensor, part_T1H[:, 0]).flatten(0, 1)
         real_R = row.token_ids_T >= 0
         ordered[row.token_ids_T[real_R]] = whole_RH[real_R]
-    return ordered
+    return in_outline(part, ordered)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -52,7 +52,8 @@ def mini_batch(policy):
 
 
 def accumulate(policy, run, batch):
-    prepared = batch.add(prepare(batch, run.objective))
+    part = policy.local_part(batch)
+    prepared = part.add(prepare(part, run.objective, total=policy.total))
     return policy.forward_backward(prepared, make_loss(run.objective))
 
 
@@ -82,7 +83,7 @@ def every_plant(words):
     found = {"clean before": caught(lambda: accumulate(policy, run, batch))}
 
     undo = spoil_weight(policy, "decoder.layers.{layer}.self_attention.linear_proj.weight", 1)
-    found["weight, score"] = caught(lambda: policy.compute_logprobs(batch))
+    found["weight, score"] = caught(lambda: policy.compute_logprobs(policy.local_part(batch)))
     found["weight, loss"] = caught(lambda: accumulate(policy, run, batch))
     undo()
     undo = spoil_weight(policy, "decoder.layers.{layer}.mlp.experts.local_experts.{expert}.linear_fc2.weight", 2, 5)

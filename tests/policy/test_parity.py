@@ -11,6 +11,7 @@ from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch, Loss, Metrics
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from tests.minibatches import whole
 from tests.policy.tiny import by_transformers, case, lonely_case, run_of, save_model
 from tests.ranks import RankError, run_ranks
 
@@ -44,13 +45,14 @@ def one_step(
     run = run_of(Path(folder), parallel=parallel, model=model)
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
-    scored = policy.compute_logprobs(batch)
+    part = policy.local_part(batch)
+    scored = policy.compute_logprobs(part)
     exported = {f"weight.{name}": tensor.clone() for name, tensor in policy.weights(1 << 16)}
-    metrics = policy.forward_backward(batch, weighted, whole_gradients=True)
+    metrics = policy.forward_backward(part, weighted, whole_gradients=True)
     gradients = {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
     report = policy.optim_step()
-    results = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T}
-    results |= metrics.tokens
+    columns = {"logprobs_T": scored.logprobs_T, "entropies_T": scored.entropies_T, **metrics.tokens}
+    results = whole(policy, part, columns)
     results |= {"loss": metrics.sums["loss"], "grad_norm": torch.tensor(report.grad_norm), **gradients, **exported}
     return results if world.is_main else None
 

@@ -11,6 +11,7 @@ from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch, Loss, Metrics
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from tests.minibatches import whole
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import by_transformers, case, run_of, save_model
 from tests.ranks import RankError, run_ranks
@@ -45,10 +46,11 @@ def one_step(folder: str, mode: str, parallel: dict[str, object], recompute: str
     run = run_of(Path(folder), parallel=parallel, rollout={"routing_replay": mode}, model={"recompute": recompute})
     world = start_world(60, deterministic=True)
     policy = Policy(run, world, total_updates=1)
-    batch = given()
+    batch = policy.local_part(given())
     scored = policy.compute_logprobs(batch).as_old()
     policy.forward_backward(batch.add(scored), weighted, whole_gradients=True)
     gradients = {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
+    scored = whole(policy, batch, scored)
     return {**scored, **gradients} if world.is_main else None
 
 
@@ -138,7 +140,7 @@ def noisy_ratios(folder: str, mode: str, parallel: dict[str, object], recompute:
         return scores.gather(dim, chosen), chosen
 
     setattr(torch, "topk", noisy)  # noqa: B010 (of this rank's process alone)
-    batch = case()
+    batch = policy.local_part(case())
     batch = batch.add(policy.compute_logprobs(batch).as_old())
     metrics = policy.forward_backward(batch, distance)
     return float(metrics.maxima["apart"]), float(batch["routes_T"].double().mean()) if "routes_T" in batch else 0.0
@@ -158,7 +160,7 @@ def test_first_ratios_are_exactly_one_under_r2_whatever_the_router_does(model: P
 
 def scored_and_trained(folder: str) -> float:
     policy = Policy(run_of(Path(folder)), start_world(60, deterministic=True), total_updates=1)
-    batch = case()
+    batch = policy.local_part(case())
     batch = batch.add(policy.compute_logprobs(batch).as_old())
     return float(policy.forward_backward(batch, distance).maxima["apart"])
 
@@ -172,7 +174,7 @@ def test_first_ratios_are_exactly_one_with_many_experts_per_token(tmp_path: Path
 def misshapen(folder: str) -> None:
     run = run_of(Path(folder), rollout={"routing_replay": "r3"})
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    batch = given()
+    batch = policy.local_part(given())
     policy.compute_logprobs(batch.add({"rollout_routes_T": batch["rollout_routes_T"][:, :2]}))
 
 

@@ -44,7 +44,7 @@ def test_the_correction_is_against_the_weights_that_made_each_token(batch, level
 
 def test_lags_are_counted_by_token_and_mixtures_by_response(batch):
     metrics = StepMetrics()
-    metrics.rollout(5, batch, {})
+    metrics.rollout(5, batch.outline(), {})
     values = metrics.summary()
     assert (values["lag_mean"], values["lag_max"]) == (pytest.approx((3 + 4 * 1) / 5), 3)
     assert values["mixed_versions_fraction"] == 0.5

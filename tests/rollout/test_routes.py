@@ -8,11 +8,13 @@ import torch
 
 from megatron_rl.data.routes import RouteShape, encode_routes
 from megatron_rl.data.types import Batch, Response
+from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, generate_body, parse_results
-from megatron_rl.observability.routing_statistics import missing_routes, routing
+from megatron_rl.observability.routing_statistics import RoutingCounts, routing_counts
 from megatron_rl.rollout.routes import route_columns
 from tests.fleet.test_protocol import answer
+from tests.minibatches import alone
 
 SHAPE = RouteShape(layers=(0, 2), all_layers=3, experts=4, per_token=2)
 REQUEST = GenerationRequest("r1", (5, 6, 7), {"max_new_tokens": 4}, SHAPE)
@@ -63,16 +65,29 @@ def response(tokens: int, *, known: bool) -> Response:
     return Response("r", "p", 0, (1,) * tokens, (-1.0,) * tokens, "", "stop", ((0, 0, tokens),), routes)
 
 
+def counted(*batches: Batch) -> RoutingCounts:
+    """Return the counts of mini-batches; where they say nothing, no choice differs."""
+    filled = [
+        batch.add(
+            {"routing_differs_T": torch.zeros(len(batch["rollout_routed_T"]), dtype=torch.int32), **batch.columns}
+        )
+        for batch in batches
+    ]
+    found = routing_counts([alone(batch) for batch in filled], Replicas(), len(SHAPE.layers))
+    assert found is not None
+    return found
+
+
 def test_every_token_finds_its_own_record_and_the_others_are_counted() -> None:
     responses, lengths = [response(3, known=True), response(4, known=False), response(1, known=True)], [5, 6, 3]
     columns = route_columns(responses, lengths, SHAPE)
     batch = Batch(torch.tensor(lengths), columns)
-    alone = batch.select([2, 0])
+    known = batch.select([2, 0])
     assert responses[2].routes is not None
-    assert torch.equal(alone["rollout_routes_T"][:2], responses[2].routes)
-    assert alone["rollout_routed_T"].tolist() == [True, True, False, True, True, True, True, False]
-    assert missing_routes(batch) == 5
-    assert missing_routes(alone) == 0
+    assert torch.equal(known["rollout_routes_T"][:2], responses[2].routes)
+    assert known["rollout_routed_T"].tolist() == [True, True, False, True, True, True, True, False]
+    assert counted(batch).missing == 5
+    assert counted(known).missing == 0
 
 
 def test_no_record_at_all_says_what_to_start() -> None:
@@ -83,6 +98,6 @@ def test_no_record_at_all_says_what_to_start() -> None:
 def test_differences_are_shares_of_tokens_and_layers() -> None:
     columns = route_columns([response(3, known=True)], [5], SHAPE)
     batch = Batch(torch.tensor([5]), {**columns, "routing_differs_T": torch.tensor([0, 2, 1, 0, 0], dtype=torch.int32)})
-    found = routing(batch)
+    found = counted(batch).differences
     assert found is not None
     assert (found.tokens, found.layers) == (0.5, 3 / 8)

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from tests.minibatches import whole
 from tests.policy import families
 from tests.policy.test_families import by_transformers
 from tests.policy.test_parity import weighted
@@ -46,9 +47,10 @@ def one_step(folder: str, parallel: dict[str, object], batch: Batch) -> dict[str
     doubles.install()
     run = run_of(Path(folder), parallel=parallel, train={"tokens_per_microbatch": 2048})
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    results = {"logprobs_T": policy.compute_logprobs(batch).logprobs_T}
+    part = policy.local_part(batch)
+    results = whole(policy, part, {"logprobs_T": policy.compute_logprobs(part).logprobs_T})
     results |= {f"weight.{name}": tensor.clone() for name, tensor in policy.weights(1 << 16)}
-    policy.forward_backward(batch, weighted, whole_gradients=True)
+    policy.forward_backward(part, weighted, whole_gradients=True)
     results |= {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
     dist.barrier()
     return results if dist.get_rank() == 0 else {}

@@ -18,6 +18,7 @@ from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta
 from megatron_rl.policy.engine import Policy
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.resume import checkpoint_name
+from tests.minibatches import whole
 from tests.policy import families
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
@@ -133,14 +134,14 @@ def work(model: str, folder: str, layout: Layout, saves: tuple[int, ...], resume
     checkpoints = Checkpoints(run, world, policy)
     if resume:
         assert checkpoints.load() == (policy.updates, {"next_prompt": 7})
-    batch = case()
+    batch = policy.local_part(case())
     norms: list[float] = []
     scores: list[Tensor] = []
     for save in saves:
         while policy.updates < save:
             policy.forward_backward(batch, weighted)
             norms.append(policy.optim_step().grad_norm)
-        scores.append(policy.compute_logprobs(batch).logprobs_T)
+        scores.append(whole(policy, batch, policy.compute_logprobs(batch).as_old())["old_logprobs_T"])
         checkpoints.save(save if policy.updates == save else AGAIN, {"next_prompt": 7})
     checkpoints.finish()
     dist.barrier()

@@ -31,9 +31,10 @@ def test_the_loop_fits_on_one_screen():
 
 def test_the_loop_uses_the_verbs_of_the_algorithm():
     steps, _ = loop()
-    verbs = ["compute_logprobs", "reference_weights", "compute_logprobs", "forward_backward", "optim_step", "weights"]
+    verbs = ["plan", "compute_logprobs", "reference_weights", "compute_logprobs"]
+    verbs += ["forward_backward", "optim_step", "weights"]
     assert called(steps, "policy") == verbs
-    assert called(steps, "rollouts") == ["next_batch", "state", "push_weights", "state"]
+    assert called(steps, "rollouts") == ["next_batch", "state", "fetch", "push_weights", "state"]
 
 
 def test_the_loop_knows_no_rank_and_no_packing():
