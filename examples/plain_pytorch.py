@@ -81,6 +81,8 @@ def train(steps: int = 3, aggregation: str = "token") -> list[Tensor]:
 
 
 if __name__ == "__main__":
+    if not dist.is_torchelastic_launched():
+        raise SystemExit("start the ranks with torchrun: torchrun --nproc-per-node 2 examples/plain_pytorch.py")
     dist.init_process_group("gloo")
     parameters = train()
     if dist.get_rank() == 0:
