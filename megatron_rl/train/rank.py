@@ -48,8 +48,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
     vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size)
     checkpoints = Checkpoints(run, world, policy)
     start, state = checkpoints.load() if run.train.resume else (0, None)
-    with ExitStack() as stack:
-        recorder = stack.enter_context(_open_recorder(run, policy, tokenizer, start))
+    with _open_recorder(run, policy, tokenizer, start) as recorder, ExitStack() as stack:
         with recorder.phase("start"):
             stop = StopSignal()
             backend = _open_backend(run, world, tokenizer, stack) if world.is_main else None
@@ -69,6 +68,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
         if finished:
             _finish(run, policy, rollouts, evaluation, checkpoints, recorder)
         checkpoints.finish()
+        stack.close()  # before the last lines, because a fleet may log until it is closed
         recorder.summarize(resumable=not finished)
     dist.destroy_process_group()
     # The others end with 0: srun would take the first 130 for a failure and kill ranks that have not ended yet.

@@ -49,10 +49,12 @@ def test_a_run_goes_on_under_another_layout(tmp_path):
 def test_control_c_stops_cleanly(tmp_path):
     with Job(tmp_path / "run", *ONE_RANK, "train.steps=1000") as job:
         job.until_steps(1)
+        server = job.server()
         os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
+        server.send_signal(signal.SIGINT)  # as a container does
         assert job.end() == 130, job.output()
+        assert job.output().rstrip().endswith("to continue it: the same command with train.resume=true")
         assert "repeat to stop immediately" in job.output()
-        assert "train.resume=true" in job.output()
         assert "Traceback" not in job.output()
         assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
 
