@@ -17,6 +17,9 @@ from megatron_rl.config.load import Loaded, load, split_words
 from megatron_rl.config.section import InputPath, Section
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, EnvironmentConfig, Reward
 
+MegatronValue = bool | int | float | str | list[bool | int | float | str]
+"""Value of a field of megatron-core's configuration."""
+
 
 class Model(Section):
     """The policy."""
@@ -27,8 +30,8 @@ class Model(Section):
     """Dtype of weights and activations; with bfloat16 the optimizer keeps float32 weights."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass."""
-    megatron: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Fields of megatron-core's TransformerConfig."""
+    megatron: dict[str, MegatronValue] = Field(default_factory=dict)
+    """Fields of megatron-core's TransformerConfig, such as ``recompute_modules = ["core_attn", "moe"]``."""
     untested_megatron: bool = False
     """Run with a release of megatron-core that was not tested, at your own risk."""
 
@@ -188,6 +191,8 @@ class Optimizer(Section):
     """Term added to the root of the second moment."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
+    megatron: dict[str, MegatronValue] = Field(default_factory=dict)
+    """Fields of megatron-core's OptimizerConfig, such as ``optimizer = "muon"``; a dtype is written as its name."""
 
 
 class Train(Section):

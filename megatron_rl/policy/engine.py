@@ -95,7 +95,14 @@ class Policy:
         self._qkv_format = "thd" if by_sequence else "sbhd"
         self._parallel, self._train = run.parallel, run.train
 
+    def _gather_parameters(self) -> None:
+        """Gather the parameters that the last update left to the next forward pass (overlap_param_gather)."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def _copy(self) -> list[Tensor]:
+        self._gather_parameters()
         return [parameter.detach().cpu().clone() for chunk in self.chunks for parameter in chunk.parameters()]
 
     @property
@@ -239,6 +246,7 @@ class Policy:
 
         The union over all ranks contains every element once and can be loaded under any layout.
         """
+        self._gather_parameters()
         shards, parts = shards_of(self.chunks, self.family, self.mesh), optimizer_parts(self.optimizer)
         random = rng_slices(rng_states(self.mesh.world.device), self.mesh)
         return [*state_slices(shards, parts, self.mesh), *random.values()]
@@ -267,6 +275,7 @@ class Policy:
 
     def weights(self, bucket_bytes: int) -> WeightExport:
         """Return an iterable over (Hugging Face name, tensor); all ranks must iterate, rank 0 gets the tensors."""
+        self._gather_parameters()
         return WeightExport(shards_of(self.chunks, self.family, self.mesh), self.mesh, bucket_bytes)
 
     def gradients(self) -> WeightExport:

@@ -21,6 +21,7 @@ from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
 from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name
+from megatron_rl.policy.upstream import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
         group_rank(mesh.expert) * (family.num_experts // group_size(mesh.expert)) if family.num_experts else 0
     )
     shards = []
-    for chunk in unwrap_model(list(chunks)):
+    for chunk, layers in decoder_layers(chunks):
+        numbers = list(layers)
         trained = dict(chunk.named_parameters())
         biases = {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
         for param_name, parameter in (trained | biases).items():
@@ -94,7 +96,7 @@ def shards_of(chunks: Sequence[DistributedDataParallel], family: Family, mesh: M
             canonical = to_local_name(param_name)
             layer = expert = 0
             if match := re.search(r"layers\.(\d+)\.", canonical):
-                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+                layer = numbers[int(match[1])]
                 canonical = canonical.replace(match[0], "layers.{layer}.", 1)
             if match := re.search(r"local_experts\.(\d+)\.", canonical):
                 expert = first_expert + int(match[1])

@@ -22,7 +22,7 @@ from megatron_rl.policy.backends import PLAIN_VARIABLE, Backends, backends_for, 
 from megatron_rl.policy.experts import skip_second_sort
 from megatron_rl.policy.layers import block_spec
 from megatron_rl.policy.rows import PackedRow
-from megatron_rl.policy.upstream import mark_expert_parameters
+from megatron_rl.policy.upstream import mark_expert_parameters, no_sync_function, split_padding_mask
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -70,10 +70,7 @@ class PolicyModel(GPTModel):
             angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN also returns a scale
             prepared = (prepared[0], angles[position_ids[0]], *prepared[2:])
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
-            # megatron-core splits the mask over tensor ranks on the first stage only; later stages need it too.
-            tensor = self.pg_collection.tp
-            local_mask = padding_mask.chunk(tensor.size(), dim=1)[tensor.rank()]
-            prepared = (*prepared[:5], local_mask, *prepared[6:])
+            prepared = (*prepared[:5], split_padding_mask(padding_mask, self.pg_collection.tp), *prepared[6:])
         return prepared
 
     def _postprocess(
@@ -198,13 +195,12 @@ def build_chunks(run: Run, family: Family, mesh: Mesh) -> list[DistributedDataPa
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.bf16,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
+        overlap_param_gather=bool(run.optimizer.megatron.get("overlap_param_gather")),
         use_distributed_optimizer=run.parallel.distributed_optimizer,
     )
     wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)]
     if run.parallel.overlap_grad_reduce:
-        # Without no_sync, megatron-core reduces after every micro-batch and counts earlier gradients twice.
-        no_sync = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        config.no_sync_func = no_sync_function(wrapped)
     return wrapped
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_rl.data.loss_inputs import LossFn
@@ -30,6 +29,7 @@ from megatron_rl.distributed.replicas import CPU
 from megatron_rl.errors import TrainingError
 from megatron_rl.policy.hf_weights import shards_of
 from megatron_rl.policy.rows import RankRow
+from megatron_rl.policy.upstream import decoder_layers
 
 if TYPE_CHECKING:
     from megatron_rl.policy.engine import Policy
@@ -185,10 +185,8 @@ def _watched(policy: "Policy", found: list[NonFiniteTensor]) -> Iterator[None]:
 
 def _places(policy: "Policy") -> Iterator[tuple[tuple[str, int | None], nn.Module]]:
     """Yield ((name within its layer, global layer index or None), module) for every module of this rank."""
-    for chunk in unwrap_model(list(policy.chunks)):
-        numbers = {
-            f"decoder.layers.{index}": layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)
-        }
+    for chunk, layers in decoder_layers(policy.chunks):
+        numbers = {f"decoder.layers.{index}": number for index, number in enumerate(layers)}
         for name, module in chunk.named_modules():
             owner = ".".join(name.split(".")[:3])
             inside = name.removeprefix(owner).removeprefix(".") or "the whole layer"

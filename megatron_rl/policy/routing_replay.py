@@ -26,7 +26,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
-from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_rl.config.schema import RoutingReplay
@@ -37,6 +36,7 @@ from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.errors import TrainingError
 from megatron_rl.models.hf_mapping.rules import Family
 from megatron_rl.policy.rows import PackedRow, RankRow, RowRoutes
+from megatron_rl.policy.upstream import decoder_layers, sort_experts
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
@@ -61,12 +61,7 @@ class LayerReplay(RouterReplay):
     ) -> tuple[Tensor, Tensor]:
         """Return scores and numbers of the experts to take, each [T, K]; scores is [T, experts]."""
         assert default_compute_topk is not None, "megatron-core always gives its own top-k"
-        values_TK, live_TK = default_compute_topk(scores, topk, num_groups, group_topk)
-        if not torch.is_grad_enabled():
-            # megatron-core 0.18 and later sort only where gradients are on. Gates are normalized by a sum over the
-            # chosen experts, so without this sort scoring and training would add them in different orders.
-            values_TK, order_TK = values_TK.sort(dim=1, descending=True, stable=True)
-            live_TK = live_TK.gather(1, order_TK)
+        values_TK, live_TK = sort_experts(*default_compute_topk(scores, topk, num_groups, group_topk))
         routes = self.routes
         if routes is None:
             return values_TK, live_TK
@@ -99,11 +94,11 @@ class Replay:
         """Attach a ``LayerReplay`` to every router; return the layers, as indices among those with experts."""
         places = {layer: place for place, layer in enumerate(self._shape.layers)}
         routers: dict[int, tuple[nn.Module, TopKRouter]] = {}
-        for chunk in unwrap_model(list(chunks)):
-            for layer in chunk.decoder.layers:
+        for _, layers in decoder_layers(chunks):
+            for number, layer in layers.items():
                 router = getattr(layer.mlp, "router", None)
                 if isinstance(router, TopKRouter):
-                    routers[places[layer.layer_number - 1]] = (layer, router)
+                    routers[places[number]] = (layer, router)
         for place, (layer, router) in enumerate(routers[index] for index in sorted(routers)):
             router.router_replay = LayerReplay(place)
             layer.register_forward_pre_hook(partial(_hand_over, router.router_replay), with_kwargs=True)

@@ -10,7 +10,7 @@ from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.models.hf_mapping.rules import Shard
 from megatron_rl.models.sharded_files import ShardedStateReader, StateSlice
 from megatron_rl.policy.hf_weights import LocalParam
-from megatron_rl.policy.optimizer import MOMENTS, OptimizerPart
+from megatron_rl.policy.optimizer import OptimizerPart
 
 
 def state_slices(
@@ -57,7 +57,7 @@ def load_sharded_state(
         if part is None:
             continue
         count = part.main.numel()
-        kinds = [*(["main"] if part.has_main_copy else []), *(MOMENTS if updates else [])]
+        kinds = [*(["main"] if part.has_main_copy else []), *(part.moments if updates else [])]
         values = {}
         for kind in kinds:
             place = _place(kind, shard, mesh, part.start)

@@ -16,10 +16,12 @@ from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta
 from megatron_rl.policy.engine import Policy
+from megatron_rl.policy.upstream import RELEASE
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.resume import checkpoint_name
 from tests.minibatches import whole
 from tests.policy import families
+from tests.policy.pretend_gpu import pretend_offload
 from tests.policy.test_parity import weighted
 from tests.policy.tiny import case, run_of, save_model
 from tests.ranks import run_ranks
@@ -29,18 +31,22 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, sizes of the axes, precision, model, and fields of megatron-core."""
+    """Ranks, sizes of the axes, precision, model, and fields of megatron-core for the model and for the optimizer."""
 
     ranks: int
     parallel: Mapping[str, object] = field(default_factory=dict)
     dtype: str = "float32"
     model: str = "untied"
     megatron: Mapping[str, object] = field(default_factory=dict)
+    optimizer: Mapping[str, object] = field(default_factory=dict)
 
 
 PLAIN = {"distributed_optimizer": False}
 MOVING = {"moe_router_bias_update_rate": 0.01}
 """The routers' bias is no parameter, but moves with every step."""
+MUON = {"optimizer": "muon", "muon_fp32_matmul_prec": "highest"}
+OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5, "pin_cpu_grads": False}
+OVERLAP = {"distributed_optimizer": True, "overlap_grad_reduce": True}
 LAYOUTS = {
     "one": Layout(1),
     "data2": Layout(2),
@@ -74,6 +80,14 @@ LAYOUTS = {
     "deepseek bfloat16 pipeline2": Layout(2, {"pipeline": 2}, "bfloat16", "deepseek", MOVING),
     "gpt-oss tensor2": Layout(2, {"tensor": 2}, model="gpt-oss"),
     "gpt-oss tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2}, model="gpt-oss"),
+    "muon": Layout(1, PLAIN, optimizer=MUON),
+    "muon tensor2": Layout(2, {"tensor": 2, **PLAIN}, optimizer=MUON),
+    "muon tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2, **PLAIN}, optimizer=MUON),
+    "muon data2": Layout(2, PLAIN, optimizer=MUON),
+    "muon bfloat16 tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2, **PLAIN}, dtype="bfloat16", optimizer=MUON),
+    "overlapped gather data2": Layout(2, OVERLAP, optimizer={"overlap_param_gather": True}),
+    "offload bfloat16 data2": Layout(2, dtype="bfloat16", optimizer=OFFLOAD),
+    "offload bfloat16 expert2": Layout(2, {"expert": 2}, dtype="bfloat16", optimizer=OFFLOAD),
     "dropout": Layout(2, {"tensor": 2}, megatron={"hidden_dropout": 0.2}),
 }
 STRAIGHT = (2, 3, 4)
@@ -86,6 +100,9 @@ FAST = [
     "tied pipeline2",
     "dropout",
     "deepseek bfloat16 pipeline2",
+    "muon bfloat16 tensor2 expert2",
+    "overlapped gather data2",
+    "offload bfloat16 expert2",
 ]
 FAST_PAIRS = [
     ("one", "tensor2 expert2 data2"),
@@ -99,6 +116,10 @@ FAST_PAIRS = [
     ("tied", "tied pipeline2"),
     ("deepseek tensor2 expert2", "deepseek"),
     ("gpt-oss tensor2", "gpt-oss tensor2 expert2"),
+    ("muon tensor2 expert2", "muon"),
+    ("data2", "overlapped gather data2"),
+    ("offload bfloat16 data2", "bfloat16 data2"),
+    ("bfloat16 data2", "offload bfloat16 data2"),
 ]
 """From every axis to another and from none, both optimizers both ways."""
 
@@ -111,10 +132,15 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys([*both, *(pair for pair in far if pair[0] != pair[1])]))
 
 
+def kind_of(layout: Layout) -> tuple[str, str, object]:
+    """Return what two layouts must share for one to continue the other: model, precision and optimizer."""
+    return layout.model, layout.dtype, layout.optimizer.get("optimizer")
+
+
 PAIRS = [
     pair
-    for model, dtype in dict.fromkeys((it.model, it.dtype) for it in LAYOUTS.values())
-    for pair in pairs_of([n for n, it in LAYOUTS.items() if (it.model, it.dtype) == (model, dtype) and n != "dropout"])
+    for kind in dict.fromkeys(map(kind_of, LAYOUTS.values()))
+    for pair in pairs_of([n for n, it in LAYOUTS.items() if kind_of(it) == kind and n != "dropout"])
 ]
 
 
@@ -124,11 +150,13 @@ def work(model: str, folder: str, layout: Layout, saves: tuple[int, ...], resume
         Path(model),
         model={"dtype": layout.dtype, "megatron": layout.megatron},
         parallel=layout.parallel,
-        optimizer={"lr": 1e-3, "warmup_steps": 3, "weight_decay": 0.1},
+        optimizer={"lr": 1e-3, "warmup_steps": 3, "weight_decay": 0.1, "megatron": layout.optimizer},
         checkpoint={"keep": 100},
         log={"path": folder},
     )
     world = start_world(60, deterministic=True)
+    if "optimizer_cpu_offload" in layout.optimizer:
+        pretend_offload()
     torch.manual_seed(world.rank)
     policy = Policy(run, world, total_updates=8)
     checkpoints = Checkpoints(run, world, policy)
@@ -172,7 +200,7 @@ def contents(folder: Path, model: Path, step: int) -> dict[str, Tensor]:
     reader = open_sharded_state(checkpoint, read_meta(checkpoint))
     state: dict[str, Tensor] = {}
     for name, layer, expert in family_of(read_hf_config(model)).parameters():
-        for kind in ("model", "main", "exp_avg", "exp_avg_sq"):
+        for kind in ("model", "main", "exp_avg", "exp_avg_sq", "momentum_buffer"):
             tensor = f"{kind}/{name.megatron_name(layer, expert)}"
             if tensor in reader:
                 parts = reader.merged(tensor, name.rule)
@@ -205,6 +233,10 @@ def work_under(
     models: Mapping[str, Path], name: str, folder: Path, saves: tuple[int, ...], *, resume: bool
 ) -> dict[str, Tensor]:
     layout = LAYOUTS[name]
+    if layout.optimizer == MUON:
+        pytest.importorskip("emerging_optimizers", reason="Muon needs the package emerging-optimizers")
+        if RELEASE < (0, 19):
+            pytest.skip("Muon needs megatron-core 0.19")
     arguments = (str(models[layout.model]), str(folder), layout, saves, resume)
     return run_ranks(work, layout.ranks, *arguments, initialize=False, timeout_seconds=280)[0]
 

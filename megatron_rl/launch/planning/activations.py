@@ -7,14 +7,35 @@ megatron-core's 1F1B schedules, with and without virtual stages.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_rl.config.schema import Model
 from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.microbatch import MicrobatchWork, rank_tokens
 from megatron_rl.launch.planning.model_sizes import ModelSizes
-from megatron_rl.launch.planning.saved_activations import FLOAT32, layer_bytes, norm_bytes
+from megatron_rl.launch.planning.saved_activations import FLOAT32, Modules, layer_bytes, norm_bytes
 from megatron_rl.launch.planning.stages import PipelineStage
 from megatron_rl.models.hf_mapping.rules import Family
 from megatron_rl.ops.head import SHIFT_COLUMNS, TILE_COLUMNS
 from megatron_rl.ops.vocab import CHUNK_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass recomputes.
+
+    Attributes:
+        layers: whole layers.
+        modules: else modules of a layer, under megatron-core's names.
+    """
+
+    layers: bool
+    modules: Modules
+
+    @classmethod
+    def of(cls, model: Model) -> "Recompute":
+        """Return the value of ``model.recompute`` and of ``recompute_modules`` in ``model.megatron``."""
+        modules = model.megatron.get("recompute_modules", ["core_attn"])
+        selected = modules if model.recompute == "selective" and isinstance(modules, list) else []
+        return cls(model.recompute == "full", frozenset(map(str, selected)))
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ def activation_memory(
     layout: ParallelLayout,
     stage: PipelineStage,
     work: MicrobatchWork,
-    recompute: str,
+    recompute: Recompute,
     microbatches: int,
 ) -> ActivationMemory:
     """Return the activation memory of a stage's ranks; each runs ``microbatches`` per optimizer step."""
@@ -56,8 +77,7 @@ def activation_memory(
     saved += flights * _pipeline_buffers(sizes, layout, stage, work)
     kinds = sorted(set(sparse.values()))
     working = max(layer_working(sizes, layout, work, sparse=kind) for kind in kinds)
-    if recompute == "full":
-        working += max(layer_bytes(sizes, layout, work, sparse=kind) for kind in kinds)
+    working += max(_recomputed(sizes, layout, work, recompute, kind) for kind in kinds)
     tiles = 0
     if stage.is_last:  # the head's tensors are freed before the backward pass of the layers begins
         working = max(working, head_saved(sizes, layout, work) + head_working(sizes, layout, work))
@@ -85,11 +105,23 @@ def _pipeline_buffers(sizes: ModelSizes, layout: ParallelLayout, stage: Pipeline
     return (2 - ends) * rank_tokens(work, sizes, layout).residual * sizes.hidden * work.dtype_bytes
 
 
-def _saved(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork, recompute: str, sparse: bool) -> float:
+def _saved(
+    sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork, recompute: Recompute, sparse: bool
+) -> float:
     """Return the bytes that one layer saves per micro-batch."""
-    if recompute == "full":
+    if recompute.layers:
         return rank_tokens(work, sizes, layout).residual * sizes.hidden * work.dtype_bytes
-    return layer_bytes(sizes, layout, work, sparse=sparse, save_attention=recompute == "none")
+    return layer_bytes(sizes, layout, work, sparse=sparse, recomputed=recompute.modules)
+
+
+def _recomputed(
+    sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork, recompute: Recompute, sparse: bool
+) -> float:
+    """Return the bytes that the backward pass of one layer saves again."""
+    everything = layer_bytes(sizes, layout, work, sparse=sparse)
+    if recompute.layers:
+        return everything
+    return everything - layer_bytes(sizes, layout, work, sparse=sparse, recomputed=recompute.modules)
 
 
 def layer_working(sizes: ModelSizes, layout: ParallelLayout, work: MicrobatchWork, *, sparse: bool) -> float:

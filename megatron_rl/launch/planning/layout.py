@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_rl.config.load import Loaded
-from megatron_rl.config.schema import Parallel, Run
+from megatron_rl.config.schema import MegatronValue, Parallel, Run
 from megatron_rl.launch.planning.model_sizes import ModelSizes
 
 DescribeSetting = Callable[[str], str]
@@ -59,7 +59,7 @@ FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline
 
 
 def layout_of(
-    parallel: Parallel, ranks: int | None = None, megatron: Mapping[str, bool | int | float | str] | None = None
+    parallel: Parallel, ranks: int | None = None, megatron: Mapping[str, MegatronValue] | None = None
 ) -> ParallelLayout:
     """Return the layout for ``ranks`` ranks, else ``parallel.ranks``, else the fewest that the axes allow."""
     fields = megatron or {}
@@ -77,7 +77,7 @@ def layout_of(
     )
 
 
-def _count(value: bool | int | float | str | None) -> int | None:
+def _count(value: MegatronValue | None) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 

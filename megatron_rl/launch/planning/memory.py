@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import Run
-from megatron_rl.launch.planning.activations import ActivationMemory, activation_memory
+from megatron_rl.config.schema import MegatronValue, Run
+from megatron_rl.launch.planning.activations import ActivationMemory, Recompute, activation_memory
 from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.microbatch import MicrobatchWork
 from megatron_rl.launch.planning.model_sizes import model_sizes
@@ -26,7 +26,8 @@ class RankMemory:
         counts: parameters per rank.
         parameters: weights in ``model.dtype``.
         gradients: float32 under bfloat16; reduced in place, without extra buckets.
-        optimizer: Adam's two moments, and float32 weights under bfloat16; a shard with a distributed optimizer.
+        optimizer: moments, and main weights under bfloat16; a shard with a distributed optimizer.
+        host_optimizer: the part of the optimizer in host memory (``optimizer_cpu_offload``).
         activations: activation memory; buffers of tokens sent to and from experts included.
         reduction: the copy of the gradients that gloo makes; 0 with NCCL.
         push: buffers of a weight push, between steps. Where a layer's experts are one tensor, the sender holds it.
@@ -44,6 +45,7 @@ class RankMemory:
     push: int
     reserved: int
     host_reference: int
+    host_optimizer: int
 
     @property
     def total(self) -> int:
@@ -56,36 +58,71 @@ def stage_memory(
     run: Run, family: Family, layout: ParallelLayout, work: MicrobatchWork, microbatches: int
 ) -> tuple[RankMemory, ...]:
     """Return the memory per rank of each pipeline stage; a rank runs ``microbatches`` per optimizer step."""
-    sizes = model_sizes(family)
+    sizes, recompute = model_sizes(family), Recompute.of(run.model)
     memories = []
     for stage in pipeline_stages(family.num_layers, layout):
         counts = parameter_counts(family, layout, stage)
         gradients = counts.total * max(work.dtype_bytes, 4)
+        optimizer = optimizer_memory(run, counts, layout, work)
         memories.append(
             RankMemory(
                 stage=stage,
                 counts=counts,
                 parameters=counts.total * work.dtype_bytes,
                 gradients=gradients,
-                optimizer=optimizer_bytes(run, counts, layout, work),
-                activations=activation_memory(family, sizes, layout, stage, work, run.model.recompute, microbatches),
+                optimizer=optimizer.device,
+                activations=activation_memory(family, sizes, layout, stage, work, recompute, microbatches),
                 reduction=0 if work.fused else gradients,
                 push=run.weights.bucket_bytes + largest_stack(family) * work.dtype_bytes,
                 reserved=RESERVED_BYTES if work.fused else 0,
                 host_reference=counts.total * work.dtype_bytes if run.kl.coefficient else 0,
+                host_optimizer=optimizer.host,
             )
         )
     return tuple(memories)
 
 
-def optimizer_bytes(run: Run, counts: ParameterCounts, layout: ParallelLayout, work: MicrobatchWork) -> int:
-    """Return the bytes of Adam's moments and float32 weights per rank."""
-    size = work.dtype_bytes
-    per_parameter = 2 * max(size, 4) + (4 if size < 4 else 0)
-    if not run.parallel.distributed_optimizer:
-        return per_parameter * counts.total
-    dense = -(-counts.dense // (layout.data * layout.context))
-    return per_parameter * (dense + -(-counts.expert // layout.expert_data))
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes of the optimizer per rank, on the device and in host memory."""
+
+    device: int
+    host: int
+
+
+def optimizer_memory(
+    run: Run, counts: ParameterCounts, layout: ParallelLayout, work: MicrobatchWork
+) -> OptimizerMemory:
+    """Return the bytes of moments and main weights per rank.
+
+    An offloaded parameter has moments, a float32 copy and a gradient in host memory; its main weight under bfloat16
+    stays on the device too, except with a precision-aware optimizer.
+    """
+    fields, wide = run.optimizer.megatron, max(work.dtype_bytes, 4)
+    moments = sum(_field_bytes(fields.get(name), wide) for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    main = _main_bytes(run) if work.dtype_bytes < 4 else 0
+    if fields.get("optimizer") == "muon":
+        return OptimizerMemory((wide + main) * counts.total + (moments - wide) * counts.not_matrices, 0)
+    elements = counts.total
+    if run.parallel.distributed_optimizer:
+        elements = -(-counts.dense // (layout.data * layout.context)) + -(-counts.expert // layout.expert_data)
+    fraction = fields.get("optimizer_offload_fraction", 0.0) if fields.get("optimizer_cpu_offload") else 0.0
+    offloaded = int(elements * float(str(fraction)))
+    on_device = 0 if fields.get("use_precision_aware_optimizer") else main
+    return OptimizerMemory((moments + main) * (elements - offloaded) + on_device * offloaded, (moments + 8) * offloaded)
+
+
+def _main_bytes(run: Run) -> int:
+    """Return the bytes per main weight under bfloat16; a precision-aware optimizer stores 16 bits beside the weight."""
+    fields = run.optimizer.megatron
+    if fields.get("use_precision_aware_optimizer") and fields.get("store_param_remainders", True):
+        return 2
+    return _field_bytes(fields.get("main_params_dtype"), 4)
+
+
+def _field_bytes(dtype: MegatronValue | None, default: int) -> int:
+    """Return the bytes per element of a dtype, written as its name."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}.get(str(dtype), default)
 
 
 def fullest(memories: tuple[RankMemory, ...]) -> RankMemory:

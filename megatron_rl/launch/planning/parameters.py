@@ -15,10 +15,12 @@ class ParameterCounts:
     Attributes:
         dense: parameters in the gradient buffer of all data-parallel ranks.
         expert: parameters in the gradient buffer of the expert-data-parallel ranks.
+        not_matrices: those of embedding, output head, norms and biases, which Muon leaves to Adam.
     """
 
     dense: int
     expert: int
+    not_matrices: int
 
     @property
     def total(self) -> int:
@@ -28,14 +30,16 @@ class ParameterCounts:
 
 def parameter_counts(family: Family, layout: ParallelLayout, stage: PipelineStage) -> ParameterCounts:
     """Return the parameters per rank of a pipeline stage; all ranks of a stage hold the same number."""
-    dense = expert = 0
+    dense = expert = not_matrices = 0
     for mapping in filter(_is_trained, family.mappings):
         count = shard_elements(mapping, layout) * _copies(mapping, family, layout, stage)
         if mapping.is_expert and layout.expert > 1:  # megatron-core has a separate buffer only with expert parallelism
             expert += count
         else:
             dense += count
-    return ParameterCounts(dense, expert)
+        if len(mapping.shapes[0]) != 2 or mapping.megatron.startswith(("embedding.", "output_layer.")):
+            not_matrices += count
+    return ParameterCounts(dense, expert, not_matrices)
 
 
 def total_parameters(family: Family) -> int:

@@ -13,7 +13,12 @@ from megatron_rl.distributed.mesh import on_cuda
 from megatron_rl.errors import ConfigError, MegatronRLError
 from megatron_rl.fleet.sglang import NEVER_TIED, wrong_options
 from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, layout_of
-from megatron_rl.launch.planning.megatron_fields import check_megatron_fields
+from megatron_rl.launch.planning.megatron_fields import (
+    check_family_fields,
+    check_megatron_fields,
+    check_on_gloo,
+    check_recompute,
+)
 from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
 from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weights, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
@@ -87,6 +92,7 @@ def make_plan(
         problems += [*_check_tied_head(loaded, hf), *_check_quantization(loaded, hf)]
         family = family_of(hf)
         sizes = model_sizes(family)
+        problems += check_family_fields(loaded, family.fields)
         if starts_here or has_weights(Path(run.model.path)):
             open_checkpoint(Path(run.model.path), family).check(family)
         else:
@@ -96,6 +102,8 @@ def make_plan(
     if sizes is not None:
         gloo = not on_cuda() if on_gloo is None else on_gloo
         problems += check_layout(loaded, layout, sizes, on_gloo=gloo)
+        problems += check_recompute(loaded, sizes, on_gloo=gloo)
+        problems += check_on_gloo(loaded) if gloo else []
         problems += _check_lengths(loaded, batches, sizes)
         problems += _check_routing_replay(loaded, sizes)
     problems += _check_updates(loaded)

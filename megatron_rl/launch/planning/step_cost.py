@@ -4,9 +4,11 @@ A product of an [m, k] and a [k, n] matrix is 2 m k n FLOPs. Every sequence is c
 results are upper bounds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from megatron_rl.config.schema import Run
+from megatron_rl.launch.planning.activations import Recompute
 from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.microbatch import MicrobatchWork, rank_tokens
 from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
@@ -74,6 +76,26 @@ def attention_per_token(family: Family, length: int) -> float:
     return 2 * sizes.heads * (sizes.query_dim + sizes.value_dim) * seen
 
 
+MODULE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "moe": (".mlp.router.", ".mlp.experts.", ".mlp.shared_experts."),
+    "mlp": (".mlp.linear_",),
+    "shared_experts": (".mlp.shared_experts.",),
+    "mla_up_proj": (".linear_q_up_proj.", ".linear_kv_up_proj."),
+}
+"""Parts of the parameter names of the modules that can be recomputed; activations and norms count as nothing."""
+
+
+def recomputed_per_token(run: Run, family: Family, length: int) -> float:
+    """Return the FLOPs per token that the backward pass repeats (``model.recompute``)."""
+    recompute = Recompute.of(run.model)
+    if recompute.layers:
+        return forward_per_token(family, length)
+    parts = tuple(part for module in recompute.modules for part in MODULE_PARAMETERS.get(module, ()))
+    mappings = [mapping for mapping in family.mappings if any(part in mapping.megatron for part in parts)]
+    attention = attention_per_token(family, length) if "core_attn" in recompute.modules else 0.0
+    return attention + 2 * active_parameters(replace(family, mappings=tuple(mappings)))
+
+
 def head_per_token(family: Family) -> float:
     """Return the FLOPs of one output-head product per token."""
     sizes = model_sizes(family)
@@ -84,8 +106,8 @@ def step_cost(run: Run, family: Family, *, longest: int, prompt: int) -> StepCos
     """Return the cost of a step whose sequences have ``longest`` tokens, ``prompt`` of them in the prompt."""
     sequences = run.train.prompts_per_step * run.train.group_size
     tokens, new = sequences * longest, sequences * (longest - prompt)
-    layers, attention = forward_per_token(family, longest), attention_per_token(family, longest)
-    recomputed = {"none": 0.0, "selective": attention, "full": layers}[run.model.recompute]
+    layers = forward_per_token(family, longest)
+    recomputed = recomputed_per_token(run, family, longest)
     policies = 2 if run.kl.coefficient else 1
     head = head_per_token(family)
     dtype_bytes = 2 if run.model.dtype == "bfloat16" else 4

@@ -79,7 +79,7 @@ def _candidates(run: Run, sizes: ModelSizes, ranks: int) -> Iterator[tuple[tuple
     for tensor, pipeline, context, expert in product(powers, pipelines, (1, 2, 4), experts):
         if tensor > node or ranks % (tensor * pipeline * context) or ranks % (expert * pipeline):
             continue
-        for recompute in RECOMPUTES:
+        for recompute in ("selective",) if "recompute_modules" in run.model.megatron else RECOMPUTES:
             axes = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
             yield _candidate(run, sizes.layers, axes, recompute)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from megatron_rl.config.schema import Run
-from megatron_rl.launch.planning.activations import exchanged_bytes
+from megatron_rl.launch.planning.activations import Recompute, exchanged_bytes
 from megatron_rl.launch.planning.estimate import RunEstimate
 from megatron_rl.launch.planning.memory import GIB, RankMemory, fullest
 from megatron_rl.launch.planning.parameters import active_parameters, total_parameters
@@ -32,15 +32,16 @@ def memory_rows(run: Run, estimate: RunEstimate, memory: RankMemory) -> list[tup
     measured = "transformer-engine's layers, not measured" if work.fused else "local layers, measured on a CPU"
     experts = f", {counts.expert:,} of them in experts of this rank" if counts.expert else ""
     flights = f"{activations.in_flight} micro-batch(es) in flight, " if estimate.layout.pipeline > 1 else ""
-    moments = "shard of the moments" if run.parallel.distributed_optimizer else "all moments"
+    moments = _describe_optimizer(run)
     has_exchange = estimate.layout.expert > 1
     imbalance = f", busiest experts {run.cluster.expert_imbalance:g} times the average" if has_exchange else ""
-    recompute = f"recompute = {run.model.recompute}"
+    modules = Recompute.of(run.model).modules
+    recompute = f"recompute = {run.model.recompute}" + (f" ({', '.join(sorted(modules))})" if modules else "")
     tiles = f"vocabulary operation in {activations.tiles} tile(s)" if activations.tiles else "none on this stage"
     rows: list[tuple[str, float | None, str]] = [
         ("parameters", memory.parameters, f"{counts.total:,} in {run.model.dtype}{experts}"),
         ("gradients", memory.gradients, "reduced in place" if work.fused else "reduced through a copy, on gloo"),
-        ("optimizer", memory.optimizer, moments + (" and float32 weights" if work.dtype_bytes < 4 else "")),
+        ("optimizer", memory.optimizer, moments + (" and main weights" if work.dtype_bytes < 4 else "")),
         ("activations", activations.saved, f"saved: {flights}{work.tokens} tokens per row, {recompute}"),
         ("", activations.working, f"working: one layer or the vocabulary operation{imbalance}; {measured}"),
         ("logits", None, f"never stored: {tiles}" if activations.tiles else tiles),
@@ -54,6 +55,9 @@ def memory_rows(run: Run, estimate: RunEstimate, memory: RankMemory) -> list[tup
     if memory.host_reference:
         host = f"{format_gib(memory.host_reference)} GiB of host memory, twice that while it computes log-probs"
         rows.append(("reference policy", None, host))
+    if memory.host_optimizer:
+        host = f"{format_gib(memory.host_optimizer)} GiB of host memory: moments, weights and gradients; not measured"
+        rows.append(("offloaded optimizer", None, host))
     if memory.reserved:
         rows.append(("reserved", memory.reserved, "assumed: CUDA context, NCCL, allocator fragmentation"))
     rows.append(("peak", memory.total, ""))
@@ -64,6 +68,14 @@ def memory_rows(run: Run, estimate: RunEstimate, memory: RankMemory) -> list[tup
         verdict = "fits" if free >= 0 else "DOES NOT FIT: use a layout listed below, or more nodes"
         rows.append(("free", free, f"of {format_gib(estimate.memory_bytes)} GiB per GPU; {verdict}"))
     return rows
+
+
+def _describe_optimizer(run: Run) -> str:
+    fields = run.optimizer.megatron
+    shard = "shard of the moments" if run.parallel.distributed_optimizer else "all moments"
+    kind = "momentum of matrices, Adam's moments of the rest" if fields.get("optimizer") == "muon" else shard
+    lowered = [f"{name} {value}" for name, value in fields.items() if name.endswith("_dtype")]
+    return kind + (f" ({', '.join(lowered)})" if lowered else "")
 
 
 def step_table(run: Run, estimate: RunEstimate) -> Table:

@@ -40,6 +40,8 @@ HF = {
 }
 """Two layers of width 4: one dense (width 6), one of 4 experts (width 2), two per token."""
 
+MODULES = "model.megatron.recompute_modules"
+OLD = version("megatron-core") < "0.18"
 CONFIGS = Path(__file__).parents[3] / "configs"
 FAMILY = family_of(HF)
 
@@ -58,24 +60,19 @@ def layout(*words: str, ranks: int | None = None) -> ParallelLayout:
     "case",
     [
         Case("qwen3_moe", ("model.dtype=bfloat16", "parallel.tensor=2", "parallel.expert=2"), 2),
-        Case("deepseek_v3", ("model.dtype=bfloat16", "model.recompute=full")),
+        pytest.param(
+            Case("deepseek_v3", ("model.dtype=bfloat16", "model.recompute=full")),
+            marks=pytest.mark.skipif(OLD, reason="the plan is for megatron-core 0.18 and later, which pad values"),
+        ),
+        Case("qwen3_moe", ("model.dtype=bfloat16", "model.recompute=selective", f"{MODULES}=['core_attn','moe']")),
     ],
     ids=lambda case: case.name,
 )
 def test_measured_memory_is_within_10_percent_of_the_estimate(case):
-    """The estimate leaves out small temporaries and assumes balanced routers, hence the tolerance.
-
-    megatron-core 0.17 and later free part of a recomputed layer of latent attention earlier: the estimate, made for
-    0.16, is then up to 20 percent too high, which is safe.
-    """
-    freed_early = "recompute=full" in " ".join(case.words) and version("megatron-core") >= "0.17"
+    """The estimate leaves out small temporaries and assumes balanced routers, hence the tolerance."""
     for plan, seen in compare(case):
         for category in CATEGORIES:
-            estimate, measured = getattr(plan, category), getattr(seen, category)
-            if freed_early and category == "activations" and estimate > measured:
-                assert estimate < 1.2 * measured
-            else:
-                assert estimate == pytest.approx(measured, rel=0.1), category
+            assert getattr(plan, category) == pytest.approx(getattr(seen, category), rel=0.1), category
 
 
 def test_weights_gradients_and_optimizer_by_hand():
@@ -88,6 +85,44 @@ def test_weights_gradients_and_optimizer_by_hand():
     assert (memory.counts.dense, memory.counts.expert) == (dense, expert)
     assert (memory.parameters, memory.gradients) == (2 * (dense + expert), 4 * (dense + expert))
     assert memory.optimizer == 12 * (dense // 4 + expert // 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "host"),
+    [
+        ((), 12, 0),
+        (("use_precision_aware_optimizer=true", "exp_avg_dtype='bfloat16'"), 2 + 2 + 4, 0),
+        (("use_precision_aware_optimizer=true", "store_param_remainders=false"), 12, 0),
+        (("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0"), 4, 8 + 4 + 4),
+        (("optimizer_cpu_offload=true", "optimizer_offload_fraction=0.5"), 8, 8),
+    ],
+)
+def test_optimizer_bytes_per_parameter_by_hand(words, device, host):
+    run = run_of("model.dtype=bfloat16", *(f"optimizer.megatron.{word}" for word in words))
+    work = full_microbatch(run, 16, fused=True)
+    (memory,) = stage_memory(run, FAMILY, layout_of(run.parallel, 1), work, microbatches=1)
+    assert memory.optimizer == pytest.approx(device * memory.counts.total, abs=8)
+    assert memory.host_optimizer == pytest.approx(host * memory.counts.total, abs=16)
+
+
+def test_muon_has_one_momentum_per_matrix_by_hand():
+    run = run_of("optimizer.megatron.optimizer='muon'", "parallel.distributed_optimizer=false")
+    (memory,) = stage_memory(run, FAMILY, layout(), full_microbatch(run, 16, fused=False), microbatches=1)
+    norms = 2 * (2 * 4 + 2 * 3) + 4
+    ends = 2 * 10 * 4
+    assert memory.counts.not_matrices == norms + ends
+    assert memory.optimizer == 4 * memory.counts.total + 4 * (norms + ends)
+
+
+def test_recomputed_modules_save_their_input_by_hand():
+    """bfloat16 on a GPU, 8 tokens of width 4: experts and norms are recomputed, attention is not."""
+    sizes = model_sizes(FAMILY)
+    work = MicrobatchWork(tokens=8, longest=8, trained=8, dtype_bytes=2, expert_imbalance=1.0, fused=True)
+    everything = layer_bytes(sizes, layout(), work, sparse=True)
+    without = layer_bytes(sizes, layout(), work, sparse=True, recomputed=frozenset(("moe", "layernorm")))
+    attention = 2 * 8 * 4 + 4 * 8 * 3 * 2 + 8 * 3 * (2 * 3 + 4) + 2 * 8 * 3 * (2 * 2 + 2 * 1) + 4 * 8 * 2
+    assert without == attention + 2 * 8 * 4
+    assert everything > 2 * without
 
 
 def test_saved_bytes_of_a_dense_layer_by_hand():

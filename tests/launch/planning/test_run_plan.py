@@ -9,7 +9,7 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load, split_words
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
-from megatron_rl.launch.planning.megatron_fields import FIXED, SET_ELSEWHERE, megatron_fields
+from megatron_rl.launch.planning.megatron_fields import OPTIMIZER, TRANSFORMER, megatron_fields
 from megatron_rl.launch.planning.run_plan import make_plan
 from tests.policy import families
 
@@ -121,9 +121,49 @@ def test_lag_without_correction_is_a_warning_with_a_remedy(words, found, not_fou
 
 
 def test_fields_of_megatron_core_are_read_from_its_source():
-    fields = megatron_fields()
-    assert {"num_moe_experts", "moe_aux_loss_coeff", "sequence_parallel"} <= fields
-    assert set(SET_ELSEWHERE) | set(FIXED) <= fields
+    fields = megatron_fields(TRANSFORMER)
+    assert {"num_moe_experts", "moe_aux_loss_coeff", "sequence_parallel", "q_lora_rank"} <= set(fields)
+    assert {*TRANSFORMER.set_elsewhere, *TRANSFORMER.fixed, *TRANSFORMER.choices} <= set(fields)
+    assert {*OPTIMIZER.set_elsewhere, *OPTIMIZER.choices} - NEW_IN_0_17 <= set(megatron_fields(OPTIMIZER))
+
+
+NEW_IN_0_17 = {"muon_scalar_optimizer"}
+"""Fields that 0.16 lacks."""
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("model.megatron.recompute_modules='core_attn'", ["wrong type", "Optional[List[str]]"]),
+        ("model.megatron.recompute_modules=['core_attn']", ['needs model.recompute = "selective"']),
+        ("model.megatron.recompute_modules=['corr']", ["'corr' is unknown; write some of core_attn"]),
+        ("model.megatron.recompute_modules=['mla_up_proj']", ["needs multi-head latent attention"]),
+        ("model.megatron.recompute_modules=['moe_act']", ["needs experts of transformer-engine, on a GPU"]),
+        ("model.megatron.moe_aux_loss_coeff=true", ["wrong type"]),
+        ("model.megatron.hidden_size=64", ["is decided by the model's config.json"]),
+        ("optimizer.megatron.muon_momentun=0.9", ["did you mean muon_momentum?"]),
+        ("optimizer.megatron.muon_momentum='high'", ["wrong type: OptimizerConfig.muon_momentum is float"]),
+        ("optimizer.megatron.muon_num_ns_steps=2.5", ["wrong type", "is int"]),
+        ("optimizer.megatron.lr=1e-3", ["is decided by optimizer.lr; set that instead"]),
+        ("optimizer.megatron.use_distributed_optimizer=true", ["is decided by parallel.distributed_optimizer"]),
+        ("optimizer.megatron.loss_scale=1.0", ["only float16 needs loss scaling"]),
+        ("optimizer.megatron.optimizer='sgd'", ["checkpoints do not store; write adam or muon"]),
+        ("optimizer.megatron.optimizer='muon'", ["set parallel.distributed_optimizer = false"]),
+        ("optimizer.megatron.overlap_param_gather=true", ["needs parallel.distributed_optimizer = true and"]),
+        ("optimizer.megatron.exp_avg_dtype='bfloat16'", ["needs optimizer.megatron.use_precision_aware_optimizer"]),
+        ("optimizer.megatron.exp_avg_dtype='bf16'", ["wrong type", "torch.dtype"]),
+        ("optimizer.megatron.use_precision_aware_optimizer=true", ["needs a GPU", "FusedAdam (RuntimeError)"]),
+        (
+            "optimizer.megatron.optimizer_cpu_offload=true",
+            ["needs a GPU", "(KeyError)", "optimizer_offload_fraction", "bfloat16"],
+        ),
+    ],
+)
+def test_fields_of_megatron_core_are_checked_with_a_remedy(word, parts):
+    output = problems(word)
+    for part in parts:
+        assert part in output
+    assert f"command line: {word}" in output
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "gpt2"}', '{"model_type": "qwen3_moe"}'])
