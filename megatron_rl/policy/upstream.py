@@ -11,7 +11,6 @@ Legend: T tokens, K experts per token.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-RELEASE = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+from megatron_rl.util.megatron_version import megatron_release
+
+RELEASE = megatron_release()
 """Major and minor version of the installed megatron-core."""
 
 

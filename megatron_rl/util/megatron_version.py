@@ -6,6 +6,16 @@ TESTED = ("0.16", "0.17", "0.18", "0.19")
 """Releases by major and minor number; docs/compatibility.md has the runs."""
 
 
+def megatron_release() -> tuple[int, int]:
+    """Return major and minor version of the installed megatron-core.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    major, minor = version("megatron-core").split(".")[:2]
+    return int(major), int(minor)
+
+
 def untested_megatron() -> str | None:
     """Return why the installed megatron-core is refused, as one sentence; None if its release was tested.
 

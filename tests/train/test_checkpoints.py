@@ -86,6 +86,9 @@ LAYOUTS = {
     "muon data2": Layout(2, PLAIN, optimizer=MUON),
     "muon bfloat16 tensor2 expert2": Layout(2, {"tensor": 2, "expert": 2, **PLAIN}, dtype="bfloat16", optimizer=MUON),
     "overlapped gather data2": Layout(2, OVERLAP, optimizer={"overlap_param_gather": True}),
+    "overlapped gather pipeline2 data2": Layout(
+        4, {"pipeline": 2, "virtual_pipeline": 2, **OVERLAP}, optimizer={"overlap_param_gather": True}
+    ),
     "offload bfloat16 data2": Layout(2, dtype="bfloat16", optimizer=OFFLOAD),
     "offload bfloat16 expert2": Layout(2, {"expert": 2}, dtype="bfloat16", optimizer=OFFLOAD),
     "dropout": Layout(2, {"tensor": 2}, megatron={"hidden_dropout": 0.2}),

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import MegatronValue, Run
 from megatron_rl.launch.planning.model_sizes import ModelSizes
+from megatron_rl.util.megatron_version import megatron_release
 
 DTYPES = ("float32", "bfloat16", "float16", "uint8")
 """How a setting writes a dtype of torch."""
@@ -230,6 +232,17 @@ def _check_offload(loaded: Loaded[Run]) -> Iterator[str]:
             f'{setting} needs model.dtype = "bfloat16": megatron-core cannot offload shards of'
             " float32 parameters (ValueError: can't optimize a non-leaf Tensor)"
         )
+
+
+def check_muon(loaded: Loaded[Run]) -> Iterator[str]:
+    """Yield what Muon lacks in this environment."""
+    if loaded.run.optimizer.megatron.get("optimizer") != "muon":
+        return
+    setting = loaded.describe("optimizer.megatron.optimizer")
+    if find_spec("emerging_optimizers") is None:
+        yield f"{setting} needs the package emerging-optimizers; install it"
+    if megatron_fields(OPTIMIZER) and megatron_release() < (0, 19):
+        yield f"{setting} needs megatron-core 0.19; install it, or leave the setting out"
 
 
 def check_on_gloo(loaded: Loaded[Run]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, lay
 from megatron_rl.launch.planning.megatron_fields import (
     check_family_fields,
     check_megatron_fields,
+    check_muon,
     check_on_gloo,
     check_recompute,
 )
@@ -107,6 +108,7 @@ def make_plan(
         problems += _check_lengths(loaded, batches, sizes)
         problems += _check_routing_replay(loaded, sizes)
     problems += _check_updates(loaded)
+    problems += check_muon(loaded) if starts_here else []
     python = run.rollout.sglang_python
     if starts_here or not python or Path(python).exists():
         problems += _check_fleet(loaded)
