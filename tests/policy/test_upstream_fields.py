@@ -27,8 +27,9 @@ def gradients(folder: str, modules: list[list[str]], parallel: dict[str, object]
     for names in modules:
         model = {"recompute": "selective", "megatron": {"recompute_modules": names}} if names else {}
         policy = Policy(run_of(Path(folder), parallel=parallel, model=model), world, total_updates=1)
-        scored = policy.compute_logprobs(case())
-        policy.forward_backward(case(), weighted, whole_gradients=True)
+        batch = policy.local_part(case())
+        scored = policy.compute_logprobs(batch)
+        policy.forward_backward(batch, weighted, whole_gradients=True)
         found.append({name: tensor.clone() for name, tensor in policy.gradients()} | {"logprobs": scored.logprobs_T})
         destroy_mesh()
     return found
@@ -59,7 +60,7 @@ def updated(
     run = run_of(Path(folder), parallel=parallel, optimizer=optimizer, model={"dtype": dtype})
     policy = Policy(run, start_world(60, deterministic=True), total_updates=2)
     for _ in range(2):
-        policy.forward_backward(case(), weighted)
+        policy.forward_backward(policy.local_part(case()), weighted)
         policy.optim_step()
     return {name: tensor.clone() for name, tensor in policy.weights(1 << 16)}
 

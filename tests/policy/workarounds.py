@@ -24,6 +24,7 @@ from megatron_rl.distributed.mesh import start_world
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig, Shard
 from megatron_rl.policy import balance, engine, layers, model, routing_replay, upstream
 from megatron_rl.policy.engine import Policy
+from tests.minibatches import whole
 from tests.policy import families
 from tests.policy.test_parity import weighted
 from tests.policy.test_replay import distance
@@ -341,17 +342,18 @@ def step(folder: str, defect: Defect, alone: bool, disabled: bool) -> dict[str, 
     parallel = {} if alone else defect.parallel
     run = run_of(Path(folder), parallel=parallel, model=defect.model, train=train)
     policy = Policy(run, start_world(60, deterministic=True), total_updates=1)
-    batch = case()
+    batch = policy.local_part(case())
     scored = policy.compute_logprobs(batch)
     if defect.measure == "ratio":
         metrics = policy.forward_backward(batch.add(scored.as_old()), distance)
         return {"ratio": metrics.maxima["apart"]}
     if defect.parallel.get("overlap_grad_reduce"):  # it starts with the second batch, here one of more rows
-        policy.forward_backward(lonely_case(), weighted, whole_gradients=True)
+        policy.forward_backward(policy.local_part(lonely_case()), weighted, whole_gradients=True)
     policy.forward_backward(batch, weighted, whole_gradients=True)
     gradients = {f"gradient.{name}": tensor.double().clone() for name, tensor in policy.gradients()}
     norm = torch.tensor(policy.optim_step().grad_norm)
-    return {"logprobs": scored.logprobs_T.double(), "norm": norm, **gradients}
+    logprobs_T = whole(policy, batch, {"logprobs_T": scored.logprobs_T})["logprobs_T"]
+    return {"logprobs": logprobs_T.double(), "norm": norm, **gradients}
 
 
 def save(name: str, folder: Path) -> Path:
