@@ -76,11 +76,12 @@ def policy_loss(
         old_logprobs: [B, S], log-probabilities under the weights at the start of the rollout batch.
         advantages: [B] or [B, S], advantage per response or per token.
         loss_mask: [B, S] bool, True on trained tokens. Rows without a trained token do not count.
-        entropies: [B, S], entropies of the old policy in nats; required by espo and by most settings of sspo.
+        entropies: [B, S], entropies of the old policy in nats; required by aspo, espo and most settings of sspo.
         segment_ids: [B, S] int, -1 where masked; tokens of a row with the same id share an importance ratio. Required
             by sspo; other clipped objectives use them in place of the segments that they would compute.
-        rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo and if
-            ``correction.kind`` is not ``"none"``; otherwise they only add the ``mismatch_`` metrics.
+        rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo,
+            by ``anchor = "rollout"`` (the default of dis and minpro), and if ``correction.kind`` is not ``"none"``;
+            otherwise they only add the ``mismatch_`` metrics.
         ref_logprobs: [B, S], log-probabilities under a frozen reference policy. Required if ``kl.coefficient`` is above
             0; otherwise they only add the metric ``reference_kl_mean``.
         vocab_size: number of token ids of the model; required by espo and by ``entropy_scale = "log_vocab"``.

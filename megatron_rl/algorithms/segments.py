@@ -1,6 +1,6 @@
 """Segments (sets of tokens that share one importance ratio) and their importance ratios.
 
-Legend: R trained tokens (of a mini-batch, or those of a micro-batch on this rank), B responses.
+Legend: R trained tokens (of a mini-batch, or those of a micro-batch on this rank), N those of a whole row, B responses.
 
 Segment ids are only compared for equality: they need not be dense, and the tokens of a segment need not be adjacent.
 """
@@ -66,6 +66,32 @@ def segment_ratio(token_log_R: Tensor, inputs: LossInputs) -> Ratio:
     sums.index_add_(1, inputs.segment_ids_R, values)
     totals, counts = sum_over(inputs.context_group, sums)[:, inputs.segment_ids_R]
     return Ratio(token_log_R, (totals / counts).to(detached_R.dtype), 1 / counts)
+
+
+def prefix_minima(values_R: Tensor, index_R: Tensor, inputs: LossInputs) -> Tensor:
+    """Return the smallest value among the earlier trained tokens of each token's response, +inf for the first one, [R].
+
+    One all-reduce of two numbers per trained token of the row over the ranks that share it, without gradient.
+
+    Args:
+        values_R: one value per trained token on this rank.
+        index_R: index of the token among the trained tokens of its response.
+        inputs: its ``segment_ids_R`` number the trained tokens of the row in order: every token is a segment.
+
+    Raises:
+        ConfigError: the inputs have no segment ids.
+    """
+    places_R = inputs.require("segment_ids_R")
+    row = values_R.new_zeros(2, inputs.num_segments)
+    row.index_copy_(1, places_R, torch.stack((values_R, index_R.to(values_R.dtype))))
+    values_N, index_N = sum_over(inputs.context_group, row)
+    infinite_N = torch.full_like(values_N, torch.inf)
+    minima_N = torch.where(index_N > 0, values_N.roll(1), infinite_N)
+    reach = 1  # the minimum is over this many earlier tokens so far
+    while reach < inputs.num_segments:
+        minima_N = torch.minimum(minima_N, torch.where(index_N > reach, minima_N.roll(reach), infinite_N))
+        reach *= 2
+    return minima_N[places_R]
 
 
 def segment_means(values_R: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:

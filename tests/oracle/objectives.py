@@ -6,7 +6,7 @@ without a trained token count nowhere.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rl.api import Option
 
@@ -37,6 +37,8 @@ def weight(rows: Sequence[Row], row: Row, aggregation: str = "sequence", normali
         return 1 / (len(filled) * len(row.new))
     if aggregation == "token":
         return 1 / sum(len(other.new) for other in filled)
+    if aggregation == "sum":
+        return 1 / len(filled)
     return 1 / (len(filled) * normalizer)
 
 
@@ -48,6 +50,11 @@ def clip_term(s: float, a: float, low: float, high: float, dual: float | None = 
     if dual is not None and a < 0 and s > dual:
         value, kept = dual * a, False
     return value, kept
+
+
+def against_engine(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the engine's log-probs in place of the old policy's."""
+    return [replace(row, old=row.rollout) for row in rows]
 
 
 def framed(
@@ -83,12 +90,12 @@ def grpo(rows, low=0.2, high=0.2, aggregation="sequence", normalizer=1.0, dual=N
     )
 
 
-def gspo(rows, low=3e-4, high=4e-4) -> Result:
+def gspo(rows, low=3e-4, high=4e-4, aggregation="sequence") -> Result:
     return framed(
         rows,
         lambda row: [list(range(len(row.new)))] if row.new else [],
         lambda row, group: (low, high),
-        lambda row, group: weight(rows, row),
+        lambda row, group: weight(rows, row, aggregation),
     )
 
 
@@ -167,10 +174,15 @@ def _sigmoid(x: float) -> float:
 
 
 def cispo(rows, high=4.0) -> Result:
+    return weighted(rows, lambda row, t: min(math.exp(row.new[t] - row.old[t]), 1 + high) * row.advantage)
+
+
+def weighted(rows: Sequence[Row], factor: Callable[[Row, int], float]) -> Result:
+    """-sum w sg[factor] l with the token mean: a log-likelihood whose weight has no gradient."""
     loss, gradient = 0.0, [[0.0] * len(row.new) for row in rows]
     for row, derivatives in zip(rows, gradient, strict=True):
-        for t, (new, old) in enumerate(zip(row.new, row.old, strict=True)):
-            w = weight(rows, row, "token") * min(math.exp(new - old), 1 + high) * row.advantage
+        for t, new in enumerate(row.new):
+            w = weight(rows, row, "token") * factor(row, t)
             loss -= w * new
             derivatives[t] = -w
     return loss, gradient
@@ -193,63 +205,202 @@ def gmpo(rows, low=0.4, high=0.4) -> Result:
 
 
 def dppo(rows, divergence="tv", delta=0.2, cap=20.0) -> Result:
+    def factor(row, t):
+        p, mu = math.exp(row.new[t]), math.exp(row.rollout[t])
+        kl = mu * math.log(mu / p) + (1 - mu) * math.log((1 - mu) / (1 - p)) if divergence == "kl" else 0.0
+        far = (abs(p - mu) if divergence == "tv" else kl) > delta
+        r, a = p / mu, row.advantage
+        return 0.0 if far and ((a > 0 and r > 1) or (a < 0 and r < 1)) else min(r, cap) * a
+
+    return weighted(rows, factor)
+
+
+def reinforce(rows) -> Result:
+    return weighted(rows, lambda row, t: row.advantage)
+
+
+def aspo(rows, clip=0.2, clip_high_entropy=0.4, share=0.2, cap=3.0) -> Result:
+    def factor(row, t):
+        eps = clip_high_entropy if t in entropy_split(row, share)[0] else clip
+        r, a = math.exp(row.new[t] - row.old[t]), row.advantage
+        if a > 0:
+            return min(1 / r, cap) * a if r <= 1 + eps else 0.0
+        return min(r, cap) * a if r >= 1 - eps else 0.0
+
+    return weighted(rows, factor)
+
+
+def minpro(rows, low=0.2, high=0.28) -> Result:
+    def factor(row, t):
+        ratios = [math.exp(row.new[j] - row.rollout[j]) for j in range(t + 1)]
+        return min(max(min(ratios[:t], default=1.0) * ratios[t], 1 - low), 1 + high) * row.advantage
+
+    return weighted(rows, factor)
+
+
+def vespo(rows) -> Result:
+    def factor(row, t):
+        log_w = min(max(math.fsum(row.new) - math.fsum(row.old), -18.42), 20.0)
+        k, lam = (2.0, 3.0) if row.advantage >= 0 else (3.0, 2.0)
+        return math.exp(lam + k * log_w - lam * math.exp(log_w)) * row.advantage
+
+    return weighted(rows, factor)
+
+
+def lco(rows, beta=1.0) -> Result:
+    def factor(row, t):
+        x = math.exp(row.old[t]) * math.expm1(row.advantage / beta)
+        return x / (1 + x)
+
+    return weighted(rows, factor)
+
+
+def by_token(rows: Sequence[Row], cost: Callable[[float, Row, int], tuple[float, float]]) -> Result:
+    """Token mean of a cost; ``cost`` takes the new log-prob and returns the value and its derivative."""
     loss, gradient = 0.0, [[0.0] * len(row.new) for row in rows]
     for row, derivatives in zip(rows, gradient, strict=True):
-        for t, (new, anchor) in enumerate(zip(row.new, row.rollout, strict=True)):
-            p, mu = math.exp(new), math.exp(anchor)
-            kl = mu * math.log(mu / p) + (1 - mu) * math.log((1 - mu) / (1 - p)) if divergence == "kl" else 0.0
-            far = (abs(p - mu) if divergence == "tv" else kl) > delta
-            r, a = p / mu, row.advantage
-            if far and ((a > 0 and r > 1) or (a < 0 and r < 1)):
-                continue
-            w = weight(rows, row, "token") * min(r, cap) * a
-            loss -= w * new
-            derivatives[t] = -w
+        for t, new in enumerate(row.new):
+            value, slope = cost(new, row, t)
+            loss += weight(rows, row, "token") * value
+            derivatives[t] = weight(rows, row, "token") * slope
     return loss, gradient
+
+
+def dis(rows, low=0.2, high=0.28, tau=0.0) -> Result:
+    def cost(new, row, t):
+        d, a = new - row.rollout[t], row.advantage
+        r = math.exp(d)
+        slope = r if 1 - low <= r <= 1 + high else 0.0
+        return tau * d * d - min(max(r, 1 - low), 1 + high) * a, 2 * tau * d - slope * a
+
+    return by_token(rows, cost)
+
+
+def dro(rows, beta=0.1) -> Result:
+    def cost(new, row, t):
+        d = new - row.old[t]
+        return beta / 2 * d * d - new * row.advantage, beta * d - row.advantage
+
+    return by_token(rows, cost)
+
+
+def soft_sequence(rows) -> Result:
+    filled, loss = sum(1 for row in rows if row.new), 0.0
+    gradient = [[0.0] * len(row.new) for row in rows]
+    for row, derivatives in zip(rows, gradient, strict=True):
+        if row.new:
+            logs = [new - old for new, old in zip(row.new, row.old, strict=True)]
+            s = math.exp(mean([math.atan(d) for d in logs]))
+            loss -= row.advantage * s / filled
+            for t, d in enumerate(logs):
+                derivatives[t] = -row.advantage * s / (1 + d * d) / (filled * len(logs))
+    return loss, gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of an objective, its formula, and which general laws hold for it.
+
+    Attributes:
+        options: the table ``[objective]``.
+        formula: the transcription.
+        takes_segments: the test passes ``Row.segments``.
+        is_slope: the gradient is the derivative of the value: no stop-gradient weight multiplies a log-prob.
+        shifts: one constant added to all log-probs, new, old and rollout, changes nothing.
+        scales: loss and gradient are proportional to the advantages.
+        plain: with new = old = rollout the gradient is that of the plain policy gradient, and only then.
+    """
+
+    options: Mapping[str, Option]
+    formula: Callable[[list[Row]], Result]
+    takes_segments: bool = False
+    is_slope: bool = True
+    shifts: bool = True
+    scales: bool = True
+    plain: bool = True
+
+
+def surrogate(options: Mapping[str, Option], formula: Callable[[list[Row]], Result]) -> Case:
+    """A weighted log-likelihood."""
+    return Case(options, formula, is_slope=False, shifts=False)
 
 
 VOCABULARY_SIZE = 1000
 """Size of the vocabulary in ``CASES``."""
-CASES: dict[str, tuple[Mapping[str, Option], Callable[[list[Row]], Result]]] = {
-    "grpo": ({"name": "grpo"}, grpo),
-    "grpo dual clip": ({"name": "grpo", "dual_clip": 1.5}, lambda rows: grpo(rows, dual=1.5)),
-    "dapo": (
+CASES: dict[str, Case] = {
+    "grpo": Case({"name": "grpo"}, grpo),
+    "grpo dual clip": Case({"name": "grpo", "dual_clip": 1.5}, lambda rows: grpo(rows, dual=1.5)),
+    "grpo against the engine": Case({"name": "grpo", "anchor": "rollout"}, lambda rows: grpo(against_engine(rows))),
+    "dapo": Case(
         {"name": "grpo", "clip_high": 0.28, "aggregation": "token"},
         lambda rows: grpo(rows, 0.2, 0.28, "token"),
     ),
-    "dr grpo": (
+    "dr grpo": Case(
         {"name": "grpo", "aggregation": "constant", "normalizer": 7},
         lambda rows: grpo(rows, aggregation="constant", normalizer=7),
     ),
-    "gspo": ({"name": "gspo"}, gspo),
-    "gspo wide": ({"name": "gspo", "clip_low": 0.05, "clip_high": 0.05}, lambda rows: gspo(rows, 0.05, 0.05)),
-    "sapo": ({"name": "sapo"}, sapo),
-    "sspo": ({"name": "sspo"}, sspo),
-    "sspo reference": (
+    "gspo": Case({"name": "gspo"}, gspo),
+    "gspo wide": Case({"name": "gspo", "clip_low": 0.05, "clip_high": 0.05}, lambda rows: gspo(rows, 0.05, 0.05)),
+    "gspo against the engine": Case({"name": "gspo", "anchor": "rollout"}, lambda rows: gspo(against_engine(rows))),
+    "luspo": Case(
+        {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sum"},
+        lambda rows: gspo(rows, 0.2, 0.2, "sum"),
+    ),
+    "sapo": Case({"name": "sapo"}, sapo),
+    "sapo against the engine": Case({"name": "sapo", "anchor": "rollout"}, lambda rows: sapo(against_engine(rows))),
+    "sspo": Case({"name": "sspo"}, sspo, takes_segments=True),
+    "sspo reference": Case(
         {"name": "sspo", "entropy_reference": 0.7, "scale_max": 5.0},
         lambda rows: sspo(rows, highest=5.0, reference=0.7),
+        takes_segments=True,
     ),
-    "sspo log vocab": (
+    "sspo log vocab": Case(
         {"name": "sspo", "entropy_scale": "log_vocab", "alpha": 0.4},
         lambda rows: sspo_log_vocab(rows, VOCABULARY_SIZE, 0.4),
+        takes_segments=True,
     ),
-    "lpo": ({"name": "sspo", "entropy_scale": "none", "aggregation": "token"}, lpo),
-    "espo": ({"name": "espo"}, lambda rows: espo(rows, VOCABULARY_SIZE)),
-    "espo wide": (
+    "lpo": Case({"name": "sspo", "entropy_scale": "none", "aggregation": "token"}, lpo, takes_segments=True),
+    "espo": Case({"name": "espo"}, lambda rows: espo(rows, VOCABULARY_SIZE)),
+    "espo wide": Case(
         {"name": "espo", "alpha": 0.5, "top_fraction": 0.4},
         lambda rows: espo(rows, VOCABULARY_SIZE, 0.5, lambda row: entropy_split(row, 0.4)),
     ),
-    "espo fixed window": (
+    "espo fixed window": Case(
         {"name": "espo", "fixed_window": 0.07},
         lambda rows: espo(rows, VOCABULARY_SIZE, fixed=0.07),
     ),
-    "espo eq9": (
+    "espo eq9": Case(
         {"name": "espo", "alpha": 0.5, "ratio_form": "eq9_literal"},
         lambda rows: espo_eq9(rows, VOCABULARY_SIZE, 0.5),
+        is_slope=False,
     ),
-    "cispo": ({"name": "cispo", "clip_high": 0.3}, lambda rows: cispo(rows, 0.3)),
-    "gmpo": ({"name": "gmpo"}, gmpo),
-    "dppo tv": ({"name": "dppo", "ratio_cap": 1.5}, lambda rows: dppo(rows, cap=1.5)),
-    "dppo kl": ({"name": "dppo", "divergence": "kl"}, lambda rows: dppo(rows, "kl", 0.05)),
+    "cispo": surrogate({"name": "cispo", "clip_high": 0.3}, lambda rows: cispo(rows, 0.3)),
+    "cispo against the engine": surrogate(
+        {"name": "cispo", "anchor": "rollout"}, lambda rows: cispo(against_engine(rows))
+    ),
+    "gmpo": Case({"name": "gmpo"}, gmpo),
+    "gmpo against the engine": Case({"name": "gmpo", "anchor": "rollout"}, lambda rows: gmpo(against_engine(rows))),
+    "dppo tv": surrogate({"name": "dppo", "ratio_cap": 1.5}, lambda rows: dppo(rows, cap=1.5)),
+    "dppo kl": surrogate({"name": "dppo", "divergence": "kl"}, lambda rows: dppo(rows, "kl", 0.05)),
+    "reinforce": Case({"name": "reinforce"}, reinforce, shifts=False, plain=False),
+    "aspo": surrogate({"name": "aspo"}, aspo),
+    "aspo wide": surrogate(
+        {"name": "aspo", "clip": 0.5, "clip_high_entropy": 9.0, "top_fraction": 0.4, "cap": 1.5},
+        lambda rows: aspo(rows, 0.5, 9.0, 0.4, 1.5),
+    ),
+    "minpro": surrogate({"name": "minpro"}, minpro),
+    "minpro old": surrogate(
+        {"name": "minpro", "anchor": "old", "clip_low": 0.9, "clip_high": 9.0},
+        lambda rows: minpro([replace(row, rollout=row.old) for row in rows], 0.9, 9.0),
+    ),
+    "vespo": surrogate({"name": "vespo"}, vespo),
+    "vespo against the engine": surrogate(
+        {"name": "vespo", "anchor": "rollout"}, lambda rows: vespo(against_engine(rows))
+    ),
+    "lco": replace(surrogate({"name": "lco"}, lco), scales=False, plain=False),
+    "dis": Case({"name": "dis"}, dis),
+    "kimi k2.5": Case({"name": "dis", "tau": 0.1}, lambda rows: dis(rows, tau=0.1), scales=False),
+    "dro": Case({"name": "dro"}, dro, shifts=False, scales=False),
+    "soft sequence": Case({"name": "soft_sequence"}, soft_sequence),
 }
-"""Options of an objective and its formula, by case; every registered objective has at least one."""
+"""Every registered objective has at least one case."""

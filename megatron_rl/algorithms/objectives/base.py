@@ -18,7 +18,8 @@ from megatron_rl.data.types import Batch, Columns
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 
-Aggregation = Literal["sequence", "token", "constant"]
+Aggregation = Literal["sequence", "token", "constant", "sum"]
+Anchor = Literal["old", "rollout"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -153,6 +154,11 @@ class Objective(Section):
         """
         return False
 
+    @property
+    def ratio_to_rollout(self) -> bool:
+        """Whether the importance ratio is that to the policy that sampled, so that no ``correction`` is needed."""
+        return False
+
     def prepare(
         self,
         batch: Batch,
@@ -178,6 +184,11 @@ class Objective(Section):
         Raises:
             ConfigError: the batch lacks a column, or the objective does not accept segments.
         """
+        if self.ratio_to_rollout and "rollout_logprobs_T" not in batch:
+            raise ConfigError(
+                f"{self.label}, whose ratio is to the rollout policy, needs its log-probs: the batch has no "
+                'rollout_logprobs; pass them, or write anchor = "old" if the objective has that option'
+            )
         tokens = Tokens.of(batch, total)
         segment_ids_R = (
             None if segment_ids_T is None else joint_ids(tokens.responses_R, segment_ids_T[tokens.positions_R])
@@ -217,7 +228,8 @@ class Aggregated(Objective):
     """Base class of objectives whose token weights are set by ``aggregation``."""
 
     aggregation: Aggregation = "sequence"
-    """``sequence``: mean over responses of token means; ``token``: 1/sum N; ``constant``: 1/(B normalizer)."""
+    """Weight of a token: ``sequence`` 1/(B N), the mean over responses of token means; ``token`` 1/sum N; ``constant``
+    1/(B normalizer); ``sum`` 1/B."""
     normalizer: Positive | None = None
     """Constant in place of N with ``aggregation = "constant"``, such as the length of the longest allowed response."""
 
@@ -236,11 +248,44 @@ class Aggregated(Objective):
             return 1 / (tokens.num_responses * tokens.counts_R.double())
         if self.aggregation == "token":
             return tokens.constant(1 / max(tokens.num_tokens, 1))
-        assert self.normalizer is not None, "checked when the section was made"
-        return tokens.constant(1 / (max(tokens.num_responses, 1) * self.normalizer))
+        normalizer = 1.0 if self.aggregation == "sum" else self.normalizer
+        assert normalizer is not None, "checked when the section was made"
+        return tokens.constant(1 / (max(tokens.num_responses, 1) * normalizer))
+
+    def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
+        """Return the token weights, for objectives with a ratio per token whose cost needs no other column."""
+        self._refuse_segments(segment_ids_R)
+        return {"weights_T": self.weights(tokens)}
 
 
-class Clipped(Objective):
+class TokenMean(Aggregated):
+    """Base class of objectives whose published form is a mean over all tokens of the mini-batch."""
+
+    aggregation: Aggregation = "token"
+    """Weight of a token: ``token`` 1/sum N; ``sequence`` 1/(B N), the mean over responses of token means; ``constant``
+    1/(B normalizer); ``sum`` 1/B."""
+
+
+class Anchored(Objective):
+    """Base class of objectives whose importance ratio is to one of two policies, selected by ``anchor``."""
+
+    anchor: Anchor = "old"
+    """Denominator of the importance ratio: ``old``, the policy at the start of the step, with the trainer's log-probs;
+    ``rollout``, the policy that sampled, with the engine's log-probs, for which ``correction`` is left off."""
+
+    @property
+    def ratio_to_rollout(self) -> bool:
+        """Whether ``anchor`` is ``rollout``."""
+        return self.anchor == "rollout"
+
+    def log_ratio(self, logprobs_R: Tensor, inputs: LossInputs) -> Tensor:
+        """Return the log ratio of each token to the policy of ``anchor``, [R], with gradient to ``logprobs_R``."""
+        if self.anchor == "old":
+            return logprobs_R - inputs.old_logprobs_R
+        return logprobs_R - inputs.require("rollout_logprobs_R").to(logprobs_R.dtype)
+
+
+class Clipped(Anchored):
     """Base class of clipped objectives (PPO, arXiv 1707.06347), with one ratio s for all tokens of a segment.
 
     L = -sum_t w_t min(s_t A_t, clip(s_t, 1 - low, 1 + high) A_t).
@@ -259,8 +304,8 @@ class Clipped(Objective):
         return clipped(self.ratio(logprobs_R, inputs), inputs, self.dual_clip)
 
     def ratio(self, logprobs_R: Tensor, inputs: LossInputs) -> Ratio:
-        """Return the importance ratio to the old policy, the geometric mean over each segment."""
-        return segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
+        """Return the importance ratio, the geometric mean over each segment."""
+        return segment_ratio(self.log_ratio(logprobs_R, inputs), inputs)
 
 
 class FixedWindow(Clipped, Aggregated):
@@ -288,6 +333,11 @@ class FixedWindow(Clipped, Aggregated):
     ) -> tuple[Tensor, Tensor]:
         """Return (low, high), [R] each: the ratio of each token's segment is clipped to [1 - low, 1 + high]."""
         return tokens.constant(self.clip_low), tokens.constant(self.clip_high)
+
+
+def no_tokens(values_R: Tensor) -> Tensor:
+    """Return False for every token, bool [R]: the ``Cost.clipped_R`` of an objective that clips nothing."""
+    return torch.zeros_like(values_R, dtype=torch.bool)
 
 
 def clipped(ratio: Ratio, inputs: LossInputs, dual_clip: float | None = None) -> Cost:

@@ -7,13 +7,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from megatron_rl.algorithms.objectives.base import Aggregated, Aggregation, Cost, NonNegative, Tokens
+from megatron_rl.algorithms.objectives.base import Anchored, Cost, NonNegative, TokenMean
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.data.vocabulary import Vocabulary
 
 
-class CISPO(Aggregated):
+class CISPO(Anchored, TokenMean):
     """Weight each token's log-likelihood by its capped importance ratio."""
 
     clipped_word: ClassVar[str] = "capped"
@@ -21,22 +20,15 @@ class CISPO(Aggregated):
     name: Literal["cispo"] = "cispo"
     clip_high: NonNegative = 4.0
     """The weight is at most 1 + clip_high. The paper gives no value; the default, a cap of 5, is in common use."""
-    aggregation: Aggregation = "token"
-    """``token``: 1/sum N; ``sequence``: mean over responses of token means; ``constant``: 1/(B normalizer)."""
 
     @property
     def bounds_ratios(self) -> bool:
         """True: the importance weight is capped."""
         return True
 
-    def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the token weights; the cost needs no other column."""
-        self._refuse_segments(segment_ids_R)
-        return {"weights_T": self.weights(tokens)}
-
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -sg[min(r, 1 + clip_high)] A l; capped tokens are reported as clipped but still have a gradient."""
-        ratio = segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
+        ratio = segment_ratio(self.log_ratio(logprobs_R, inputs), inputs)
         cap = 1 + self.clip_high
         capped_R = ratio.value_R.clamp(max=cap)
         return Cost(-capped_R * inputs.advantages_R * logprobs_R, ratio.value_R > cap, ratio)

@@ -10,17 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.objectives.base import Aggregated, Aggregation, Cost, Positive, Tokens
+from megatron_rl.algorithms.objectives.base import Cost, Positive, TokenMean
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.data.vocabulary import Vocabulary
-from megatron_rl.errors import ConfigError
 
 DELTAS = {"tv": 0.2, "kl": 0.05}
 """Default of ``DPPO.delta`` for each divergence."""
 
 
-class DPPO(Aggregated):
+class DPPO(TokenMean):
     """Mask tokens whose probability has moved too far from that of the rollout policy."""
 
     name: Literal["dppo"] = "dppo"
@@ -30,22 +28,16 @@ class DPPO(Aggregated):
     """Largest divergence; none: 0.2 for ``tv``, 0.05 for ``kl``."""
     ratio_cap: Positive = 20.0
     """Largest importance weight; the paper gives a range of 5 to 20."""
-    aggregation: Aggregation = "token"
-    """``token``: 1/sum N; ``sequence``: mean over responses of token means; ``constant``: 1/(B normalizer)."""
 
     @property
     def bounds_ratios(self) -> bool:
         """True: the importance weight is capped."""
         return True
 
-    def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the token weights; the cost needs no other column of the objective."""
-        self._refuse_segments(segment_ids_R)
-        if "rollout_logprobs_T" not in tokens.batch:
-            raise ConfigError(
-                "dppo needs the log-probs of the rollout policy: the batch has no rollout_logprobs; pass them"
-            )
-        return {"weights_T": self.weights(tokens)}
+    @property
+    def ratio_to_rollout(self) -> bool:
+        """True: mu is the rollout policy."""
+        return True
 
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -M sg[min(r, ratio_cap)] A l; masked tokens are reported as clipped and have no gradient."""

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.objectives.base import Cost, NonNegative, Objective, Tokens
+from megatron_rl.algorithms.objectives.base import Anchored, Cost, NonNegative, Tokens
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
 
-class GMPO(Objective):
+class GMPO(Anchored):
     """Clip each token's log ratio, then take the geometric mean of the ratios per response."""
 
     name: Literal["gmpo"] = "gmpo"
@@ -32,7 +32,7 @@ class GMPO(Objective):
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -s A, with s the geometric mean of the clipped token ratios of the response."""
         advantages_R = inputs.advantages_R
-        log_R = logprobs_R - inputs.old_logprobs_R
+        log_R = self.log_ratio(logprobs_R, inputs)
         clipped_log_R = torch.where(advantages_R > 0, log_R.clamp(max=self.clip_high), log_R.clamp(min=-self.clip_low))
         ratio = segment_ratio(clipped_log_R, inputs)
         clipped_R = (clipped_log_R != log_R) & (advantages_R != 0)

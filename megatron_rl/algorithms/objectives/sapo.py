@@ -9,16 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.objectives.base import Aggregated, Cost, Positive, Tokens
+from megatron_rl.algorithms.objectives.base import Aggregated, Anchored, Cost, Positive, no_tokens
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.data.vocabulary import Vocabulary
 
 LARGEST_LOG_RATIO = 80.0
 """Log ratios are clamped to this value, so that exp is finite in float32; the gate's gradient is already 0 there."""
 
 
-class SAPO(Aggregated):
+class SAPO(Anchored, Aggregated):
     """Pass each token's importance ratio through a sigmoid gate."""
 
     meant_for_several_updates: ClassVar[bool] = True
@@ -34,16 +33,11 @@ class SAPO(Aggregated):
         """True: the gradient of the gate vanishes for large ratios."""
         return True
 
-    def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
-        """Return the token weights; the gate needs no other column."""
-        self._refuse_segments(segment_ids_R)
-        return {"weights_T": self.weights(tokens)}
-
     def cost(self, logprobs_R: Tensor, inputs: LossInputs) -> Cost:
         """Return -f(r) A; no token is reported as clipped."""
         advantages_R = inputs.advantages_R
-        ratio = segment_ratio(logprobs_R - inputs.old_logprobs_R, inputs)
+        ratio = segment_ratio(self.log_ratio(logprobs_R, inputs), inputs)
         tau_R = torch.full_like(logprobs_R, self.tau_negative).masked_fill(advantages_R > 0, self.tau_positive)
         ratio_R = ratio.token_log_R.clamp(max=LARGEST_LOG_RATIO).exp()
         gate_R = torch.sigmoid(tau_R * (ratio_R - 1)) * 4 / tau_R
-        return Cost(-advantages_R * gate_R, torch.zeros_like(advantages_R, dtype=torch.bool), ratio)
+        return Cost(-advantages_R * gate_R, no_tokens(advantages_R), ratio)

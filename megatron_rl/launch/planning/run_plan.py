@@ -304,7 +304,7 @@ def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> 
 
 def _warnings(loaded: Loaded[Run]) -> Iterator[str]:
     run, objective = loaded.run, loaded.run.objective
-    if not run.rollout.max_lag or run.correction.kind != "none":
+    if not run.rollout.max_lag or run.correction.kind != "none" or objective.ratio_to_rollout:
         return
     lag = loaded.describe("rollout.max_lag")
     warning = f'{lag}, but older samples are not corrected (correction.kind = "none"); write correction.kind = "tis"'
