@@ -12,14 +12,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_rl.algorithms.correction import Correction, mismatch
+from megatron_rl.algorithms.entropy import EntropyBonus
 from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
+from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.explain import explain
 from megatron_rl.config.load import leaves
 from megatron_rl.config.section import Section
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.data.types import Batch
+from megatron_rl.data.types import Batch, Columns, Loss
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops.vocab import vocab_logprobs_entropies
@@ -36,19 +38,36 @@ class PolicyLoss:
     Attributes:
         loss: scalar to minimize, differentiable with respect to ``logprobs``.
         metrics: metrics of the mini-batch by name, with the keys of ``megatron_rl.algorithms.loss.summary`` and
-            ``megatron_rl.algorithms.correction.mismatch``; ``entropy_mean`` only if ``entropies`` are passed.
+            ``megatron_rl.algorithms.correction.mismatch``; ``entropy_mean`` only if entropies are passed.
+        state: numbers that the loss adapts once per optimizer step, to pass to the next call; empty for most losses.
     """
 
     loss: Tensor
     metrics: dict[str, float]
+    state: dict[str, float]
 
 
 class _Options(Section):
-    """Options of ``policy_loss``: the objective, and the optional tables ``correction`` and ``kl``."""
+    """Options of ``policy_loss``: the objective, and the optional tables ``correction``, ``kl`` and ``entropy``."""
 
     objective: AnyObjective
     correction: Correction = Correction()
     kl: ReferenceKL = ReferenceKL()
+    entropy: EntropyBonus = EntropyBonus()
+
+    def prepare(
+        self, batch: Batch, vocab_size: int | None, segment_ids_T: Tensor | None, adapted: LossState
+    ) -> Columns:
+        """Return the columns that the loss reads."""
+        return prepare(
+            batch,
+            self.objective,
+            self.correction,
+            None if vocab_size is None else Vocabulary(vocab_size),
+            segment_ids_T,
+            entropy=self.entropy,
+            state=adapted.values,
+        )
 
 
 def policy_loss(
@@ -63,6 +82,8 @@ def policy_loss(
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     vocab_size: int | None = None,
+    current_entropies: Tensor | None = None,
+    state: Mapping[str, float] | None = None,
 ) -> PolicyLoss:
     """Compute the loss of a mini-batch of padded responses with the code that the trainer uses.
 
@@ -70,8 +91,8 @@ def policy_loss(
 
     Args:
         objective: a name such as ``"grpo"`` or ``"path/to/mine.py:Mine"``, or a table of options:
-            ``{"name": "espo", "alpha": 0.02}``. The table may contain the tables ``correction`` and ``kl`` of a run's
-            configuration: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
+            ``{"name": "espo", "alpha": 0.02}``. The table may contain the tables ``correction``, ``kl`` and ``entropy``
+            of a run's configuration: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
         logprobs: [B, S], log-probabilities of the tokens under the current weights in nats, with gradient.
         old_logprobs: [B, S], log-probabilities under the weights at the start of the rollout batch.
         advantages: [B] or [B, S], advantage per response or per token.
@@ -79,12 +100,14 @@ def policy_loss(
         entropies: [B, S], entropies of the old policy in nats; required by aspo, espo and most settings of sspo.
         segment_ids: [B, S] int, -1 where masked; tokens of a row with the same id share an importance ratio. Required
             by sspo; other clipped objectives use them in place of the segments that they would compute.
-        rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo,
-            by ``anchor = "rollout"`` (the default of dis and minpro), and if ``correction.kind`` is not ``"none"``;
-            otherwise they only add the ``mismatch_`` metrics.
+        rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo, dis, minpro,
+            ``anchor = "rollout"`` and ``correction``; otherwise they only add the ``mismatch_`` metrics.
         ref_logprobs: [B, S], log-probabilities under a frozen reference policy. Required if ``kl.coefficient`` is above
             0; otherwise they only add the metric ``reference_kl_mean``.
         vocab_size: number of token ids of the model; required by espo and by ``entropy_scale = "log_vocab"``.
+        current_entropies: [B, S], entropies under the current weights in nats, with gradient; required by ``entropy``.
+        state: ``PolicyLoss.state`` of the previous optimizer step, for losses that adapt numbers, such as r2vpo; None:
+            the numbers at the start of a run.
 
     Raises:
         ConfigError: an option is invalid, or the objective needs a tensor that is missing.
@@ -92,26 +115,42 @@ def policy_loss(
     """
     options = _options(objective)
     _check_shapes(logprobs, loss_mask, advantages)
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
     columns = {
         "advantages": advantages[:, None].expand(loss_mask.shape) if advantages.dim() == 1 else advantages,
         "old_logprobs": old_logprobs,
         "old_entropies": entropies,
         "rollout_logprobs": rollout_logprobs,
         "ref_logprobs": ref_logprobs,
+        "current_logprobs": logprobs if options.objective.reads_current_logprobs else None,
     }
-    batch = _batch(loss_mask, {name: c.to(dtype) for name, c in columns.items() if c is not None})
-    segment_ids_T = None if segment_ids is None else _segments(segment_ids, loss_mask)
-    vocabulary = None if vocab_size is None else Vocabulary(vocab_size)
-    batch = batch.add(prepare(batch, options.objective, options.correction, vocabulary, segment_ids_T))
+    batch = _batch(loss_mask, {name: column for name, column in columns.items() if column is not None}, logprobs.dtype)
+    adapted = LossState(options.objective, options.entropy, saved=state or {})
+    batch = batch.add(options.prepare(batch, vocab_size, _segments(segment_ids, loss_mask), adapted))
     inputs = LossInputs.gather(batch).map(lambda tensor: tensor.to(logprobs.device))
-    logprobs_R = logprobs[loss_mask.bool()]
-    entropies_R = torch.zeros_like(logprobs_R) if inputs.old_entropies_R is None else inputs.old_entropies_R
-    loss = make_loss(options.objective, options.kl)(logprobs_R, entropies_R, inputs)
+    entropies_R = _entropies(current_entropies, loss_mask, inputs)
+    loss = make_loss(options.objective, options.kl)(logprobs[loss_mask.bool()], entropies_R, inputs)
+    return _result(loss, batch, adapted, has_entropies=entropies is not None or current_entropies is not None)
+
+
+def _result(loss: Loss, batch: Batch, adapted: LossState, *, has_entropies: bool) -> PolicyLoss:
     metrics = summary(loss.metrics) | mismatch(batch)
-    if entropies is None:
+    if not has_entropies:
         del metrics["entropy_mean"]
-    return PolicyLoss(loss.value, metrics)
+    if adapted.values:
+        adapted.advance(loss.metrics)
+    return PolicyLoss(loss.value, metrics, adapted.values)
+
+
+def _entropies(current_entropies: Tensor | None, loss_mask: Tensor, inputs: LossInputs) -> Tensor:
+    """Return the current policy's entropies at the trained tokens, or the old policy's if there is no entropy bonus."""
+    if current_entropies is not None:
+        if current_entropies.shape != loss_mask.shape:
+            shape = list(loss_mask.shape)
+            raise ValueError(f"current_entropies is {list(current_entropies.shape)}: expected {shape}, as loss_mask")
+        return current_entropies[loss_mask.bool()].to(inputs.weights_R.dtype)
+    if inputs.entropy_coefficients_R is not None:
+        raise ConfigError("the entropy bonus needs the current policy's entropies: pass current_entropies")
+    return torch.zeros_like(inputs.weights_R) if inputs.old_entropies_R is None else inputs.old_entropies_R
 
 
 def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> None:
@@ -123,18 +162,21 @@ def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> No
         raise ValueError(f"advantages is {list(advantages.shape)}: expected one per row, [{len(loss_mask)}]")
 
 
-def _batch(loss_mask: Tensor, columns: Mapping[str, Tensor]) -> Batch:
-    """Return padded [B, S] columns as a batch of B sequences of S tokens, detached and on the CPU."""
+def _batch(loss_mask: Tensor, columns: Mapping[str, Tensor], dtype: torch.dtype) -> Batch:
+    """Return padded [B, S] columns as a batch of B sequences of S tokens, detached, on the CPU, at least float32."""
+    dtype = torch.promote_types(dtype, torch.float32)
     for name, column in columns.items():
         if column.shape != loss_mask.shape:
             shape = list(loss_mask.shape)
             raise ValueError(f"{name.removeprefix('old_')} is {list(column.shape)}: expected {shape}, as loss_mask")
-    flat = {f"{name}_T": column.detach().flatten().cpu() for name, column in columns.items()}
+    flat = {f"{name}_T": column.detach().to(dtype).flatten().cpu() for name, column in columns.items()}
     lengths_B = torch.full((len(loss_mask),), loss_mask.shape[1])
     return Batch(lengths_B, {"loss_mask_T": loss_mask.bool().flatten().cpu(), **flat})
 
 
-def _segments(segment_ids: Tensor, loss_mask: Tensor) -> Tensor:
+def _segments(segment_ids: Tensor | None, loss_mask: Tensor) -> Tensor | None:
+    if segment_ids is None:
+        return None
     if segment_ids.shape != loss_mask.shape or segment_ids.dtype.is_floating_point:
         actual = f"{list(segment_ids.shape)}, {segment_ids.dtype}"
         raise ValueError(f"segment_ids is {actual}: expected integers, {list(loss_mask.shape)}, the shape of loss_mask")
@@ -147,7 +189,7 @@ def _options(objective: str | Mapping[str, Option]) -> _Options:
     table: dict[str, object] = {"name": objective} if isinstance(objective, str) else dict(objective)
     if ".py:" in (name := str(table.get("name"))):
         table["name"] = str(Path(name).absolute())
-    tables: dict[str, object] = {name: table.pop(name) for name in ("correction", "kl") if name in table}
+    tables: dict[str, object] = {name: table.pop(name) for name in ("correction", "kl", "entropy") if name in table}
     tables["objective"] = table
     try:
         return _Options.model_validate(tables)

@@ -213,6 +213,15 @@ KNOWN = {
             [-0.043266710171, -0.091595626150, -0.056113898171],
         ],
     ),
+    "r2vpo": (
+        {"name": "r2vpo"},
+        -0.444785161884,
+        [
+            [-0.145786445350, -0.106104531669, -0.121763596763, -0.076444370288],
+            [0.113538899418, 0.080606410435],
+            [-0.044798000156, -0.082088421192, -0.056023665523],
+        ],
+    ),
     "dro": (
         {"name": "dro"},
         0.324808333333,
@@ -252,6 +261,83 @@ def test_known_answers(case):
     digits = 5.1e-10 if case in ("grpo", "gspo", "sapo", "espo", "lpo") else 5.1e-13
     for row, wanted in zip(actual[1], gradient, strict=True):
         assert row == pytest.approx(wanted, abs=digits)
+
+
+def test_the_multiplier_of_r2vpo_takes_one_step_of_dual_ascent():
+    columns = {
+        "logprobs": torch.tensor([[math.log(1.5), math.log(0.5), 0.0]], dtype=torch.float64) - 2,
+        "old_logprobs": torch.full((1, 3), -2.0, dtype=torch.float64),
+        "advantages": torch.ones(1),
+        "loss_mask": torch.ones(1, 3, dtype=torch.bool),
+    }
+    assert run(KNOWN_ROWS, "r2vpo")[2]["objective/ratio_variance"] == pytest.approx(0.086886913743, abs=5.1e-13)
+    result = megatron_rl.policy_loss("r2vpo", **columns, state=None)
+    assert result.metrics["objective/multiplier"] == pytest.approx(0.04, abs=1e-15)
+    assert result.state["multiplier"] == pytest.approx(0.04 + 0.1 * (0.5 / 3 - 0.05), abs=1e-15)
+    following = megatron_rl.policy_loss("r2vpo", **columns, state=result.state)
+    assert following.metrics["objective/multiplier"] == pytest.approx(result.state["multiplier"], abs=1e-15)
+    assert following.loss.item() - result.loss.item() == pytest.approx(
+        (result.state["multiplier"] - 0.04) * 0.5 / 3, abs=1e-15
+    )
+    at_zero = megatron_rl.policy_loss({"name": "r2vpo", "delta": 100.0}, **columns, state=None)
+    assert at_zero.state["multiplier"] == 0.0
+
+
+def test_known_bounds_of_bapo():
+    ratios = [2.4, 1.6, 0.9, 0.7, 1.1, 0.5, 0.8, 1.3]
+    rows = [
+        Row([math.log(r) - 2], [-2.0], [1.0], a) for r, a in zip(ratios, [1, 0.5, 0.5, 1, -1, -1, -1, -1], strict=True)
+    ]
+    metrics = run(rows, "bapo")[2]
+    assert metrics["objective/low"] == pytest.approx(0.6, abs=1e-12)
+    assert metrics["objective/high"] == pytest.approx(2.4, abs=1e-12)
+    assert metrics["objective/positive_share"] == pytest.approx(0.576158940, abs=5.1e-10)
+
+
+@pytest.mark.parametrize(("sign", "bounds"), [(1.0, (0.6, 1.2)), (-1.0, (0.9, 3.0))])
+def test_bapo_stops_at_its_bounds_where_the_share_cannot_be_reached(sign, bounds):
+    metrics = run([Row([-2.1, -2.0, -1.0], [-2.0] * 3, [1.0] * 3, sign)], "bapo")[2]
+    assert (metrics["objective/low"], metrics["objective/high"]) == pytest.approx(bounds, abs=1e-12)
+
+
+def test_kl_cov_replaces_the_clip_of_the_tokens_of_highest_covariance():
+    """A = 1, 1, -1, -1 and old log-probs whose covariance is highest for the first token, then the third."""
+    old, ratios, a = [-0.5, -2.0, -3.0, -1.0], [3.0, 3.0, 0.2, 0.2], [1.0, 1.0, -1.0, -1.0]
+    rows = [Row([o + math.log(r)], [o], [1.0], x) for o, r, x in zip(old, ratios, a, strict=True)]
+    options = {"name": "grpo", "covariance": {"kind": "kl", "fraction": 0.5, "coefficient": 0.3}}
+    loss, gradient, metrics = run(rows, options)
+    clip = [1.2, 1.2, -0.8, -0.8]
+    penalized = {t: ratios[t] * a[t] - 0.3 * abs(math.log(ratios[t])) for t in (0, 2)}
+    assert loss == pytest.approx(-sum(penalized.get(t, clip[t]) for t in range(4)) / 4, abs=1e-14)
+    slopes = [-(3.0 - 0.3) / 4, 0.0, -(-0.2 + 0.3) / 4, 0.0]
+    assert [slope for (slope,) in gradient] == pytest.approx(slopes, abs=1e-14)
+    assert metrics["clipped_fraction"] == 0.5
+
+
+def test_clip_cov_drops_a_seeded_fraction_of_the_candidates():
+    generator = torch.Generator().manual_seed(0)
+    old = (-3 * torch.rand(400, generator=generator, dtype=torch.float64) - 0.01).tolist()
+    rows = [Row(old[i : i + 10], old[i : i + 10], [1.0] * 10, (-1.0) ** (i // 10)) for i in range(0, 400, 10)]
+
+    def dropped(seed: int) -> list[bool]:
+        covariance = {"kind": "clip", "fraction": 0.05, "low": 0.1, "high": 1.0, "seed": seed}
+        gradient = run(rows, {"name": "grpo", "covariance": covariance})[1]
+        return [slope == 0 for row in gradient for slope in row]
+
+    mean_old = sum(old) / len(old)
+    first = dropped(0)
+    assert sum(first) == 20
+    assert all(0.1 <= (-1.0) ** (t // 10) * (old[t] - mean_old) <= 1.0 for t in range(400) if first[t])
+    assert first == dropped(0)
+    assert first != dropped(1)
+
+
+def test_top_entropy_of_the_batch_compares_all_responses():
+    rows = [Row([-1.0] * 2, [-1.0] * 2, entropies, 1.0) for entropies in ([3.0, 2.0], [1.0, 4.0], [0.5, 0.4])]
+    options = {"name": "grpo", "top_entropy_fraction": 0.5, "top_entropy_scope": "batch"}
+    gradient = run(rows, options)[1]
+    assert [[slope != 0 for slope in row] for row in gradient] == [[True, True], [False, True], [False, False]]
+    assert gradient[0][0] == pytest.approx(-1 / 6, abs=1e-15)
 
 
 def test_known_gradient_of_lco_by_the_logits():
@@ -461,7 +547,7 @@ WRONG = [
         {"name": "grpo", "clp_low": 1},
         "unknown key objective.clp_low: 1 (in the objective of policy_loss); did you mean objective.clip_low?",
     ),
-    ({"clip_low": 1}, 'objective.name is not set (in the objective of policy_loss); write one of "aspo", "cispo"'),
+    ({"clip_low": 1}, 'objective.name is not set (in the objective of policy_loss); write one of "aspo", '),
     ({"name": "grpo", "clip_low": -1}, "objective.clip_low: -1"),
     ({"name": "grpo", "aggregation": "constant"}, "normalizer = <tokens>"),
     ({"name": "grpo", "normalizer": 3}, "normalizer = <tokens>"),
@@ -514,7 +600,7 @@ def test_wrong_shapes_and_segment_ids_are_named():
     ]
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
-            megatron_rl.policy_loss("gspo", **{**common, **wrong}, vocab_size=None)
+            megatron_rl.policy_loss("gspo", **{**common, **wrong}, vocab_size=None, state=None)
     with pytest.raises(ConfigError, match="ratios are per token"):
         megatron_rl.policy_loss("sapo", **common, segment_ids=torch.zeros(2, 2, dtype=torch.int64))
 
@@ -531,7 +617,13 @@ def test_what_check_recommends_for_a_lag_bounds_the_gradient_of_a_token_that_bec
     def gradient(**options: Option) -> float:
         mask_BS = torch.ones(1, 1, dtype=torch.bool)
         made = megatron_rl.policy_loss(
-            {"name": name, **options}, logprobs=new_BS, loss_mask=mask_BS, segment_ids=ids_BS, vocab_size=32, **columns
+            {"name": name, **options},
+            logprobs=new_BS,
+            loss_mask=mask_BS,
+            segment_ids=ids_BS,
+            vocab_size=32,
+            state=None,
+            **columns,
         )
         return float(torch.autograd.grad(made.loss, new_BS)[0])
 

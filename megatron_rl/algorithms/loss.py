@@ -3,16 +3,22 @@
 Legend: T all tokens of a mini-batch, R trained tokens (of a mini-batch, or of a micro-batch on this rank).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.entropy import EntropyBonus
 from megatron_rl.algorithms.kl import ReferenceKL, k3
 from megatron_rl.algorithms.objectives.base import Cost, Objective, Tokens, Total, only_part
 from megatron_rl.data.loss_inputs import LossFn, LossInputs
 from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
+
+MEASURE = "objective/"
+"""Prefix of the metrics that an objective measures itself."""
 
 
 def prepare(
@@ -22,11 +28,15 @@ def prepare(
     vocabulary: Vocabulary | None = None,
     segment_ids_T: Tensor | None = None,
     total: Total = only_part,
+    *,
+    entropy: EntropyBonus | None = None,
+    state: Mapping[str, float] | None = None,
 ) -> Columns:
-    """Return all columns that the loss of a mini-batch reads and that do not depend on the current weights.
+    """Return all columns that the loss of a mini-batch reads and that are fixed during its update.
 
-    These are the columns of ``objective.prepare``, ``corrections_T`` if the correction has weights, and, for the
-    correction kind ``bypass``, ``old_logprobs_T`` with the values of ``rollout_logprobs_T``.
+    These are the columns of ``objective.prepare``, ``corrections_T`` if the correction has weights,
+    ``entropy_coefficients_T`` if there is an entropy bonus, and, for the correction kind ``bypass``,
+    ``old_logprobs_T`` with the values of ``rollout_logprobs_T``.
 
     Args:
         batch: whole responses: the mini-batch, or the part of it that this rank owns. It has ``old_logprobs_T`` (for
@@ -38,27 +48,33 @@ def prepare(
         segment_ids_T: int64, segments to use in place of the objective's; unique per response.
         total: adds a tensor over all parts of the mini-batch: denominators are global counts. Every part calls it in
             the same order. Default: ``batch`` is the whole mini-batch.
+        entropy: entropy bonus; None: no bonus.
+        state: numbers that the loss adapts, ``LossState.values``; None: those at the start of a run.
 
     Raises:
         ConfigError: the batch lacks a column that the objective or the correction needs.
     """
-    correction = correction or Correction()
-    replaced: Columns = {}
+    correction, entropy = correction or Correction(), entropy or EntropyBonus()
+    state = {**objective.initial_state(), **entropy.initial_state()} if state is None else state
+    replaced: dict[str, Tensor] = {}
+    if objective.reads_current_logprobs and "current_logprobs_T" not in batch:
+        replaced["current_logprobs_T"] = batch["old_logprobs_T"]  # the first update of a step
     if correction.kind != "none" and "rollout_logprobs_T" not in batch:
         raise ConfigError(f'correction kind "{correction.kind}" needs rollout_logprobs: the batch has none, pass them')
     if correction.kind == "bypass":
-        replaced = {"old_logprobs_T": batch["rollout_logprobs_T"]}
+        replaced["old_logprobs_T"] = batch["rollout_logprobs_T"]
     batch = batch.add(replaced)
-    batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T, total))
-    return {**replaced, **prepared, **correction.columns(Tokens.of(batch))}
+    batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T, total, state))
+    tokens = Tokens.of(batch, state=state)
+    return {**replaced, **prepared, **correction.columns(tokens), **entropy.columns(tokens)}
 
 
 def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_tokens: bool = False) -> LossFn:
     """Return the loss function of a micro-batch.
 
-    Its value is sum_t weights_t * (correction_t * cost_t + coefficient * kl_t), so values of ranks and micro-batches
-    add up to the loss of the mini-batch. Without trained tokens the value is 0, with an empty gradient. Ratios and sums
-    are in float32, or in float64 if the log-probabilities are float64.
+    Its value is sum_t weights_t * (factor_t * correction_t * cost_t + kl_coefficient * kl_t - entropy_coefficient *
+    entropy_t), so values of ranks and micro-batches add up to the loss of the mini-batch. Without trained tokens the
+    value is 0, with an empty gradient. Ratios and sums are in float32, or in float64 if the log-probabilities are.
 
     Args:
         objective: computes the cost of each token.
@@ -72,12 +88,16 @@ def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_token
         logprobs_R = logprobs_R.to(torch.promote_types(logprobs_R.dtype, torch.float32))
         cost = objective.cost(logprobs_R, inputs)
         values_R = cost.values_R
+        if inputs.factors_R is not None:
+            values_R = values_R * inputs.factors_R
         if inputs.corrections_R is not None:
             values_R = values_R * inputs.corrections_R
         if kl.coefficient:
             if inputs.ref_logprobs_R is None:
                 raise ConfigError(f"kl.coefficient = {kl.coefficient} needs ref_logprobs: pass them, or set it to 0")
             values_R = values_R + kl.coefficient * kl.cost(logprobs_R, inputs.ref_logprobs_R)
+        if inputs.entropy_coefficients_R is not None:
+            values_R = values_R - inputs.entropy_coefficients_R * entropies_R
         value = (inputs.weights_R * values_R).sum()
         metrics = _metrics(value, logprobs_R, entropies_R, cost, inputs)
         sums = {**metrics.sums, **_gradient_sums(value, logprobs_R, inputs)}
@@ -124,6 +144,11 @@ def _metrics(value: Tensor, logprobs_R: Tensor, entropies_R: Tensor, cost: Cost,
         sums["reference_kl"] = k3(inputs.ref_logprobs_R - logprobs_R).sum()
     if inputs.corrections_R is not None:
         sums["correction"] = inputs.corrections_R.sum()
+    if inputs.entropy_coefficients_R is not None:
+        sums["entropy_coefficient"] = inputs.entropy_coefficients_R.sum()
+    if cost.measures:
+        sums["weight"] = inputs.weights_R.sum()
+        sums |= {MEASURE + name: (inputs.weights_R * values_R).sum() for name, values_R in cost.measures.items()}
     largest = ratio_R.max() if len(ratio_R) else ratio_R.new_zeros(())
     return Metrics({name: total.detach().double() for name, total in sums.items()}, {"ratio": largest.double()})
 
@@ -141,11 +166,14 @@ def summary(metrics: Metrics) -> dict[str, float]:
     * ``gradient_kept``: sum of |d loss / d log-prob|, relative to that of the plain policy gradient (every ratio 1,
       nothing clipped).
     * ``ratio_max``: largest ratio of any segment.
+    * ``entropy_coefficient``: coefficient of the entropy bonus.
+    * ``objective/NAME``: the objective's ``Cost.measures``, means weighted like the loss.
     """
     sums = {name: float(total) for name, total in metrics.sums.items()}
     # Counts summed from fractions: integers up to rounding.
     responses, segments = float(round(sums["responses"])), float(round(sums["segments"]))
     tokens = max(sums["tokens"], 1.0)
+    measures = [name for name in sums if name.startswith(MEASURE)]
     means = {"entropy", "ratio", "policy_kl", "reference_kl", "correction"} & sums.keys()
     return {
         "loss": sums["loss"],
@@ -156,6 +184,8 @@ def summary(metrics: Metrics) -> dict[str, float]:
         "clipped_fraction": sums["clipped"] / tokens,
         **(_gradient_shares(sums) if "trained" in sums else {}),
         **{f"{name}_mean": sums[name] / tokens for name in sorted(means)},
+        **{name: sums[name] / tokens for name in ("entropy_coefficient",) if name in sums},
+        **{name: sums[name] / sums["weight"] if sums["weight"] else 0.0 for name in measures},
         **{f"{name}_max": float(largest) for name, largest in metrics.maxima.items()},
     }
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.entropy import EntropyBonus
 from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
@@ -333,6 +334,7 @@ class Run(Section):
     objective: AnyObjective = GRPO()
     correction: Correction = Correction()
     kl: ReferenceKL = ReferenceKL()
+    entropy: EntropyBonus = EntropyBonus()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

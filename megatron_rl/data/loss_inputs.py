@@ -19,7 +19,9 @@ OptionalInput = Literal[
     "segment_ids_R",
     "clip_low_R",
     "clip_high_R",
+    "factors_R",
     "corrections_R",
+    "entropy_coefficients_R",
     "rollout_logprobs_R",
     "ref_logprobs_R",
     "old_entropies_R",
@@ -52,11 +54,18 @@ class LossInputs:
     """The ratio may fall to 1 - clip_low. Written by ``Objective.columns``; read by ``clipped``."""
     clip_high_R: Tensor | None = None
     """The ratio may rise to 1 + clip_high. Written by ``Objective.columns``; read by ``clipped``."""
+    factors_R: Tensor | None = None
+    """Factor of the token's cost, 0 where the objective drops the token; KL and entropy terms keep their weight.
+    Written by ``Objective.columns``; read by ``make_loss``."""
     corrections_R: Tensor | None = None
     """Weight that corrects the mismatch of rollout engine and trainer. Written by ``Correction``; read by
     ``make_loss``."""
+    entropy_coefficients_R: Tensor | None = None
+    """Coefficient of the entropy bonus, the same number at every token. Written by ``EntropyBonus``; read by
+    ``make_loss``."""
     rollout_logprobs_R: Tensor | None = None
-    """Log-probability that the rollout engine reported, in nats. Written by ``collect``; read by dppo."""
+    """Log-probability that the rollout engine reported, in nats. Written by ``collect``; read by dppo and
+    by objectives with the anchor ``rollout``."""
     ref_logprobs_R: Tensor | None = None
     """Log-probability under the frozen reference policy, in nats. Written by the reference pass of the policy; read by
     ``ReferenceKL``."""

@@ -11,13 +11,13 @@ from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader
 from megatron_rl.models.torch_dist import FORMAT, is_torch_dist
 from megatron_rl.models.torch_dist_reader import TorchDistReader
 from megatron_rl.models.training_checkpoint import INDEX as SHARDED_INDEX
-from megatron_rl.models.training_checkpoint import META, SAMPLER, TrainingCheckpointReader
+from megatron_rl.models.training_checkpoint import LOSS, META, SAMPLER, TrainingCheckpointReader
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files copied unchanged with a checkpoint: config, tokenizer, generation config, chat template."""
 MANIFEST = "manifest.json"
 CONFIG, QUANTIZATION_CONFIG = "config.json", "quantization_config"
-_WEIGHT_FILES = (INDEX, FORMAT, MANIFEST, SHARDED_INDEX, META, SAMPLER)
+_WEIGHT_FILES = (INDEX, FORMAT, MANIFEST, SHARDED_INDEX, META, SAMPLER, LOSS)
 
 
 def copy_companions(source: Path, target: Path) -> None:

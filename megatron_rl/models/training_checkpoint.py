@@ -14,7 +14,7 @@ from megatron_rl.models.checkpoint_reader import CheckpointReader, TensorSpec
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
 from megatron_rl.models.sharded_files import ShardedStateReader, parse_index
 
-META, INDEX, SAMPLER = "meta.json", "index.json", "sampler.json"
+META, INDEX, SAMPLER, LOSS = "meta.json", "index.json", "sampler.json", "loss.json"
 
 
 class CheckpointMeta(BaseModel):

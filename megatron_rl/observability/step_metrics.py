@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import zero_variance
-from megatron_rl.algorithms.loss import summary
+from megatron_rl.algorithms.loss import MEASURE, summary
 from megatron_rl.data.minibatch import Minibatch, joined
 from megatron_rl.data.step import StepReport
 from megatron_rl.data.types import Batch, Metrics
@@ -25,8 +25,9 @@ TOKEN_MEANS = (
     "policy_kl_mean",
     "reference_kl_mean",
     "correction_mean",
+    "entropy_coefficient",
 )
-"""Metrics of an update that are means over trained tokens; the last two are not always computed."""
+"""Metrics of an update that are means over trained tokens; the last three are not always computed."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class StepMetrics:
         responses = sum(update["responses"] for update in updates) or 1.0
         means = {
             name: sum(update[name] * update["tokens"] for update in updates) / tokens
-            for name in TOKEN_MEANS
-            if name in updates[0]
+            for name in updates[0]
+            if name in TOKEN_MEANS or name.startswith(MEASURE)
         }
         return {
             **self._values,

@@ -68,6 +68,10 @@ class TokenLogprobs:
         """Return the columns of the policy before the update: ``old_logprobs_T``, ``old_entropies_T``, routing."""
         return {"old_logprobs_T": self.logprobs_T, "old_entropies_T": self.entropies_T, **self.routing}
 
+    def as_current(self) -> Columns:
+        """Return the column of the policy that an update starts from: ``current_logprobs_T``."""
+        return {"current_logprobs_T": self.logprobs_T}
+
     def as_reference(self) -> Columns:
         """Return the column of the reference policy: ``ref_logprobs_T``."""
         return {"ref_logprobs_T": self.logprobs_T}

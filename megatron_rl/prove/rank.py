@@ -33,6 +33,7 @@ def main(folder: Path) -> int:
     # Random tokens have no text: let every seventh token end a sentence, which gives segments of all lengths.
     size = policy.family.vocab_size
     vocabulary = Vocabulary(size, tuple(b"." if token % 7 == 0 else b"a" for token in range(size)))
+    batch = batch.add(scored.as_current())
     for run in runs:
         results = _step(policy, batch, run, vocabulary)
         tensors |= {f"{run.objective.name}/{name}": tensor for name, tensor in results.items()}
@@ -44,7 +45,8 @@ def main(folder: Path) -> int:
 
 def _step(policy: Policy, batch: Minibatch, run: Run, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Return loss, metrics, gradient norm and gradients of one objective. Weights are restored."""
-    prepared = batch.add(prepare(batch, run.objective, run.correction, vocabulary, total=policy.total))
+    columns = prepare(batch, run.objective, run.correction, vocabulary, total=policy.total, entropy=run.entropy)
+    prepared = batch.add(columns)
     metrics = summary(policy.forward_backward(prepared, make_loss(run.objective), whole_gradients=True))
     results = {f"metric.{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     results |= {f"gradient.{name}": gradient.clone() for name, gradient in policy.gradients()}

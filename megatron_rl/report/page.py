@@ -9,7 +9,16 @@ from html import escape
 from importlib.resources import files
 
 from megatron_rl.report.groups import RunGroup, differences, setting_text
-from megatron_rl.report.panels import CURVES, MIN_SEGMENTS, MISMATCH, TIMES, clip_plots, metric_plots, phase_plot
+from megatron_rl.report.panels import (
+    CURVES,
+    MIN_SEGMENTS,
+    MISMATCH,
+    TIMES,
+    clip_plots,
+    metric_plots,
+    objective_panels,
+    phase_plot,
+)
 from megatron_rl.report.plot import short
 from megatron_rl.report.runs import Line, RunFolder
 from megatron_rl.report.samples import RecordedSamples
@@ -43,7 +52,7 @@ class RunReport:
         phases = phase_plot(self.groups)
         times = dict(metric_plots(self.groups, TIMES))
         return {
-            "curves": dict(metric_plots(self.groups, CURVES)),
+            "curves": dict(metric_plots(self.groups, [*CURVES, *objective_panels(self.groups)])),
             "clips": dict(clip_plots(self.groups, clips)),
             "mismatch": dict(metric_plots(self.groups, MISMATCH)),
             "times": times | ({"phases": phases} if phases else {}),

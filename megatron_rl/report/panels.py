@@ -42,6 +42,7 @@ CURVES = (
     Panel("unverified_fraction", "Responses without a reward", "share of responses"),
     Panel("reference_kl_mean", "KL(current || reference)", "nats per token", log=True),
     Panel("correction_mean", "Correction weight", "weight"),
+    Panel("entropy_coefficient", "Coefficient of the entropy bonus", "coefficient"),
     Panel("lag_mean", "Lag of the tokens", "weight versions"),
     Panel("lr", "Learning rate", "rate"),
 )
@@ -52,7 +53,16 @@ MISMATCH = (
     Panel("mismatch_max", "Gap of log-probs, largest", "nats", log=True),
     Panel("routing_differs_tokens", "Tokens with different experts", "share of tokens"),
 )
+MEASURE = "objective/"
+"""Prefix of the metrics that an objective measures itself."""
 TIMES = (Panel("seconds/total", "Time per step", "seconds", log=True),)
+
+
+def objective_panels(groups: Sequence[RunGroup]) -> list[Panel]:
+    """Return a panel of each metric ``objective/NAME`` of these runs: what their objectives measure and adapt."""
+    keys = {key for group in groups for run in group.runs for line in run.lines for key in line}
+    names = sorted(key.removeprefix(MEASURE) for key in keys if key.startswith(MEASURE))
+    return [Panel(MEASURE + name, f"Objective: {name.replace('_', ' ')}", "value") for name in names]
 
 
 def metric_plots(groups: Sequence[RunGroup], panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:

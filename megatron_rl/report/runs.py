@@ -44,11 +44,11 @@ class RunFolder:
         return [line for line in self.lines if "loss" in line]
 
     def values(self, key: str) -> dict[int, float]:
-        """Return step -> value of a metric. ``a/b`` is entry b of the metric a, of training steps only."""
+        """Return step -> value of a metric. ``a/b`` is that metric, or entry b of a, of training steps only."""
         head, _, rest = key.partition("/")
         values: dict[int, float] = {}
         for line in self.trained if rest else self.lines:
-            value = line.get(head)
+            value = line.get(key, line.get(head))
             value = value.get(rest) if rest and isinstance(value, Mapping) else value
             if isinstance(value, int | float):
                 values[int(line["step"])] = float(value)

@@ -3,6 +3,7 @@
     RUN/checkpoints/step_00000020/meta.json      step, layout, sizes, checksums
                                   index.json     position and checksum of every slice of every tensor
                                   sampler.json   state of the rollouts: position in the prompt stream, groups
+                                  loss.json      numbers that the loss adapts, if it has any
                                   config.json, tokenizer.json, ...   files of the model
                                   rank_00000.safetensors   slices of one rank: weights, moments, random generators
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.collectives import broadcast_json
 from megatron_rl.distributed.host_copies import HostCopies
@@ -31,6 +33,7 @@ from megatron_rl.models.checkpoint_folders import copy_companions
 from megatron_rl.models.sharded_files import StateSlice, index_json, parse_index, write_slices
 from megatron_rl.models.training_checkpoint import (
     INDEX,
+    LOSS,
     META,
     SAMPLER,
     CheckpointMeta,
@@ -54,10 +57,11 @@ POLL_SECONDS = 0.05
 class Checkpoints:
     """Writes, deletes and reads the checkpoints of a run folder. All methods but ``is_due`` are collective."""
 
-    def __init__(self, run: Run, world: World, policy: Policy) -> None:
+    def __init__(self, run: Run, world: World, policy: Policy, loss_state: LossState | None = None) -> None:
         self.folder = checkpoint_folder(run)
         self.settings, self.run, self.world, self.policy = run.checkpoint, run, world, policy
         self.layout = layout_record(run, world.size)
+        self.loss_state = loss_state or LossState()
         self._copies = HostCopies()
         self._writing: list[Future[None]] = []
 
@@ -95,7 +99,10 @@ class Checkpoints:
         meta = CheckpointMeta(format=2, step=step, updates=self.policy.updates, layout=self.layout, bytes={}, sha256={})
         self._writing = [self._in_background(final, partial(_write_rank, temporary, self.world.rank, slices))]
         if self.world.is_main:
-            finish = partial(_finish, temporary, final, meta, json.dumps(rollout_state), Path(self.run.model.path))
+            texts = {SAMPLER: json.dumps(rollout_state)}
+            if self.loss_state.values:
+                texts[LOSS] = json.dumps(self.loss_state.values)
+            finish = partial(_finish, temporary, final, meta, texts, Path(self.run.model.path))
             self._writing.append(self._in_background(final, lambda: (finish(), self._delete_old())))
         if not self.settings.asynchronous:
             self.finish()
@@ -113,7 +120,7 @@ class Checkpoints:
     def load(self) -> tuple[int, JSON | None]:
         """Restore the newest checkpoint; return its number of rollout batches and its rollout state.
 
-        Without a checkpoint the result is 0 and None.
+        Without a checkpoint the result is 0 and None. The numbers that the loss adapts are restored in ``loss_state``.
 
         Raises:
             DataError: a file is missing or changed, or the checkpoint is of another model.
@@ -123,6 +130,8 @@ class Checkpoints:
             return 0, None
         meta = read_meta(newest)
         rollout_state = json.loads(read_checked(newest, SAMPLER, meta))
+        if LOSS in meta.sha256:
+            self.loss_state.restore(json.loads(read_checked(newest, LOSS, meta)))
         reader = open_sharded_state(newest, meta)
         try:
             self.policy.load_sharded_state(reader, meta.updates, same_layout=meta.layout == self.layout)
@@ -172,7 +181,7 @@ def _write_rank(temporary: Path, rank: int, slices: Sequence[tuple[StateSlice, T
     replace_text(temporary / f"rank_{rank:05}.json", index)
 
 
-def _finish(temporary: Path, final: Path, meta: CheckpointMeta, rollout_state: str, model: Path) -> None:
+def _finish(temporary: Path, final: Path, meta: CheckpointMeta, states: Mapping[str, str], model: Path) -> None:
     """Wait for the files of all ranks, which may run on other machines, and complete the checkpoint."""
     parts = [temporary / f"rank_{rank:05}.json" for rank in range(int(str(meta.layout["ranks"])))]
     while not all(part.exists() for part in parts):
@@ -181,7 +190,7 @@ def _finish(temporary: Path, final: Path, meta: CheckpointMeta, rollout_state: s
     for part in parts:
         part.unlink()
     copy_companions(model, temporary)
-    texts = {INDEX: index_json(slices), SAMPLER: rollout_state}
+    texts = {INDEX: index_json(slices), **states}
     for name, text in texts.items():
         (temporary / name).write_text(text, encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}

@@ -11,6 +11,7 @@ Every rank runs this file. The modules it calls know which rank does what, and h
 """
 
 from megatron_rl.algorithms.loss import make_loss, prepare
+from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.observability.recorder import RunRecorder
@@ -28,10 +29,12 @@ def train(
     vocabulary: Vocabulary,
     checkpoints: Checkpoints,
     recorder: RunRecorder,
+    state: LossState,
     start: int,
 ) -> int:
     """Train from step ``start``; return the number of finished steps, below ``train.steps`` after a stop request."""
-    objective, correction, kl = run.objective, run.correction, run.kl
+    objective, correction, kl, entropy = run.objective, run.correction, run.kl, run.entropy
+    reads_current, total = objective.reads_current_logprobs, policy.total
     loss_fn = make_loss(objective, kl, keep_tokens=run.log.tokens > 0)
 
     for step in range(start, run.train.steps):
@@ -58,11 +61,16 @@ def train(
         recorder.logprobs(step, minibatches)
 
         with recorder.phase("train"):
-            for minibatch in minibatches:
-                columns = prepare(minibatch, objective, correction, vocabulary, total=policy.total)
+            for update, minibatch in enumerate(minibatches):
+                if update and reads_current:
+                    minibatch = minibatch.add(policy.compute_logprobs(minibatch).as_current())
+                columns = prepare(
+                    minibatch, objective, correction, vocabulary, total=total, entropy=entropy, state=state.values
+                )
                 prepared = minibatch.add(columns)
                 metrics = policy.forward_backward(prepared, loss_fn)
                 recorder.update(prepared, metrics, policy.optim_step())
+                state.advance(metrics)
 
         with recorder.phase("weights"):
             rollouts.push_weights(policy.weights(run.weights.bucket_bytes), version=step + 1)

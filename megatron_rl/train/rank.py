@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
@@ -46,7 +47,8 @@ def run_rank(loaded: Loaded[Run]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
     vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size)
-    checkpoints = Checkpoints(run, world, policy)
+    loss_state = LossState(run.objective, run.entropy)
+    checkpoints = Checkpoints(run, world, policy, loss_state)
     start, state = checkpoints.load() if run.train.resume else (0, None)
     with _open_recorder(run, policy, tokenizer, start) as recorder, ExitStack() as stack:
         with recorder.phase("start"):
@@ -63,7 +65,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
             if run.train.resume:  # servers that outlived the last run may have newer weights than the checkpoint
                 rollouts.push_weights(policy.weights(run.weights.bucket_bytes), version=start)
         with nonfinite_dump(run, policy, recorder.sample_id):
-            done = train(run, policy, rollouts, evaluation, vocabulary, checkpoints, recorder, start)
+            done = train(run, policy, rollouts, evaluation, vocabulary, checkpoints, recorder, loss_state, start)
         finished = done == run.train.steps
         if finished:
             _finish(run, policy, rollouts, evaluation, checkpoints, recorder)

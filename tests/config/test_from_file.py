@@ -51,11 +51,15 @@ def test_a_relative_path_begins_at_the_config_file(folder: Path, monkeypatch):
     assert objective.label == "mine.py:Mine"
     assert objective.model_dump() == {
         "name": f"{folder}/mine.py:Mine",
+        "anchor": "old",
         "dual_clip": None,
         "aggregation": "sequence",
         "normalizer": None,
         "clip_low": 0.3,
         "clip_high": 0.2,
+        "top_entropy_fraction": None,
+        "top_entropy_scope": "response",
+        "covariance": {"kind": "none", "fraction": 2e-4, "low": 1.0, "high": 5.0, "coefficient": 1.0, "seed": 0},
         "windows": (0.5, 1.0),
         "length": 4,
     }
@@ -127,7 +131,7 @@ def test_another_name_drops_the_options_of_the_file(folder: Path):
             "objective.name=grpoo",
             'no such objective.name: "grpoo" (command line: objective.name=grpoo); did you mean "gr',
         ),
-        ("objective.name=minepy", '"sspo", "path/to/file.py:Class"'),
+        ("objective.name=minepy", '", "path/to/file.py:Class")'),
     ],
 )
 def test_errors_say_what_is_wrong_where_it_was_set_and_what_to_write(folder: Path, override: str, message: str):

@@ -22,6 +22,8 @@ SMALL = (
     "rollout.sampling.max_new_tokens=24",
     "evaluate.every=0",
     "checkpoint.export=false",
+    "entropy.target_fraction=1",  # numbers that the loss adapts: resumed like weights and samples
+    "entropy.step=1e-3",
 )
 ONE_RANK = ("parallel.tensor=1", "parallel.expert=1")
 PATIENCE_SECONDS = 180.0

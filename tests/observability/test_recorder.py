@@ -5,13 +5,15 @@ import logging
 import time
 
 import pytest
+import torch
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.data.step import StepSamples
-from megatron_rl.data.types import Batch, Group, Prompt, Response
+from megatron_rl.data.step import StepReport, StepSamples
+from megatron_rl.data.types import Batch, Group, Metrics, Prompt, Response
 from megatron_rl.observability.console import COLUMNS, ConsoleTable, duration, make_cells
 from megatron_rl.observability.recorder import RunRecorder, read_metrics, run_summary
+from megatron_rl.observability.step_metrics import StepMetrics
 from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
 
@@ -46,6 +48,23 @@ def test_a_step_is_one_line_of_documented_keys_with_its_phases(tmp_path):
 def test_a_metric_without_documentation_is_refused(tmp_path):
     with RunRecorder(tmp_path, 3) as recorder, pytest.raises(AssertionError, match="surprise"):
         recorder.write(0, {"surprise": 1.0})
+
+
+def test_measures_of_an_objective_are_means_over_the_updates_of_a_step(tmp_path):
+    def update(multiplier: float, tokens: float) -> Metrics:
+        sums = dict.fromkeys(("loss", "responses", "segments", "clipped", "entropy", "policy_kl", "ratio"), 1.0)
+        sums |= {"tokens": tokens, "weight": 2.0, "objective/multiplier": 2 * multiplier}
+        sums["entropy_coefficient"] = 0.01 * tokens
+        return Metrics({name: torch.tensor(value) for name, value in sums.items()}, {"ratio": torch.tensor(1.0)})
+
+    metrics = StepMetrics()
+    metrics.update(update(0.5, 100.0), StepReport(1.0, 1e-6))
+    metrics.update(update(1.5, 300.0), StepReport(1.0, 1e-6))
+    with RunRecorder(tmp_path, 1) as recorder:
+        recorder.write(0, metrics.summary())
+    (line,) = read_metrics(tmp_path)
+    assert line["objective/multiplier"] == pytest.approx(1.25)
+    assert line["entropy_coefficient"] == pytest.approx(0.01)
 
 
 def test_floats_keep_every_bit(tmp_path):

@@ -284,6 +284,78 @@ def dro(rows, beta=0.1) -> Result:
     return by_token(rows, cost)
 
 
+def r2vpo(rows, multiplier=0.04) -> Result:
+    def cost(new, row, t):
+        r, a = math.exp(new - row.old[t]), row.advantage
+        return multiplier * (r - 1) ** 2 - r * a, r * (2 * multiplier * (r - 1) - a)
+
+    return by_token(rows, cost)
+
+
+def bapo(rows, rho=0.4) -> Result:
+    """The bounds by trying one after the other, on all tokens at once."""
+    pairs = [(math.exp(n - o), row.advantage) for row in rows for n, o in zip(row.new, row.old, strict=True)]
+
+    def share(low, high):
+        positive = math.fsum(r * a for r, a in pairs if a > 0 and r <= high)
+        negative = math.fsum(-r * a for r, a in pairs if a < 0 and r >= low)
+        return positive / (positive + negative) if positive + negative else 1.0
+
+    bounds = [(0.6, min(1.2 + 0.05 * i, 3.0)) for i in range(37)] + [
+        (min(0.6 + 0.02 * i, 0.9), 3.0) for i in range(1, 16)
+    ]
+    low, high = next((bound for bound in bounds if share(*bound) >= rho), bounds[-1])
+    return grpo(rows, 1 - low, high - 1)
+
+
+def restricted(rows: Sequence[Row], result: Result, chosen: Callable[[Row, int], bool], weigh, term) -> Result:
+    """A result without the tokens that are not chosen: ``term`` is the cost of a token."""
+    loss, gradient = result
+    for row, derivatives in zip(rows, gradient, strict=True):
+        for t in range(len(row.new)):
+            if not chosen(row, t):
+                loss -= weigh(row) * term(row, t)
+                derivatives[t] = 0.0
+    return loss, gradient
+
+
+def top_entropy_grpo(rows, share) -> Result:
+    return restricted(
+        rows,
+        grpo(rows),
+        lambda row, t: t in entropy_split(row, share)[0],
+        lambda row: weight(rows, row),
+        lambda row, t: -clip_term(math.exp(row.new[t] - row.old[t]), row.advantage, 0.2, 0.2)[0],
+    )
+
+
+def top_entropy_gspo(rows, share) -> Result:
+    return restricted(
+        rows,
+        gspo(rows, 0.05, 0.05),
+        lambda row, t: t in entropy_split(row, share)[0],
+        lambda row: weight(rows, row),
+        lambda row, t: (
+            -clip_term(
+                math.exp(mean([n - o for n, o in zip(row.new, row.old, strict=True)])), row.advantage, 0.05, 0.05
+            )[0]
+        ),
+    )
+
+
+def clip_covariance(rows, low, high) -> Result:
+    """With a fraction of 1, so that all tokens between the bounds are chosen."""
+    tokens = [(row.advantage, old) for row in rows for old in row.old]
+    mean_a, mean_l = (mean([pair[i] for pair in tokens]) if tokens else 0.0 for i in (0, 1))
+    return restricted(
+        rows,
+        grpo(rows),
+        lambda row, t: not low <= (row.advantage - mean_a) * (row.old[t] - mean_l) <= high,
+        lambda row: weight(rows, row),
+        lambda row, t: -clip_term(math.exp(row.new[t] - row.old[t]), row.advantage, 0.2, 0.2)[0],
+    )
+
+
 def soft_sequence(rows) -> Result:
     filled, loss = sum(1 for row in rows if row.new), 0.0
     gradient = [[0.0] * len(row.new) for row in rows]
@@ -308,7 +380,7 @@ class Case:
         is_slope: the gradient is the derivative of the value: no stop-gradient weight multiplies a log-prob.
         shifts: one constant added to all log-probs, new, old and rollout, changes nothing.
         scales: loss and gradient are proportional to the advantages.
-        plain: with new = old = rollout the gradient is that of the plain policy gradient, and only then.
+        plain: with new = old = rollout the gradient is that of the plain policy gradient; far from it, another one.
     """
 
     options: Mapping[str, Option]
@@ -341,7 +413,10 @@ CASES: dict[str, Case] = {
     ),
     "gspo": Case({"name": "gspo"}, gspo),
     "gspo wide": Case({"name": "gspo", "clip_low": 0.05, "clip_high": 0.05}, lambda rows: gspo(rows, 0.05, 0.05)),
-    "gspo against the engine": Case({"name": "gspo", "anchor": "rollout"}, lambda rows: gspo(against_engine(rows))),
+    "gspo against the engine": Case(
+        {"name": "gspo", "anchor": "rollout", "clip_low": 0.3, "clip_high": 0.3},
+        lambda rows: gspo(against_engine(rows), 0.3, 0.3),
+    ),
     "luspo": Case(
         {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sum"},
         lambda rows: gspo(rows, 0.2, 0.2, "sum"),
@@ -400,7 +475,27 @@ CASES: dict[str, Case] = {
     "lco": replace(surrogate({"name": "lco"}, lco), scales=False, plain=False),
     "dis": Case({"name": "dis"}, dis),
     "kimi k2.5": Case({"name": "dis", "tau": 0.1}, lambda rows: dis(rows, tau=0.1), scales=False),
-    "dro": Case({"name": "dro"}, dro, shifts=False, scales=False),
+    "dro": Case({"name": "dro", "beta": 2.0}, lambda rows: dro(rows, 2.0), shifts=False, scales=False),
+    "r2vpo": Case({"name": "r2vpo"}, r2vpo, scales=False),
+    "r2vpo strong": Case({"name": "r2vpo", "multiplier": 2.0}, lambda rows: r2vpo(rows, 2.0), scales=False),
+    "bapo": Case({"name": "bapo"}, bapo),
+    "bapo against the engine": Case({"name": "bapo", "anchor": "rollout"}, lambda rows: bapo(against_engine(rows))),
+    "grpo top entropy": Case(
+        {"name": "grpo", "top_entropy_fraction": 0.2}, lambda rows: top_entropy_grpo(rows, 0.2), plain=False
+    ),
+    "gspo top entropy": Case(
+        {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05, "top_entropy_fraction": 0.4},
+        lambda rows: top_entropy_gspo(rows, 0.4),
+        is_slope=False,  # a token's ratio moves the value of all tokens of its response, its gradient only its own
+        plain=False,
+    ),
+    "clip-cov": Case(
+        {"name": "grpo", "covariance": {"kind": "clip", "fraction": 1.0, "low": 0.3, "high": 1.5}},
+        lambda rows: clip_covariance(rows, 0.3, 1.5),
+        shifts=False,  # a covariance within rounding of a bound
+        scales=False,
+        plain=False,
+    ),
     "soft sequence": Case({"name": "soft_sequence"}, soft_sequence),
 }
 """Every registered objective has at least one case."""

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rl.cli import main
 from tests.report.browser import CHROMIUM, Page, with_page
-from tests.report.folders import sample, tokens, write_run
+from tests.report.folders import metrics, sample, tokens, write_run
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
@@ -74,6 +74,15 @@ def test_the_page_shows_settings_curves_clips_and_times(page):
         assert f'data-plot="{plot}"' in html
     assert "<td>objective.name</td><td>espo</td><td>sspo</td>" in html
     assert "<td>0.25</td>" in html  # the worst token's gap
+
+
+def test_numbers_that_an_objective_adapts_have_a_plot(tmp_path):
+    lines = [metrics(step, **{"objective/multiplier": 0.04 + step, "entropy_coefficient": 0.01}) for step in range(3)]
+    run = write_run(tmp_path / "run", lines)
+    assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
+    html = (tmp_path / "report.html").read_text()
+    for plot in ("objective_multiplier", "entropy_coefficient"):
+        assert f'data-plot="{plot}"' in html
 
 
 def test_runs_without_tokens_are_shown_without_a_viewer(tmp_path, capsys):

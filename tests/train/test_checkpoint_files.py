@@ -15,9 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rl.algorithms.entropy import EntropyBonus
+from megatron_rl.algorithms.objectives import R2VPO
+from megatron_rl.algorithms.state import LossState
 from megatron_rl.errors import DataError, TrainingError
 from megatron_rl.models.sharded_files import ShardedStateReader, parse_index
-from megatron_rl.models.training_checkpoint import INDEX, META, SAMPLER, valid_checkpoints
+from megatron_rl.models.training_checkpoint import INDEX, LOSS, META, SAMPLER, valid_checkpoints
 from megatron_rl.train import checkpoints as module
 from megatron_rl.train.resume import checkpoint_name, newest_checkpoint
 from tests.train.small import small
@@ -137,6 +140,25 @@ def test_a_disk_that_is_full_is_one_error_and_costs_no_older_checkpoint(tmp_path
     with pytest.raises(TrainingError, match=r"step_00000002 cannot be written: .*No space left.*complete one is .*1$"):
         checkpoints.finish()
     assert small(tmp_path)[1].load() == (1, {})
+
+
+def test_the_numbers_that_a_loss_adapts_come_back_exactly(tmp_path):
+    policy, checkpoints = small(tmp_path, asynchronous=False)
+    checkpoints.save(policy.updates, {})
+    assert not list((tmp_path / "checkpoints").rglob(LOSS))  # most losses have none
+    policy.train()
+    checkpoints.loss_state = LossState(R2VPO(), EntropyBonus(target_fraction=0.5))
+    checkpoints.loss_state.restore({"multiplier": 0.1 + 0.2, "initial_entropy": 1 / 3})
+    checkpoints.save(policy.updates, {})
+    _, other = small(tmp_path)
+    other.loss_state = LossState(R2VPO(), EntropyBonus(target_fraction=0.5))
+    assert other.load() == (1, {})
+    assert other.loss_state.values == checkpoints.loss_state.values
+    newest = newest_checkpoint(other.run)
+    assert newest is not None
+    (newest / LOSS).write_text((newest / LOSS).read_text().replace("0.3", "0.4"))
+    with pytest.raises(DataError, match=r"loss\.json was modified"):
+        other.load()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 from pydantic import Field
 
 from megatron_rl.algorithms.objectives.aspo import ASPO as ASPO
+from megatron_rl.algorithms.objectives.bapo import BAPO as BAPO
 from megatron_rl.algorithms.objectives.base import Cost as Cost
 from megatron_rl.algorithms.objectives.base import Objective as Objective
 from megatron_rl.algorithms.objectives.cispo import CISPO as CISPO
@@ -22,6 +23,7 @@ from megatron_rl.algorithms.objectives.grpo import GRPO as GRPO
 from megatron_rl.algorithms.objectives.gspo import GSPO as GSPO
 from megatron_rl.algorithms.objectives.lco import LCO as LCO
 from megatron_rl.algorithms.objectives.minpro import MinPRO as MinPRO
+from megatron_rl.algorithms.objectives.r2vpo import R2VPO as R2VPO
 from megatron_rl.algorithms.objectives.reinforce import Reinforce as Reinforce
 from megatron_rl.algorithms.objectives.sapo import SAPO as SAPO
 from megatron_rl.algorithms.objectives.soft_sequence import SoftSequence as SoftSequence

@@ -3,15 +3,20 @@
 Legend: T all tokens of a batch, R trained tokens (of a batch, or of a micro-batch on this rank), B responses.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_rl.algorithms.segments import Ratio, joint_ids, segment_ratio
+from megatron_rl.algorithms.segments import Ratio, entropy_groups, joint_ids, segment_ratio
+from megatron_rl.algorithms.tokens import Tokens as Tokens
+from megatron_rl.algorithms.tokens import Total as Total
+from megatron_rl.algorithms.tokens import only_part as only_part
 from megatron_rl.config.section import Section
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch, Columns
@@ -24,94 +29,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-Total = Callable[[Tensor], Tensor]
-"""Returns the element-wise sum of a tensor over all parts of a mini-batch; every part calls it in the same order."""
-
-
-def only_part(values: Tensor) -> Tensor:
-    """Return the tensor itself, which is its total if a batch is the whole mini-batch."""
-    return values
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The trained tokens of a batch of whole responses: a mini-batch, or this rank's part of one.
-
-    Columns have entries for the batch. The two counts and ``total`` are over the whole mini-batch.
-
-    Attributes:
-        batch: the batch.
-        positions_R: int64, positions of the trained tokens among all tokens of the batch.
-        responses_R: int64, index of the response that each trained token belongs to.
-        counts_R: int64, number of trained tokens of that response (N_i of the equations).
-        num_responses: number of responses of the mini-batch with a trained token (B of the equations).
-        num_tokens: number of trained tokens of the mini-batch (the sum of N_i).
-        total: adds a tensor over all parts of the mini-batch.
-    """
-
-    batch: Batch
-    positions_R: Tensor
-    responses_R: Tensor
-    counts_R: Tensor
-    num_responses: int
-    num_tokens: int
-    total: Total = only_part
-
-    @classmethod
-    def of(cls, batch: Batch, total: Total = only_part) -> "Tokens":
-        """Return the trained tokens of ``batch``, with the counts of its mini-batch; collective if ``total`` is."""
-        counts_B, positions_R = batch.trainable_counts_B, batch.trained_R
-        responses_R = batch.response_ids_T[positions_R]
-        responses, tokens = total(torch.stack([(counts_B > 0).sum(), counts_B.sum()])).tolist()
-        return cls(batch, positions_R, responses_R, counts_B[responses_R], responses, tokens, total)
-
-    def __len__(self) -> int:
-        return len(self.positions_R)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Return the values of the column ``name`` at the trained tokens, [R].
-
-        Raises:
-            ConfigError: the batch has no such column.
-        """
-        if name not in self.batch:
-            known = ", ".join(sorted(self.batch.columns))
-            raise ConfigError(f"the objective needs {name}, which the batch lacks: it has {known}")
-        return self.batch[name][self.positions_R]
-
-    @property
-    def entropies_R(self) -> Tensor:
-        """Entropies of the old policy at the trained tokens, in nats; a ConfigError if the batch has none."""
-        if "old_entropies_T" not in self.batch:
-            raise ConfigError("the objective needs the old policy's entropies (old_entropies_T in a batch): pass them")
-        return self["old_entropies_T"]
-
-    def mean(self, values_R: Tensor) -> Tensor:
-        """Return the mean of the values over all trained tokens of the mini-batch, float64 scalar; NaN without any."""
-        return self.total(values_R.double().sum()) / self.num_tokens
-
-    def constant(self, value: float) -> Tensor:
-        """Return ``value`` for every trained token, float64 [R]."""
-        return torch.full((len(self),), value, dtype=torch.float64)
-
-    def spread(self, values_R: Tensor) -> Tensor:
-        """Return a column over all tokens, [T], with ``values_R`` at the trained tokens.
-
-        Untrained tokens get -1 in integer columns and 0 in floating-point columns. Floating-point columns have the
-        dtype of the log-probabilities, at least float32.
-        """
-        ids = not values_R.dtype.is_floating_point
-        dtype = values_R.dtype if ids else torch.promote_types(self._dtype, torch.float32)
-        column_T = torch.full((len(self.batch["loss_mask_T"]),), -1 if ids else 0, dtype=dtype)
-        column_T[self.positions_R] = values_R.to(dtype)
-        return column_T
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        known = [n for n in ("old_logprobs_T", "rollout_logprobs_T") if n in self.batch]
-        return self.batch[known[0]].dtype if known else torch.float32
-
-
 @dataclass(frozen=True)
 class Cost:
     """The cost of each trained token of a micro-batch.
@@ -120,11 +37,14 @@ class Cost:
         values_R: unweighted cost to minimize, with gradient.
         clipped_R: bool, True where the trust region clipped the token (masked or capped it, in some objectives).
         ratio: the importance ratio that the cost is based on.
+        measures: further values per token by name, without gradient; their means, weighted like the loss over the whole
+            mini-batch, are the metrics ``objective/NAME`` and the input of ``Objective.next_state``.
     """
 
     values_R: Tensor
     clipped_R: Tensor
     ratio: Ratio
+    measures: Columns = field(default_factory=dict)
 
 
 class Objective(Section):
@@ -138,6 +58,10 @@ class Objective(Section):
     """Participle that the report uses for the tokens in ``Cost.clipped_R``."""
     meant_for_several_updates: ClassVar[bool] = False
     """Whether ``check`` prints a note if a run has one update per step, where all ratios are 1."""
+    reads_current_logprobs: ClassVar[bool] = False
+    """Whether ``columns`` reads ``current_logprobs_T``, the log-probs under the weights that the update starts from.
+
+    They cost a forward pass per update, except for the first of a step, whose weights are those of the old policy."""
 
     name: str = ""
 
@@ -159,12 +83,29 @@ class Objective(Section):
         """Whether the importance ratio is that to the policy that sampled, so that no ``correction`` is needed."""
         return False
 
+    def initial_state(self) -> dict[str, float]:
+        """Return the numbers that the objective adapts, at the start of a run; empty for most objectives.
+
+        ``columns`` reads them as ``tokens.state`` and hands them to ``cost`` as columns.
+        """
+        return {}
+
+    def next_state(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return these numbers after an optimizer step.
+
+        Args:
+            state: their values during the step.
+            metrics: metrics of the whole mini-batch, as returned by ``algorithms.loss.summary``, equal on all ranks.
+        """
+        return {name: state[name] for name in self.initial_state()}
+
     def prepare(
         self,
         batch: Batch,
         vocabulary: Vocabulary | None = None,
         segment_ids_T: Tensor | None = None,
         total: Total = only_part,
+        state: Mapping[str, float] | None = None,
     ) -> Columns:
         """Return the columns of a mini-batch, or of a part of one, that do not depend on the current weights.
 
@@ -180,6 +121,7 @@ class Objective(Section):
             segment_ids_T: int64, segments to use in place of the objective's; unique per response, read at trained
                 tokens only.
             total: adds a tensor over all parts of the mini-batch, see ``Tokens``; default: ``batch`` is all of it.
+            state: numbers that the loss adapts; None: those at the start of a run.
 
         Raises:
             ConfigError: the batch lacks a column, or the objective does not accept segments.
@@ -189,12 +131,11 @@ class Objective(Section):
                 f"{self.label}, whose ratio is to the rollout policy, needs its log-probs: the batch has no "
                 'rollout_logprobs; pass them, or write anchor = "old" if the objective has that option'
             )
-        tokens = Tokens.of(batch, total)
+        tokens = Tokens.of(batch, total, self.initial_state() if state is None else state)
         segment_ids_R = (
             None if segment_ids_T is None else joint_ids(tokens.responses_R, segment_ids_T[tokens.positions_R])
         )
-        advantages = batch["advantages_T"] if "advantages_T" in batch else batch["advantages_B"][batch.response_ids_T]
-        columns = {"advantages_T": advantages[tokens.positions_R], "response_shares_T": 1 / tokens.counts_R.double()}
+        columns = {"advantages_T": tokens.advantages_R, "response_shares_T": 1 / tokens.counts_R.double()}
         columns |= self.columns(tokens, vocabulary, segment_ids_R)
         return {name: tokens.spread(values_R) for name, values_R in columns.items()}
 
@@ -315,6 +256,11 @@ class FixedWindow(Clipped, Aggregated):
     """A segment with a negative advantage stops training when its ratio falls below 1 - clip_low."""
     clip_high: NonNegative
     """A segment with a positive advantage stops training when its ratio rises above 1 + clip_high."""
+    top_entropy_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of tokens, those with the highest entropy under the old policy, that gets a gradient; denominators keep all
+    tokens (arXiv 2506.01939, which takes 0.2); none: all tokens."""
+    top_entropy_scope: Literal["response", "batch"] = "response"
+    """Set of tokens that ``top_entropy_fraction`` is a share of: a response, or the global mini-batch."""
 
     def columns(self, tokens: Tokens, vocabulary: Vocabulary | None, segment_ids_R: Tensor | None) -> dict[str, Tensor]:
         """Return the token weights, the clip window, and the segments if tokens share ratios, [R] each."""
@@ -322,7 +268,18 @@ class FixedWindow(Clipped, Aggregated):
             segment_ids_R = self.segments(tokens, vocabulary)
         low_R, high_R = self.window(tokens, vocabulary, segment_ids_R)
         shared = {} if segment_ids_R is None else {"segment_ids_T": segment_ids_R}
-        return {"weights_T": self.weights(tokens), "clip_low_T": low_R, "clip_high_T": high_R, **shared}
+        columns = {"weights_T": self.weights(tokens), "clip_low_T": low_R, "clip_high_T": high_R, **shared}
+        return columns if self.top_entropy_fraction is None else columns | {"factors_T": self._top_entropy(tokens)}
+
+    def _top_entropy(self, tokens: Tokens) -> Tensor:
+        """Return 1 for the ``ceil(top_entropy_fraction N)`` tokens of highest entropy, else 0, float64 [R].
+
+        Ties go to the earlier token of a response; in the scope ``batch``, all tokens that tie are chosen.
+        """
+        share = Fraction(str(self.top_entropy_fraction))
+        if self.top_entropy_scope == "batch":
+            return tokens.largest(tokens.entropies_R, math.ceil(share * tokens.num_tokens)).double()
+        return entropy_groups(tokens.entropies_R, tokens.responses_R, upper_shares=[share]).double()
 
     def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
         """Return the segment id of each trained token, int64 [R], or None if every token is a segment."""
