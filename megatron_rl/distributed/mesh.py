@@ -156,7 +156,9 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
     make_deterministic(deterministic, device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        # With the device, point-to-point messages use the communicator of all ranks instead of one per pair.
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     return World(rank, size, device)
 
 

@@ -133,6 +133,11 @@ class Fleet:
         """Total time that a server has had unfinished requests, mean over the servers."""
         return sum(member.busy_seconds for member in self.members) / max(len(self.members), 1)
 
+    @property
+    def answers(self) -> int:
+        """Requests finished and health checks answered during requests, over all servers: rises while they work."""
+        return sum(member.answers for member in self.members)
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -61,6 +61,8 @@ class Member:
     """Consecutive health checks that failed."""
     num_sequences: int = 0
     """Sequences in its unfinished requests."""
+    answers: int = 0
+    """Requests that it finished, and health checks that it answered while it had requests."""
     requests: set[asyncio.Task[list[GenerationResult]]] = field(default_factory=set)
     _joined: bool = False
     _busy_seconds: float = 0.0
@@ -128,7 +130,7 @@ class Member:
         if task.cancelled():
             raise ServerUnreachable(f"{self.url} left the fleet: {self.reason}")
         results = task.result()
-        self.failures = 0
+        self.failures, self.answers = 0, self.answers + 1
         return results
 
 
@@ -178,6 +180,7 @@ async def monitor(
 async def _probe(member: Member, timeouts: Timeouts) -> None:
     healthy = await member.client.healthy(timeouts.probe_timeout_seconds)
     member.missed_probes = 0 if healthy else member.missed_probes + 1
+    member.answers += healthy
     if member.missed_probes >= timeouts.probe_failures:
         member.leave(f"it failed {member.missed_probes} health checks in a row", timeouts)
 

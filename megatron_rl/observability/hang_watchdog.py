@@ -1,11 +1,14 @@
 """Diagnoses hangs: which rank has not entered which collective, and where it is instead.
 
-    no collective is entered or left for the limit  ->  a rank writes a file "asked" to RUN/hang
-    every rank's watchdog sees the file             ->  writes its ledger of collectives and its stacks next to it
-    the lowest rank that answered                   ->  compares them, writes report.txt and prints it
-    all ranks                                       ->  end with ``HUNG``, so that Slurm can requeue the job
+    a rank waits in a collective, none is entered or finishes for the limit, and the main rank announces no wait that
+    makes progress                          ->  the rank sets the key "asked" in the store of torch.distributed
+    every rank's watchdog sees the key      ->  writes its ledger of collectives and its stacks to RUN/hang
+    the lowest rank that answered           ->  compares them, writes report.txt and prints it
+    all ranks                               ->  end with ``HUNG``, so that Slurm can requeue the job
 
-The ranks communicate through the run folder, because their process groups hang.
+Each watchdog has a connection of its own to the store, because the process groups hang and the main thread may wait in
+the other one. Where the store does not answer, because the main rank is dead or stopped, a rank that waits too long
+answers unasked. Files are written in a hang only: no watchdog polls the file system.
 """
 
 import json
@@ -16,18 +19,26 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_rl.distributed.ledger import CollectiveCall, record_collectives
+from megatron_rl.distributed.main_rank import STATE, connect_again, main_rank
 from megatron_rl.distributed.mesh import World
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.exit_codes import HUNG
 
 CHECK_SECONDS = 1.0
-"""Seconds between two checks of the ledger and the run folder."""
+"""Seconds between two checks of the ledger and the store."""
 
 ANSWER_SECONDS = 15.0
-"""Seconds that the ranks have to write their answers."""
+"""Seconds that the ranks have to write their answers; also the longest that the store may take to answer."""
+
+ASKED, STARTED = "megatron_rl/hang/asked", "megatron_rl/hang/started"
+"""Keys of the store: which rank asked for a report, and the name of the folder for this run's answers."""
 
 
 class Watchdog:
@@ -41,42 +52,65 @@ class Watchdog:
 
     def __init__(self, folder: Path, world: World, limit_seconds: float) -> None:
         self._folder, self._rank, self._size, self._limit = folder, world.rank, world.size, limit_seconds
-        self._ledger = record_collectives()
+        self._ledger, self._main = record_collectives(), main_rank()
+        self._store: dist.Store | None = None
+        self._answers = folder
+        self._published = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._asked_before = self._asked()
-        self._thread.start()
+        if self._size > 1:  # a single rank waits for nobody
+            self._store = connect_again()
+            self._store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+            if self._rank == 0:
+                self._store.set(STARTED, f"answers-{time.time():.0f}")
+            self._answers = self._folder / self._store.get(STARTED).decode()
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end.set()
-        self._thread.join()
-
-    def _asked(self) -> float:
-        try:
-            return (self._folder / "asked").stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _watch(self) -> None:
-        seen, since = self._ledger.progress, time.monotonic()
+        assert self._store is not None, "set before the thread starts"
+        seen, since, state = (-1, ""), time.monotonic(), ""
         interval = min(CHECK_SECONDS, self._limit / 4)
         while not self._end.wait(interval):
-            if self._ledger.progress != seen:
-                seen, since = self._ledger.progress, time.monotonic()
-            if self._ledger.waiting() and time.monotonic() - since > self._limit:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                (self._folder / "asked").write_text(f"rank {self._rank}\n")
-            if self._asked() > self._asked_before:
+            self._ledger.poll()
+            with suppress(dist.DistError):
+                state = self._main_rank_state(self._store)
+            if seen != (now := (self._ledger.progress, state)):
+                seen, since = now, time.monotonic()
+            overdue = self._ledger.waiting() is not None and time.monotonic() - since > self._limit
+            try:
+                if overdue:
+                    self._store.set(ASKED, f"rank {self._rank}")
+                asked = self._store.check([ASKED])
+            except dist.DistError:  # the main rank is dead or stopped, or at the end of a run gone already
+                asked = overdue
+            if asked:
                 self._answer()
+
+    def _main_rank_state(self, connection: dist.Store) -> str:
+        """Return what the main rank waits for and its progress, as JSON; the main rank publishes it."""
+        if self._rank == 0:
+            wait = self._main.announced()
+            state = "" if wait is None else wait.to_json()
+            if state != self._published:
+                connection.set(STATE, state)
+                self._published = state
+            return state
+        return connection.get(STATE).decode() if connection.check([STATE]) else ""
 
     def _answer(self) -> None:
         """Write this rank's answer, write the report or wait for it, and end the process."""
-        answers = self._folder / f"answers-{self._asked():.0f}"
-        answers.mkdir(exist_ok=True)
-        mine = {"ledger": self._ledger.as_json(), "stack": stacks()}
+        answers = self._answers
+        answers.mkdir(parents=True, exist_ok=True)
+        wait = self._main.announced()
+        mine = {"ledger": self._ledger.as_json(), "stack": stacks(), "waits_for": None if wait is None else wait.reason}
         replace_text(answers / f"rank_{self._rank}.json", json.dumps(mine))
         deadline, found = time.monotonic() + ANSWER_SECONDS, 0
         while found < self._size and time.monotonic() < deadline:
@@ -84,7 +118,7 @@ class Watchdog:
             found = len(list(answers.glob("rank_*.json")))
         answered = sorted(int(path.stem.partition("_")[2]) for path in answers.glob("rank_*.json"))
         if answered[0] == self._rank:
-            text = hang_report(_read(answers, answered), self._size, self._limit)
+            text = hang_report(*_read(answers, answered), self._size, self._limit)
             replace_text(self._folder / "report.txt", text)
             sys.stderr.write(text)  # not through the logger, whose lock a thread that hangs may hold
             sys.stderr.flush()
@@ -105,18 +139,27 @@ def stacks() -> str:
     return "\n".join(parts)
 
 
-def hang_report(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]], size: int, limit_seconds: float) -> str:
+def hang_report(
+    answers: Mapping[int, tuple[Sequence[CollectiveCall], str]],
+    waits: Mapping[int, str],
+    size: int,
+    limit_seconds: float,
+) -> str:
     """Return a description of a hang.
 
     Args:
         answers: rank -> its latest collectives and its stacks.
+        waits: rank -> what it announced to wait for, without progress.
         size: number of ranks.
         limit_seconds: the time without progress.
     """
-    lines = [f"megatron-rl: no collective was entered or left for {limit_seconds:g} s; the run ends with code {HUNG}"]
+    lines = [
+        f"megatron-rl: no collective was entered or finished for {limit_seconds:g} s; the run ends with code {HUNG}"
+    ]
     silent = [rank for rank in range(size) if rank not in answers]
     if silent:
         lines.append(f"  no answer from rank {', '.join(map(str, silent))}: dead, stopped, or busy outside of Python")
+    lines += [f"  rank {rank} waits for {reason}, which makes no progress" for rank, reason in waits.items()]
     missing = missing_ranks(answers)
     lines += [f"  {text}" for text in missing.values()]
     if not silent and not missing:
@@ -148,9 +191,13 @@ def missing_ranks(answers: Mapping[int, tuple[Sequence[CollectiveCall], str]]) -
     return found
 
 
-def _read(folder: Path, ranks: Sequence[int]) -> dict[int, tuple[list[CollectiveCall], str]]:
-    found = {}
+def _read(folder: Path, ranks: Sequence[int]) -> tuple[dict[int, tuple[list[CollectiveCall], str]], dict[int, str]]:
+    """Return the answers of these ranks, and what they announced to wait for."""
+    found: dict[int, tuple[list[CollectiveCall], str]] = {}
+    waits: dict[int, str] = {}
     for rank in ranks:
         answer = json.loads((folder / f"rank_{rank}.json").read_text())
         found[rank] = ([CollectiveCall(**entry) for entry in answer["ledger"]], answer["stack"])
-    return found
+        if answer["waits_for"] is not None:
+            waits[rank] = answer["waits_for"]
+    return found, waits

@@ -1,13 +1,16 @@
 """Batches for the trainer, and weights for the fleet."""
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch import Tensor
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.minibatch import Minibatch, MinibatchPlan
 from megatron_rl.data.step import StepSamples
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.collectives import broadcast_tensors
+from megatron_rl.distributed.main_rank import main_rank
 from megatron_rl.distributed.mesh import Mesh
 from megatron_rl.rollout.backend import RolloutBackend
 from megatron_rl.rollout.buffer_state import Json
@@ -21,6 +24,25 @@ from megatron_rl.rollout.stop import StopRequested, StopSignal
 from megatron_rl.rollout.stream import Stream, Verified, wait_for_any
 
 log = logging.getLogger(__name__)
+
+
+class CountedWeights:
+    """The policy's weights, with the number of tensors that were read so far: the progress of a push."""
+
+    def __init__(self, weights: PolicyWeights) -> None:
+        self._weights, self.count = weights, 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._counted(self._weights)
+
+    def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that this rank owns."""
+        yield from self._counted(self._weights.owned_tensors())
+
+    def _counted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for tensor in tensors:
+            self.count += 1
+            yield tensor
 
 
 class RolloutController:
@@ -61,7 +83,7 @@ class RolloutController:
 
         It has the per-response columns only: lengths, rewards, advantages, ids and counts.
         """
-        self._batch = None if self._stream is None else self._sample(self._stream, step)
+        self._batch = self._wait_for_batch(step)
         outline = None if self._batch is None else self._batch.outline()
         sent = None if outline is None else {"lengths_B": outline.lengths_B, **outline.columns}
         columns = broadcast_tensors(sent, 0, self._world.device)
@@ -73,6 +95,16 @@ class RolloutController:
         if batch is None:
             return self._distribution.fetch(plans, None, None)
         return self._distribution.fetch(plans, columns_of(batch), schema_of(batch.columns))
+
+    def _wait_for_batch(self, step: int) -> Batch | None:
+        """Return the step's batch on the main rank, for which the others wait in host memory and get None."""
+        if self._stream is None:
+            main_rank().wait()
+            return None
+        with main_rank().waits_for(f"the samples of step {step}", self._stream.progress):
+            batch = self._sample(self._stream, step)
+        main_rank().release()
+        return batch
 
     def _sample(self, stream: Stream, step: int) -> Batch | None:
         if self._stop.requested:
@@ -92,7 +124,9 @@ class RolloutController:
 
     def push_weights(self, weights: PolicyWeights, version: int) -> None:
         """Give all servers these weights; with a lag, also request the groups that they may sample ahead."""
-        push_weights(self._run, self._world, weights, version, self._stream.fleet if self._stream else None)
+        counted = CountedWeights(weights)
+        with main_rank().waits_for(f"the push of weights version {version}", lambda: counted.count):
+            push_weights(self._run, self._world, counted, version, self._stream.fleet if self._stream else None)
         idle = self._run.rollout.max_lag == 0 or evaluation_due(self._run, version) or self._stop.requested
         if self._stream and not idle:
             self._stream.request_groups(version)

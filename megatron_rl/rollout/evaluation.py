@@ -8,6 +8,7 @@ from functools import partial
 from megatron_rl.config.schema import Run, Sampling
 from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Prompt
+from megatron_rl.distributed.main_rank import main_rank
 from megatron_rl.rollout.backend import RolloutBackend
 from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.rollout.stop import StopRequested, StopSignal
@@ -55,10 +56,12 @@ class Evaluation:
             return None
         request = evaluation_request(self._run, self._prompts, step)
         sample = partial(self._backend.fleet.generate, *request, step, requested_routes(self._run))
-        try:
-            groups = self._stop.wait(sample)
-            verdicts = self._stop.wait(self._backend.verifier.submit(groups).result)
-        except StopRequested:
-            return None
+        fleet = self._backend.fleet
+        with main_rank().waits_for(f"the evaluation before step {step}", lambda: fleet.answers):
+            try:
+                groups = self._stop.wait(sample)
+                verdicts = self._stop.wait(self._backend.verifier.submit(groups).result)
+            except StopRequested:
+                return None
         correct = [verdict.correct for group in verdicts for verdict in group]
         return sum(correct) / len(correct), len(groups)

@@ -89,6 +89,10 @@ class Stream:
         for order in self.buffer.orders(version):
             self._submit(order)
 
+    def progress(self) -> int:
+        """Return a number that changes while servers work or groups are verified. Callable in any thread."""
+        return self.fleet.answers + sum(future.done() for future in tuple(self._pending)) - len(self._pending)
+
     def state(self) -> Json:
         """Return what a resumed run needs in order to lose no finished group and use none twice."""
         self._store_finished()

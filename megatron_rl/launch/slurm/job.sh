@@ -116,10 +116,11 @@ requeue() {
     log "$1: the job is requeued and will continue from its newest checkpoint"
     scontrol requeue "$SLURM_JOB_ID" && sleep 120 # until Slurm ends this script
 }
-# Killed ranks or servers restart the job, unless Slurm itself is ending it. The kernel kills when memory runs out. Slurm
+# Killed or aborted ranks (134: NCCL ends a rank whose collective timed out) or killed servers restart the job, unless
+# Slurm itself is ending it. The kernel kills when memory runs out. Slurm
 # also repeats the kill that a dead node missed: it ends the step of the same number after node and job are back.
 killed_from_outside() {
-    [ $code -eq 137 ] || [ $code -eq 143 ] || { [ $code -ne 0 ] && [ -e "$logs/fleet-lost" ]; } || return 1
+    [ $code -eq 134 ] || [ $code -eq 137 ] || [ $code -eq 143 ] || { [ $code -ne 0 ] && [ -e "$logs/fleet-lost" ]; } || return 1
     [ "$count" -gt 0 ] || [ "$run/metrics.jsonl" -nt "$logs/began" ] || return 1 # no step finished: it would fail again
     scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q "JobState=RUNNING"
 }

@@ -184,7 +184,7 @@ def test_an_ordinary_failure_is_not_requeued(tmp_path, code, restarted):
     assert ("REQUEUE 7" in job.steps) == restarted
 
 
-@pytest.mark.parametrize("code", [137, 143])
+@pytest.mark.parametrize("code", [134, 137, 143])
 def test_killed_ranks_are_requeued_after_a_step_unless_the_job_is_being_ended(tmp_path, code):
     job = Job(tmp_path, "slurm.preflight=false")
     job.run_folder.mkdir()
