@@ -1,6 +1,8 @@
 """Percentiles over ranks are those of all values sorted in one place, bit for bit."""
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,25 +16,31 @@ from megatron_rl.algorithms.percentiles import order_statistics
 SIZES = st.one_of(st.floats(0), st.just(math.nan), st.sampled_from([0.0, 1.0, math.nextafter(1, 2), 5e-324]))
 
 
+class NotKnownYetError(Exception):
+    """The sum over the parts needs the counts of the other parts first."""
+
+
 def over_parts(parts: list[Tensor], ranks: list[int]) -> list[list[float]]:
-    """Return what every part computes: counts of a part are added to those that the other parts asked for."""
+    """Return what every part computes, each digit with the sums of the parts' counts of that digit."""
     sums: list[Tensor] = []
-    for _ in range(4):  # each digit needs the sums of the digits before it
-        summands: list[list[Tensor]] = []
+    results: list[list[float]] = []
+    while not results:
+        asked: list[Tensor] = []
         for part in parts:
-            known, asked = iter(sums), list[Tensor]()
+            known = iter(sums)
 
-            def total(counts: Tensor, known=known, asked=asked) -> Tensor:
-                asked.append(counts)
-                return next(known, torch.full_like(counts, 100))
+            def total(counts: Tensor, known: Iterator[Tensor] = known, asked: list[Tensor] = asked) -> Tensor:
+                found = next(known, None)
+                if found is None:
+                    asked.append(counts)
+                    raise NotKnownYetError
+                return found
 
-            order_statistics(part, ranks, total)
-            summands.append(asked)
-        sums = [torch.stack(terms).sum(0) for terms in zip(*summands, strict=True)]
-    results = []
-    for part in parts:
-        known = iter(sums)
-        results.append(order_statistics(part, ranks, lambda _, known=known: next(known)))
+            with suppress(NotKnownYetError):
+                results.append(order_statistics(part, ranks, total))
+        if asked:
+            sums.append(torch.stack(asked).sum(0))
+    assert len(sums) == 4
     return results
 
 

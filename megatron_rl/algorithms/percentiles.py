@@ -27,11 +27,14 @@ def order_statistics(values_N: Tensor, ranks: Sequence[int], total: Callable[[Te
     keys_N = values_N.contiguous().view(torch.int64)
     prefixes, remaining = [0] * len(ranks), list(ranks)
     for shift in range(64 - DIGIT_BITS, -1, -DIGIT_BITS):
-        counts = total(torch.stack([_digit_counts(keys_N, prefix, shift) for prefix in prefixes]))
-        for index, ends in enumerate(counts.cumsum(1)):
+        different = sorted(set(prefixes))
+        counts = total(torch.stack([_digit_counts(keys_N, prefix, shift) for prefix in different]))
+        sums = dict(zip(different, counts.cumsum(1), strict=True))
+        for index, prefix in enumerate(prefixes):
+            ends = sums[prefix]
             digit = int(torch.searchsorted(ends, remaining[index], right=True))
             remaining[index] -= int(ends[digit - 1]) if digit else 0
-            prefixes[index] = (prefixes[index] << DIGIT_BITS) | digit
+            prefixes[index] = (prefix << DIGIT_BITS) | digit
     return torch.tensor(prefixes, dtype=torch.int64).view(torch.float64).tolist()
 
 

@@ -154,9 +154,9 @@ def diagnose(
         return None
     fresh_R = gaps.fresh_R(version)
     fresh_log_R = gaps.log_R[fresh_R]
-    fresh = log_ratio_statistics(fresh_log_R, gaps.replicas.sum) or None
-    counted = torch.stack([(fresh_log_R < 0).sum(), fresh_R.sum(), (~gaps.finite_R).sum()])
-    higher, fresh_count, not_finite = gaps.replicas.sum(counted).tolist()
+    counted = [(fresh_log_R < 0).sum(), fresh_R.sum(), (~fresh_R).sum(), (~gaps.finite_R).sum()]
+    higher, fresh_count, stale_count, not_finite = gaps.replicas.sum(torch.stack(counted)).tolist()
+    fresh = (log_ratio_statistics(fresh_log_R, gaps.replicas.sum) or None) if stale_count else whole
     causes = {
         "not_finite": {"tokens": not_finite},
         "stale_weights": _stale(gaps, fresh_R, version, fresh),

@@ -7,6 +7,7 @@ from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.links import gpu_memory_bytes
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.launch.planning.host_memory import HostColumns, host_columns
 from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, layout_of
 from megatron_rl.launch.planning.memory import GIB, RankMemory, stage_memory
 from megatron_rl.launch.planning.microbatch import MicrobatchWork, full_microbatch
@@ -25,6 +26,7 @@ class RunEstimate:
     Attributes:
         microbatches: micro-batches per rank and optimizer step if every sequence has the maximum length.
         memories: memory per rank of each pipeline stage.
+        columns: host memory of a step's token columns.
         memory_bytes: memory of one GPU; None if no GPU is configured or found.
     """
 
@@ -37,6 +39,7 @@ class RunEstimate:
     memories: tuple[RankMemory, ...]
     cost: StepCost
     traffic: RankTraffic
+    columns: HostColumns
     memory_bytes: float | None
 
 
@@ -58,6 +61,7 @@ def estimate_run(loaded: Loaded[Run], ranks: int | None = None) -> RunEstimate |
         return None
     work = full_microbatch(run, batches.longest, fused=on_gpus)
     microbatches = microbatches_per_rank(batches, layout)
+    cost = step_cost(run, family, longest=batches.longest, prompt=max_prompt_tokens(run))
     return RunEstimate(
         family=family,
         sizes=sizes,
@@ -66,8 +70,9 @@ def estimate_run(loaded: Loaded[Run], ranks: int | None = None) -> RunEstimate |
         work=work,
         microbatches=microbatches,
         memories=stage_memory(run, family, layout, work, microbatches),
-        cost=step_cost(run, family, longest=batches.longest, prompt=max_prompt_tokens(run)),
+        cost=cost,
         traffic=rank_traffic(run, family, layout, work, microbatches),
+        columns=host_columns(run, family, layout, cost.tokens),
         memory_bytes=gpu_memory(run),
     )
 

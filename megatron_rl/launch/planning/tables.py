@@ -58,6 +58,9 @@ def memory_rows(run: Run, estimate: RunEstimate, memory: RankMemory) -> list[tup
     if memory.host_optimizer:
         host = f"{format_gib(memory.host_optimizer)} GiB of host memory: moments, weights and gradients; not measured"
         rows.append(("offloaded optimizer", None, host))
+    columns = estimate.columns
+    host = f"{format_gib(columns.local)} GiB of host memory, {columns.per_token} bytes per own token; rank 0 also"
+    rows.append(("token columns", None, f"{host} {format_gib(columns.main)} GiB for the whole step"))
     if memory.reserved:
         rows.append(("reserved", memory.reserved, "assumed: CUDA context, NCCL, allocator fragmentation"))
     rows.append(("peak", memory.total, ""))
