@@ -32,6 +32,13 @@ class Verdict:
     answer: str | None = None
     """The answer that was extracted from the response, for majority votes; None if there is none or it is unknown."""
 
+    def __post_init__(self) -> None:
+        """Replace characters that cannot be written to a file, such as half of a surrogate pair."""
+        for name in ("reason", "answer"):
+            text = getattr(self, name)
+            if isinstance(text, str):
+                object.__setattr__(self, name, text.encode(errors="replace").decode())
+
 
 def unverified(failure: Failure, reason: str) -> Verdict:
     """Return the verdict of a response that could not be verified."""

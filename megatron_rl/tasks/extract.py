@@ -3,11 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 
-NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+])?"  # a sign, but not the minus of 5-2
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"  # 1,234 or 1234 or nothing before a point
-    r"(?:\.\d+)?(?:[eE][-+]?\d+)?"
-)
+from megatron_rl.tasks.number_text import NUMBER, plain_digits
+
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -31,9 +28,9 @@ def boxed(text: str) -> str | None:
 
 
 def number(text: str) -> str | None:
-    """Return the last number without its thousands separators; None without one."""
-    numbers = NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else None
+    """Return the last number with ASCII digits and without its thousands separators; None without one."""
+    numbers = [found[0] for found in NUMBER.finditer(plain_digits(text))]
+    return re.sub(r"(?<=\d)(?:,|\{,\}|_)(?=\d)", "", numbers[-1]) if numbers else None
 
 
 def last_line(text: str) -> str | None:

@@ -6,11 +6,13 @@ on.
 
 import contextlib
 import json
+import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -21,6 +23,11 @@ from megatron_rl.tasks.base import Verdict, unverified
 from megatron_rl.tasks.reward import RewardFunction, runs_inline
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""How often a job is asked again after the processes ended; a job that ends them each time stays unverified."""
+
 Verdicts = tuple[Verdict, ...]
 
 
@@ -59,8 +66,18 @@ class InlineVerifier:
         """Do nothing: there are no processes."""
 
 
+@dataclass
+class PendingJob:
+    """A job without a verdict yet."""
+
+    line: bytes
+    verdict: Future[Verdict]
+    restarts: int = 0
+    """How often the processes ended before they answered this job."""
+
+
 class VerifierPool:
-    """Verifies in the processes of ``tasks.worker``. If they end, the next job starts them again."""
+    """Verifies in the processes of ``tasks.worker``. If they end, they are restarted and get the open jobs again."""
 
     def __init__(self, run: Run) -> None:
         self._setup = {
@@ -70,7 +87,8 @@ class VerifierPool:
         }
         self._state, self._writing = threading.Lock(), threading.Lock()
         self._numbers = count()
-        self._pending: dict[int, Future[Verdict]] = {}
+        self._pending: dict[int, PendingJob] = {}
+        self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._start()
@@ -86,15 +104,23 @@ class VerifierPool:
             with self._state:
                 if self._process is None:
                     self._start()
-                process, number = self._process, next(self._numbers)
-                assert process is not None, "was just started"
-                assert process.stdin is not None, "opened as a pipe"
-                self._pending[number] = future
-            # Without holding _state: the reader thread needs it, and the processes block if nobody reads verdicts.
-            with contextlib.suppress(BrokenPipeError):  # the reader thread completes the pending futures
-                process.stdin.write(wire.encode_job(number, prompt, response))
-                process.stdin.flush()
+                number = next(self._numbers)
+                job = self._pending[number] = PendingJob(wire.encode_job(number, prompt, response), future)
+            self._write([job.line])
         return future
+
+    def _write(self, lines: Iterable[bytes]) -> None:
+        """Send lines to the processes; the caller holds ``_writing``.
+
+        The caller does not hold ``_state``: the reader thread needs it to read verdicts, without which
+        the processes block.
+        """
+        assert self._process is not None, "was started"
+        assert self._process.stdin is not None, "opened as a pipe"
+        with contextlib.suppress(BrokenPipeError):  # the reader thread starts new processes
+            for line in lines:
+                self._process.stdin.write(line)
+            self._process.stdin.flush()
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
@@ -113,19 +139,32 @@ class VerifierPool:
         for line in process.stdout:
             message = json.loads(line)
             with self._state:
-                future = self._pending.pop(message["job"])
-            future.set_result(Verdict(**message["verdict"]))
-        with self._state:
-            lost = dict(self._pending)
-            self._pending.clear()
-            self._process = None
+                job = self._pending.pop(message["job"])
+            job.verdict.set_result(Verdict(**message["verdict"]))
+        with self._writing:
             process.wait()
-        for future in lost.values():
-            future.set_result(unverified("raised", "the verifying processes ended; they will be restarted"))
+            with self._state:
+                lost = self._take_lost_jobs()
+                self._process = None
+                if self._pending:
+                    self._start()
+            if self._pending:
+                logger.warning("the verifying processes ended; they were started again for %d jobs", len(self._pending))
+                self._write([job.line for job in list(self._pending.values())])
+        for job in lost:
+            job.verdict.set_result(unverified("raised", f"the verifying processes ended {job.restarts} times"))
+
+    def _take_lost_jobs(self) -> list[PendingJob]:
+        """Count a restart of each open job, and remove and return those that are not asked again."""
+        for job in self._pending.values():
+            job.restarts += 1
+        numbers = [n for n, job in self._pending.items() if self._closed or job.restarts > MAX_RESTARTS]
+        return [self._pending.pop(number) for number in numbers]
 
     def close(self) -> None:
         """End the processes and wait for them."""
         with self._writing:
+            self._closed = True
             process, thread = self._process, self._thread
             if process is not None and process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):

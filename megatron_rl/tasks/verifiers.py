@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from megatron_rl.config.from_file import load_object
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.tasks.extract import NUMBER
+from megatron_rl.tasks.number_text import last_number
 
 ScoreFn = Callable[[str, str, str], float | None]
 """Maps (prompt, response, answer) to a score; None if it is unknown. A score of 1 or more counts as correct."""
@@ -20,15 +20,11 @@ def exact(prompt: str, response: str, answer: str) -> float:
 
 
 def number(prompt: str, response: str, answer: str) -> float:
-    """Return 1 if the last number of the response equals the last number of the answer; else 0."""
-    answered, expected = NUMBER.findall(response), NUMBER.findall(answer)
-    if not expected:
+    """Return 1 if the last number of the response equals the last number of the answer exactly; else 0."""
+    expected = last_number(answer)
+    if expected is None:
         raise DataError(f"no number in the answer {answer!r} (task.verifier = number); choose another verifier")
-    return float(bool(answered) and _value(answered[-1]) == _value(expected[-1]))
-
-
-def _value(text: str) -> float:
-    return float(text.replace(",", ""))
+    return float(last_number(response) == expected)
 
 
 def regex(prompt: str, response: str, answer: str) -> float:
@@ -43,8 +39,8 @@ def read_answer(verifier: str, response: str) -> str | None:
     """Return the answer in a response in a canonical form, for the verifiers ``exact`` and ``number``; else None."""
     if verifier == "exact":
         return response.strip()
-    if verifier == "number" and (numbers := NUMBER.findall(response)):
-        return f"{_value(numbers[-1]):.17g}"
+    if verifier == "number" and (number := last_number(response)) is not None:
+        return str(number)
     return None
 
 

@@ -25,7 +25,7 @@ from megatron_rl.config.tasks import AnyTask, Reward
 from megatron_rl.tasks import wire
 from megatron_rl.tasks.base import Verdict, unverified
 from megatron_rl.tasks.reward import RewardFunction
-from megatron_rl.util.child_process import end_with_parent
+from megatron_rl.util.child_process import end_with_parent, hide_memory
 
 DATA_BYTES = 4 << 30
 """Memory limit of a worker; a verifier that needs more gets a MemoryError."""
@@ -187,6 +187,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 def main() -> None:
     """Read the configuration from the first line of stdin, then answer jobs."""
+    hide_memory()  # it holds the expected outputs of programs; forked workers inherit the setting
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns on each call that its time limit is disabled
     received = bytearray()
     while not received.endswith(b"\n"):
