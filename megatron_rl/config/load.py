@@ -4,7 +4,6 @@ This module knows no setting by name; ``config.schema`` has the schema.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_rl.config.explain import explain
+from megatron_rl.config.secret_settings import mask_urls, mask_variables, without_masked
 from megatron_rl.config.section import ReadFrom
 from megatron_rl.config.sources import ConfigSource, Key, raise_problems, read_sources
 from megatron_rl.config.tree import annotations_of, field_at, lookup, section_of
@@ -54,7 +54,9 @@ def load(model: type[T], files: Sequence[str | Path], overrides: Sequence[str] =
     sources = read_sources(files, overrides)
     table: dict[str, object] = {}
     for source in sources:
-        table = merge(model, table, _without_retired(model, source.table) if source.is_saved else source.table)
+        table = merge(
+            model, table, without_masked(_without_retired(model, source.table)) if source.is_saved else source.table
+        )
     table = _with_default_kinds(model, table)
     owners = {key: _owner(sources, key) for key in leaves(table)}
     origins = {key: source.origin(key) or "command line" for key, source in owners.items() if source is not None}
@@ -149,8 +151,8 @@ def _resolve_path(model: type[BaseModel], table: dict[str, object], key: Key, fo
 
 
 def to_json(run: BaseModel) -> str:
-    """Return the configuration as JSON with all defaults; credentials in URLs are masked."""
-    return re.sub(r'://[^/@"\s]*@', "://***@", run.model_dump_json(indent=2)) + "\n"
+    """Return the configuration as JSON with all defaults; secrets are masked."""
+    return mask_urls(json.dumps(mask_variables(run.model_dump(mode="json")), indent=2)) + "\n"
 
 
 def settings(run: BaseModel, prefix: Key = ()) -> Iterator[tuple[str, object, str]]:

@@ -1,10 +1,12 @@
 """Rank, device and process groups of this process."""
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -112,6 +114,34 @@ def rank_from_environment() -> tuple[int, int, int] | None:
     return None
 
 
+NODES = "MEGATRON_RL_NODES"
+"""Environment variable with ``node=address`` of every node of the job, set by the job script."""
+
+
+def slurm_address() -> str | None:
+    """Return the address of this node that Slurm uses; None outside of a job of ``megatron-rl slurm``."""
+    addresses = dict(pair.split("=", 1) for pair in os.environ.get(NODES, "").split())
+    return addresses.get(os.environ.get("SLURMD_NODENAME", ""))
+
+
+def slurm_interface() -> str | None:
+    """Return the network interface that has the address of this node that Slurm uses; None if no interface has it.
+
+    By default, gloo listens on the address of the host name, which on many hosts is 127.0.0.1.
+    """
+    address = slurm_address()
+    if address is None:
+        return None
+    try:
+        numeric = {str(info[4][0]) for info in socket.getaddrinfo(address, None)}
+    except OSError:
+        return None
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] in numeric for entry in entries):
+            return name
+    return None
+
+
 def slurm_task_index() -> int:
     """Return the index of this process in its Slurm step; 0 outside of Slurm."""
     return int(os.environ.get("SLURM_PROCID", "0"))
@@ -154,6 +184,8 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
             os.environ.setdefault(name, value)  # before CUDA, NCCL and transformer-engine read them
     device, backend = _prepare_device(local_rank)
     make_deterministic(deterministic, device)
+    if interface := slurm_interface():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         # With the device, point-to-point messages use the communicator of all ranks instead of one per pair.

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old content or the new content, never a part."""
+def replace_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Write a text file atomically: readers see the old content or the new content, never a part.
+
+    Args:
+        path: the file to replace or create; its folder must exist.
+        text: the new content.
+        mode: permissions, set before the content is written; None: those of a new file.
+    """
     with replaced(path) as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
         file.write(text.encode())
 
 

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_rl.config.schema import Run
+from megatron_rl.distributed.mesh import NODES
 from megatron_rl.errors import ConfigError
 from megatron_rl.fleet.servers import END
 from megatron_rl.launch.slurm.preflight import judge
 from megatron_rl.launch.slurm.render import server_options
-from megatron_rl.launch.slurm.serve_node import NODES
 
 END_SECONDS = 60.0
 """How long the servers may take to exit."""
@@ -68,7 +68,7 @@ def check_cluster(words: Sequence[str], run: Run) -> int:
             registry.mkdir()
             command = [*on_fleet, *server_options(run), f"--ntasks={run.rollout.servers}", "--kill-on-bad-exit=0"]
             command += [
-                f"--output={folder}/server-%t.log",
+                f"--output={str(folder).replace('%', '%%')}/server-%t.log",
                 run.slurm.python,
                 "-m",
                 "megatron_rl.launch.slurm.serve_node",

@@ -7,6 +7,7 @@ count="${SLURM_RESTART_COUNT:-0}"
 # Every start of the job has its own folders for logs and server addresses; a requeued job keeps its number.
 start="$SLURM_JOB_ID.$count"
 logs="$run/slurm/$start" registry="$run/fleet/$start"
+outputs="${logs//%/%%}" # srun expands % in the names of its output files
 mkdir -p "$logs" "$registry" || { log "cannot write $run: is it on a file system that every node sees?"; exit 2; }
 touch "$logs/began"
 if [ "$resume" = 1 ] || [ "$count" -gt 0 ]; then config+=(train.resume=true); fi
@@ -32,7 +33,7 @@ log "job $start: trainer on ${nodes[*]}, config ${config[*]}"
 preflight_module=megatron_rl.launch.slurm.preflight
 if [ "$preflight" = 1 ]; then
     options=("${on_trainer[@]}" --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1)
-    options+=(--output="$logs/preflight-%t.log" --kill-on-bad-exit=0 --time=5)
+    options+=(--output="$outputs/preflight-%t.log" --kill-on-bad-exit=0 --time=5)
     (step $preflight_module report --folder "$logs/preflight" "${config[@]}")
     options=("${on_trainer[@]}" --nodes=1 --ntasks=1 --nodelist="${nodes[0]}")
     (step $preflight_module judge --folder "$logs/preflight" --needed "$nodes_needed" --nodes "${nodes[@]}") || exit 2
@@ -46,7 +47,7 @@ export PYTHONHASHSEED="${PYTHONHASHSEED:-0}" # some tasks iterate over sets to m
 on_ranks=("${on_trainer[@]}" --nodes="$nodes_needed" --nodelist="$nodelist")
 on_ranks+=(--ntasks="$((nodes_needed * ranks_per_node))" --ntasks-per-node="$ranks_per_node")
 if [ "$preflight" = 1 ]; then
-    options=("${on_ranks[@]}" --output="$logs/links-%t.log")
+    options=("${on_ranks[@]}" --output="$outputs/links-%t.log")
     (step $preflight_module link --folder "$logs/preflight") || { log "a link between the nodes failed, see $logs"; exit 2; }
     cat "$logs/preflight/links"
 fi
@@ -56,7 +57,7 @@ fi
 fleet="" fleet_config=("${config[@]}")
 if [ "$servers" -gt 0 ]; then
     options=("${on_fleet[@]}" "${server_options[@]}" --ntasks="$servers")
-    options+=(--kill-on-bad-exit=0 --output="$logs/server-%t.log")
+    options+=(--kill-on-bad-exit=0 --output="$outputs/server-%t.log")
     step megatron_rl.launch.slurm.serve_node --registry "$registry" "${config[@]}" &
     fleet=$! addresses="$registry"
     [ "$preflight" = 1 ] && addresses="$registry/checked"
@@ -73,7 +74,7 @@ if [ "$preflight" = 1 ] && [ -z "$fleet" ]; then
     check_fleet || { log "a server of rollout.urls failed its check"; exit 2; }
 fi
 
-options=("${on_ranks[@]}" --output="$logs/rank-%t.log")
+options=("${on_ranks[@]}" --output="$outputs/rank-%t.log")
 step megatron_rl train "${config[@]}" &
 trainer=$!
 fleet_failed="$logs/fleet-failed"

@@ -27,6 +27,7 @@ from rich.table import Table
 from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.links import free_gpu_bytes, measure_links
+from megatron_rl.errors import TrainingError
 from megatron_rl.launch.slurm.fleet_check import check_fleet
 from megatron_rl.launch.versions import found_versions
 from megatron_rl.util.atomic import replace_text
@@ -189,8 +190,24 @@ def _table(facts: Mapping[str, Mapping[str, object]], problems: Mapping[str, Seq
 
 
 def link(folder: Path, timeout_seconds: float) -> int:
-    """Check and time collectives over all ranks; the first rank writes the result to the file ``links``."""
-    text = measure_links(timeout_seconds)
+    """Check and time collectives over all ranks; the first rank writes the result to the file ``links``.
+
+    Raises:
+        TrainingError: the ranks cannot connect, or a collective failed or returned wrong values.
+    """
+    try:
+        text = measure_links(timeout_seconds)
+    except TrainingError:
+        raise
+    except RuntimeError as error:  # torch has no narrower type for connections that gloo or NCCL cannot open
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME")
+        name, master = socket.gethostname(), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise TrainingError(
+            f"the ranks cannot connect to each other from {name}, with rank 0 at {master} and the network interface"
+            f" {interface or 'of the host name'}: {str(error).splitlines()[0]}; write the interface that reaches the"
+            " other nodes in slurm.setup: export GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME (ip -brief address"
+            " lists them)"
+        ) from error
     if text is not None:
         replace_text(folder / "links", text)
         sys.stdout.write(text)

@@ -20,6 +20,7 @@ from string import Template
 from megatron_rl.config.cluster import Slurm
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
+from megatron_rl.config.secret_settings import split_secrets, to_toml
 from megatron_rl.config.sources import raise_problems
 from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.run_plan import make_plan
@@ -56,6 +57,9 @@ $setup
 
 JOB = "job.sbatch"
 """File name of the script in the run folder."""
+
+SECRETS = "secrets.toml"
+"""File name of settings that may have secrets, in the run folder; only the user can read it."""
 
 NEVER_STARTS = frozenset({"PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"})
 """Pending reasons of Slurm for jobs that can never start."""
@@ -96,6 +100,8 @@ def slurm(loaded: Loaded[Run], words: Sequence[str], *, submit: bool) -> int:
     run = Path(loaded.run.log.path).absolute()
     try:
         (run / "slurm").mkdir(parents=True, exist_ok=True)
+        if secret := split_secrets(words)[1]:
+            replace_text(run / SECRETS, to_toml(secret), mode=0o600)
         replace_text(run / JOB, text)
     except OSError as error:
         raise ConfigError(f"cannot write the run folder {run} (log.path): {error.strerror}") from error
@@ -148,13 +154,15 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_he
     for missing in plan.missing:
         sys.stderr.write(f"not on this machine: {missing}\n")
     slurm, path = run.slurm, Path(run.log.path).absolute()
+    public, secret = split_secrets(words)
+    public += [str(path / SECRETS)] if secret else []
     filled = {
         "version": package_version("megatron-rl") or "?",
-        "command": shlex.join(["megatron-rl", "slurm", *words]),
+        "command": _printable(shlex.join(["megatron-rl", "slurm", *public])),
         "header": "\n".join(_header(run, path)),
         "folder": shlex.quote(str(folder)),
         "run": shlex.quote(str(path)),
-        "config": shlex.join(word for word in words if not word.startswith(SET_BY_SCRIPT)),
+        "config": shlex.join(word for word in public if not word.startswith(SET_BY_SCRIPT)),
         "resume": str(int(run.train.resume)),
         "setup": "\n".join(slurm.setup) or "# slurm.setup is empty",
         "step": " ".join(_step(slurm, path, folder)),
@@ -168,6 +176,11 @@ def render(loaded: Loaded[Run], words: Sequence[str], folder: Path, *, starts_he
         "restarts": str(slurm.restarts),
     }
     return JOB_TOP.substitute(filled) + JOB_BODY.read_text(encoding="utf-8")
+
+
+def _printable(text: str) -> str:
+    """Return a text for a comment of the script: characters that could end the line are written as escapes."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _server_gpus(loaded: Loaded[Run], gpus: int) -> Iterator[str]:
@@ -197,7 +210,7 @@ def _header(run: Run, path: Path) -> Iterator[str]:
     slurm = run.slurm
     options: dict[str, bool | int | str] = {
         "job-name": re.sub(r"[^\w.-]", "_", path.name),
-        "output": f"{path}/slurm/job-%j.log",
+        "output": str(path).replace("%", "%%") + "/slurm/job-%j.log",
         "open-mode": "append",
         "time": slurm.time_limit,
         "signal": f"B:USR1@{slurm.stop_seconds}",
@@ -258,13 +271,23 @@ def _step(slurm: Slurm, run: Path, folder: Path) -> Iterator[str]:
     yield f"{shlex.quote(slurm.python)} -m"
 
 
-def _problems(loaded: Loaded[Run]) -> Iterator[str]:
-    run, slurm = loaded.run, loaded.run.slurm
+def _option_problems(loaded: Loaded[Run]) -> Iterator[str]:
+    slurm = loaded.run.slurm
     for table in ("options", "rollout_options"):
         for name in getattr(slurm, table):
             if name.replace("_", "-") in RESERVED_OPTIONS:
                 key = f"slurm.{table}.{name}"
                 yield f"{key} ({loaded.origin(key)}) is decided by other settings of [slurm]; leave it out"
+        for name, value in getattr(slurm, table).items():
+            if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
+                yield f"slurm.{table} has the name {name!r}; write the long name of an option of sbatch, without --"
+            if not str(value).isprintable():
+                yield f"slurm.{table}.{name} is {value!r}; write it without line breaks and control characters"
+
+
+def _problems(loaded: Loaded[Run]) -> Iterator[str]:
+    run, slurm = loaded.run, loaded.run.slurm
+    yield from _option_problems(loaded)
     if run.rollout.urls and slurm.rollout_nodes:
         yield (
             f"{loaded.describe('slurm.rollout_nodes')}, but rollout.urls names servers that are already running;"
@@ -289,5 +312,5 @@ def _problems(loaded: Loaded[Run]) -> Iterator[str]:
             " trainer's GPUs; write slurm.rollout_nodes = 1 or more, or rollout.urls"
         )
     for path in (os.fspath(Path(run.log.path).absolute()), *slurm.mounts):
-        if re.search(r"[\n,]", path):
-            yield f"{path!r} has a comma or a line break, which sbatch and mounts do not support; use another path"
+        if re.search(r"[,\\]", path) or not path.isprintable():
+            yield f"{path!r} has a comma, backslash or line break, which sbatch and mounts do not support; change it"

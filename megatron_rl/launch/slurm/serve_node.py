@@ -9,7 +9,6 @@ RUN/fleet/START/end             written when the trainer has ended; the servers 
 
 import argparse
 import logging
-import os
 import socket
 import sys
 import time
@@ -17,16 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl.config.schema import Run, load_run
-from megatron_rl.distributed.mesh import slurm_task_index
+from megatron_rl.distributed.mesh import slurm_address, slurm_task_index
 from megatron_rl.errors import ConfigError, RolloutError
 from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.servers import END, server_of, write_address
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 
 log = logging.getLogger(__name__)
-
-NODES = "MEGATRON_RL_NODES"
-"""Environment variable with ``node=address`` of every node of the job, set by the job script."""
 
 POLL_SECONDS = 0.5
 FIRST_RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
@@ -87,10 +83,8 @@ def node_address() -> str:
     Raises:
         ConfigError: the host name has no address.
     """
-    node = os.environ.get("SLURMD_NODENAME", "")
-    addresses = dict(pair.split("=", 1) for pair in os.environ.get(NODES, "").split())
-    if node in addresses:
-        return addresses[node]
+    if address := slurm_address():
+        return address
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError as error:

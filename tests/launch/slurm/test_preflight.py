@@ -8,6 +8,8 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.links import measure_links
+from megatron_rl.errors import TrainingError
+from megatron_rl.launch.slurm import preflight
 from megatron_rl.launch.slurm.preflight import find_problems, judge, report
 from tests.ranks import run_ranks
 
@@ -69,3 +71,16 @@ def test_links_are_checked_and_timed_by_the_first_rank():
     assert second is None
     assert first is not None
     assert [line.split(":")[1].split(" over")[0] for line in first.splitlines()] == [" all-reduce", " all-to-all"]
+
+
+def test_ranks_that_cannot_connect_are_told_which_variable_to_set(tmp_path, monkeypatch):
+    def fail(timeout_seconds):
+        raise RuntimeError("Gloo connectFullMesh failed\nsecond line")
+
+    monkeypatch.setattr(preflight, "measure_links", fail)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with pytest.raises(
+        TrainingError, match=r"rank 0 at 10\.0\.0\.1:.*of the host name: Gloo connectFullMesh failed; .*"
+    ):
+        preflight.link(tmp_path, 1.0)

@@ -79,11 +79,11 @@ def test_steps_run_in_the_configured_container(tmp_path):
 
 @pytest.mark.processes
 def test_settings_with_blanks_and_dollars_reach_the_job_unchanged(tmp_path):
-    text = script(tmp_path, "rollout.environment={ A = 'x $y' }")
+    text = script(tmp_path, "rollout.sglang={ A = 'x $y' }")
 
     (line,) = [line for line in text.splitlines() if line.startswith("config=(")]
     output = subprocess.run(["bash", "-c", f'{line}; printf "%s\\n" "${{config[@]}}"'], capture_output=True, text=True)
-    assert "rollout.environment={ A = 'x $y' }" in output.stdout.splitlines()
+    assert "rollout.sglang={ A = 'x $y' }" in output.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
