@@ -415,4 +415,32 @@ MISTAKES = (
         "return values_TK, taken_TK",
         ("tests/policy/test_replay.py::test_given_experts_are_taken_with_the_routers_own_gates",),
     ),
+    Mistake(
+        "denominators-of-one-replica",
+        "algorithms.tokens",
+        "responses, tokens = total(torch.stack([(counts_B > 0).sum(), counts_B.sum()])).tolist()",
+        "responses, tokens = torch.stack([(counts_B > 0).sum(), counts_B.sum()]).tolist()",
+        ("tests/test_loss.py::test_parts_of_a_minibatch_are_prepared_as_in_the_whole",),
+    ),
+    Mistake(
+        "rows-of-the-next-replica",
+        "data.pack",
+        "for members in self.bins[replica::replicas]:",
+        "for members in self.bins[(replica + 1) % replicas :: replicas]:",
+        ("tests/data/test_pack.py::test_replicas_own_each_sequence_once_and_have_the_rows_of_the_whole",),
+    ),
+    Mistake(
+        "every-stage-gets-all-routes",
+        "policy.routing_replay",
+        "return tuple(sorted(routers))",
+        "return tuple(places.values())",
+        ("tests/policy/test_replicas.py::test_a_rank_holds_its_own_tokens_and_all_together_compute_the_step",),
+    ),
+    Mistake(
+        "a-call-that-returned-counts-as-finished",
+        "distributed.ledger",
+        "entry.left = not works",
+        "entry.left = True",
+        ("tests/observability/test_hang_watchdog.py::test_asynchronous_work_is_asked_and_dropped_work_is_done",),
+    ),
 )
