@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All that docs/gpu.md measures, in calls of less than ten minutes each:
+#   benchmarks/gpu.sh OUT smoke      under three minutes: import, layers, one step and log-probs on both paths, tests -m gpu
 #   benchmarks/gpu.sh OUT setup      makes .venv with a CUDA build of torch, prints what is there, runs tests -m gpu
 #   benchmarks/gpu.sh OUT parts      matrix limit, copies, segment sums, push; the vocabulary operation
 #   benchmarks/gpu.sh OUT ipc        a weight push through shared memory to a server on the same device
@@ -8,8 +9,11 @@
 #   benchmarks/gpu.sh OUT demo       the demo on one device
 #   SMOLLM2=FOLDER benchmarks/gpu.sh OUT smollm2     the five objectives on a real model (tools/fetch_smollm2.py FOLDER)
 #   benchmarks/gpu.sh OUT tables     OUT/tables.md
+#   benchmarks/gpu.sh OUT all        smoke, parts, ipc, small, large and tables
 #   benchmarks/gpu.sh OUT all --device cpu --tiny     every script end to end on a CPU, small
-# A step that fails is named at the end; the others run. OUT/log keeps what they print.
+#   PYTHON=.venv-te/bin/python benchmarks/gpu.sh OUT smoke --device cpu --doubles     transformer-engine on a CPU
+# A step that fails is named at the end; the others run. OUT/log keeps what they print; OUT/result.json has every step
+# with its exit code and seconds, all figures, hardware and versions.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="$1" stage="$2"
@@ -25,9 +29,12 @@ failed=()
 run() {
     local name="$1"
     shift
+    local started=$SECONDS code
     echo "-- $name: $*" | tee -a "$out/log"
     "$@" 2>&1 | tee -a "$out/log"
-    [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("$name")
+    code=${PIPESTATUS[0]}
+    [ "$code" -eq 0 ] || failed+=("$name")
+    printf '%s\t%s\t%s\t%s\t%s\n' "$stage" "$name" "$code" $((SECONDS - started)) "$*" >>"$out/steps.tsv"
 }
 
 step() {
@@ -37,6 +44,19 @@ step() {
 }
 
 part() { run "$1" "$python" benchmarks/gpu_parts.py "$1" "$out/$1.json" "${options[@]}"; }
+
+smoke() {
+    for part in import spec step parity; do
+        run "smoke-$part" "$python" -W ignore benchmarks/gpu_smoke.py "$part" "$out/smoke-$part.json" "${options[@]}"
+    done
+    if ! $tiny; then
+        local device=(parallel.tensor=1 parallel.expert=1 model.dtype=bfloat16 train.steps=1)
+        run demo-engine "$python" -m megatron_rl train configs/demo.toml "${device[@]}" "log.path=$(realpath "$out")/demo-engine"
+        MEGATRON_RL_PLAIN=engine run demo-local "$python" -m megatron_rl train configs/demo.toml "${device[@]}" \
+            "log.path=$(realpath "$out")/demo-local"
+        run tests "$python" -m pytest -m gpu -q
+    fi
+}
 
 setup() {
     run setup tools/setup
@@ -95,8 +115,9 @@ smollm2() {
 tables() { run tables sh -c '"$0" benchmarks/gpu_tables.py "$1" | tee "$1/tables.md"' "$python" "$out"; }
 
 case "$stage" in
-    setup | parts | ipc | small | large | demo | smollm2 | tables) $stage ;;
-    all) for stage in parts ipc small $($tiny || echo large) tables; do $stage; done ;;
-    *) echo "no stage $stage: write setup, parts, ipc, small, large, demo, smollm2, tables or all" >&2; exit 2 ;;
+    smoke | setup | parts | ipc | small | large | demo | smollm2 | tables) $stage ;;
+    all) for stage in smoke parts ipc small $($tiny || echo large) tables; do $stage; done ;;
+    *) echo "no stage $stage: write smoke, setup, parts, ipc, small, large, demo, smollm2, tables or all" >&2; exit 2 ;;
 esac
+"$python" benchmarks/gpu_result.py "$out" || failed+=("result")
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

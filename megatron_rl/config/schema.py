@@ -213,8 +213,8 @@ class Train(Section):
     """Tokens per packed row, over all context-parallel ranks."""
     packing: bool = True
     """Pack several sequences into a row."""
-    deterministic: bool = True
-    """Use only deterministic algorithms."""
+    deterministic: bool | None = None
+    """Use only deterministic algorithms: equal bits in every run; default: on CPUs, not on GPUs."""
     resume: bool = False
     """Resume the run in ``log.path`` from its newest checkpoint."""
     filter_zero_variance: bool = False

@@ -163,14 +163,14 @@ def on_cuda() -> bool:
     return chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available())
 
 
-def start_world(timeout_seconds: float, deterministic: bool) -> World:
+def start_world(timeout_seconds: float, deterministic: bool | None) -> World:
     """Initialize torch.distributed: NCCL on GPUs; gloo on CPUs, with the replacements of ``distributed.cpu``.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or Slurm's task variables.
 
     Args:
         timeout_seconds: timeout of collectives.
-        deterministic: see ``make_deterministic``.
+        deterministic: whether only deterministic algorithms run; None: on CPUs, not on GPUs (``is_deterministic``).
 
     Raises:
         ConfigError: this process was not launched as a rank.
@@ -179,6 +179,7 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
     if launched is None:
         raise ConfigError("RANK and WORLD_SIZE are not set, so this process is not a rank; use `megatron-rl train`")
     rank, size, local_rank = launched
+    deterministic = is_deterministic(deterministic, on_gpus=on_cuda())
     if deterministic:
         for name, value in DETERMINISTIC_ENVIRONMENT.items():
             os.environ.setdefault(name, value)  # before CUDA, NCCL and transformer-engine read them
@@ -192,6 +193,15 @@ def start_world(timeout_seconds: float, deterministic: bool) -> World:
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     return World(rank, size, device)
+
+
+def is_deterministic(setting: bool | None, *, on_gpus: bool) -> bool:
+    """Return ``train.deterministic`` with its default resolved: True on CPUs, False on GPUs.
+
+    With only deterministic algorithms, transformer-engine 2.20 has no fused attention for long packed rows and none at
+    all under context parallelism.
+    """
+    return not on_gpus if setting is None else setting
 
 
 DETERMINISTIC_ENVIRONMENT = {

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
+from megatron_rl.launch.planning.attention import describe_attention
 from megatron_rl.launch.planning.estimate import (
     RunEstimate,
     estimate_run,
@@ -53,6 +54,12 @@ def check(loaded: Loaded[Run] | None, ranks: int | None = None) -> int:
     if estimate is not None:
         _print_estimate(console, loaded, estimate)
     plan = make_plan(loaded, ranks, on_gloo=not plans_gpus(loaded))
+    if plans_gpus(loaded):
+        setting = loaded.run.train.deterministic
+        if setting is None:
+            console.print("train.deterministic: default, off on GPUs; true repeats bit for bit and limits attention")
+        for line in describe_attention(loaded.run, plan.layout, plan.sizes, plan.batches.longest):
+            console.print(line, markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     for warning in plan.warnings:

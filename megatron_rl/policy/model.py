@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from enum import Enum
 
 import torch
 from megatron.core import parallel_state
@@ -136,9 +137,40 @@ def transformer_config(run: Run, family: Family, mesh: Mesh) -> TransformerConfi
         "moe_router_dtype": "fp64" if dtype is torch.float64 else "fp32",
         "deterministic_mode": on_cuda and torch.are_deterministic_algorithms_enabled(),
         **fusions(backends_of(run, mesh), family.fields),
+        **_context_exchange(run, family, backends_of(run, mesh)),
         **RECOMPUTE[run.model.recompute],
     }
-    return _built(kind, {**fields, **run.model.megatron}, backends_of(run, mesh))
+    return _built(kind, {**fields, **_with_enums(kind, run.model.megatron)}, backends_of(run, mesh))
+
+
+def _with_enums(kind: type[TransformerConfig], values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values of ``model.megatron``, names of enum members replaced by the members.
+
+    megatron-core compares ``attention_backend`` with members and would ignore a name.
+
+    Raises:
+        ConfigError: an enum has no member of that name.
+    """
+    result = dict(values)
+    for field in dataclasses.fields(kind):
+        name = values.get(field.name)
+        if not isinstance(field.default, Enum) or not isinstance(name, str):
+            continue
+        members = type(field.default).__members__
+        if name not in members:
+            raise ConfigError(f"model.megatron.{field.name} is {name!r}; write one of {', '.join(members)}")
+        result[field.name] = members[name]
+    return result
+
+
+def _context_exchange(run: Run, family: Family, paths: Backends) -> dict[str, object]:
+    """Return how context-parallel ranks exchange keys and values in transformer-engine's attention.
+
+    Point to point (the default) is refused for sinks and windows. All-to-all gives each rank whole sequences of a part
+    of the heads.
+    """
+    needs_whole_sequences = family.attention_window or family.fields.get("softmax_type") == "learnable"
+    return {"cp_comm_type": "a2a"} if paths.engine and run.parallel.context > 1 and needs_whole_sequences else {}
 
 
 def _built(kind: type[TransformerConfig], fields: dict[str, object], paths: Backends) -> TransformerConfig:
@@ -225,9 +257,26 @@ def _build_chunk(
     )
     skip_second_sort(model)
     mark_expert_parameters(model, config)
+    _average_sink_gradients(model, config)
     model.head_temperature = run.rollout.sampling.temperature
     model.head_vocab_size = family.vocab_size
     return model
+
+
+def _average_sink_gradients(model: PolicyModel, config: TransformerConfig) -> None:
+    """Divide gradients of transformer-engine's sinks by the context-parallel size.
+
+    In its all-to-all exchange every context rank receives the whole gradient of every sink, and the data-parallel
+    reduction adds those of all context ranks (transformer-engine 2.20.2).
+    """
+
+    def average(gradient: Tensor) -> Tensor:
+        return gradient / config.context_parallel_size
+
+    if config.context_parallel_size > 1 and config.cp_comm_type == "a2a":
+        for name, parameter in model.named_parameters():
+            if name.endswith("core_attention.softmax_offset"):
+                parameter.register_hook(average)
 
 
 def _finalize_sums(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: object) -> None:

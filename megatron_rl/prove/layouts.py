@@ -75,7 +75,7 @@ def layout_run(run: Run, text: str) -> LayoutRun:
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type.
     """
-    changes: dict[str, dict[str, object]] = {"parallel": {}, "train": {"deterministic": True}, "model": {}}
+    changes: dict[str, dict[str, object]] = {"parallel": {}, "train": {}, "model": {}}
     for word in text.split(","):
         key, equals, value = word.partition("=")
         if key not in SETTINGS or not equals:

@@ -22,7 +22,7 @@ def main(folder: Path) -> int:
     """Run the step described in ``folder`` for each objective. The main rank writes the results to ``folder``."""
     described = json.loads((folder / RUNS).read_text(encoding="utf-8"))
     runs = [Run.model_validate(run) for run in described["runs"]]
-    world = start_world(runs[0].train.step_timeout_seconds, deterministic=True)
+    world = start_world(runs[0].train.step_timeout_seconds, deterministic=None)
     policy = Policy(runs[0], world, total_updates=len(runs))
     batch = policy.local_part(load_batch(folder / CASE))
     scored = policy.compute_logprobs(batch)

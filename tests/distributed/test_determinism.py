@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, start_world
+from megatron_rl.distributed.mesh import DETERMINISTIC_ENVIRONMENT, is_deterministic, start_world
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
@@ -30,3 +30,10 @@ def test_libraries_are_told_before_they_start(deterministic: bool) -> None:
 def test_what_somebody_set_stays() -> None:
     found = run_ranks(started, 1, True, {"NCCL_ALGO": "Ring"}, initialize=False)[0]
     assert found["NCCL_ALGO"] == "Ring"
+
+
+@pytest.mark.parametrize(
+    ("setting", "on_gpus", "expected"), [(None, False, True), (None, True, False), (True, True, True)]
+)
+def test_the_default_is_deterministic_on_cpus_only(setting: bool | None, on_gpus: bool, expected: bool) -> None:
+    assert is_deterministic(setting, on_gpus=on_gpus) is expected

@@ -1,80 +1,101 @@
 """Stand-ins for CUDA and for transformer-engine's kernels, so that its layer spec is built and run on a CPU.
 
-transformer-engine's classes are the real ones: constructors, parameters, shards, attributes for gradient reduction, and
-megatron-core's wrappers around them. ``install`` replaces what needs a GPU:
+transformer-engine's Python layer is the real one: modules, parameters, autograd functions, collectives of tensor and
+sequence parallelism, the choice of an attention backend, context parallelism by point-to-point or all-to-all exchange,
+and megatron-core's wrappers around them.
+``install`` replaces what needs a GPU:
 
 =============================================== ============================================================
 replaced                                        by
 =============================================== ============================================================
+C++ functions of ``transformer_engine_torch``   ``FUNCTIONS`` of kernels, attention_kernels, optimizer_kernels
+Triton kernels that sort tokens by expert       ``permutation_kernels.FUNCTIONS``
 torch.cuda.is_available, device_count           True, 1
 torch.cuda.get_device_capability, _properties   those of an H100
-torch.cuda.Stream                               a stream on which all work is synchronous
-te.Linear.forward                               torch's product; megatron-core's tensor-parallel collectives
-te.LayerNormLinear.forward                      torch's RMSNorm, then as te.Linear
-te.GroupedLinear.forward                        one product per expert
-te.RMSNorm.forward                              torch's RMSNorm
-te.DotProductAttention.forward                  softmax of all scores, one sequence at a time
-fused_apply_rotary_pos_emb_thd                  megatron-core's unfused rotation, one sequence at a time
-te_general_gemm (router)                        torch's product in the output's dtype
-fused_permute_with_probs, fused_unpermute       indexing and index_add
-fused_sort_chunks_by_index (and _with_probs)    split and concatenate
+torch.cuda.Stream, Event, stream                objects on which all work is synchronous
+Tensor.is_cuda, asked by transformer-engine     True
+Tensor.to(device="cuda")                        the tensor
+dtypes of fused attention                       float32 is accepted, and the backend is chosen as for bfloat16
+flash_attn_p2p_communicate                      itself; its requests can be waited for twice, as NCCL's can
+fused_weight_gradient_mlp_cuda (apex)           torch's product, added to the main gradient
 =============================================== ============================================================
 
-Every call is bound to the signature of what it replaces: an argument that transformer-engine does not have fails.
-Stand-ins prove nothing about kernels, the choice of an attention kernel, transformer-engine's autograd functions and
-collectives, FP8, its fused Adam (built, never stepped) and streams.
-
-Legend: T tokens of a rank's row, W tokens of a row on all context-parallel ranks, N heads, D head size, E experts.
+A C++ function without a stand-in fails, as no CPU can run it. Not covered: the kernels themselves, cuDNN's support of a
+shape, flash-attn, FP8, and streams that overlap.
 """
 
+import contextlib
 import inspect
+import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-import transformer_engine.pytorch as te
-from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.transformer.moe import moe_utils
+import torch.distributed as dist
+import transformer_engine_torch as tex
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from transformer_engine.pytorch.attention.dot_product_attention import backends, context_parallel, utils
+from transformer_engine.pytorch.triton import permutation
 
 from megatron_rl.distributed import cpu
 from megatron_rl.policy import model
 from megatron_rl.policy.backends import Backends
-from megatron_rl.policy.rows import zigzag
+from tests.te import attention_kernels, kernels, optimizer_kernels, permutation_kernels
 
-ENGINE = Backends(engine=True, varlen=False, grouped=False, fused=False, accumulates=False)
-"""transformer-engine for everything that it has; apex and compiled functions need a GPU."""
-
-
-class NoStream(torch.cpu.Stream):
-    """A stream on which all work is synchronous."""
+ENGINE = Backends(engine=True, varlen=False, grouped=False, fused=True, accumulates=False)
+"""What a GPU without apex's extension uses; torch.compile is off on a CPU."""
 
 
-def install() -> None:
-    """Replace the symbols of the table in this process, and let the policy choose transformer-engine."""
+class NoStream(cpu._NoStream):
+    """A stream, or an event, on which all work is synchronous."""
+
+    def wait_event(self, event: object) -> None:
+        """Return at once."""
+
+    def record_event(self, event: object = None) -> None:
+        """Return at once."""
+
+
+class Request:
+    """A transfer by gloo that can be waited for several times: gloo's own request would wait for another transfer."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self.work: dist.Work | None = work
+
+    def wait(self) -> None:
+        """Return when the transfer is done."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = None
+
+
+def install(parts: Backends = ENGINE) -> None:
+    """Replace the symbols of the table in this process, and let the policy choose these backends."""
     cpu.activate()  # refuses a machine with CUDA, so it precedes the next line
     stand_in_for_cuda()
-    setattr(model, "backends_for", lambda dtype, device_type: ENGINE)  # noqa: B010
-    for kind, forward in (
-        (te.Linear, linear),
-        (te.LayerNormLinear, norm_linear),
-        (te.GroupedLinear, grouped_linear),
-        (te.RMSNorm, rms_norm),
-        (te.DotProductAttention, attention),
-    ):
-        setattr(kind, "forward", with_signature_of(kind.forward, forward))  # noqa: B010
-    replace_function(rope_utils, fused_apply_rotary_pos_emb_thd)
-    for function in (
-        te_general_gemm,
-        fused_permute_with_probs,
-        fused_unpermute,
-        fused_sort_chunks_by_index_with_probs,
-        fused_sort_chunks_by_index,
-    ):
-        replace_function(moe_utils, function)
+    select(parts)
+    for functions in (kernels.FUNCTIONS, attention_kernels.FUNCTIONS, optimizer_kernels.FUNCTIONS):
+        for name, function in functions.items():
+            replace_everywhere(name, function)
+    for name, function in permutation_kernels.FUNCTIONS.items():
+        assert hasattr(permutation, name), name
+        setattr(permutation, name, function)
+    accept_float32()
+    exchange = context_parallel.flash_attn_p2p_communicate
+    setattr(  # noqa: B010
+        context_parallel, "flash_attn_p2p_communicate", lambda *args: [Request(work) for work in exchange(*args)]
+    )
+    if parts.accumulates:
+        setattr(layers, "fused_weight_gradient_mlp_cuda", apex_extension())  # noqa: B010
+        setattr(layers, "_grad_accum_fusion_available", True)  # noqa: B010
+
+
+def select(parts: Backends) -> None:
+    """Let the policy choose these backends."""
+    setattr(model, "backends_for", lambda dtype, device_type: parts)  # noqa: B010
 
 
 def stand_in_for_cuda() -> None:
@@ -86,210 +107,70 @@ def stand_in_for_cuda() -> None:
         "get_device_capability": lambda device=None: (h100.major, h100.minor),
         "get_device_properties": lambda device=None: h100,
         "Stream": NoStream,
+        "Event": NoStream,
+        "stream": contextlib.nullcontext,
+        "current_stream": lambda device=None: NoStream(),
+        "is_current_stream_capturing": lambda: False,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    setattr(Tensor, "is_cuda", property(is_cuda))  # noqa: B010
+    move: Callable[..., Tensor] = Tensor.to
+
+    def moved(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return move(tensor, *args, **kwargs)
+
+    setattr(Tensor, "to", moved)  # noqa: B010
 
 
-def with_signature_of(original: Callable[..., object], double: Callable[..., object]) -> Callable[..., object]:
-    """Return the double, called with the arguments of the original by name, its defaults filled in."""
-    signature = inspect.signature(original)
-
-    def call(*args: object, **kwargs: object) -> object:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return double(**bound.arguments)
-
-    return call
+def is_cuda(tensor: Tensor) -> bool:
+    """Return True where transformer-engine asks."""
+    return sys._getframe(1).f_globals.get("__name__", "").startswith("transformer_engine")
 
 
-def replace_function(module: ModuleType, double: Callable[..., object]) -> None:
-    """Replace the function of the same name in the module."""
-    if (original := getattr(module, double.__name__, None)) is not None:  # 0.16 has no te_general_gemm before repair
-        setattr(module, double.__name__, with_signature_of(original, double))
+def replace_everywhere(name: str, function: Callable[..., object]) -> None:
+    """Replace a function of transformer-engine's extension, also where a module has imported it, under any name."""
+    original = getattr(tex, name)
+    for key, module in list(sys.modules.items()):
+        if key.startswith(("transformer_engine", "megatron.core")):
+            for attribute in [attribute for attribute, value in vars(module).items() if value is original]:
+                setattr(module, attribute, function)
 
 
-def linear(self: te.Linear, inp: Tensor, **_: object) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Return inp weight^T (+ bias), gathered before or reduced after the product as ``parallel_mode`` says."""
-    weight = self.weight if hasattr(self, "weight") else torch.cat([getattr(self, name) for name in self.weight_names])
-    bias = self.bias if self.use_bias and self.bias.numel() else None
-    sharded = self.tp_size > 1
-    if self.parallel_mode == "column" and sharded:
-        enter = (
-            tensor_parallel.gather_from_sequence_parallel_region
-            if self.sequence_parallel
-            else tensor_parallel.copy_to_tensor_model_parallel_region
-        )
-        inp = enter(inp, group=self.tp_group)
-    output = F.linear(inp, weight)
-    if self.parallel_mode == "row" and sharded:
-        leave = (
-            tensor_parallel.reduce_scatter_to_sequence_parallel_region
-            if self.sequence_parallel
-            else tensor_parallel.reduce_from_tensor_model_parallel_region
-        )
-        output = leave(output, group=self.tp_group)
-    if bias is not None and self.apply_bias:
-        output = output + bias
-    return (output, bias) if self.return_bias else output
+def accept_float32() -> None:
+    """Let transformer-engine use fused attention for float32: errors below bfloat16's rounding can then be seen."""
+    choose = utils.get_attention_backend
 
+    def chosen(attention_params: utils.AttentionParams) -> tuple[object, ...]:
+        return choose(replace(attention_params, qkv_dtype=torch.bfloat16))
 
-def norm_linear(self: te.LayerNormLinear, inp: Tensor, **options: object) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Return the product with the normalized input."""
-    assert self.normalization == "RMSNorm"
-    assert not self.zero_centered_gamma
-    assert not self.return_layernorm_output
-    return linear(self, F.rms_norm(inp, (inp.shape[-1],), self.layer_norm_weight, self.eps), **options)
-
-
-def grouped_linear(
-    self: te.GroupedLinear, inp: Tensor, m_splits: list[int], out: Tensor | None, **_: object
-) -> Tensor | tuple[Tensor, list[Tensor | None]]:
-    """Return each expert's product with its rows. Experts are replicated here; the dispatcher exchanges tokens."""
-    assert out is None
-    assert self.parallel_mode is None or self.tp_size == 1
-    weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
-    biases = [getattr(self, f"bias{index}") if self.use_bias else None for index in range(self.num_gemms)]
-    parts = inp.split([int(size) for size in m_splits])
-    output = torch.cat(
-        [
-            F.linear(part, weight, bias if self.apply_bias else None)
-            for part, weight, bias in zip(parts, weights, biases, strict=True)
-        ]
-    )
-    return (output, biases) if self.return_bias else output
-
-
-def rms_norm(self: te.RMSNorm, input: Tensor, **_: object) -> Tensor:
-    """Return torch's RMSNorm of the last dimension."""
-    assert not self.zero_centered_gamma
-    return F.rms_norm(input, (input.shape[-1],), self.weight, self.eps)
-
-
-def attention(
-    self: te.DotProductAttention,
-    query_layer: Tensor,
-    key_layer: Tensor,
-    value_layer: Tensor,
-    qkv_format: str,
-    cu_seqlens_q: Tensor,
-    max_seqlen_q: int,
-    attn_mask_type: str,
-    window_size: tuple[int, int] | None,
-    **_: object,
-) -> Tensor:
-    """Return [T, N D]: causal attention within each sequence, with sliding windows and learned sinks."""
-    assert qkv_format == "thd", qkv_format
-    assert attn_mask_type == "padding_causal", attn_mask_type
-    assert cu_seqlens_q.dtype == torch.int32
-    assert isinstance(max_seqlen_q, int)
-    lengths = cu_seqlens_q.diff().long()
-    assert max_seqlen_q >= int(lengths.max())
-    group = self.cp_group
-    size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
-    assert int(lengths.sum()) == len(query_layer) * size, (cu_seqlens_q, query_layer.shape)
-    positions_T = zigzag(lengths, rank, size)
-    keys_WND, values_WND = key_layer, value_layer
-    if size > 1:
-        order_W = torch.cat([zigzag(lengths, other, size) for other in range(size)]).argsort()
-        keys_WND = torch.cat(all_gather(key_layer.contiguous(), group=group))[order_W]
-        values_WND = torch.cat(all_gather(value_layer.contiguous(), group=group))[order_W]
-    window = (window_size or self.window_size or (-1, -1))[0]
-    scale = self.softmax_scale if self.softmax_scale is not None else query_layer.shape[-1] ** -0.5
-    sinks_N = self.softmax_offset.view(-1) if self.softmax_type == "learnable" else None
-    outputs = []
-    local_starts = (cu_seqlens_q // size).tolist()
-    for number, (start, end) in enumerate(zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)):
-        local = slice(local_starts[number], local_starts[number + 1])
-        attended = one_sequence(
-            query_layer[local],
-            keys_WND[start:end],
-            values_WND[start:end],
-            positions_T[local] - start,
-            scale=scale,
-            window=window,
-            sinks_N=sinks_N,
-        )
-        outputs.append(attended)
-    return torch.cat(outputs).flatten(1)
-
-
-def one_sequence(
-    query_TND: Tensor,
-    keys_WGD: Tensor,
-    values_WGD: Tensor,
-    positions_T: Tensor,
-    *,
-    scale: float,
-    window: int,
-    sinks_N: Tensor | None,
-) -> Tensor:
-    """Return [T, N, D] for queries at these positions of one sequence; ``window`` < 0: no limit."""
-    repeats = query_TND.shape[1] // keys_WGD.shape[1]
-    keys_NWD = keys_WGD.transpose(0, 1).repeat_interleave(repeats, 0)
-    values_NWD = values_WGD.transpose(0, 1).repeat_interleave(repeats, 0)
-    scores_NTW = query_TND.transpose(0, 1) @ keys_NWD.transpose(1, 2) * scale
-    distance_TW = positions_T[:, None] - torch.arange(len(keys_WGD))
-    hidden_TW = (distance_TW < 0) | ((distance_TW > window) if window >= 0 else False)
-    scores_NTW = scores_NTW.masked_fill(hidden_TW, float("-inf"))
-    if sinks_N is not None:
-        sinks_NT1 = sinks_N.to(scores_NTW)[:, None, None].expand(-1, len(query_TND), 1)
-        scores_NTW = torch.cat([scores_NTW, sinks_NT1], dim=-1)
-    shares_NTW = scores_NTW.softmax(-1)[..., : len(keys_WGD)]
-    return (shares_NTW @ values_NWD).transpose(0, 1)
-
-
-def fused_apply_rotary_pos_emb_thd(
-    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int, cp_rank: int, interleaved: bool
-) -> Tensor:
-    """Return the heads [T, N, D] rotated by their positions within each sequence."""
-    lengths = cu_seqlens.diff().long()
-    starts = (cu_seqlens[:-1].long()).repeat_interleave(lengths // cp_size)
-    angles = freqs[zigzag(lengths, cp_rank, cp_size) - starts]
-    return rope_utils._apply_rotary_pos_emb_bshd(t[:, None], angles, rotary_interleaved=interleaved)[:, 0]
-
-
-def te_general_gemm(
-    A: Tensor,
-    B: Tensor,
-    out_dtype: torch.dtype | None,
-    layout: str,
-    bias: Tensor | None,
-    **_: object,
-) -> list[Tensor]:
-    """Return B A^T (TN), B A (NN) or B^T A (NT), as BLAS names them for column-major matrices."""
-    dtype = out_dtype or A.dtype
-    first = B.to(dtype).T if layout[1] == "T" else B.to(dtype)
-    second = A.to(dtype).T if layout[0] == "T" else A.to(dtype)
-    return [first @ second if bias is None else first @ second + bias.to(dtype)]
-
-
-def fused_permute_with_probs(inp: Tensor, probs: Tensor, routing_map: Tensor, **_: object) -> tuple[Tensor, ...]:
-    """Return the tokens of expert 0, then of expert 1, ...; their probabilities; their indices in ``inp``."""
-    map_ET = routing_map.bool().T.contiguous()
-    order = torch.arange(len(inp)).expand(len(map_ET), -1).masked_select(map_ET)
-    return inp[order], probs.T.contiguous().masked_select(map_ET), order
-
-
-def fused_unpermute(
-    inp: Tensor, row_id_map: Tensor, merging_probs: Tensor | None, restore_shape: torch.Size, **_: object
-) -> Tensor:
-    """Return the sum of each token's expert outputs; ``row_id_map`` is from the stand-in of the permutation."""
-    assert merging_probs is None
-    return torch.zeros(restore_shape, dtype=inp.dtype).index_add(0, row_id_map, inp)
-
-
-def fused_sort_chunks_by_index_with_probs(
-    inp: Tensor, probs: Tensor, split_sizes: Tensor, sorted_index: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the chunks of rows, and of their probabilities, in the given order."""
-    return (
-        fused_sort_chunks_by_index(inp, split_sizes, sorted_index),
-        fused_sort_chunks_by_index(probs, split_sizes, sorted_index),
+    setattr(utils, "get_attention_backend", chosen)  # noqa: B010
+    edit_method(
+        backends.FusedAttention, "forward", "[torch.float16, torch.bfloat16]", "[torch.bfloat16, torch.float32]"
     )
 
 
-def fused_sort_chunks_by_index(inp: Tensor, split_sizes: Tensor, sorted_index: Tensor) -> Tensor:
-    """Return the chunks of rows in the given order."""
-    chunks = inp.split(split_sizes.tolist())
-    return torch.cat([chunks[index] for index in sorted_index.tolist()])
+def edit_method(owner: type, name: str, old: str, new: str) -> None:
+    """Compile a method again with one expression replaced."""
+    method = getattr(owner, name)
+    lines, first = inspect.getsourcelines(inspect.unwrap(method))
+    source = textwrap.dedent("".join(line for line in lines if not line.strip().startswith("@")))
+    assert source.count(old) == 1, source.count(old)
+    module = sys.modules[owner.__module__]
+    scope: dict[str, Callable[..., object]] = {}
+    exec(compile(source.replace(old, new), f"{module.__file__} (line {first}, edited)", "exec"), vars(module), scope)
+    setattr(owner, name, scope[name])
+
+
+def apex_extension() -> ModuleType:
+    """Return a stand-in of apex's extension that adds weight gradients to main gradients."""
+    module = ModuleType("fused_weight_gradient_mlp_cuda")
+
+    def add(inputs: Tensor, output_gradients: Tensor, main_gradient: Tensor) -> None:
+        main_gradient += kernels.product(inputs, False, output_gradients, True)
+
+    for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
+        setattr(module, name, add)
+    return module

@@ -21,7 +21,7 @@ from tests.policy import families
 from tests.policy.families import MIXTURES
 from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
-from tests.te.layouts import CASES, parallel_of
+from tests.te.layouts import CASES, LAYOUTS, parallel_of
 
 pytestmark = [pytest.mark.te, pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
@@ -89,9 +89,9 @@ def disagreements_of(shard: LocalParam, mesh: Mesh) -> list[str]:
 def test_the_spec_has_the_parameters_of_the_table(tmp_path: Path, monkeypatch, name: str, layout: str) -> None:
     monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")  # after the stand-ins, torch reports a CUDA device
     families.save(name, tmp_path, torch.bfloat16)
-    ranks, parallel = parallel_of(name, layout)
+    ranks = LAYOUTS[layout].ranks
 
-    built = run_ranks(build, ranks, str(tmp_path), parallel, initialize=False, timeout_seconds=280)
+    built = run_ranks(build, ranks, str(tmp_path), parallel_of(name, layout), initialize=False, timeout_seconds=280)
 
     assert [text for rank in built for text in rank.disagreements] == []
     family = family_of(read_hf_config(tmp_path))

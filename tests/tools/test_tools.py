@@ -120,7 +120,13 @@ def test_the_scripts_that_measure_a_gpu_run_end_to_end_on_a_cpu(tmp_path: Path) 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     written = {path.name for path in tmp_path.glob("*.json")}
-    assert written == {f"{part}.json" for part in ("limit", "segments", "push", "ipc", "step-1.5B-8k")}
+    smoke = {f"smoke-{part}" for part in ("import", "spec", "step", "parity")}
+    assert written == {
+        f"{part}.json" for part in ("limit", "segments", "push", "ipc", "step-1.5B-8k", "result", *smoke)
+    }
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert smoke < {step["step"] for step in result["steps"]}
+    assert {step["exit"] for step in result["steps"]} == {0}
     tables = (tmp_path / "tables.md").read_text()
     assert "| 1.5B-8k |" in tables
     assert "step-1.5B-8k, slowest operations" in tables

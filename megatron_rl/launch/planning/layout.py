@@ -152,10 +152,13 @@ def _check_experts(
 def _check_attention(
     layout: ParallelLayout, sizes: ModelSizes, setting: DescribeSetting, *, on_gloo: bool
 ) -> Iterator[str]:
-    if sizes.attention_sinks and not on_gloo and layout.context > 1:
+    heads, kv_heads = sizes.heads // layout.tensor, sizes.kv_heads // layout.tensor
+    special = sizes.attention_sinks or sizes.windowed_layers
+    if special and not on_gloo and (heads % layout.context or kv_heads % layout.context):
         yield (
-            f"{setting('context')}, and the model's attention has sinks: transformer-engine supports them only with"
-            " cp_comm_type = a2a, which was not tested; write context = 1"
+            f"{setting('context')}: with sinks or windows, transformer-engine shares out heads over context ranks,"
+            f" and a tensor rank has {heads} query and {kv_heads} key-value heads; write"
+            f" {_nearest_divisors(kv_heads, layout.context)}"
         )
 
 

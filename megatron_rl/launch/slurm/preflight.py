@@ -28,8 +28,14 @@ from megatron_rl.config.load import to_json
 from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.links import free_gpu_bytes, measure_links
 from megatron_rl.errors import TrainingError
+from megatron_rl.launch.planning.attention import attention_problems
+from megatron_rl.launch.planning.layout import layout_of
+from megatron_rl.launch.planning.model_sizes import model_sizes
+from megatron_rl.launch.planning.run_plan import batch_sizes
 from megatron_rl.launch.slurm.fleet_check import check_fleet
 from megatron_rl.launch.versions import found_versions
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.policy.engine_attention import why_not_asked
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.console import make_console
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
@@ -93,7 +99,9 @@ def report(run: Run, folder: Path) -> int:
 
 def _node_problems(run: Run) -> Iterator[str]:
     """Yield the problems that this node finds without comparing it with others."""
-    if not (Path(run.model.path) / "config.json").is_file():
+    if (Path(run.model.path) / "config.json").is_file():
+        yield from _attention_problems(run)
+    else:
         yield f"does not see the model {run.model.path}"
     folder = Path(run.log.path)
     probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
@@ -107,6 +115,14 @@ def _node_problems(run: Run) -> Iterator[str]:
             listening.bind(("", 0))
     except OSError as error:
         yield f"cannot open a port: {error.strerror}"
+
+
+def _attention_problems(run: Run) -> Iterator[str]:
+    if why_not_asked() is not None:
+        return
+    layout = layout_of(run.parallel, None, run.model.megatron)
+    sizes = model_sizes(family_of(read_hf_config(Path(run.model.path))))
+    yield from attention_problems(run, layout, sizes, batch_sizes(run, layout).longest)
 
 
 def _clock_difference(folder: Path) -> float:

@@ -154,7 +154,7 @@ def test_launched_ranks_override_the_config():
     ("settings", "words"),
     [
         (("tensor=2",), r"expert_tensor = 2 .*biases.*write expert_tensor = 1"),
-        (("context=2",), r"context = 2 .*sinks.*write context = 1"),
+        (("tensor=4", "expert=4", "context=2"), r"context = 2.*sinks.*write 1"),
     ],
 )
 def test_unsupported_transformer_engine_layouts_are_refused_only_on_gpus(settings, words):
