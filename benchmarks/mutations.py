@@ -103,10 +103,10 @@ def row(mistake: Mistake) -> tuple[bool, str]:
         result = run_check(mistake=mistake.name, check=check)
         if result.failed:
             print(f"{mistake.name}: detected by {check}: {result.message}", flush=True)
-            return True, f"| {mistake.name} | `{mistake.module}` | `{check}` |"
+            return True, f"| {mistake.name} | `{mistake.module.replace('.', '/')}.py` | `{check}` |"
         broken = "" if result.passed else f" (did not run: {result.message[-300:]!r})"
     print(f"{mistake.name}: SURVIVED{broken}", flush=True)
-    return False, f"| {mistake.name} | `{mistake.module}` | nothing: **SURVIVED**{broken} |"
+    return False, f"| {mistake.name} | `{mistake.module.replace('.', '/')}.py` | nothing: **SURVIVED**{broken} |"
 
 
 def document(lines: Sequence[str], summary: str, date: str) -> str:
