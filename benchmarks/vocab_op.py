@@ -79,7 +79,7 @@ def tiles(columns: int, compiled: bool, shifted: bool) -> Operation:
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         passes = compiled_passes(weight.device.type) if compiled else eager_passes()
         shard = VocabShard(0, len(weight), 1.0, None, columns, passes, shifted)
-        return HeadLogprobs.apply(hidden, weight, targets, shard)
+        return HeadLogprobs.apply(hidden, weight, targets, shard, None)
 
     return call
 

@@ -93,6 +93,10 @@ class Parallel(Section):
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
+MOST_KEPT_IDS = 1024
+"""Largest ``rollout.sampling.top_k`` with ``keep_mask``: 4 KiB per token of a batch."""
+
+
 class Sampling(Section):
     """Sampling parameters."""
 
@@ -102,10 +106,22 @@ class Sampling(Section):
     """Nucleus sampling; below 1 the engine's log-probs differ from the trainer's."""
     top_k: int = -1
     """Sample from the k most likely tokens; -1 disables it."""
+    keep_mask: bool = False
+    """Restrict the trainer's log-probs and entropies to the token ids that top_k and top_p left to sample from, which
+    the engine returns (DeepSeek-V3.2, arXiv 2512.02556)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 1024
     """Maximum response length, in tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a response, in addition to the end-of-sequence token."""
+
+    @model_validator(mode="after")
+    def _check_mask(self) -> "Sampling":
+        if self.keep_mask and not 0 < self.top_k <= MOST_KEPT_IDS:
+            raise ValueError(
+                f"keep_mask with top_k = {self.top_k}: every token of a batch gets a list of up to top_k ids; write a"
+                f" top_k of at most {MOST_KEPT_IDS}, which also bounds what top_p keeps"
+            )
+        return self
 
 
 RoutingReplay = Literal["none", "report", "r2", "r3"]
@@ -161,6 +177,15 @@ class Rollout(Section):
     """Path of the ``sglang-router`` command; with several servers, plain generation uses it."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of started servers."""
+
+    @model_validator(mode="after")
+    def _check_mask_engine(self) -> "Rollout":
+        if self.engine == "vllm" and self.sampling.keep_mask:
+            raise ValueError(
+                "sampling.keep_mask needs an engine that returns sampling masks in the form of SGLang 0.5.23: write"
+                ' engine = "sglang" or "embedded", or keep_mask = false'
+            )
+        return self
 
 
 class Advantage(Section):

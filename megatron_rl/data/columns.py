@@ -3,7 +3,8 @@
 ``Batch`` rejects columns that are not listed in ``COLUMNS``, so a new column starts with an entry there. An objective
 may add unlisted columns ``extra_NAME_T``, floating-point or integer, that only its ``cost`` reads.
 
-Legend: T all tokens of the batch, prompts included, B responses, L layers with experts, K experts per token.
+Legend: T all tokens of the batch, prompts included, B responses, L layers with experts, K experts per token, Q ids of
+a token's sampling mask.
 """
 
 from collections.abc import Mapping
@@ -102,6 +103,14 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "rollout.routes",
             ("policy.routing_replay", "observability.routing_statistics"),
             "True where the rollout engine reported its experts",
+        ),
+        ColumnSpec(
+            "kept_ids_T",
+            (torch.int32,),
+            "rollout.sampling_masks",
+            ("policy.rows",),
+            "token ids that top_p and top_k left to sample from, -1 as padding; only -1 where the engine reported none",
+            trailing=("Q",),
         ),
         ColumnSpec(
             "sample_index_B",

@@ -52,6 +52,9 @@ class Response:
     routes: Tensor | None = field(default=None, compare=False, repr=False)
     """Expert indices that the engine reported, [prompt + output tokens - 1, L, K] (see ``RouteShape``), or None. The
     last token has no entry because the model never processes it."""
+    kept_ids: Tensor | None = field(default=None, compare=False, repr=False)
+    """Token ids that each output token was sampled from, int32 [output tokens, longest set], -1 as padding and on
+    tokens that were not sampled; None if the engine did not return them."""
     observed: tuple[tuple[int, int], ...] = ()
     """(start, end): output tokens ``start:end`` come from an environment. They are not sampled and not trained."""
     last_turn: str | None = None
@@ -71,20 +74,22 @@ class Response:
         return tuple(mask)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields as a JSON object; ``routes`` is encoded as [dtype, shape, base64 of the bytes]."""
-        fields = asdict(replace(self, routes=None))
-        if self.routes is not None:
-            array = self.routes.numpy()
-            fields["routes"] = [str(array.dtype), list(array.shape), b64encode(array.tobytes()).decode("ascii")]
+        """Return all fields as a JSON object; a tensor is encoded as [dtype, shape, base64 of the bytes]."""
+        fields = asdict(replace(self, routes=None, kept_ids=None))
+        for name, tensor in (("routes", self.routes), ("kept_ids", self.kept_ids)):
+            if tensor is not None:
+                array = tensor.numpy()
+                fields[name] = [str(array.dtype), list(array.shape), b64encode(array.tobytes()).decode("ascii")]
         return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Response":
         """Return the response that ``to_json`` encoded; missing fields get their defaults."""
         values = {name: _as_tuple(value) for name, value in fields.items()}
-        if values.get("routes") is not None:
-            dtype, shape, data = values["routes"]
-            values["routes"] = torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())
+        for name in ("routes", "kept_ids"):
+            if values.get(name) is not None:
+                dtype, shape, data = values[name]
+                values[name] = torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())
         return cls(**values)
 
 

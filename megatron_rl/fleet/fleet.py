@@ -189,7 +189,9 @@ class Fleet:
             routes: see ``generate``.
         """
         params = sampling_params(sampling)
-        batches = plan_requests(prompts, group_size, params, seed, self.sequences_per_request, routes)
+        batches = plan_requests(
+            prompts, group_size, params, seed, self.sequences_per_request, routes, sampling.keep_mask
+        )
         starts = accumulate((len(batch.prompts) for batch in batches), initial=0)
         return [
             (start, self._loop.start(self._groups(batch, weight_versions)))
@@ -297,7 +299,8 @@ class Fleet:
             if versions is not None:
                 await self._require(versions)
             # The router gets the first attempt only: later ones go to a server chosen here.
-            via_router = requests[0].routes is None and requests[0].max_new_tokens > 0 and not attempt
+            plain = requests[0].routes is None and not requests[0].keep_mask and requests[0].max_new_tokens > 0
+            via_router = plain and not attempt
             # An abandoned request may still run on its server, so its id is not used again.
             remaining = results.remaining(f"@{attempt}" if attempt else "")
             member = await self.dispatcher.choose(number, remaining, allowed, errors, use_router=via_router)

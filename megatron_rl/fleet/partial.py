@@ -52,7 +52,7 @@ def _remainder(request: GenerationRequest, head: GenerationResult | None) -> Gen
         "max_new_tokens": request.max_new_tokens - len(head.output_ids),
         "sampling_seed": fold_seed((seed, len(head.output_ids))),
     }
-    return GenerationRequest(request.rid, request.input_ids + head.output_ids, params, request.routes)
+    return replace(request, input_ids=request.input_ids + head.output_ids, sampling_params=params)
 
 
 def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode | None = None) -> GenerationResult:
@@ -76,6 +76,7 @@ def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode 
         text=head.text + tail.text if decode is None else decode(shown),
         weight_versions=tuple(span for span in spans if span[2] > span[1]),
         routes=_join_routes(head.routes, tail.routes),
+        kept_ids=None if head.kept_ids is None or tail.kept_ids is None else head.kept_ids + tail.kept_ids,
     )
 
 

@@ -18,6 +18,8 @@ from megatron_rl.errors import RolloutError
 
 T = TypeVar("T")
 Json = Mapping[str, object]
+KeptIds = tuple[tuple[int, ...], ...]
+"""For each output token, the ids that it was sampled from."""
 
 
 class Endpoint(StrEnum):
@@ -75,6 +77,8 @@ class GenerationRequest:
     sampling_params: Json
     routes: RouteShape | None = None
     """Shape of the routes, if the server should return the experts that each token was routed to."""
+    keep_mask: bool = False
+    """Whether the server should return the ids that top-k and top-p left to sample each token from."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -91,7 +95,8 @@ class GenerationResult:
     rid: str
     output_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Log-probability of each output token, in nats, at the sampling temperature, before top-k and top-p."""
+    """Log-probability of each output token, in nats, at the sampling temperature, before top-k and top-p; after them if
+    ``kept_ids`` is not None."""
     input_logprobs: tuple[float, ...]
     """Log-probability of each input token but the first, in nats, at temperature 1; empty unless scoring."""
     text: str
@@ -100,6 +105,8 @@ class GenerationResult:
     """(version, start, end): the weights that generated each span of output tokens."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Experts of each token but the last, see ``RouteShape.decode``; None if the server did not return them."""
+    kept_ids: KeptIds | None = None
+    """Ids that each output token was sampled from; None if the server did not return them."""
 
 
 def generate_body(requests: Sequence[GenerationRequest]) -> Json:
@@ -112,6 +119,7 @@ def generate_body(requests: Sequence[GenerationRequest]) -> Json:
         "return_logprob": True,
         "logprob_start_len": 0 if scoring else -1,
         **({"return_routed_experts": True} if any(request.routes for request in requests) else {}),
+        **({"return_sampling_mask": True} if any(request.keep_mask for request in requests) else {}),
     }
 
 
@@ -167,6 +175,10 @@ class _ResultParser:
             raise BadAnswer(f"{self.where}: output_ids are not all token ids")
         finish_reason = self.finish(meta, output_ids, request)
         logprobs = self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if output_ids else ()
+        kept_ids = self.kept_ids(meta, request, output_ids)
+        if kept_ids:
+            values = self.field(meta, "output_token_sampling_logprobs", list)
+            logprobs = self.logprobs([[*pair] for pair in zip(values, output_ids, strict=False)], output_ids)
         versions = self.versions(meta, len(output_ids))
         if allowed is not None and any(v not in allowed for v, _, _ in versions):
             raise WrongVersion(
@@ -180,8 +192,22 @@ class _ResultParser:
         text = self.field(entry, "text", str)
         routes = self.routes(meta, request, len(request.input_ids) + len(output_ids) - 1)
         return GenerationResult(
-            request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes
+            request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes, kept_ids
         )
+
+    def kept_ids(self, meta: Json, request: GenerationRequest, output_ids: Sequence[int]) -> KeptIds | None:
+        """Return the ids that each output token was sampled from; None if they were not requested or not returned."""
+        if not request.keep_mask or (output_ids and meta.get("output_token_sampling_mask") is None):
+            return None
+        masks = self.field(meta, "output_token_sampling_mask", list) if output_ids else []
+        if len(masks) != len(output_ids):
+            raise BadAnswer(f"{self.where}: {len(masks)} sampling masks for {len(output_ids)} tokens")
+        for position, (mask, token_id) in enumerate(zip(masks, output_ids, strict=True)):
+            if not isinstance(mask, list) or not all(type(i) is int and i >= 0 for i in mask) or token_id not in mask:
+                raise BadAnswer(
+                    f"{self.where}: the sampling mask of output token {position}, id {token_id}, is {str(mask)[:60]}"
+                )
+        return tuple(map(tuple, masks))
 
     def routes(self, meta: Json, request: GenerationRequest, tokens: int) -> np.ndarray | None:
         """Return the experts of every token but the last, which the model has not processed."""

@@ -4,8 +4,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+from torch import Tensor
 
 from megatron_rl.config.schema import Sampling
 from megatron_rl.data.routes import RouteShape
@@ -53,6 +55,7 @@ def plan_requests(
     seeds: Sequence[int],
     sequences_per_request: int,
     routes: RouteShape | None = None,
+    keep_mask: bool = False,
 ) -> list[RequestBatch]:
     """Return the requests for ``group_size`` responses to each prompt.
 
@@ -71,7 +74,7 @@ def plan_requests(
             repeat = repeats[prompt.id]
             repeats[prompt.id] += 1
             group = [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
-            sequences += [replace(request, routes=routes) for request in group]
+            sequences += [replace(request, routes=routes, keep_mask=keep_mask) for request in group]
         repeated = tuple(prompt for prompt in part for _ in range(group_size))
         request = HttpRequest(repeated, (*range(group_size),) * len(part), tuple(sequences))
         requests = request.split() if sequences_per_request == 1 else [request]
@@ -109,7 +112,17 @@ def _response(prompt: Prompt, index: int, request: GenerationRequest, result: Ge
         finish_reason=result.finish_reason,
         weight_versions=tuple((_number(v, request.rid), start, end) for v, start, end in result.weight_versions),
         routes=None if result.routes is None else torch.from_numpy(result.routes),
+        kept_ids=None if result.kept_ids is None else _padded(result.kept_ids),
     )
+
+
+def _padded(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return lists of token ids as int32 [lists, longest list], filled up with -1."""
+    counts = torch.tensor([len(row) for row in ids], dtype=torch.int64)
+    width = int(counts.max()) if len(counts) else 0
+    padded = torch.full((len(ids), width), -1, dtype=torch.int32)
+    padded[torch.arange(width) < counts[:, None]] = torch.tensor([*chain.from_iterable(ids)], dtype=torch.int32)
+    return padded
 
 
 def _number(version: str, rid: str) -> int:

@@ -131,7 +131,10 @@ class MultiTurn:
             conversation.end("length")
             return
         conversation.result = replace(
-            result, output_ids=result.output_ids + ids, logprobs=result.logprobs + (0.0,) * len(ids)
+            result,
+            output_ids=result.output_ids + ids,
+            logprobs=result.logprobs + (0.0,) * len(ids),
+            kept_ids=None if result.kept_ids is None else result.kept_ids + ((),) * len(ids),
         )
         conversation.turn_start = end
         if end > start:

@@ -18,7 +18,7 @@ from megatron_rl.inference_server.kv_cache import DecodeCache
 from megatron_rl.inference_server.masks import attention_masks
 from megatron_rl.inference_server.requests import ActiveSequence
 from megatron_rl.inference_server.route_recorder import RouteRecorder, recording
-from megatron_rl.inference_server.sampler import SamplingTensors, sample
+from megatron_rl.inference_server.sampler import SamplingTensors, kept_probs, sample
 
 _COMPACT_BELOW = 0.75
 """Fraction of active sequences below which finished ones are removed; removing them copies the whole cache."""
@@ -127,6 +127,7 @@ class DecodeBatch:
         positions_B = state.counts_B.clamp(max=state.output_ids_BT.shape[1] - 1)
         state.output_ids_BT[self.indices_B, positions_B] = ids_B
         state.logprobs_BT[self.indices_B, positions_B] = logprobs_B.double()
+        self._note_masks(logits_BV, ids_B)
         state.last_ids_B, state.counts_B = ids_B, state.counts_B + 1
         at_limit_B = state.counts_B >= state.limits_B
         at_stop_B = (ids_B[:, None] == state.stop_ids).any(1)
@@ -144,6 +145,17 @@ class DecodeBatch:
                 else {"type": "stop", "matched": sequence.output_ids[-1]}
             )
         return self._remove(ended)
+
+    def _note_masks(self, logits_BV: Tensor, ids_B: Tensor) -> None:
+        """Append the ids that the newest token was sampled from, for the sequences that return them."""
+        noted = {i: sequence for i, sequence in self.active.items() if sequence.return_sampling_mask}
+        if not noted:
+            return
+        probs_BV = kept_probs(logits_BV, self.sampling)
+        logprobs_B = probs_BV.gather(1, ids_B[:, None])[:, 0].log()
+        for i, sequence in noted.items():
+            sequence.kept_ids.append(probs_BV[i].nonzero()[:, 0].tolist())
+            sequence.kept_logprobs.append(float(logprobs_B[i]))
 
     def _write_back(self, indices: Sequence[int]) -> None:
         """Copy the tokens decoded so far to these sequences."""

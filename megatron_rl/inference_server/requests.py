@@ -62,6 +62,7 @@ class GenerateBody(_Strict):
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
     return_routed_experts: bool = False
+    return_sampling_mask: bool = False
     stream: bool = False
 
 
@@ -108,6 +109,12 @@ class ActiveSequence:
     finish_reason: Mapping[str, str | int | None] | None = None
     num_retractions: int = 0
     seed: int | None = None
+    return_sampling_mask: bool = False
+    """Whether to return the ids that each token was sampled from."""
+    kept_ids: list[list[int]] = field(default_factory=list)
+    """Ids that each output token was sampled from; empty if not returned."""
+    kept_logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each output token among these ids, in nats; empty if not returned."""
     return_routes: bool = False
     """Whether to return the experts that each token was routed to."""
     routes: Tensor | None = None
@@ -151,6 +158,8 @@ def parse_request(raw: bytes) -> Request:
     params = _per_prompt("sampling_params", body.sampling_params, len(prompts))
     rids = [None] * len(prompts) if body.rid is None else _per_prompt("rid", body.rid, len(prompts))
     logprobs = _per_prompt("return_logprob", body.return_logprob, len(prompts))
+    if body.return_sampling_mask and not all(p.truncates for p in params):
+        raise BadRequest("return_sampling_mask: nothing is masked; write top_k or top_p in sampling_params")
     starts = _per_prompt("logprob_start_len", body.logprob_start_len, len(prompts))
     sequences = [
         # With n > 1 SGLang replaces the given ids by new ones. The seeds must differ, or all n outputs would be equal.
@@ -163,6 +172,7 @@ def parse_request(raw: bytes) -> Request:
             limit=p.max_new_tokens,
             seed=_seed_of(p, i),
             return_routes=body.return_routed_experts,
+            return_sampling_mask=body.return_sampling_mask,
         )
         for prompt, p, rid, logprob, start in zip(prompts, params, rids, logprobs, starts, strict=True)
         for i in range(p.n)

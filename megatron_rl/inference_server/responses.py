@@ -23,6 +23,7 @@ def response_json(sequence: ActiveSequence, model: ServedModel, latency_seconds:
             "weight_versions": _versions(sequence),
             "e2e_latency": latency_seconds,
             **_logprobs(sequence),
+            **_sampling_mask(sequence),
             **({} if sequence.routes is None else {"routed_experts": encode_routes(sequence.routes.numpy())}),
         },
     }
@@ -41,6 +42,15 @@ def _logprobs(sequence: ActiveSequence) -> Json:
         ids = sequence.prompt[sequence.input_start :]
         entries["input_token_logprobs"] = [[p, i, None] for p, i in zip(logprobs, ids, strict=True)]
     return entries
+
+
+def _sampling_mask(sequence: ActiveSequence) -> Json:
+    if not sequence.return_sampling_mask:
+        return {}
+    return {
+        "output_token_sampling_mask": sequence.kept_ids,
+        "output_token_sampling_logprobs": sequence.kept_logprobs,
+    }
 
 
 def _versions(sequence: ActiveSequence) -> list[Json]:

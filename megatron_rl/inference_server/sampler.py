@@ -71,8 +71,7 @@ def sample(logits_BV: Tensor, params: SamplingTensors, positions_B: Tensor) -> t
 
     As in SGLang, log-probabilities are those after temperature and before top-k, top-p and min-p.
     """
-    dtype = logits_BV.dtype if logits_BV.dtype == torch.float64 else torch.float32
-    logprobs_BV = (logits_BV.to(dtype) / params.temperatures_B[:, None].to(dtype)).log_softmax(-1)
+    logprobs_BV = _logprobs(logits_BV, params)
     ids_B = logprobs_BV.argmax(-1)
     if not params.all_greedy:
         probs_BV = logprobs_BV.double().exp()
@@ -84,6 +83,19 @@ def sample(logits_BV: Tensor, params: SamplingTensors, positions_B: Tensor) -> t
         sampled_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
         ids_B = torch.where(params.greedy_B, ids_B, sampled_B.clamp_(max=logits_BV.shape[1] - 1))
     return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]
+
+
+def _logprobs(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
+    dtype = logits_BV.dtype if logits_BV.dtype == torch.float64 else torch.float32
+    return (logits_BV.to(dtype) / params.temperatures_B[:, None].to(dtype)).log_softmax(-1)
+
+
+def kept_probs(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
+    """Return the probabilities, float64 [B, V], that tokens are sampled with: 0 where excluded, and a sum of 1."""
+    probs_BV = _logprobs(logits_BV, params).double().exp()
+    greedy_BV = torch.zeros_like(probs_BV).scatter_(1, probs_BV.argmax(-1, keepdim=True), 1.0)
+    kept_BV = truncate(probs_BV, params)
+    return torch.where(params.greedy_B[:, None], greedy_BV, kept_BV / kept_BV.sum(-1, keepdim=True))
 
 
 def truncate(probs_BV: Tensor, params: SamplingTensors) -> Tensor:

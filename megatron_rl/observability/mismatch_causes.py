@@ -78,6 +78,8 @@ class MismatchSettings:
     @property
     def truncations(self) -> list[str]:
         """The settings that truncate the engine's distribution, which the trainer does not model."""
+        if self.sampling.keep_mask:
+            return []
         top_p = [f"top_p = {self.sampling.top_p}"] if self.sampling.top_p < 1 else []
         return top_p + ([f"top_k = {self.sampling.top_k}"] if self.sampling.top_k > 0 else [])
 

@@ -1,7 +1,7 @@
 """The fused LM head: log-probabilities and entropies from hidden states, without materializing the logits.
 
 Legend: R trained tokens, H hidden size, V entries of this rank's vocabulary shard, C columns of a tile, A = H +
-``SHIFT_COLUMNS``.
+``SHIFT_COLUMNS``, Q ids of a token's sampling mask.
 
 Logits exist one tile at a time and are recomputed in the backward pass; two floats per token are saved. Sums are in
 float32 or float64. The cost is four matrix products of 2 R H V operations each:
@@ -90,6 +90,7 @@ def head_logprobs_entropies(
     temperature: float = 1.0,
     group: RankGroup = None,
     vocab_size: int | None = None,
+    kept_ids_RQ: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the targets and entropies (nats) of softmax(hidden weight^T / temperature), [R] each.
@@ -105,6 +106,8 @@ def head_logprobs_entropies(
         temperature: divides the logits.
         group: the ranks that shard the vocabulary. Communication is one all-gather of four floats per token.
         vocab_size: ids from ``vocab_size`` on are padding, with probability 0; None: no padding.
+        kept_ids_RQ: integer ids that a token was sampled from, filled up with -1: all others have probability 0. A
+            row of -1 is not restricted, and a target is never excluded. None: no token is restricted.
         backend: implementation, see ``Backend``.
 
     Raises:
@@ -119,9 +122,38 @@ def head_logprobs_entropies(
     chosen = choose_backend(backend, weight_VH.device.type, -(-rows // columns))
     passes = _passes(chosen, weight_VH.device.type)
     shard = VocabShard(first_id, rows, temperature, group, columns, passes)
+    mask = None if kept_ids_RQ is None else SamplingMask.of(kept_ids_RQ, targets_R, first_id)
     if chosen == "plain":
-        return _plain(hidden_RH, weight_VH, targets_R, shard)
-    return HeadLogprobs.apply(hidden_RH, weight_VH, targets_R, shard)
+        return _plain(hidden_RH, weight_VH, targets_R, shard, mask)
+    return HeadLogprobs.apply(hidden_RH, weight_VH, targets_R, shard, mask)
+
+
+@dataclass(frozen=True)
+class SamplingMask:
+    """The columns of this rank's shard that each token was sampled from.
+
+    Attributes:
+        columns_RQ: int64 columns of the shard; may be outside of it.
+        all_R: bool, True where a token is not restricted.
+    """
+
+    columns_RQ: Tensor
+    all_R: Tensor
+
+    @classmethod
+    def of(cls, kept_ids_RQ: Tensor, targets_R: Tensor, first_id: int) -> "SamplingMask":
+        """Return the mask of the ids ``kept_ids_RQ``, padded with -1, and of the targets."""
+        ids_RQ = torch.cat((kept_ids_RQ.long(), targets_R[:, None]), dim=1)
+        return cls(torch.where(ids_RQ < 0, -1, ids_RQ - first_id), (kept_ids_RQ < 0).all(1))
+
+    def apply(self, logits_RC: Tensor, start: int) -> Tensor:
+        """Set the excluded logits of the tile that begins at column ``start`` to -inf, in place; return the tile."""
+        width = logits_RC.shape[1]
+        columns_RQ = self.columns_RQ - start
+        outside_RQ = (columns_RQ < 0) | (columns_RQ >= width) | (self.columns_RQ < 0)
+        excluded_RC = torch.ones(len(logits_RC), width + 1, dtype=torch.bool, device=logits_RC.device)
+        excluded_RC.scatter_(1, torch.where(outside_RQ, width, columns_RQ), False)
+        return logits_RC.masked_fill_(excluded_RC[:, :width] & ~self.all_R[:, None], -torch.inf)
 
 
 def choose_backend(backend: Backend, device_type: str, num_tiles: int) -> Backend:
@@ -161,6 +193,7 @@ def describe_backend(device_type: str) -> str:
 
 class _HeadContext(AutogradContext, Protocol):
     shard: VocabShard
+    mask: SamplingMask | None
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -168,7 +201,12 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyrefly: ignore[bad-override] - the base takes anything
-        ctx: _HeadContext, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: VocabShard
+        ctx: _HeadContext,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        targets_R: Tensor,
+        shard: VocabShard,
+        mask: SamplingMask | None,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, [R] each."""
         columns_R = targets_R - shard.first_id
@@ -182,12 +220,14 @@ class HeadLogprobs(torch.autograd.Function):
         for tile in shard.tiles:
             tile_CH = weight_VH[tile]
             logits_RC = products.into(_part(buffer, len(hidden_RH), len(tile_CH)), tile_CH)
+            if mask is not None:
+                mask.apply(logits_RC, tile.start)
             target_logits_WR.append(pick(logits_RC, columns_R - tile.start) * scale)
             sums_WSR.append(shard.passes.sums(logits_RC, scale))
         sums_SR, target_logits_R = merge_sums(torch.stack(sums_WSR)), torch.stack(target_logits_WR).amax(0)
         logprobs_R, entropies_R, normalizers_R = finish(sums_SR, target_logits_R, shard.group)
         ctx.save_for_backward(hidden_RH, weight_VH, columns_R, torch.stack((normalizers_R, entropies_R)))
-        ctx.shard = shard
+        ctx.shard, ctx.mask = shard, mask
         ctx.set_materialize_grads(False)
         return logprobs_R, entropies_R
 
@@ -195,7 +235,7 @@ class HeadLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyrefly: ignore[bad-override] - the base takes anything
         ctx: _HeadContext, u_R: Tensor | None, v_R: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return the gradients of hidden and weight, given those of log-probabilities (u) and entropies (v)."""
         hidden_RH, weight_VH, columns_R, saved_2R = ctx.saved_tensors
         shard = ctx.shard
@@ -208,6 +248,8 @@ class HeadLogprobs(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight_VH) if wants_weight else None
         for tile in shard.tiles:
             logits_RC, slopes_RC = again.logits(weight_VH[tile])
+            if ctx.mask is not None:
+                ctx.mask.apply(logits_RC, tile.start)
             shard.passes.slopes(slopes_RC, logits_RC, columns_R - tile.start, upstream, scale)
             if hidden_gradient is not None:
                 _add_product(hidden_gradient, slopes_RC, weight_VH[tile])
@@ -215,7 +257,7 @@ class HeadLogprobs(torch.autograd.Function):
                 torch.mm(slopes_RC.T, hidden_RH, out=weight_gradient[tile])
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden_RH.dtype)
-        return hidden_gradient, weight_gradient, None, None
+        return hidden_gradient, weight_gradient, None, None, None
 
 
 class _RecomputedLogits:
@@ -289,10 +331,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _plain(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def _plain(
+    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, shard: VocabShard, mask: SamplingMask | None
+) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies, [R] each, from materialized logits."""
     dtype = wide(hidden_RH.dtype)
     logits_RV = hidden_RH.to(dtype) @ weight_VH.to(dtype).T
     padding_V = torch.arange(len(weight_VH), device=weight_VH.device) >= shard.rows
     logits_RV = logits_RV.masked_fill(padding_V, -torch.inf)
+    if mask is not None:
+        logits_RV = mask.apply(logits_RV, 0)
     return vocab_logprobs_entropies(logits_RV, targets_R, temperature=shard.temperature, group=shard.group)

@@ -75,7 +75,13 @@ class PolicyModel(GPTModel):
         return prepared
 
     def _postprocess(
-        self, hidden_states: Tensor, *args: object, labels: Tensor, loss_mask: Tensor, **kwargs: object
+        self,
+        hidden_states: Tensor,
+        *args: object,
+        labels: Tensor,
+        loss_mask: Tensor,
+        packed_seq_params: PackedRow,
+        **kwargs: object,
     ) -> Tensor:
         if not self.post_process:
             return hidden_states
@@ -92,6 +98,7 @@ class PolicyModel(GPTModel):
             temperature=self.head_temperature,
             group=tensor_group,
             vocab_size=self.head_vocab_size,
+            kept_ids_RQ=packed_seq_params.kept_ids_RQ,
         )
         return torch.stack([logprobs_R, entropies_R])
 

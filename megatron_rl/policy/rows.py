@@ -2,7 +2,7 @@
 
 Legend: W positions of the whole row, T tokens of this context-parallel rank, padding included, R trained tokens among
 them, N sequences of the row, B sequences of a bucket, S their maximum length, L layers with experts,
-K experts per token.
+K experts per token, Q ids of a token's sampling mask.
 """
 
 from dataclasses import dataclass, field, replace
@@ -64,6 +64,8 @@ class PackedRow(PackedSeqParams):
     Attributes:
         sequence_ends: int32 cumulative sequence lengths, starting with 0, without the padding at the end of the row.
         num_tokens: tokens in these sequences.
+        routes: experts to replay or record; None: none.
+        kept_ids_RQ: ids that each trained token was sampled from, -1 as padding; None: tokens are not restricted.
     """
 
     qkv_format: str = "thd"
@@ -76,6 +78,7 @@ class PackedRow(PackedSeqParams):
     sequence_ends: Tensor | None = None
     num_tokens: int = 0
     routes: RowRoutes | None = None
+    kept_ids_RQ: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -130,7 +133,11 @@ def rank_row(row: Row, batch: Batch, mesh: Mesh, qkv_format: str = "thd") -> Ran
         targets_R=batch["input_ids_T"][target_tokens_R].to(device),
         target_tokens_R=target_tokens_R,
         loss_inputs=_loss_inputs(row, batch, target_tokens_R, mesh),
-        packed=replace(_packed(row, lengths_N, local_T, mesh), qkv_format=qkv_format),
+        packed=replace(
+            _packed(row, lengths_N, local_T, mesh),
+            qkv_format=qkv_format,
+            kept_ids_RQ=batch["kept_ids_T"][target_tokens_R].to(device) if "kept_ids_T" in batch else None,
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from megatron_rl.algorithms.advantages import advantages, gdpo
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch, Columns, Group, Prompt, Response
 from megatron_rl.rollout.routes import requested_routes, route_columns
+from megatron_rl.rollout.sampling_masks import mask_columns
 from megatron_rl.tasks.base import Verdict
 
 
@@ -21,7 +22,8 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
 
     Columns: those of ``token_columns``; ``sample_index_B``, the index of the response among all responses of the step,
     as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``, the index of the group;
-    ``advantages_B``. If the engine returns the experts it chose, also the columns of ``route_columns``.
+    ``advantages_B``. If the engine returns the experts it chose, also the columns of ``route_columns``;
+    with ``rollout.sampling.keep_mask``, ``kept_ids_T``.
     """
     samples = [(group.prompt, response) for group in groups for response in group.responses]
     responses = [response for _, response in samples]
@@ -41,6 +43,8 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     }
     if (shape := requested_routes(run)) is not None:
         columns |= route_columns(responses, lengths, shape)
+    if run.rollout.sampling.keep_mask:
+        columns |= mask_columns(responses, lengths)
     batch = Batch(torch.tensor(lengths), columns)
     return drop_zero_advantage_groups(batch) if run.train.filter_zero_variance else batch
 

@@ -29,7 +29,7 @@ def heldout_prompts(run: Run, task: Task) -> tuple[Prompt, ...]:
 def evaluation_request(run: Run, prompts: tuple[Prompt, ...], step: int) -> EvaluationRequest:
     """Return the request that evaluates the weights after ``step`` rollout batches."""
     # Temperature 0 is greedy decoding, which the validation of training's own sampling refuses.
-    sampling = run.rollout.sampling.model_copy(update={"temperature": run.evaluate.temperature})
+    sampling = run.rollout.sampling.model_copy(update={"temperature": run.evaluate.temperature, "keep_mask": False})
     return prompts, run.evaluate.samples, sampling, (run.train.seed, step, EVALUATION)
 
 

@@ -43,6 +43,27 @@ def test_paused_rows_go_on_and_finish_with_the_same_tokens(moe_folder: Path, mod
     assert [sequence.num_retractions for sequence in request.sequences] == [int(mode == "retract")] * 3
 
 
+def test_sampling_masks_follow_their_tokens_through_a_retraction(moe_folder: Path) -> None:
+    params = [{"max_new_tokens": 40 + 20 * i, "sampling_seed": i, "top_k": 3 + i, "top_p": 0.9} for i in range(3)]
+    with running(moe_folder) as engine:
+        request = request_of(prompts_of(4, 7, 5), params, return_sampling_mask=True)
+        engine.submit(request)
+        wait_for_tokens(engine)
+        engine.call(lambda: engine.pause("retract")).result()
+        engine.call(engine.resume).result()
+        request.done.result(timeout=30)
+        with pytest.raises(BadRequest, match="nothing is masked"):
+            request_of(prompts_of(4), [{"max_new_tokens": 4}], return_sampling_mask=True)
+    for i, sequence in enumerate(request.sequences):
+        assert len(sequence.kept_ids) == len(sequence.kept_logprobs) == len(sequence.output_ids)
+        for token_id, kept, logprob, full in zip(
+            sequence.output_ids, sequence.kept_ids, sequence.kept_logprobs, sequence.logprobs, strict=True
+        ):
+            assert token_id in kept
+            assert 1 <= len(kept) <= 3 + i
+            assert full <= logprob + 1e-6 <= 1e-5
+
+
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_a_weight_change_in_the_middle_is_recorded_token_by_token(moe_folder: Path, mode: PauseMode) -> None:
     prompts = prompts_of(4, 7)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import SamplingParams
-from megatron_rl.inference_server.sampler import SamplingTensors, sample, truncate, uniforms
+from megatron_rl.inference_server.sampler import SamplingTensors, kept_probs, sample, truncate, uniforms
 
 ROWS = 40_000
 # 99.9 % quantile of chi-square with n degrees of freedom
@@ -48,6 +48,21 @@ def test_draws_follow_the_softmax_at_the_temperature(temperature: float) -> None
     expected_V = (logits_V / temperature).softmax(-1)
     assert chi_square(tokens_B, expected_V) < QUANTILE[19]
     torch.testing.assert_close(logprobs_B, expected_V.log()[tokens_B], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("params", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.5, "temperature": 0.7}])
+def test_kept_probs_are_those_that_tokens_are_drawn_with(params: Mapping[str, float]) -> None:
+    logits_V = torch.linspace(-2, 2, 20)
+    sampling = columns(ROWS, **params)
+    tokens_B, _ = sample(logits_V.expand(ROWS, -1), sampling, torch.zeros(ROWS, dtype=torch.int64))
+    [probs_V] = kept_probs(logits_V[None], columns(1, **params))
+    assert float(probs_V.sum()) == pytest.approx(1, abs=1e-12)
+    assert set(tokens_B.unique().tolist()) == set(probs_V.nonzero()[:, 0].tolist())
+
+
+def test_only_one_id_is_kept_for_a_greedy_sequence() -> None:
+    [probs_V] = kept_probs(torch.linspace(-2, 2, 20)[None], columns(1, temperature=0, top_k=5))
+    assert probs_V.tolist() == [0.0] * 19 + [1.0]
 
 
 def test_truncated_draws_follow_the_rest_and_report_the_whole() -> None:

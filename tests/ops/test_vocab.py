@@ -149,10 +149,32 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(head.TILE_COLUMNS, "cpu", 8)
 
 
-def head_reference(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float, size: int):
+def masked(logits: Tensor, kept_ids: Tensor | None, targets: Tensor) -> Tensor:
+    """The logits with those outside of the ids, and of the target, at -inf; rows of -1 are left as they are."""
+    if kept_ids is None:
+        return logits
+    excluded = torch.tensor(
+        [
+            [bool((kept >= 0).any()) and i not in kept.tolist() and i != target for i in range(logits.shape[1])]
+            for kept, target in zip(kept_ids, targets.tolist(), strict=True)
+        ]
+    ).view(logits.shape)
+    return logits.masked_fill(excluded, -torch.inf)
+
+
+KEPT_IDS = torch.tensor(
+    [[0, 3, -1, -1], [26, -1, -1, -1], [-1, -1, -1, -1], [9, 20, 1, 8], [2, 2, -1, 25], [15, 3, 7, -1]],
+    dtype=torch.int32,
+)
+"""Of six tokens; the target of the fifth, and padding between its ids, are not in it."""
+
+
+def head_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float, size: int, kept_ids=None
+):
     """(outputs, gradients) in float64 from the definition."""
     hidden, weight = (tensor.detach().double().clone().requires_grad_() for tensor in (hidden, weight))
-    outputs = torch.stack(full((hidden @ weight.T)[:, :size], targets, temperature))
+    outputs = torch.stack(full(masked((hidden @ weight.T)[:, :size], kept_ids, targets), targets, temperature))
     gradients = torch.autograd.grad((outputs * upstream).sum(), (hidden, weight))
     return outputs.detach(), *gradients
 
@@ -169,6 +191,55 @@ def test_head_equals_the_definition(backend, temperature, rows):
     gradients = torch.autograd.grad((torch.stack(outputs) * upstream).sum(), (hidden, weight))
     torch.testing.assert_close((torch.stack(outputs).detach(), *gradients), expected, **EXACT)
     assert not gradients[1][27:].any(), "padding has a gradient"
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", ["plain", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sampling_mask_restricts_the_head_to_the_kept_ids(backend, dtype):
+    hidden, weight = random(6, 5, seed=1, dtype=dtype), random(30, 5, seed=2, dtype=dtype)
+    targets, upstream = torch.tensor([0, 26, 7, 8, 16, 15]), random(2, 6, seed=3)
+    expected = head_reference(hidden, weight, targets, upstream, 0.6, 27, KEPT_IDS)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    outputs = torch.stack(
+        head_logprobs_entropies(
+            hidden, weight, targets, temperature=0.6, vocab_size=27, kept_ids_RQ=KEPT_IDS, backend=backend
+        )
+    )
+    gradients = torch.autograd.grad((outputs * upstream).sum(), (hidden, weight))
+    assert outputs[0, 1] == 0.0  # one id is kept
+    # bfloat16: as in test_head_in_bfloat16_is_as_exact_as_its_inputs.
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(outputs.double(), expected[0], rtol=1e-12, atol=atol)
+    for actual, wanted in zip(gradients, expected[1:], strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(actual, wanted, **EXACT)
+        else:
+            assert (actual.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("small_tiles")
+def test_shards_of_a_masked_vocabulary_give_the_whole_one():
+    hidden, weight = random(6, 5, seed=1), random(30, 5, seed=2)
+    targets, upstream = torch.tensor([0, 26, 7, 8, 16, 15]), random(2, 6, seed=3)
+    expected = head_reference(hidden, weight, targets, upstream, 1.0, 27, KEPT_IDS)
+
+    def on_rank():
+        leaf, shard = hidden.clone().requires_grad_(), weight.chunk(2)[dist.get_rank()].clone().requires_grad_()
+        outputs = torch.stack(
+            head_logprobs_entropies(
+                leaf, shard, targets, group=dist.group.WORLD, vocab_size=27, kept_ids_RQ=KEPT_IDS, backend="tiles"
+            )
+        )
+        return outputs.detach(), *torch.autograd.grad((outputs * upstream).sum(), (leaf, shard))
+
+    first, second = run_ranks(on_rank, 2)
+    for outputs in (first[0], second[0]):
+        torch.testing.assert_close(outputs, expected[0], **EXACT)
+    torch.testing.assert_close(first[1] + second[1], expected[1], **EXACT)
+    torch.testing.assert_close(torch.cat((first[2], second[2])), expected[2], **EXACT)
 
 
 @pytest.mark.processes
@@ -251,7 +322,7 @@ def test_an_unused_entropy_costs_nothing_and_ranks_speak_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocab, "gather_over", gather)
         shard = VocabShard(0, 30, 1.0, None, 8, TilePasses(eager.sums, slopes))
-        HeadLogprobs.apply(hidden, weight, torch.arange(6), shard)[0].sum().backward()
+        HeadLogprobs.apply(hidden, weight, torch.arange(6), shard, None)[0].sum().backward()
     assert seen == [None] * 4
     assert calls == [(4, 6)]
 

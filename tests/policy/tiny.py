@@ -81,7 +81,10 @@ def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
     loss = torch.zeros((), dtype=torch.float64)
     for start, length in zip(batch.starts_B.tolist(), batch.lengths_B.tolist(), strict=True):
         ids = batch["input_ids_T"][start : start + length]
-        logs = torch.log_softmax(model(ids[None]).logits[0, :-1], dim=-1)
+        logits = model(ids[None]).logits[0, :-1]
+        if "kept_ids_T" in batch:
+            logits = masked(logits, batch["kept_ids_T"][start + 1 : start + length], ids[1:])
+        logs = torch.log_softmax(logits, dim=-1).clamp(min=-1e4)  # p log p = 0 at p = 0
         mask = batch["loss_mask_T"][start + 1 : start + length]
         chosen = logs.gather(1, ids[1:, None])[:, 0] * mask
         entropy = -(logs.exp() * logs).sum(-1) * mask
@@ -95,6 +98,17 @@ def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
     loss.backward()
     gradients = {f"gradient.{name}": value for name, value in _on_disk(dict(model.named_parameters())).items()}
     return {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "loss": loss.detach(), **gradients}
+
+
+def masked(logits_TV: Tensor, kept_ids_TQ: Tensor, ids_T: Tensor) -> Tensor:
+    """Return the logits, at -inf outside of the kept ids and of the token itself; rows of -1 are not restricted."""
+    for row_V, kept_Q, token_id in zip(kept := logits_TV.detach().clone(), kept_ids_TQ, ids_T, strict=True):
+        allowed = [i for i in kept_Q.tolist() if i >= 0]
+        if allowed:
+            others = torch.ones_like(row_V, dtype=torch.bool)
+            others[[*allowed, int(token_id)]] = False
+            row_V[others] = -torch.inf
+    return torch.where(kept.isinf(), kept, logits_TV)
 
 
 def _on_disk(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:

@@ -290,8 +290,12 @@ def _check_sglang(loaded: Loaded[Run]) -> Iterator[str]:
 
 def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> Iterator[str]:
     run = loaded.run
-    if run.rollout.sampling.top_p < 1 or run.rollout.sampling.top_k not in (-1, 0):
-        yield "top_p or top_k truncate the distribution: the engine's log-probs will differ from the trainer's"
+    sampling = run.rollout.sampling
+    if (sampling.top_p < 1 or sampling.top_k not in (-1, 0)) and not sampling.keep_mask:
+        yield (
+            "top_p or top_k truncate the distribution: the engine's log-probs will differ from the trainer's;"
+            " rollout.sampling.keep_mask = true restricts the trainer's to the same tokens"
+        )
     if run.train.updates_per_step == 1 and run.objective.meant_for_several_updates:
         yield f"one update per step: all ratios are 1, {run.objective.label} never clips; updates_per_step = 4 is usual"
     if run.reward.allow_code and runs_code(run.task, run.reward):
