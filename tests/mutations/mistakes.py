@@ -381,6 +381,13 @@ MISTAKES = (
         ("tests/train/test_checkpoint_files.py::test_the_numbers_that_a_loss_adapts_come_back_exactly",),
     ),
     Mistake(
+        "sampling-mask-in-the-forward-pass-only",
+        "ops.head",
+        "ctx.mask.apply(logits_RC, tile.start)",
+        "pass",
+        ("tests/ops/test_vocab.py::test_a_sampling_mask_restricts_the_head_to_the_kept_ids",),
+    ),
+    Mistake(
         "nan-passes-the-proof-of-layouts",
         "prove.compare",
         "if not value <= bounds[key]",
