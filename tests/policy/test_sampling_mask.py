@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.policy.engine import Policy
+from tests.minibatches import whole
 from tests.policy.test_parity import weighted
 from tests.policy.test_replay import agree
 from tests.policy.tiny import VOCABULARY, by_transformers, case, run_of, save_model
@@ -38,9 +39,11 @@ def given() -> Batch:
 def one_step(folder: str, parallel: dict[str, object]) -> dict[str, Tensor] | None:
     world = start_world(60, deterministic=True)
     policy = Policy(run_of(Path(folder), parallel=parallel), world, total_updates=1)
-    scored = policy.compute_logprobs(given()).as_old()
-    policy.forward_backward(given().add(scored), weighted, whole_gradients=True)
+    batch = policy.local_part(given())
+    scored = policy.compute_logprobs(batch).as_old()
+    policy.forward_backward(batch.add(scored), weighted, whole_gradients=True)
     gradients = {f"gradient.{name}": tensor.clone() for name, tensor in policy.gradients()}
+    scored = whole(policy, batch, scored)
     return {**scored, **gradients} if world.is_main else None
 
 
