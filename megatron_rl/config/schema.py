@@ -93,7 +93,7 @@ class Parallel(Section):
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
-MOST_KEPT_IDS = 1024
+MAX_MASK_IDS = 1024
 """Largest ``rollout.sampling.top_k`` with ``keep_mask``: 4 KiB per token of a batch."""
 
 
@@ -116,10 +116,10 @@ class Sampling(Section):
 
     @model_validator(mode="after")
     def _check_mask(self) -> "Sampling":
-        if self.keep_mask and not 0 < self.top_k <= MOST_KEPT_IDS:
+        if self.keep_mask and not 0 < self.top_k <= MAX_MASK_IDS:
             raise ValueError(
                 f"keep_mask with top_k = {self.top_k}: every token of a batch gets a list of up to top_k ids; write a"
-                f" top_k of at most {MOST_KEPT_IDS}, which also bounds what top_p keeps"
+                f" top_k of at most {MAX_MASK_IDS}, which also bounds what top_p keeps"
             )
         return self
 

@@ -105,7 +105,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "True where the rollout engine reported its experts",
         ),
         ColumnSpec(
-            "kept_ids_T",
+            "mask_ids_T",
             (torch.int32,),
             "rollout.sampling_masks",
             ("policy.rows",),

@@ -52,7 +52,7 @@ class Response:
     routes: Tensor | None = field(default=None, compare=False, repr=False)
     """Expert indices that the engine reported, [prompt + output tokens - 1, L, K] (see ``RouteShape``), or None. The
     last token has no entry because the model never processes it."""
-    kept_ids: Tensor | None = field(default=None, compare=False, repr=False)
+    mask_ids: Tensor | None = field(default=None, compare=False, repr=False)
     """Token ids that each output token was sampled from, int32 [output tokens, longest set], -1 as padding and on
     tokens that were not sampled; None if the engine did not return them."""
     observed: tuple[tuple[int, int], ...] = ()
@@ -75,8 +75,8 @@ class Response:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object; a tensor is encoded as [dtype, shape, base64 of the bytes]."""
-        fields = asdict(replace(self, routes=None, kept_ids=None))
-        for name, tensor in (("routes", self.routes), ("kept_ids", self.kept_ids)):
+        fields = asdict(replace(self, routes=None, mask_ids=None))
+        for name, tensor in (("routes", self.routes), ("mask_ids", self.mask_ids)):
             if tensor is not None:
                 array = tensor.numpy()
                 fields[name] = [str(array.dtype), list(array.shape), b64encode(array.tobytes()).decode("ascii")]
@@ -86,7 +86,7 @@ class Response:
     def from_json(cls, fields: Mapping[str, Any]) -> "Response":
         """Return the response that ``to_json`` encoded; missing fields get their defaults."""
         values = {name: _as_tuple(value) for name, value in fields.items()}
-        for name in ("routes", "kept_ids"):
+        for name in ("routes", "mask_ids"):
             if values.get(name) is not None:
                 dtype, shape, data = values[name]
                 values[name] = torch.from_numpy(np.frombuffer(b64decode(data), dtype=dtype).reshape(shape).copy())

@@ -76,7 +76,7 @@ def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode 
         text=head.text + tail.text if decode is None else decode(shown),
         weight_versions=tuple(span for span in spans if span[2] > span[1]),
         routes=_join_routes(head.routes, tail.routes),
-        kept_ids=None if head.kept_ids is None or tail.kept_ids is None else head.kept_ids + tail.kept_ids,
+        mask_ids=None if head.mask_ids is None or tail.mask_ids is None else head.mask_ids + tail.mask_ids,
     )
 
 

@@ -18,7 +18,7 @@ from megatron_rl.errors import RolloutError
 
 T = TypeVar("T")
 Json = Mapping[str, object]
-KeptIds = tuple[tuple[int, ...], ...]
+MaskIds = tuple[tuple[int, ...], ...]
 """For each output token, the ids that it was sampled from."""
 
 
@@ -96,7 +96,7 @@ class GenerationResult:
     output_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Log-probability of each output token, in nats, at the sampling temperature, before top-k and top-p; after them if
-    ``kept_ids`` is not None."""
+    ``mask_ids`` is not None."""
     input_logprobs: tuple[float, ...]
     """Log-probability of each input token but the first, in nats, at temperature 1; empty unless scoring."""
     text: str
@@ -105,7 +105,7 @@ class GenerationResult:
     """(version, start, end): the weights that generated each span of output tokens."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Experts of each token but the last, see ``RouteShape.decode``; None if the server did not return them."""
-    kept_ids: KeptIds | None = None
+    mask_ids: MaskIds | None = None
     """Ids that each output token was sampled from; None if the server did not return them."""
 
 
@@ -175,8 +175,8 @@ class _ResultParser:
             raise BadAnswer(f"{self.where}: output_ids are not all token ids")
         finish_reason = self.finish(meta, output_ids, request)
         logprobs = self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if output_ids else ()
-        kept_ids = self.kept_ids(meta, request, output_ids)
-        if kept_ids:
+        mask_ids = self.mask_ids(meta, request, output_ids)
+        if mask_ids:
             values = self.field(meta, "output_token_sampling_logprobs", list)
             logprobs = self.logprobs([[*pair] for pair in zip(values, output_ids, strict=False)], output_ids)
         versions = self.versions(meta, len(output_ids))
@@ -192,10 +192,10 @@ class _ResultParser:
         text = self.field(entry, "text", str)
         routes = self.routes(meta, request, len(request.input_ids) + len(output_ids) - 1)
         return GenerationResult(
-            request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes, kept_ids
+            request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes, mask_ids
         )
 
-    def kept_ids(self, meta: Json, request: GenerationRequest, output_ids: Sequence[int]) -> KeptIds | None:
+    def mask_ids(self, meta: Json, request: GenerationRequest, output_ids: Sequence[int]) -> MaskIds | None:
         """Return the ids that each output token was sampled from; None if they were not requested or not returned."""
         if not request.keep_mask or (output_ids and meta.get("output_token_sampling_mask") is None):
             return None

@@ -112,7 +112,7 @@ def _response(prompt: Prompt, index: int, request: GenerationRequest, result: Ge
         finish_reason=result.finish_reason,
         weight_versions=tuple((_number(v, request.rid), start, end) for v, start, end in result.weight_versions),
         routes=None if result.routes is None else torch.from_numpy(result.routes),
-        kept_ids=None if result.kept_ids is None else _padded(result.kept_ids),
+        mask_ids=None if result.mask_ids is None else _padded(result.mask_ids),
     )
 
 

@@ -134,7 +134,7 @@ class MultiTurn:
             result,
             output_ids=result.output_ids + ids,
             logprobs=result.logprobs + (0.0,) * len(ids),
-            kept_ids=None if result.kept_ids is None else result.kept_ids + ((),) * len(ids),
+            mask_ids=None if result.mask_ids is None else result.mask_ids + ((),) * len(ids),
         )
         conversation.turn_start = end
         if end > start:

@@ -18,7 +18,7 @@ from megatron_rl.inference_server.kv_cache import DecodeCache
 from megatron_rl.inference_server.masks import attention_masks
 from megatron_rl.inference_server.requests import ActiveSequence
 from megatron_rl.inference_server.route_recorder import RouteRecorder, recording
-from megatron_rl.inference_server.sampler import SamplingTensors, kept_probs, sample
+from megatron_rl.inference_server.sampler import SamplingTensors, masked_probs, sample
 
 _COMPACT_BELOW = 0.75
 """Fraction of active sequences below which finished ones are removed; removing them copies the whole cache."""
@@ -151,11 +151,11 @@ class DecodeBatch:
         noted = {i: sequence for i, sequence in self.active.items() if sequence.return_sampling_mask}
         if not noted:
             return
-        probs_BV = kept_probs(logits_BV, self.sampling)
+        probs_BV = masked_probs(logits_BV, self.sampling)
         logprobs_B = probs_BV.gather(1, ids_B[:, None])[:, 0].log()
         for i, sequence in noted.items():
-            sequence.kept_ids.append(probs_BV[i].nonzero()[:, 0].tolist())
-            sequence.kept_logprobs.append(float(logprobs_B[i]))
+            sequence.mask_ids.append(probs_BV[i].nonzero()[:, 0].tolist())
+            sequence.mask_logprobs.append(float(logprobs_B[i]))
 
     def _write_back(self, indices: Sequence[int]) -> None:
         """Copy the tokens decoded so far to these sequences."""

@@ -111,9 +111,9 @@ class ActiveSequence:
     seed: int | None = None
     return_sampling_mask: bool = False
     """Whether to return the ids that each token was sampled from."""
-    kept_ids: list[list[int]] = field(default_factory=list)
+    mask_ids: list[list[int]] = field(default_factory=list)
     """Ids that each output token was sampled from; empty if not returned."""
-    kept_logprobs: list[float] = field(default_factory=list)
+    mask_logprobs: list[float] = field(default_factory=list)
     """Log-probability of each output token among these ids, in nats; empty if not returned."""
     return_routes: bool = False
     """Whether to return the experts that each token was routed to."""

@@ -48,8 +48,8 @@ def _sampling_mask(sequence: ActiveSequence) -> Json:
     if not sequence.return_sampling_mask:
         return {}
     return {
-        "output_token_sampling_mask": sequence.kept_ids,
-        "output_token_sampling_logprobs": sequence.kept_logprobs,
+        "output_token_sampling_mask": sequence.mask_ids,
+        "output_token_sampling_logprobs": sequence.mask_logprobs,
     }
 
 

@@ -90,12 +90,12 @@ def _logprobs(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     return (logits_BV.to(dtype) / params.temperatures_B[:, None].to(dtype)).log_softmax(-1)
 
 
-def kept_probs(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
+def masked_probs(logits_BV: Tensor, params: SamplingTensors) -> Tensor:
     """Return the probabilities, float64 [B, V], that tokens are sampled with: 0 where excluded, and a sum of 1."""
     probs_BV = _logprobs(logits_BV, params).double().exp()
     greedy_BV = torch.zeros_like(probs_BV).scatter_(1, probs_BV.argmax(-1, keepdim=True), 1.0)
-    kept_BV = truncate(probs_BV, params)
-    return torch.where(params.greedy_B[:, None], greedy_BV, kept_BV / kept_BV.sum(-1, keepdim=True))
+    rest_BV = truncate(probs_BV, params)
+    return torch.where(params.greedy_B[:, None], greedy_BV, rest_BV / rest_BV.sum(-1, keepdim=True))
 
 
 def truncate(probs_BV: Tensor, params: SamplingTensors) -> Tensor:

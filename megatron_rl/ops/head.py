@@ -90,7 +90,7 @@ def head_logprobs_entropies(
     temperature: float = 1.0,
     group: RankGroup = None,
     vocab_size: int | None = None,
-    kept_ids_RQ: Tensor | None = None,
+    mask_ids_RQ: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the targets and entropies (nats) of softmax(hidden weight^T / temperature), [R] each.
@@ -106,7 +106,7 @@ def head_logprobs_entropies(
         temperature: divides the logits.
         group: the ranks that shard the vocabulary. Communication is one all-gather of four floats per token.
         vocab_size: ids from ``vocab_size`` on are padding, with probability 0; None: no padding.
-        kept_ids_RQ: integer ids that a token was sampled from, filled up with -1: all others have probability 0. A
+        mask_ids_RQ: integer ids that a token was sampled from, filled up with -1: all others have probability 0. A
             row of -1 is not restricted, and a target is never excluded. None: no token is restricted.
         backend: implementation, see ``Backend``.
 
@@ -122,7 +122,7 @@ def head_logprobs_entropies(
     chosen = choose_backend(backend, weight_VH.device.type, -(-rows // columns))
     passes = _passes(chosen, weight_VH.device.type)
     shard = VocabShard(first_id, rows, temperature, group, columns, passes)
-    mask = None if kept_ids_RQ is None else SamplingMask.of(kept_ids_RQ, targets_R, first_id)
+    mask = None if mask_ids_RQ is None else SamplingMask.of(mask_ids_RQ, targets_R, first_id)
     if chosen == "plain":
         return _plain(hidden_RH, weight_VH, targets_R, shard, mask)
     return HeadLogprobs.apply(hidden_RH, weight_VH, targets_R, shard, mask)
@@ -141,10 +141,10 @@ class SamplingMask:
     all_R: Tensor
 
     @classmethod
-    def of(cls, kept_ids_RQ: Tensor, targets_R: Tensor, first_id: int) -> "SamplingMask":
-        """Return the mask of the ids ``kept_ids_RQ``, padded with -1, and of the targets."""
-        ids_RQ = torch.cat((kept_ids_RQ.long(), targets_R[:, None]), dim=1)
-        return cls(torch.where(ids_RQ < 0, -1, ids_RQ - first_id), (kept_ids_RQ < 0).all(1))
+    def of(cls, mask_ids_RQ: Tensor, targets_R: Tensor, first_id: int) -> "SamplingMask":
+        """Return the mask of the ids ``mask_ids_RQ``, padded with -1, and of the targets."""
+        ids_RQ = torch.cat((mask_ids_RQ.long(), targets_R[:, None]), dim=1)
+        return cls(torch.where(ids_RQ < 0, -1, ids_RQ - first_id), (mask_ids_RQ < 0).all(1))
 
     def apply(self, logits_RC: Tensor, start: int) -> Tensor:
         """Set the excluded logits of the tile that begins at column ``start`` to -inf, in place; return the tile."""

@@ -98,7 +98,7 @@ class PolicyModel(GPTModel):
             temperature=self.head_temperature,
             group=tensor_group,
             vocab_size=self.head_vocab_size,
-            kept_ids_RQ=packed_seq_params.kept_ids_RQ,
+            mask_ids_RQ=packed_seq_params.mask_ids_RQ,
         )
         return torch.stack([logprobs_R, entropies_R])
 

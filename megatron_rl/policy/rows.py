@@ -65,7 +65,7 @@ class PackedRow(PackedSeqParams):
         sequence_ends: int32 cumulative sequence lengths, starting with 0, without the padding at the end of the row.
         num_tokens: tokens in these sequences.
         routes: experts to replay or record; None: none.
-        kept_ids_RQ: ids that each trained token was sampled from, -1 as padding; None: tokens are not restricted.
+        mask_ids_RQ: ids that each trained token was sampled from, -1 as padding; None: tokens are not restricted.
     """
 
     qkv_format: str = "thd"
@@ -78,7 +78,7 @@ class PackedRow(PackedSeqParams):
     sequence_ends: Tensor | None = None
     num_tokens: int = 0
     routes: RowRoutes | None = None
-    kept_ids_RQ: Tensor | None = None
+    mask_ids_RQ: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -136,7 +136,7 @@ def rank_row(row: Row, batch: Batch, mesh: Mesh, qkv_format: str = "thd") -> Ran
         packed=replace(
             _packed(row, lengths_N, local_T, mesh),
             qkv_format=qkv_format,
-            kept_ids_RQ=batch["kept_ids_T"][target_tokens_R].to(device) if "kept_ids_T" in batch else None,
+            mask_ids_RQ=batch["mask_ids_T"][target_tokens_R].to(device) if "mask_ids_T" in batch else None,
         ),
     )
 

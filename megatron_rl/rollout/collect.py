@@ -23,7 +23,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     Columns: those of ``token_columns``; ``sample_index_B``, the index of the response among all responses of the step,
     as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``, the index of the group;
     ``advantages_B``. If the engine returns the experts it chose, also the columns of ``route_columns``;
-    with ``rollout.sampling.keep_mask``, ``kept_ids_T``.
+    with ``rollout.sampling.keep_mask``, ``mask_ids_T``.
     """
     samples = [(group.prompt, response) for group in groups for response in group.responses]
     responses = [response for _, response in samples]

@@ -16,7 +16,7 @@ from megatron_rl.errors import RolloutError
 
 
 def mask_columns(responses: Sequence[Response], lengths: Sequence[int]) -> Columns:
-    """Return ``kept_ids_T`` [T, Q], int32, -1 as padding, on prompts and on tokens of an environment.
+    """Return ``mask_ids_T`` [T, Q], int32, -1 as padding, on prompts and on tokens of an environment.
 
     Args:
         responses: the responses of the batch.
@@ -25,16 +25,16 @@ def mask_columns(responses: Sequence[Response], lengths: Sequence[int]) -> Colum
     Raises:
         RolloutError: a response has no sampling mask.
     """
-    widths = [0 if response.kept_ids is None else response.kept_ids.shape[1] for response in responses]
-    kept_ids_TQ = torch.full((sum(lengths), max(widths, default=0)), -1, dtype=torch.int32)
+    widths = [0 if response.mask_ids is None else response.mask_ids.shape[1] for response in responses]
+    mask_ids_TQ = torch.full((sum(lengths), max(widths, default=0)), -1, dtype=torch.int32)
     end = 0
     for response, length in zip(responses, lengths, strict=True):
         end += length
-        if response.kept_ids is None and any(response.sampled):
+        if response.mask_ids is None and any(response.sampled):
             raise RolloutError(
                 f"rollout.sampling.keep_mask needs the ids that {response.id} was sampled from, and the server returned"
                 " none; use a version of SGLang with return_sampling_mask, or set keep_mask = false"
             )
-        if response.kept_ids is not None:
-            kept_ids_TQ[end - len(response.kept_ids) : end, : response.kept_ids.shape[1]] = response.kept_ids
-    return {"kept_ids_T": kept_ids_TQ}
+        if response.mask_ids is not None:
+            mask_ids_TQ[end - len(response.mask_ids) : end, : response.mask_ids.shape[1]] = response.mask_ids
+    return {"mask_ids_T": mask_ids_TQ}

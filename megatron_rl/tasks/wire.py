@@ -15,7 +15,7 @@ def encode_job(number: int, prompt: Prompt, response: Response) -> bytes:
     """Return the line that requests a verdict. Of the token columns it has the ids only."""
     message = {
         "prompt": {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)},
-        "response": replace(response, logprobs=(), weight_versions=(), routes=None, kept_ids=None).to_json(),
+        "response": replace(response, logprobs=(), weight_versions=(), routes=None, mask_ids=None).to_json(),
     }
     return encode_line({"job": number, **message})
 

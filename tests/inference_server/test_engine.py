@@ -55,9 +55,9 @@ def test_sampling_masks_follow_their_tokens_through_a_retraction(moe_folder: Pat
         with pytest.raises(BadRequest, match="nothing is masked"):
             request_of(prompts_of(4), [{"max_new_tokens": 4}], return_sampling_mask=True)
     for i, sequence in enumerate(request.sequences):
-        assert len(sequence.kept_ids) == len(sequence.kept_logprobs) == len(sequence.output_ids)
+        assert len(sequence.mask_ids) == len(sequence.mask_logprobs) == len(sequence.output_ids)
         for token_id, kept, logprob, full in zip(
-            sequence.output_ids, sequence.kept_ids, sequence.kept_logprobs, sequence.logprobs, strict=True
+            sequence.output_ids, sequence.mask_ids, sequence.mask_logprobs, sequence.logprobs, strict=True
         ):
             assert token_id in kept
             assert 1 <= len(kept) <= 3 + i

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import SamplingParams
-from megatron_rl.inference_server.sampler import SamplingTensors, kept_probs, sample, truncate, uniforms
+from megatron_rl.inference_server.sampler import SamplingTensors, masked_probs, sample, truncate, uniforms
 
 ROWS = 40_000
 # 99.9 % quantile of chi-square with n degrees of freedom
@@ -55,13 +55,13 @@ def test_kept_probs_are_those_that_tokens_are_drawn_with(params: Mapping[str, fl
     logits_V = torch.linspace(-2, 2, 20)
     sampling = columns(ROWS, **params)
     tokens_B, _ = sample(logits_V.expand(ROWS, -1), sampling, torch.zeros(ROWS, dtype=torch.int64))
-    [probs_V] = kept_probs(logits_V[None], columns(1, **params))
+    [probs_V] = masked_probs(logits_V[None], columns(1, **params))
     assert float(probs_V.sum()) == pytest.approx(1, abs=1e-12)
     assert set(tokens_B.unique().tolist()) == set(probs_V.nonzero()[:, 0].tolist())
 
 
 def test_only_one_id_is_kept_for_a_greedy_sequence() -> None:
-    [probs_V] = kept_probs(torch.linspace(-2, 2, 20)[None], columns(1, temperature=0, top_k=5))
+    [probs_V] = masked_probs(torch.linspace(-2, 2, 20)[None], columns(1, temperature=0, top_k=5))
     assert probs_V.tolist() == [0.0] * 19 + [1.0]
 
 
@@ -81,8 +81,8 @@ def test_truncated_draws_follow_the_rest_and_report_the_whole() -> None:
 )
 def test_truncation_equals_a_loop_over_sorted_tokens(params: Mapping[str, float]) -> None:
     probs_BV = (torch.randn(50, 20, generator=torch.Generator().manual_seed(0)) * 2).double().softmax(-1)
-    kept_BV = truncate(probs_BV, columns(50, **params))
-    for probs_V, kept_V in zip(probs_BV, kept_BV, strict=True):
+    rest_BV = truncate(probs_BV, columns(50, **params))
+    for probs_V, kept_V in zip(probs_BV, rest_BV, strict=True):
         expected, before = set[int](), 0.0
         for rank, token in enumerate(sorted(range(20), key=lambda i: -float(probs_V[i]))):
             p = float(probs_V[token])

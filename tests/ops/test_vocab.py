@@ -149,20 +149,20 @@ def small_tiles(monkeypatch):
     monkeypatch.setitem(head.TILE_COLUMNS, "cpu", 8)
 
 
-def masked(logits: Tensor, kept_ids: Tensor | None, targets: Tensor) -> Tensor:
+def masked(logits: Tensor, mask_ids: Tensor | None, targets: Tensor) -> Tensor:
     """The logits with those outside of the ids, and of the target, at -inf; rows of -1 are left as they are."""
-    if kept_ids is None:
+    if mask_ids is None:
         return logits
     excluded = torch.tensor(
         [
             [bool((kept >= 0).any()) and i not in kept.tolist() and i != target for i in range(logits.shape[1])]
-            for kept, target in zip(kept_ids, targets.tolist(), strict=True)
+            for kept, target in zip(mask_ids, targets.tolist(), strict=True)
         ]
     ).view(logits.shape)
     return logits.masked_fill(excluded, -torch.inf)
 
 
-KEPT_IDS = torch.tensor(
+MASK_IDS = torch.tensor(
     [[0, 3, -1, -1], [26, -1, -1, -1], [-1, -1, -1, -1], [9, 20, 1, 8], [2, 2, -1, 25], [15, 3, 7, -1]],
     dtype=torch.int32,
 )
@@ -170,11 +170,11 @@ KEPT_IDS = torch.tensor(
 
 
 def head_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float, size: int, kept_ids=None
+    hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, temperature: float, size: int, mask_ids=None
 ):
     """(outputs, gradients) in float64 from the definition."""
     hidden, weight = (tensor.detach().double().clone().requires_grad_() for tensor in (hidden, weight))
-    outputs = torch.stack(full(masked((hidden @ weight.T)[:, :size], kept_ids, targets), targets, temperature))
+    outputs = torch.stack(full(masked((hidden @ weight.T)[:, :size], mask_ids, targets), targets, temperature))
     gradients = torch.autograd.grad((outputs * upstream).sum(), (hidden, weight))
     return outputs.detach(), *gradients
 
@@ -199,12 +199,12 @@ def test_head_equals_the_definition(backend, temperature, rows):
 def test_a_sampling_mask_restricts_the_head_to_the_kept_ids(backend, dtype):
     hidden, weight = random(6, 5, seed=1, dtype=dtype), random(30, 5, seed=2, dtype=dtype)
     targets, upstream = torch.tensor([0, 26, 7, 8, 16, 15]), random(2, 6, seed=3)
-    expected = head_reference(hidden, weight, targets, upstream, 0.6, 27, KEPT_IDS)
+    expected = head_reference(hidden, weight, targets, upstream, 0.6, 27, MASK_IDS)
     hidden.requires_grad_()
     weight.requires_grad_()
     outputs = torch.stack(
         head_logprobs_entropies(
-            hidden, weight, targets, temperature=0.6, vocab_size=27, kept_ids_RQ=KEPT_IDS, backend=backend
+            hidden, weight, targets, temperature=0.6, vocab_size=27, mask_ids_RQ=MASK_IDS, backend=backend
         )
     )
     gradients = torch.autograd.grad((outputs * upstream).sum(), (hidden, weight))
@@ -224,13 +224,13 @@ def test_a_sampling_mask_restricts_the_head_to_the_kept_ids(backend, dtype):
 def test_shards_of_a_masked_vocabulary_give_the_whole_one():
     hidden, weight = random(6, 5, seed=1), random(30, 5, seed=2)
     targets, upstream = torch.tensor([0, 26, 7, 8, 16, 15]), random(2, 6, seed=3)
-    expected = head_reference(hidden, weight, targets, upstream, 1.0, 27, KEPT_IDS)
+    expected = head_reference(hidden, weight, targets, upstream, 1.0, 27, MASK_IDS)
 
     def on_rank():
         leaf, shard = hidden.clone().requires_grad_(), weight.chunk(2)[dist.get_rank()].clone().requires_grad_()
         outputs = torch.stack(
             head_logprobs_entropies(
-                leaf, shard, targets, group=dist.group.WORLD, vocab_size=27, kept_ids_RQ=KEPT_IDS, backend="tiles"
+                leaf, shard, targets, group=dist.group.WORLD, vocab_size=27, mask_ids_RQ=MASK_IDS, backend="tiles"
             )
         )
         return outputs.detach(), *torch.autograd.grad((outputs * upstream).sum(), (leaf, shard))

@@ -33,7 +33,7 @@ def given() -> Batch:
     kept_TQ = torch.cat((ids_T[:, None], others_TQ), dim=1).to(torch.int32)
     kept_TQ[torch.rand(kept_TQ.shape, generator=generator) < 0.3] = -1
     kept_TQ[torch.rand(len(ids_T), generator=generator) < 0.2] = -1
-    return batch.add({"kept_ids_T": kept_TQ})
+    return batch.add({"mask_ids_T": kept_TQ})
 
 
 def one_step(folder: str, parallel: dict[str, object]) -> dict[str, Tensor] | None:

@@ -82,8 +82,8 @@ def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
     for start, length in zip(batch.starts_B.tolist(), batch.lengths_B.tolist(), strict=True):
         ids = batch["input_ids_T"][start : start + length]
         logits = model(ids[None]).logits[0, :-1]
-        if "kept_ids_T" in batch:
-            logits = masked(logits, batch["kept_ids_T"][start + 1 : start + length], ids[1:])
+        if "mask_ids_T" in batch:
+            logits = masked(logits, batch["mask_ids_T"][start + 1 : start + length], ids[1:])
         logs = torch.log_softmax(logits, dim=-1).clamp(min=-1e4)  # p log p = 0 at p = 0
         mask = batch["loss_mask_T"][start + 1 : start + length]
         chosen = logs.gather(1, ids[1:, None])[:, 0] * mask
@@ -100,9 +100,9 @@ def by_transformers(folder: Path, batch: Batch) -> dict[str, Tensor]:
     return {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "loss": loss.detach(), **gradients}
 
 
-def masked(logits_TV: Tensor, kept_ids_TQ: Tensor, ids_T: Tensor) -> Tensor:
+def masked(logits_TV: Tensor, mask_ids_TQ: Tensor, ids_T: Tensor) -> Tensor:
     """Return the logits, at -inf outside of the kept ids and of the token itself; rows of -1 are not restricted."""
-    for row_V, kept_Q, token_id in zip(kept := logits_TV.detach().clone(), kept_ids_TQ, ids_T, strict=True):
+    for row_V, kept_Q, token_id in zip(kept := logits_TV.detach().clone(), mask_ids_TQ, ids_T, strict=True):
         allowed = [i for i in kept_Q.tolist() if i >= 0]
         if allowed:
             others = torch.ones_like(row_V, dtype=torch.bool)

@@ -21,11 +21,11 @@ MASK = {"output_token_sampling_mask": [[9, 4], [8], [1, 2, 3]], "output_token_sa
 
 def test_a_mask_is_requested_and_its_log_probs_replace_the_others() -> None:
     [sample] = parse_results([answer(**MASK)], [REQUEST], "here")
-    assert sample.kept_ids == ((9, 4), (8,), (1, 2, 3))
+    assert sample.mask_ids == ((9, 4), (8,), (1, 2, 3))
     assert sample.logprobs == (-0.25, 0.0, -1.0)
     assert generate_body([REQUEST])["return_sampling_mask"] is True
     [plain] = parse_results([answer(**MASK)], [replace(REQUEST, keep_mask=False)], "here")
-    assert plain.kept_ids is None
+    assert plain.mask_ids is None
     assert plain.logprobs == (-0.5, -1.5, 0.0)
     assert "return_sampling_mask" not in generate_body([replace(REQUEST, keep_mask=False)])
 
@@ -47,8 +47,8 @@ def test_a_wrong_mask_is_no_answer(wrong: dict[str, object], message: str) -> No
 
 def test_masks_of_two_pieces_are_joined() -> None:
     [piece] = parse_results([answer(**MASK)], [REQUEST], "here")
-    assert join_results(piece, piece).kept_ids == ((9, 4), (8,), (1, 2, 3)) * 2
-    assert join_results(piece, replace(piece, kept_ids=None)).kept_ids is None
+    assert join_results(piece, piece).mask_ids == ((9, 4), (8,), (1, 2, 3)) * 2
+    assert join_results(piece, replace(piece, mask_ids=None)).mask_ids is None
 
 
 def sampled() -> Response:
@@ -64,21 +64,21 @@ def sampled() -> Response:
 
 def test_every_token_finds_its_ids() -> None:
     response = sampled()
-    assert response.kept_ids is not None
-    assert response.kept_ids.tolist() == [[9, 4, -1], [8, -1, -1], [1, 2, 3]]
-    again = Response.from_json(response.to_json()).kept_ids
+    assert response.mask_ids is not None
+    assert response.mask_ids.tolist() == [[9, 4, -1], [8, -1, -1], [1, 2, 3]]
+    again = Response.from_json(response.to_json()).mask_ids
     assert again is not None
-    assert torch.equal(again, response.kept_ids)
-    narrow = replace(response, kept_ids=torch.tensor([[7], [8]], dtype=torch.int32), output_ids=(7, 8))
-    kept_ids_TQ = mask_columns([narrow, response], [4, 6])["kept_ids_T"]
-    assert kept_ids_TQ.dtype == torch.int32
-    assert kept_ids_TQ[:, 0].tolist() == [-1, -1, 7, 8, -1, -1, -1, 9, 8, 1]
-    assert kept_ids_TQ[-1].tolist() == [1, 2, 3]
+    assert torch.equal(again, response.mask_ids)
+    narrow = replace(response, mask_ids=torch.tensor([[7], [8]], dtype=torch.int32), output_ids=(7, 8))
+    mask_ids_TQ = mask_columns([narrow, response], [4, 6])["mask_ids_T"]
+    assert mask_ids_TQ.dtype == torch.int32
+    assert mask_ids_TQ[:, 0].tolist() == [-1, -1, 7, 8, -1, -1, -1, 9, 8, 1]
+    assert mask_ids_TQ[-1].tolist() == [1, 2, 3]
 
 
 def test_a_response_without_a_mask_says_what_to_do() -> None:
     with pytest.raises(RolloutError, match="keep_mask = false"):
-        mask_columns([replace(sampled(), kept_ids=None)], [6])
+        mask_columns([replace(sampled(), mask_ids=None)], [6])
 
 
 def test_a_mask_needs_a_bound_and_an_engine_that_returns_it() -> None:
