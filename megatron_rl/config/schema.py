@@ -93,10 +93,6 @@ class Parallel(Section):
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
-MAX_MASK_IDS = 1024
-"""Largest ``rollout.sampling.top_k`` with ``keep_mask``: 4 KiB per token of a batch."""
-
-
 class Sampling(Section):
     """Sampling parameters."""
 
@@ -116,10 +112,10 @@ class Sampling(Section):
 
     @model_validator(mode="after")
     def _check_mask(self) -> "Sampling":
-        if self.keep_mask and not 0 < self.top_k <= MAX_MASK_IDS:
+        if self.keep_mask and not 0 < self.top_k <= 1024:
             raise ValueError(
                 f"keep_mask with top_k = {self.top_k}: every token of a batch gets a list of up to top_k ids; write a"
-                f" top_k of at most {MAX_MASK_IDS}, which also bounds what top_p keeps"
+                " top_k of at most 1024 (4 KiB per token), which also bounds what top_p keeps"
             )
         return self
 
