@@ -17,6 +17,7 @@ from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.algorithms.state import LossState
+from megatron_rl.algorithms.tokens import Total, only_part
 from megatron_rl.config.explain import explain
 from megatron_rl.config.load import leaves
 from megatron_rl.config.section import Section
@@ -26,9 +27,9 @@ from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops.vocab import vocab_logprobs_entropies
 
-__all__ = ["Option", "PolicyLoss", "policy_loss", "vocab_logprobs_entropies"]
+__all__ = ["Option", "PolicyLoss", "Totals", "policy_loss", "vocab_logprobs_entropies"]
 
-Option = bool | int | float | str | None | list[float] | tuple[float, ...] | Mapping[str, bool | int | float | str]
+Option = bool | int | float | str | None | list[float] | tuple[float, ...] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,37 @@ class PolicyLoss:
     state: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Counts of a whole mini-batch, for a caller that computes the loss of one part of it at a time.
+
+    With them the losses and gradients of all micro-batches and data-parallel ranks add up to those of the mini-batch.
+    Metrics are those of the part, and ``PolicyLoss.state`` is not adapted.
+
+    Attributes:
+        responses: responses of the mini-batch that have a trained token.
+        tokens: trained tokens of the mini-batch.
+    """
+
+    responses: int
+    tokens: int
+
+    def total(self) -> Total:
+        """Return the function that ``prepare`` calls: the counts at the first call, an error at any other."""
+        counts = iter([torch.tensor([self.responses, self.tokens])])
+
+        def total(values: Tensor) -> Tensor:
+            found = next(counts, None)
+            if found is None:
+                raise ConfigError(
+                    "these options need a sum over the whole mini-batch, which totals does not have; pass a function"
+                    " that adds a tensor over all parts as totals, or for sspo set entropy_reference"
+                )
+            return found
+
+        return total
+
+
 class _Options(Section):
     """Options of ``policy_loss``: the objective, and the optional tables ``correction``, ``kl`` and ``entropy``."""
 
@@ -56,18 +88,28 @@ class _Options(Section):
     entropy: EntropyBonus = EntropyBonus()
 
     def prepare(
-        self, batch: Batch, vocab_size: int | None, segment_ids_T: Tensor | None, adapted: LossState
+        self,
+        batch: Batch,
+        vocab_size: int | None,
+        segment_ids_T: Tensor | None,
+        adapted: LossState,
+        totals: Totals | Total | None,
     ) -> Columns:
         """Return the columns that the loss reads."""
-        return prepare(
+        columns = prepare(
             batch,
             self.objective,
             self.correction,
             None if vocab_size is None else Vocabulary(vocab_size),
             segment_ids_T,
+            totals.total() if isinstance(totals, Totals) else totals or only_part,
             entropy=self.entropy,
             state=adapted.values,
         )
+        if "extra_factors_T" not in batch:
+            return columns
+        factors_T = batch["extra_factors_T"]
+        return {**columns, "corrections_T": columns.get("corrections_T", torch.ones_like(factors_T)) * factors_T}
 
 
 def policy_loss(
@@ -84,6 +126,8 @@ def policy_loss(
     vocab_size: int | None = None,
     current_entropies: Tensor | None = None,
     state: Mapping[str, float] | None = None,
+    totals: Totals | Total | None = None,
+    factors: Tensor | None = None,
 ) -> PolicyLoss:
     """Compute the loss of a mini-batch of padded responses with the code that the trainer uses.
 
@@ -91,8 +135,7 @@ def policy_loss(
 
     Args:
         objective: a name such as ``"grpo"`` or ``"path/to/mine.py:Mine"``, or a table of options:
-            ``{"name": "espo", "alpha": 0.02}``. The table may contain the tables ``correction``, ``kl`` and ``entropy``
-            of a run's configuration: ``{"name": "gspo", "correction": {"kind": "tis"}}``.
+            ``{"name": "espo", "alpha": 0.02}``, with the tables ``correction``, ``kl``, ``entropy`` of a run.
         logprobs: [B, S], log-probabilities of the tokens under the current weights in nats, with gradient.
         old_logprobs: [B, S], log-probabilities under the weights at the start of the rollout batch.
         advantages: [B] or [B, S], advantage per response or per token.
@@ -102,15 +145,16 @@ def policy_loss(
             by sspo; other clipped objectives use them in place of the segments that they would compute.
         rollout_logprobs: [B, S], log-probabilities that the rollout engine reported. Required by dppo, dis, minpro,
             ``anchor = "rollout"`` and ``correction``; otherwise they only add the ``mismatch_`` metrics.
-        ref_logprobs: [B, S], log-probabilities under a frozen reference policy. Required if ``kl.coefficient`` is above
-            0; otherwise they only add the metric ``reference_kl_mean``.
+        ref_logprobs: [B, S], log-probabilities under a reference policy; required if ``kl.coefficient`` is above 0.
         vocab_size: number of token ids of the model; required by espo and by ``entropy_scale = "log_vocab"``.
         current_entropies: [B, S], entropies under the current weights in nats, with gradient; required by ``entropy``.
-        state: ``PolicyLoss.state`` of the previous optimizer step, for losses that adapt numbers, such as r2vpo; None:
-            the numbers at the start of a run.
+        state: ``PolicyLoss.state`` of the previous optimizer step; None: the numbers at the start of a run.
+        totals: if the rows are a part of a mini-batch, its counts, or a function that adds a tensor over all parts; the
+            losses of all parts then add up to that of the mini-batch.
+        factors: [B, S], factors of the tokens' costs without gradient, such as importance weights of the caller.
 
     Raises:
-        ConfigError: an option is invalid, or the objective needs a tensor that is missing.
+        ConfigError: an option is invalid, or the objective needs a tensor or a sum that is missing.
         ValueError: the shape or dtype of a tensor is wrong.
     """
     options = _options(objective)
@@ -121,23 +165,38 @@ def policy_loss(
         "old_entropies": entropies,
         "rollout_logprobs": rollout_logprobs,
         "ref_logprobs": ref_logprobs,
-        "current_logprobs": logprobs if options.objective.reads_current_logprobs else None,
+        "current_logprobs": logprobs,
+        "extra_factors": factors,
     }
     batch = _batch(loss_mask, {name: column for name, column in columns.items() if column is not None}, logprobs.dtype)
     adapted = LossState(options.objective, options.entropy, saved=state or {})
-    batch = batch.add(options.prepare(batch, vocab_size, _segments(segment_ids, loss_mask), adapted))
+    batch = batch.add(options.prepare(batch, vocab_size, _segments(segment_ids, loss_mask), adapted, totals))
+    return _evaluate(options, batch, adapted, logprobs, current_entropies, adapts=totals is None)
+
+
+def _evaluate(
+    options: _Options,
+    batch: Batch,
+    adapted: LossState,
+    logprobs: Tensor,
+    current_entropies: Tensor | None,
+    *,
+    adapts: bool,
+) -> PolicyLoss:
+    """Return the loss and its metrics; adapt the state if ``adapts``."""
+    mask_BS = batch["loss_mask_T"].view(logprobs.shape).to(logprobs.device)
     inputs = LossInputs.gather(batch).map(lambda tensor: tensor.to(logprobs.device))
-    entropies_R = _entropies(current_entropies, loss_mask, inputs)
-    loss = make_loss(options.objective, options.kl)(logprobs[loss_mask.bool()], entropies_R, inputs)
-    return _result(loss, batch, adapted, has_entropies=entropies is not None or current_entropies is not None)
+    entropies_R = _entropies(current_entropies, mask_BS, inputs)
+    loss = make_loss(options.objective, options.kl)(logprobs[mask_BS], entropies_R, inputs)
+    if adapted.values and adapts:
+        adapted.advance(loss.metrics)
+    return _result(loss, batch, adapted, has_entropies="old_entropies_T" in batch or current_entropies is not None)
 
 
 def _result(loss: Loss, batch: Batch, adapted: LossState, *, has_entropies: bool) -> PolicyLoss:
     metrics = summary(loss.metrics) | mismatch(batch)
     if not has_entropies:
         del metrics["entropy_mean"]
-    if adapted.values:
-        adapted.advance(loss.metrics)
     return PolicyLoss(loss.value, metrics, adapted.values)
 
 

@@ -210,10 +210,10 @@ def reference_weight(correction: Correction, log_weight: float) -> float:
     if correction.kind == "tis":
         return min(weight, cap)
     inside = correction.low <= weight <= cap
-    return (weight if correction.kind == "mis" else 1.0) if inside else 0.0
+    return (1.0 if correction.kind == "binary" else weight) if inside else 0.0
 
 
-@pytest.mark.parametrize("kind", ["tis", "mis", "icepop"])
+@pytest.mark.parametrize("kind", ["tis", "mis", "icepop", "binary"])
 @pytest.mark.parametrize("level", ["token", "segment", "sequence"])
 @pytest.mark.parametrize("reduction", ["product", "geometric"])
 def test_correction_weights_equal_the_formula(kind, level, reduction):
@@ -268,18 +268,57 @@ def test_bypass_takes_the_rollout_log_probs_for_the_old_ones():
     assert evaluate(GSPO(), bypassed, new_R)[0] == evaluate(GSPO(), moved, new_R)[0]
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_reference_kl_equals_its_formula_and_slope(estimator):
     kl = ReferenceKL(coefficient=1.0, estimator=estimator)
     for d in (-3.0, -0.2, 0.0, 1.7):
         logprob = torch.tensor([d - 1.0], dtype=torch.float64, requires_grad=True)
-        value = kl.cost(logprob, torch.tensor([-1.0], dtype=torch.float64))
+        value = kl.cost(logprob, torch.tensor([-1.0], dtype=torch.float64), torch.tensor([-5.0], dtype=torch.float64))
         value.sum().backward()
-        formula = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1}[estimator]
-        slope = {"k1": 1.0, "k2": d, "k3": 1 - math.exp(-d)}[estimator]
+        formula = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1, "abs": abs(d)}[estimator]
+        slope = {"k1": 1.0, "k2": d, "k3": 1 - math.exp(-d), "abs": float((d > 0) - (d < 0))}[estimator]
         assert value.item() == pytest.approx(formula, abs=1e-14)
         assert logprob.grad is not None
         assert logprob.grad.item() == pytest.approx(slope, abs=1e-14)
+
+
+def test_known_answer_of_the_unbiased_kl():
+    """The base case with a token mean; the reference is the old policy moved by -.1, .1, -.1, ... in each response."""
+    old = torch.tensor([-1, -0.5, -2, -0.1, -0.7, -1.5, -0.3, -2.5, -0.9], dtype=torch.float64)
+    new = [-0.7, -0.55, -1.9, -0.5, -0.68, -1.8, -0.55, -2.0, -0.89]
+    shift = torch.tensor([-0.1, 0.1, -0.1, 0.1, -0.1, 0.1, -0.1, 0.1, -0.1], dtype=torch.float64)
+    new_R = torch.tensor(new, dtype=torch.float64, requires_grad=True)
+    value = ReferenceKL(coefficient=1.0, unbiased=True).cost(new_R, old + shift, old).mean()
+    value.backward()
+    assert value.item() == pytest.approx(0.048078204046, abs=5.1e-13)
+    assert new_R.grad is not None
+    known = [0.059993724781, -0.015853823742, 0.024559353735, -0.037240002558, 0.013602684534, -0.032925254253]
+    assert new_R.grad.tolist() == pytest.approx([*known, -0.012980013051, 0.073276500920, 0.012345057598], abs=5.1e-13)
+
+
+def test_the_unbiased_kl_has_the_gradient_of_the_kl_divergence():
+    """The mean over the old policy's tokens of the gradient by the logits, against that of the divergence itself."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    old = torch.log_softmax(torch.tensor([0.0, 0.5, -0.5, 1.0], dtype=torch.float64), 0)
+    ref = torch.log_softmax(torch.tensor([1.0, 0.2, 0.0, -1.0], dtype=torch.float64), 0)
+
+    def gradient(unbiased: bool) -> Tensor:
+        costs = ReferenceKL(unbiased=unbiased).cost(torch.log_softmax(logits, 0), ref, old)
+        return torch.autograd.grad((old.exp() * costs).sum(), logits)[0]
+
+    log_p = torch.log_softmax(logits, 0)
+    exact = torch.autograd.grad((log_p.exp() * (log_p - ref)).sum(), logits)[0]
+    torch.testing.assert_close(gradient(True), exact, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(gradient(False), exact, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"estimator": "k2", "unbiased": True}, 'write "k3"'), ({"refresh_decay": 0.5}, "needs refresh_every")],
+)
+def test_options_of_the_kl_that_do_not_fit_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReferenceKL(**options)
 
 
 def test_k3_clamps_its_exponent_and_not_its_linear_term():

@@ -600,7 +600,7 @@ def test_wrong_shapes_and_segment_ids_are_named():
     ]
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
-            megatron_rl.policy_loss("gspo", **{**common, **wrong}, vocab_size=None, state=None)
+            megatron_rl.policy_loss("gspo", **{**common, **wrong}, vocab_size=None, state=None, totals=None)
     with pytest.raises(ConfigError, match="ratios are per token"):
         megatron_rl.policy_loss("sapo", **common, segment_ids=torch.zeros(2, 2, dtype=torch.int64))
 
@@ -623,6 +623,7 @@ def test_what_check_recommends_for_a_lag_bounds_the_gradient_of_a_token_that_bec
             segment_ids=ids_BS,
             vocab_size=32,
             state=None,
+            totals=None,
             **columns,
         )
         return float(torch.autograd.grad(made.loss, new_BS)[0])

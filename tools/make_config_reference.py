@@ -84,10 +84,20 @@ def _rows(section: type[BaseModel], seen: dict[str, str], variant: str, prefix: 
         inner = members(field).get("")
         if inner is not None:
             yield from _rows(inner, seen, variant, f"{prefix}{name}.")
+        elif field.description and (entry := _entry(field)) is not None:
+            yield f"| `{prefix}{name}` | table of tables | {_default(field)} | {_cell(field.description)} |"
+            yield from _rows(entry, seen, variant, f"{prefix}{name}.NAME.")
         elif field.description:  # the heading has the name of a variant
             first = seen.setdefault(f"{name} {field.description}", variant)
             meaning = f"See `{first}`." if first != variant else _cell(field.description)
             yield f"| `{prefix}{name}` | {_kind(field)} | {_default(field)} | {meaning} |"
+
+
+def _entry(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section of the entries of a dictionary of sections, else None."""
+    arguments = get_args(field.annotation)
+    entry = arguments[1] if get_origin(field.annotation) is dict else None
+    return entry if isinstance(entry, type) and issubclass(entry, BaseModel) else None
 
 
 def _cell(text: str) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.correction import DROPPED, Correction
 from megatron_rl.algorithms.entropy import EntropyBonus
 from megatron_rl.algorithms.kl import ReferenceKL, k3
 from megatron_rl.algorithms.objectives.base import Cost, Objective, Tokens, Total, only_part
+from megatron_rl.data.columns import EXTRA
 from megatron_rl.data.loss_inputs import LossFn, LossInputs
 from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.data.vocabulary import Vocabulary
@@ -19,6 +20,8 @@ from megatron_rl.errors import ConfigError
 
 MEASURE = "objective/"
 """Prefix of the metrics that an objective measures itself."""
+GATE = "gate/"
+"""Prefix of the metrics of what the correction drops."""
 
 
 def prepare(
@@ -34,7 +37,7 @@ def prepare(
 ) -> Columns:
     """Return all columns that the loss of a mini-batch reads and that are fixed during its update.
 
-    These are the columns of ``objective.prepare``, ``corrections_T`` if the correction has weights,
+    These are the columns of ``objective.prepare``, those of ``Correction.columns``,
     ``entropy_coefficients_T`` if there is an entropy bonus, and, for the correction kind ``bypass``,
     ``old_logprobs_T`` with the values of ``rollout_logprobs_T``.
 
@@ -57,16 +60,22 @@ def prepare(
     correction, entropy = correction or Correction(), entropy or EntropyBonus()
     state = {**objective.initial_state(), **entropy.initial_state()} if state is None else state
     replaced: dict[str, Tensor] = {}
-    if objective.reads_current_logprobs and "current_logprobs_T" not in batch:
+    if reads_current_logprobs(objective, correction) and "current_logprobs_T" not in batch:
         replaced["current_logprobs_T"] = batch["old_logprobs_T"]  # the first update of a step
-    if correction.kind != "none" and "rollout_logprobs_T" not in batch:
-        raise ConfigError(f'correction kind "{correction.kind}" needs rollout_logprobs: the batch has none, pass them')
+    if correction.reads_rollout_logprobs and "rollout_logprobs_T" not in batch:
+        name = f'correction.kind = "{correction.kind}"' if correction.kind != "none" else "a gate of correction"
+        raise ConfigError(f"{name} needs rollout_logprobs: the batch has none, pass them")
     if correction.kind == "bypass":
         replaced["old_logprobs_T"] = batch["rollout_logprobs_T"]
     batch = batch.add(replaced)
     batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T, total, state))
     tokens = Tokens.of(batch, state=state)
     return {**replaced, **prepared, **correction.columns(tokens), **entropy.columns(tokens)}
+
+
+def reads_current_logprobs(objective: Objective, correction: Correction) -> bool:
+    """Return whether ``prepare`` reads ``current_logprobs_T``, which cost a forward pass per update."""
+    return objective.reads_current_logprobs or correction.reads_current_logprobs
 
 
 def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_tokens: bool = False) -> LossFn:
@@ -92,10 +101,10 @@ def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_token
             values_R = values_R * inputs.factors_R
         if inputs.corrections_R is not None:
             values_R = values_R * inputs.corrections_R
-        if kl.coefficient:
+        if kl.in_loss:
             if inputs.ref_logprobs_R is None:
                 raise ConfigError(f"kl.coefficient = {kl.coefficient} needs ref_logprobs: pass them, or set it to 0")
-            values_R = values_R + kl.coefficient * kl.cost(logprobs_R, inputs.ref_logprobs_R)
+            values_R = values_R + kl.in_loss * kl.cost(logprobs_R, inputs.ref_logprobs_R, inputs.old_logprobs_R)
         if inputs.entropy_coefficients_R is not None:
             values_R = values_R - inputs.entropy_coefficients_R * entropies_R
         value = (inputs.weights_R * values_R).sum()
@@ -149,6 +158,8 @@ def _metrics(value: Tensor, logprobs_R: Tensor, entropies_R: Tensor, cost: Cost,
     if cost.measures:
         sums["weight"] = inputs.weights_R.sum()
         sums |= {MEASURE + name: (inputs.weights_R * values_R).sum() for name, values_R in cost.measures.items()}
+    dropped = {name: values_R for name, values_R in inputs.extra.items() if f"{EXTRA}{name}".startswith(DROPPED)}
+    sums |= {GATE + f"{EXTRA}{name}".removeprefix(DROPPED): values_R.sum() for name, values_R in dropped.items()}
     largest = ratio_R.max() if len(ratio_R) else ratio_R.new_zeros(())
     return Metrics({name: total.detach().double() for name, total in sums.items()}, {"ratio": largest.double()})
 
@@ -167,6 +178,7 @@ def summary(metrics: Metrics) -> dict[str, float]:
       nothing clipped).
     * ``ratio_max``: largest ratio of any segment.
     * ``entropy_coefficient``: coefficient of the entropy bonus.
+    * ``gate/NAME``: fraction of trained tokens that the gate NAME of the correction drops.
     * ``objective/NAME``: the objective's ``Cost.measures``, means weighted like the loss.
     """
     sums = {name: float(total) for name, total in metrics.sums.items()}
@@ -185,6 +197,7 @@ def summary(metrics: Metrics) -> dict[str, float]:
         **(_gradient_shares(sums) if "trained" in sums else {}),
         **{f"{name}_mean": sums[name] / tokens for name in sorted(means)},
         **{name: sums[name] / tokens for name in ("entropy_coefficient",) if name in sums},
+        **{name: total / tokens for name, total in sums.items() if name.startswith(GATE)},
         **{name: sums[name] / sums["weight"] if sums["weight"] else 0.0 for name in measures},
         **{f"{name}_max": float(largest) for name, largest in metrics.maxima.items()},
     }

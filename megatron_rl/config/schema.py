@@ -187,9 +187,21 @@ class Rollout(Section):
 class Advantage(Section):
     """Advantage estimation."""
 
-    kind: Literal["zscore", "dr", "rloo", "gdpo"] = "zscore"
+    kind: Literal["zscore", "dr", "rloo", "gdpo", "zscore_batch", "whiten", "opo", "passk", "maxrl"] = "zscore"
     """Per prompt: ``zscore`` (R - mean) / (std + 1e-6), ``dr`` R - mean, ``rloo`` leave-one-out baseline, ``gdpo`` the
-    z-scores of several rewards, summed with ``reward.weights`` and whitened over the batch."""
+    z-scores of several rewards, summed with ``reward.weights`` and whitened over the batch, ``zscore_batch`` as zscore
+    with the std of the batch, ``whiten`` mean and std of the batch, ``opo`` a baseline weighted by length, ``passk``
+    best minus second best for the best response, ``maxrl`` (R - mean) / mean."""
+    whiten_over: Literal["responses", "tokens"] = "responses"
+    """Whether ``gdpo`` whitens over responses or, as verl, over their trained tokens."""
+
+    @model_validator(mode="after")
+    def _whitening_is_of_gdpo(self) -> "Advantage":
+        if self.whiten_over != "responses" and self.kind != "gdpo":
+            raise ValueError(
+                f'whiten_over = "{self.whiten_over}" belongs to kind = "gdpo", got "{self.kind}"; leave it out'
+            )
+        return self
 
 
 class Optimizer(Section):
@@ -372,6 +384,10 @@ class Run(Section):
             raise ValueError(
                 f"reward.overlong_tokens = {self.reward.overlong_tokens}, but a response has at most {most} tokens"
                 " (rollout.sampling.max_new_tokens); write at most that"
+            )
+        if self.advantage.kind == "gdpo" and self.kl.in_reward:
+            raise ValueError(
+                'kl.placement = "reward" changes one reward, and advantage.kind = "gdpo" has several; write "loss"'
             )
         if self.advantage.kind == "gdpo" and len(self.reward.names) == 1:
             raise ValueError(

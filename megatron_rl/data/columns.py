@@ -1,7 +1,8 @@
 """The schema of a batch: every per-token and per-response column, with its dtype, its writer and its readers.
 
 ``Batch`` rejects columns that are not listed in ``COLUMNS``, so a new column starts with an entry there. An objective
-may add unlisted columns ``extra_NAME_T``, floating-point or integer, that only its ``cost`` reads.
+may add unlisted columns ``extra_NAME_T``, floating-point or integer, that only its ``cost`` reads, and a correction
+``extra_gate_NAME_T``, from which the loss computes metrics.
 
 Legend: T all tokens of the batch, prompts included, B responses, L layers with experts, K experts per token, Q ids of
 a token's sampling mask.
@@ -75,6 +76,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "rollout.collect",
             (
                 "algorithms.correction",
+                "algorithms.gates",
                 "algorithms.objectives.base",
                 "algorithms.objectives.dppo",
                 "observability.mismatch_causes",
@@ -137,7 +139,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "truncated_B",
             BOOLEAN,
             "rollout.collect",
-            ("observability.step_metrics",),
+            ("observability.step_metrics", "algorithms.correction"),
             "True where the response reached the token limit",
         ),
         ColumnSpec(
@@ -212,7 +214,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "current_logprobs_T",
             FLOAT,
             "policy.engine",
-            ("algorithms.objectives.bapo",),
+            ("algorithms.objectives.bapo", "algorithms.gates", "algorithms.correction"),
             "log-probability under the weights that the update starts from, in nats; 0 where not trained",
             "the policy writes it for objectives that read it, except before the first update of a step",
         ),
@@ -268,7 +270,7 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "segment_ids_T",
             INTEGER,
             "algorithms.objectives.base",
-            ("algorithms.segments", "algorithms.correction", "observability.token_record"),
+            ("algorithms.segments", "algorithms.gates", "observability.token_record"),
             "tokens with the same id share an importance ratio; -1 where not trained",
             "the objective's columns() may return it; policy_loss takes it as segment_ids",
         ),

@@ -29,6 +29,7 @@ METRIC_KEYS: Mapping[str, str] = {
     "policy_kl_mean": "k3 estimate of KL(old || current), nats per token",
     "reference_kl_mean": "k3 estimate of KL(current || reference), if there is a reference",
     "correction_mean": "mean correction weight for the rollout mismatch, if one is used",
+    "gate/NAME": "fraction of trained tokens that a gate, or the weight, opsm or truncated of the correction, drops",
     "entropy_coefficient": "coefficient of the entropy bonus, mean over the step's updates",
     "objective/NAME": "what the objective measures, weighted like the loss: its adapted numbers and what they follow",
     "mismatch_kl": "k3 estimate of KL(rollout || trainer) on the sampled tokens, nats per token",

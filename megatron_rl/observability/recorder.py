@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_rl.algorithms.loss import MEASURE
+from megatron_rl.algorithms.loss import GATE, MEASURE
 from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.step import StepReport, StepSamples
 from megatron_rl.data.types import Batch, Metrics
@@ -164,7 +164,8 @@ class RunRecorder:
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Write the metrics of a step to the file, the table and the sinks."""
-        unknown = sorted(name for name in set(metrics) - set(METRIC_KEYS) if not name.startswith(("reward/", MEASURE)))
+        families = ("reward/", MEASURE, GATE)
+        unknown = sorted(name for name in set(metrics) - set(METRIC_KEYS) if not name.startswith(families))
         assert not unknown, f"metrics without documentation: {unknown}; add them to METRIC_KEYS"
         now = time.perf_counter()
         seconds = {name: round(value, 4) for name, value in (self._seconds | self._read_clocks()).items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import zero_variance
-from megatron_rl.algorithms.loss import MEASURE, summary
+from megatron_rl.algorithms.loss import GATE, MEASURE, summary
 from megatron_rl.data.minibatch import Minibatch, joined
 from megatron_rl.data.step import StepReport
 from megatron_rl.data.types import Batch, Metrics
@@ -114,7 +114,7 @@ class StepMetrics:
         means = {
             name: sum(update[name] * update["tokens"] for update in updates) / tokens
             for name in updates[0]
-            if name in TOKEN_MEANS or name.startswith(MEASURE)
+            if name in TOKEN_MEANS or name.startswith((MEASURE, GATE))
         }
         return {
             **self._values,

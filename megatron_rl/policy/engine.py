@@ -39,9 +39,17 @@ from megatron_rl.policy.model import backends_of, build_chunks
 from megatron_rl.policy.nonfinite import bad_row, explain
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler, optimizer_parts
 from megatron_rl.policy.process_groups import build_mesh
+from megatron_rl.policy.reference import Reference
 from megatron_rl.policy.routing_replay import Replay
 from megatron_rl.policy.rows import RankRow, rank_row
-from megatron_rl.policy.sharded_state import PER_RANK, load_sharded_state, rng_slices, state_slices
+from megatron_rl.policy.sharded_state import (
+    PER_RANK,
+    load_reference,
+    load_sharded_state,
+    reference_slices,
+    rng_slices,
+    state_slices,
+)
 from megatron_rl.policy.upstream import repair
 from megatron_rl.util.megatron_version import untested_megatron
 
@@ -91,7 +99,7 @@ class Policy:
         load_weights(self.chunks, self.family, self.mesh, Path(run.model.path))
         self.balancing = LoadBalancing(self.chunks)
         self.replay = Replay(run.rollout.routing_replay, self.chunks, self.family, self.mesh)
-        self._reference = self._copy() if run.kl.coefficient else None
+        self._reference = Reference(run, self._parameters) if run.kl.coefficient else None
         self.optimizer = build_optimizer(run, self.chunks)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, total_updates)
         self.scheduler.step(0)
@@ -107,7 +115,11 @@ class Policy:
 
     def _copy(self) -> list[Tensor]:
         self._gather_parameters()
-        return [parameter.detach().cpu().clone() for chunk in self.chunks for parameter in chunk.parameters()]
+        return [parameter.detach().cpu().clone() for parameter in self._parameters]
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     @property
     def row_rules(self) -> RowRules:
@@ -174,7 +186,7 @@ class Policy:
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Compute with the weights that the run started with inside a ``with`` block; routers are not replayed.
+        """Compute with the reference policy's weights inside a ``with`` block; routers are not replayed.
 
         Raises:
             TrainingError: no reference was kept.
@@ -182,7 +194,7 @@ class Policy:
         if self._reference is None:
             raise TrainingError("no reference policy was kept; set kl.coefficient above 0 before the run starts")
         with self.preserve_weights(), self.replay.off():
-            _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], self._reference)
+            _overwrite(self._parameters, self._reference.values)
             yield
 
     def forward_backward(self, minibatch: Minibatch, loss_fn: LossFn, whole_gradients: bool = False) -> Metrics:
@@ -234,6 +246,8 @@ class Policy:
         if not math.isfinite(grad_norm):
             raise TrainingError(f"the norm of the gradients is {grad_norm}: each is finite, their squares overflow")
         self.scheduler.step(1)
+        if self._reference is not None:
+            self._reference.follow(self._parameters, self.updates)
         return StepReport(float(grad_norm), lr)
 
     @contextmanager
@@ -243,7 +257,7 @@ class Policy:
         try:
             yield
         finally:
-            _overwrite([parameter for chunk in self.chunks for parameter in chunk.parameters()], saved)
+            _overwrite(self._parameters, saved)
 
     def sharded_state(self) -> list[tuple[StateSlice, Tensor]]:
         """Return this rank's slices of model, optimizer and random generators, sharing memory with the policy.
@@ -253,7 +267,8 @@ class Policy:
         self._gather_parameters()
         shards, parts = shards_of(self.chunks, self.family, self.mesh), optimizer_parts(self.optimizer)
         random = rng_slices(rng_states(self.mesh.world.device), self.mesh)
-        return [*state_slices(shards, parts, self.mesh), *random.values()]
+        reference = reference_slices(shards, self._saved_reference(), self.mesh)
+        return [*state_slices(shards, parts, self.mesh), *reference, *random.values()]
 
     def load_sharded_state(self, reader: ShardedStateReader, updates: int, *, same_layout: bool) -> None:
         """Restore a state saved after ``updates`` optimizer steps, written under any layout.
@@ -266,11 +281,15 @@ class Policy:
         check_model(reader, self.family)
         shards = [*shards_of(self.chunks, self.family, self.mesh), *tied_copies(self.chunks, self.family)]
         load_sharded_state(reader, shards, optimizer_parts(self.optimizer), self.mesh, updates)
+        load_reference(reader, shards, self._saved_reference(), self.mesh)
         if same_layout:
             random = rng_slices(rng_states(self.mesh.world.device), self.mesh)
             states = {name: reader.read(place, PER_RANK) for name, (place, _) in random.items()}
             set_rng_states(self.mesh.world.device, states)
         self.scheduler.step(updates - self.updates)
+
+    def _saved_reference(self) -> dict[Tensor, Tensor]:
+        return {} if self._reference is None else self._reference.saved(self._parameters)
 
     @property
     def updates(self) -> int:

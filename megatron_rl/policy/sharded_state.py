@@ -67,6 +67,37 @@ def load_sharded_state(
         part.fill(values, updates)
 
 
+def reference_slices(
+    shards: Sequence[LocalParam], reference: Mapping[Tensor, Tensor], mesh: Mesh
+) -> Iterator[tuple[StateSlice, Tensor]]:
+    """Yield the slices of the reference policy that this rank saves, divided like those of the model.
+
+    Args:
+        shards: parameters of this rank.
+        reference: the reference's tensor of each parameter.
+        mesh: this rank's groups.
+    """
+    for number, shard in enumerate(shards):
+        copy, copies = shard.copies(mesh)
+        if shard.parameter in reference and number % copies == copy:
+            yield _place("reference", shard, mesh), reference[shard.parameter].flatten()
+
+
+def load_reference(
+    reader: ShardedStateReader, shards: Sequence[LocalParam], reference: Mapping[Tensor, Tensor], mesh: Mesh
+) -> None:
+    """Fill the reference policy from a checkpoint; one without a reference leaves it as it is.
+
+    Raises:
+        DataError: a tensor is damaged or of the wrong shape.
+    """
+    for shard in shards:
+        place = _place("reference", shard, mesh)
+        if shard.parameter in reference and place.tensor in reader:
+            values = reader.read(place, shard.name.rule)
+            reference[shard.parameter].copy_(values.view(shard.parameter.shape))
+
+
 def rng_slices(states: Mapping[str, Tensor], mesh: Mesh) -> dict[str, tuple[StateSlice, Tensor]]:
     """Return the states of this rank's random generators with their slices, by name."""
     rank, size = mesh.world.rank, mesh.world.size

@@ -53,16 +53,23 @@ MISMATCH = (
     Panel("mismatch_max", "Gap of log-probs, largest", "nats", log=True),
     Panel("routing_differs_tokens", "Tokens with different experts", "share of tokens"),
 )
-MEASURE = "objective/"
-"""Prefix of the metrics that an objective measures itself."""
+MEASURE, GATE = "objective/", "gate/"
+"""Prefixes of the metrics that an objective measures itself, and of what gates drop."""
 TIMES = (Panel("seconds/total", "Time per step", "seconds", log=True),)
 
 
 def objective_panels(groups: Sequence[RunGroup]) -> list[Panel]:
-    """Return a panel of each metric ``objective/NAME`` of these runs: what their objectives measure and adapt."""
+    """Return a panel of each metric ``objective/NAME`` and ``gate/NAME`` of these runs."""
     keys = {key for group in groups for run in group.runs for line in run.lines for key in line}
-    names = sorted(key.removeprefix(MEASURE) for key in keys if key.startswith(MEASURE))
-    return [Panel(MEASURE + name, f"Objective: {name.replace('_', ' ')}", "value") for name in names]
+    measures = [(key, f"Objective: {_words(key)}", "value") for key in sorted(keys) if key.startswith(MEASURE)]
+    drops = [
+        (key, f"Dropped by the gate: {_words(key)}", "share of tokens") for key in sorted(keys) if key.startswith(GATE)
+    ]
+    return [Panel(*panel) for panel in measures + drops]
+
+
+def _words(key: str) -> str:
+    return key.partition("/")[2].replace("_", " ")
 
 
 def metric_plots(groups: Sequence[RunGroup], panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:

@@ -39,7 +39,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "verified_B": verified_B,
         "truncated_B": torch.tensor([response.finish_reason == "length" for response in responses]),
         "group_ids_B": group_ids_B,
-        "advantages_B": _advantages(run, flat, rewards_B, group_ids_B, verified_B),
+        "advantages_B": _advantages(run, flat, rewards_B, group_ids_B, verified_B, _sampled_tokens(responses)),
     }
     if (shape := requested_routes(run)) is not None:
         columns |= route_columns(responses, lengths, shape)
@@ -74,14 +74,25 @@ def token_columns(samples: Sequence[tuple[Prompt, Response]], lengths: Sequence[
 
 
 def _advantages(
-    run: Run, verdicts: Sequence[Verdict], rewards_B: Tensor, group_ids_B: Tensor, verified_B: Tensor
+    run: Run,
+    verdicts: Sequence[Verdict],
+    rewards_B: Tensor,
+    group_ids_B: Tensor,
+    verified_B: Tensor,
+    tokens_B: Tensor,
 ) -> Tensor:
     kind, names = run.advantage.kind, run.reward.names
     if kind != "gdpo":
-        return advantages(kind, rewards_B, group_ids_B, verified_B)
+        return advantages(kind, rewards_B, group_ids_B, verified_B, tokens_B)
     rows = [[verdict.rewards.get(name, 0.0) for name in names] for verdict in verdicts]
     weights = torch.tensor(run.reward.weights_in_order, dtype=torch.float64)
-    return gdpo(torch.tensor(rows, dtype=torch.float64), group_ids_B, weights, verified_B)
+    whitened_over = tokens_B if run.advantage.whiten_over == "tokens" else None
+    return gdpo(torch.tensor(rows, dtype=torch.float64), group_ids_B, weights, verified_B, whitened_over)
+
+
+def _sampled_tokens(responses: Sequence[Response]) -> Tensor:
+    """Return the number of sampled tokens of each response, int64 [B]."""
+    return torch.tensor([len(r.output_ids) - sum(end - start for start, end in r.observed) for r in responses])
 
 
 def drop_zero_advantage_groups(batch: Batch) -> Batch:

@@ -10,7 +10,8 @@
 Every rank runs this file. The modules it calls know which rank does what, and how batches are packed.
 """
 
-from megatron_rl.algorithms.loss import make_loss, prepare
+from megatron_rl.algorithms.loss import make_loss, prepare, reads_current_logprobs
+from megatron_rl.algorithms.reward_kl import penalize_rewards
 from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
@@ -34,7 +35,7 @@ def train(
 ) -> int:
     """Train from step ``start``; return the number of finished steps, below ``train.steps`` after a stop request."""
     objective, correction, kl, entropy = run.objective, run.correction, run.kl, run.entropy
-    reads_current, total = objective.reads_current_logprobs, policy.total
+    reads_current, total = reads_current_logprobs(objective, correction), policy.total
     loss_fn = make_loss(objective, kl, keep_tokens=run.log.tokens > 0)
 
     for step in range(start, run.train.steps):
@@ -58,6 +59,7 @@ def train(
             if kl.coefficient:
                 with policy.reference_weights():
                     minibatches = [m.add(policy.compute_logprobs(m).as_reference()) for m in minibatches]
+                minibatches = penalize_rewards(minibatches, kl, run.advantage.kind, total)
         recorder.logprobs(step, minibatches)
 
         with recorder.phase("train"):
@@ -79,5 +81,4 @@ def train(
         if checkpoints.is_due(step + 1):
             with recorder.phase("checkpoint"):
                 checkpoints.write_due(step + 1, rollouts.state())
-
     return run.train.steps

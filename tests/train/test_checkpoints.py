@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, sizes of the axes, precision, model, and fields of megatron-core for the model and for the optimizer."""
+    """Ranks, axis sizes, precision, model, megatron-core fields of model and optimizer, and the reference policy."""
 
     ranks: int
     parallel: Mapping[str, object] = field(default_factory=dict)
@@ -39,6 +39,12 @@ class Layout:
     model: str = "untied"
     megatron: Mapping[str, object] = field(default_factory=dict)
     optimizer: Mapping[str, object] = field(default_factory=dict)
+    kl: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_special(self) -> bool:
+        """Whether its checkpoints are unlike those of the other layouts of its model."""
+        return bool(self.kl) or "hidden_dropout" in self.megatron
 
 
 PLAIN = {"distributed_optimizer": False}
@@ -47,6 +53,8 @@ MOVING = {"moe_router_bias_update_rate": 0.01}
 MUON = {"optimizer": "muon", "muon_fp32_matmul_prec": "highest"}
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5, "pin_cpu_grads": False}
 OVERLAP = {"distributed_optimizer": True, "overlap_grad_reduce": True}
+AVERAGE = {"coefficient": 0.1, "refresh_every": 1, "refresh_decay": 0.75}
+"""A reference policy that moves with every step, to be saved too."""
 LAYOUTS = {
     "one": Layout(1),
     "data2": Layout(2),
@@ -92,6 +100,9 @@ LAYOUTS = {
     "offload bfloat16 data2": Layout(2, dtype="bfloat16", optimizer=OFFLOAD),
     "offload bfloat16 expert2": Layout(2, {"expert": 2}, dtype="bfloat16", optimizer=OFFLOAD),
     "dropout": Layout(2, {"tensor": 2}, megatron={"hidden_dropout": 0.2}),
+    "reference": Layout(1, model="tied", kl=AVERAGE),
+    "reference pipeline2": Layout(2, {"pipeline": 2}, model="tied", kl=AVERAGE),
+    "reference bfloat16 tensor2": Layout(2, {"tensor": 2}, "bfloat16", kl=AVERAGE),
 }
 STRAIGHT = (2, 3, 4)
 FAST = [
@@ -106,6 +117,7 @@ FAST = [
     "muon bfloat16 tensor2 expert2",
     "overlapped gather data2",
     "offload bfloat16 expert2",
+    "reference bfloat16 tensor2",
 ]
 FAST_PAIRS = [
     ("one", "tensor2 expert2 data2"),
@@ -123,6 +135,7 @@ FAST_PAIRS = [
     ("data2", "overlapped gather data2"),
     ("offload bfloat16 data2", "bfloat16 data2"),
     ("bfloat16 data2", "offload bfloat16 data2"),
+    ("reference", "reference pipeline2"),
 ]
 """From every axis to another and from none, both optimizers both ways."""
 
@@ -143,7 +156,7 @@ def kind_of(layout: Layout) -> tuple[str, str, object]:
 PAIRS = [
     pair
     for kind in dict.fromkeys(map(kind_of, LAYOUTS.values()))
-    for pair in pairs_of([n for n, it in LAYOUTS.items() if kind_of(it) == kind and n != "dropout"])
+    for pair in pairs_of([n for n, it in LAYOUTS.items() if kind_of(it) == kind and not it.is_special])
 ]
 
 
@@ -155,6 +168,7 @@ def work(model: str, folder: str, layout: Layout, saves: tuple[int, ...], resume
         parallel=layout.parallel,
         optimizer={"lr": 1e-3, "warmup_steps": 3, "weight_decay": 0.1, "megatron": layout.optimizer},
         checkpoint={"keep": 100},
+        kl=layout.kl,
         log={"path": folder},
     )
     world = start_world(60, deterministic=True)
@@ -203,7 +217,7 @@ def contents(folder: Path, model: Path, step: int) -> dict[str, Tensor]:
     reader = open_sharded_state(checkpoint, read_meta(checkpoint))
     state: dict[str, Tensor] = {}
     for name, layer, expert in family_of(read_hf_config(model)).parameters():
-        for kind in ("model", "main", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+        for kind in ("model", "main", "exp_avg", "exp_avg_sq", "momentum_buffer", "reference"):
             tensor = f"{kind}/{name.megatron_name(layer, expert)}"
             if tensor in reader:
                 parts = reader.merged(tensor, name.rule)
@@ -293,6 +307,21 @@ def test_another_layout_goes_on_with_the_same_state(straight, models, tmp_path, 
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """Return the norm over all tensors of one kind after the other, so that no kind drowns in another's scale."""
     return float(torch.stack([tensor.double().norm() for tensor in tensors.values()]).norm())
+
+
+def test_the_reference_is_a_moving_average_of_the_policy(straight, models):
+    """Three references in float64 from the saved weights; rounded to float32 in each step."""
+    folder, model = straight("reference")[0], models["tied"]
+    saved = {step: contents(folder, model, step) for step in STRAIGHT}
+    names = [name.removeprefix("reference ") for name in saved[2] if name.startswith("reference ")]
+    assert len(names) > 10
+    for before, after in ((2, 3), (3, 4)):
+        for name in names:
+            expected = (
+                0.75 * saved[before][f"reference {name}"].double() + 0.25 * saved[after][f"model {name}"].double()
+            )
+            torch.testing.assert_close(saved[after][f"reference {name}"].double(), expected, rtol=2e-7, atol=1e-9)
+    assert not all(torch.equal(saved[2][f"reference {name}"], saved[3][f"reference {name}"]) for name in names)
 
 
 def test_the_bias_of_a_router_moves_and_is_saved(straight, models):

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.kl import binary_kl, binary_tv
 from megatron_rl.algorithms.objectives.base import Cost, Positive, TokenMean
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
@@ -43,14 +44,9 @@ class DPPO(TokenMean):
         """Return -M sg[min(r, ratio_cap)] A l; masked tokens are reported as clipped and have no gradient."""
         advantages_R, log_mu_R = inputs.advantages_R, inputs.require("rollout_logprobs_R").to(logprobs_R.dtype)
         ratio = segment_ratio(logprobs_R - log_mu_R, inputs)
-        outside_R = self._divergence(logprobs_R.detach(), log_mu_R) > (self.delta or DELTAS[self.divergence])
+        divergence = binary_tv if self.divergence == "tv" else binary_kl
+        outside_R = divergence(log_mu_R, logprobs_R.detach()) > (self.delta or DELTAS[self.divergence])
         diverging_R = ((advantages_R > 0) & (ratio.log_R > 0)) | ((advantages_R < 0) & (ratio.log_R < 0))
         masked_R = outside_R & diverging_R
         weight_R = torch.where(masked_R, 0, ratio.value_R.clamp(max=self.ratio_cap))
         return Cost(-weight_R * advantages_R * torch.where(masked_R, 0, logprobs_R), masked_R, ratio)
-
-    def _divergence(self, logprobs_R: Tensor, log_mu_R: Tensor) -> Tensor:
-        if self.divergence == "tv":
-            return (logprobs_R.exp() - log_mu_R.exp()).abs()
-        other_R, mu_other_R = -torch.expm1(logprobs_R), -torch.expm1(log_mu_R)
-        return log_mu_R.exp() * (log_mu_R - logprobs_R) + torch.special.xlogy(mu_other_R, mu_other_R / other_R)
