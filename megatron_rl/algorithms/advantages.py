@@ -7,15 +7,38 @@ All functions take ``rewards_B`` and ``group_ids_B``, int64 [B], the prompt grou
 counted in means and standard deviations. All computation and all results are in float64.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
+
+from megatron_rl.config.section import Section
 
 EPSILON = 1e-6
 """Added to every standard deviation before dividing by it."""
 
 AdvantageKind = Literal["zscore", "dr", "rloo", "zscore_batch", "whiten", "opo", "passk", "maxrl"]
+
+
+class Advantage(Section):
+    """Advantage estimation."""
+
+    kind: Literal["zscore", "dr", "rloo", "gdpo", "zscore_batch", "whiten", "opo", "passk", "maxrl"] = "zscore"
+    """Per prompt: ``zscore`` (R - mean) / (std + 1e-6), ``dr`` R - mean, ``rloo`` leave-one-out baseline, ``gdpo`` the
+    z-scores of several rewards, summed with ``reward.weights`` and whitened over the batch, ``zscore_batch`` as zscore
+    with the std of the batch, ``whiten`` mean and std of the batch, ``opo`` a baseline weighted by length, ``passk``
+    best minus second best for the best response, ``maxrl`` (R - mean) / mean."""
+    whiten_over: Literal["responses", "tokens"] = "responses"
+    """Whether ``gdpo`` whitens over responses or, as verl, over their trained tokens."""
+
+    @model_validator(mode="after")
+    def _whitening_is_of_gdpo(self) -> Self:
+        if self.whiten_over != "responses" and self.kind != "gdpo":
+            raise ValueError(
+                f'whiten_over = "{self.whiten_over}" belongs to kind = "gdpo", got "{self.kind}"; leave it out'
+            )
+        return self
 
 
 def advantages(

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
+from megatron_rl.algorithms.advantages import Advantage
 from megatron_rl.algorithms.correction import Correction
 from megatron_rl.algorithms.entropy import EntropyBonus
 from megatron_rl.algorithms.kl import ReferenceKL
@@ -180,26 +181,6 @@ class Rollout(Section):
             raise ValueError(
                 "sampling.keep_mask needs an engine that returns sampling masks in the form of SGLang 0.5.23: write"
                 ' engine = "sglang" or "embedded", or keep_mask = false'
-            )
-        return self
-
-
-class Advantage(Section):
-    """Advantage estimation."""
-
-    kind: Literal["zscore", "dr", "rloo", "gdpo", "zscore_batch", "whiten", "opo", "passk", "maxrl"] = "zscore"
-    """Per prompt: ``zscore`` (R - mean) / (std + 1e-6), ``dr`` R - mean, ``rloo`` leave-one-out baseline, ``gdpo`` the
-    z-scores of several rewards, summed with ``reward.weights`` and whitened over the batch, ``zscore_batch`` as zscore
-    with the std of the batch, ``whiten`` mean and std of the batch, ``opo`` a baseline weighted by length, ``passk``
-    best minus second best for the best response, ``maxrl`` (R - mean) / mean."""
-    whiten_over: Literal["responses", "tokens"] = "responses"
-    """Whether ``gdpo`` whitens over responses or, as verl, over their trained tokens."""
-
-    @model_validator(mode="after")
-    def _whitening_is_of_gdpo(self) -> "Advantage":
-        if self.whiten_over != "responses" and self.kind != "gdpo":
-            raise ValueError(
-                f'whiten_over = "{self.whiten_over}" belongs to kind = "gdpo", got "{self.kind}"; leave it out'
             )
         return self
 
