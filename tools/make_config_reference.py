@@ -39,6 +39,8 @@ first unused one of `runs/demo`, `runs/demo-2`, ...
 | file | content |
 |---|---|
 | `config.json` | all settings with defaults |
+| `lock` | the process that writes to the folder, while it runs |
+| `job.sbatch`, `secrets.toml` | the job script of `megatron-rl slurm`, and its settings that may be secret |
 | `versions.json` | versions of Python, torch, megatron-core and other packages that can change a number |
 | `metrics.jsonl` | one JSON object per step, keys below |
 | `rollouts.jsonl` | one per sample: prompt, response, reward, reason, tokens, weight versions; `log.rollouts` |

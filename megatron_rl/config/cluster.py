@@ -29,17 +29,17 @@ class Cluster(Section):
 class Slurm(Section):
     """The job that ``megatron-rl slurm`` renders."""
 
-    nodes: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1, le=65536)] = 1
     """Trainer nodes."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gpus_per_node: Annotated[int, Field(ge=0, le=65536)] = 8
     """GPUs per node; 0 requests none."""
     ranks_per_node: Annotated[int, Field(ge=1)] | None = None
     """Trainer ranks per node; default: one per GPU."""
-    cpus_per_rank: Annotated[int, Field(ge=1)] = 8
+    cpus_per_rank: Annotated[int, Field(ge=1, le=65536)] = 8
     """CPU cores per rank, and per GPU of a server."""
-    rollout_nodes: Annotated[int, Field(ge=0)] = 0
+    rollout_nodes: Annotated[int, Field(ge=0, le=65536)] = 0
     """Fleet nodes, a second component of a heterogeneous job; 0: servers run on the trainer nodes."""
-    spare_nodes: Annotated[int, Field(ge=0)] = 0
+    spare_nodes: Annotated[int, Field(ge=0, le=65536)] = 0
     """Extra trainer nodes, to replace nodes that fail the preflight."""
     preflight: bool = True
     """Check nodes, links and servers before training."""

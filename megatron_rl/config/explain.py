@@ -123,7 +123,7 @@ def _remedy(detail: ErrorDetails) -> str:
     if kind == "literal_error" and isinstance(value, str):
         choices = [choice.strip("' ") for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return _choose(value, choices)
-    if kind == "int_type" and isinstance(value, float) and value == int(value):
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     if (
         kind in ("int_type", "float_type")

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from megatron_rl.config.explain import explain
 from megatron_rl.config.secret_settings import mask_urls, mask_variables, without_masked
 from megatron_rl.config.section import ReadFrom
-from megatron_rl.config.sources import ConfigSource, Key, raise_problems, read_sources
+from megatron_rl.config.sources import ConfigSource, Key, is_file, raise_problems, read_sources
 from megatron_rl.config.tree import annotations_of, field_at, lookup, section_of
 
 T = TypeVar("T", bound=BaseModel)
@@ -73,7 +73,7 @@ def load(model: type[T], files: Sequence[str | Path], overrides: Sequence[str] =
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split command-line words into config files and ``key=value`` settings; an existing file is never a setting."""
-    settings = [word for word in words if "=" in word and not Path(word).is_file()]
+    settings = [word for word in words if "=" in word and not is_file(word)]
     return [word for word in words if word not in settings], settings
 
 

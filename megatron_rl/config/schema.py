@@ -41,21 +41,21 @@ class Model(Section):
 class Parallel(Section):
     """Parallel sizes; the data-parallel size follows from the number of ranks."""
 
-    tensor: Annotated[int, Field(ge=1)] = 1
+    tensor: Annotated[int, Field(ge=1, le=65536)] = 1
     """Tensor-parallel size."""
-    pipeline: Annotated[int, Field(ge=1)] = 1
+    pipeline: Annotated[int, Field(ge=1, le=65536)] = 1
     """Pipeline-parallel size."""
-    virtual_pipeline: Annotated[int, Field(ge=1)] = 1
+    virtual_pipeline: Annotated[int, Field(ge=1, le=65536)] = 1
     """Model chunks per pipeline rank; above 1 uses the interleaved schedule."""
-    context: Annotated[int, Field(ge=1)] = 1
+    context: Annotated[int, Field(ge=1, le=65536)] = 1
     """Context-parallel size (zigzag split of each sequence)."""
-    expert: Annotated[int, Field(ge=1)] = 1
+    expert: Annotated[int, Field(ge=1, le=65536)] = 1
     """Expert-parallel size."""
     expert_tensor: Annotated[int, Field(ge=1)] | None = None
     """Tensor-parallel size of the experts; default: ``tensor`` if ``expert`` is 1, else 1."""
     sequence: bool | None = None
     """Sequence parallelism; default: on if ``tensor`` > 1."""
-    ranks: Annotated[int, Field(ge=1)] | None = None
+    ranks: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     """Trainer ranks to start here; default: the fewest that the sizes allow. torchrun and srun override it."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data-parallel ranks."""
@@ -101,14 +101,14 @@ class Sampling(Section):
     """Softmax temperature, also of the trainer's log-probs and entropies."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; below 1 the engine's log-probs differ from the trainer's."""
-    top_k: int = -1
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = -1
     """Sample from the k most likely tokens; -1 disables it."""
     keep_mask: bool = False
     """Restrict the trainer's log-probs and entropies to the token ids that top_k and top_p left to sample from, which
     the engine returns (DeepSeek-V3.2, arXiv 2512.02556)."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 1024
+    max_new_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 1024
     """Maximum response length, in tokens."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = ()
     """Token ids that end a response, in addition to the end-of-sequence token."""
 
     @model_validator(mode="after")
@@ -137,7 +137,7 @@ class Rollout(Section):
     """Inference engine; ``embedded`` needs no GPU and no other package."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the engine's weights; default: ``model.dtype``."""
-    servers: Annotated[int, Field(ge=0)] = 1
+    servers: Annotated[int, Field(ge=0, le=65536)] = 1
     """Servers to start on this machine; unused with ``urls``."""
     urls: tuple[str, ...] = ()
     """URLs of running servers, such as ``http://10.0.0.7:30000``."""
@@ -151,7 +151,7 @@ class Rollout(Section):
     """Time after which an unanswered request is sent to another server."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Time in which a server must become healthy."""
-    sequences_per_server: Annotated[int, Field(ge=1)] = 512
+    sequences_per_server: Annotated[int, Field(ge=1, le=16384)] = 512
     """Maximum concurrent sequences per server, each in a request of its own. Without ``max_lag`` the embedded server,
     whose results depend on the sequences of a batch, gets fixed batches of at most 256."""
     max_lag: Annotated[int, Field(ge=0)] = 0
@@ -213,7 +213,7 @@ class Optimizer(Section):
 class Train(Section):
     """The training loop."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of prompts, sampling and shuffling; a run repeats with the same seed and layout."""
     steps: Annotated[int, Field(ge=1)] = 100
     """Training steps (rollout batches)."""

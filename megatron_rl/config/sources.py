@@ -63,6 +63,14 @@ def read_sources(files: Sequence[str | Path], overrides: Sequence[str]) -> list[
     return sources
 
 
+def is_file(path: str | Path) -> bool:
+    """Return whether a path is an existing file; a text that cannot be a path is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
     """Raise a ConfigError that lists the problems, unless there are none."""
     lines = list(problems)
@@ -74,14 +82,22 @@ def raise_problems(problems: Sequence[str] | Mapping[str, None]) -> None:
 
 def read_file(path: Path) -> ConfigSource:
     """Read a TOML file, or the ``config.json`` of a run folder."""
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(_missing_file(path))
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"not UTF-8: {error.reason} ({path}:{line}); save the file with this encoding") from error
     if path.suffix == ".json":
         return _read_json(path, text)
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise ConfigError(f"arrays or tables are nested too deeply ({path}); no setting needs this") from error
+    except ValueError as error:
         place = re.search(r"\(at line (\d+), column \d+\)", str(error))
         where = f"{path}:{place[1]}" if place else str(path)
         reason = str(error).partition(" (at ")[0]
@@ -92,7 +108,7 @@ def read_file(path: Path) -> ConfigSource:
 def _read_json(path: Path, text: str) -> ConfigSource:
     try:
         table = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"not valid JSON: {error} ({path}); give the config.json of a run, or a TOML file") from error
     if not isinstance(table, dict):
         raise ConfigError(f"not a JSON object: {path}; give the config.json of a run, or a TOML file")
@@ -173,7 +189,13 @@ def parse_value(text: str) -> object:
     text = text.strip()
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise ConfigError(f"nested too deeply: {text[:40]}...; no setting needs this") from error
+    except ValueError as error:
+        if not isinstance(error, tomllib.TOMLDecodeError):  # Python converts numbers of at most 4300 digits
+            raise ConfigError(
+                f"not a number that can be read: {text[:40]}...: it has {len(text)} characters"
+            ) from error
         if text[:1] in {'"', "'", "[", "{"}:
             reason = str(error).partition(" (at ")[0]
             raise ConfigError(f"not a TOML value: {text}: {reason}; close the quote or bracket") from error

@@ -134,7 +134,7 @@ class Reward(Section):
     overlong_tokens: Annotated[int, Field(ge=0)] = 0
     """Length of DAPO's ``overlong`` penalty, which falls linearly from 0 to -1 over the last so many of
     ``max_new_tokens``; 0: none."""
-    workers: Annotated[int, Field(ge=1)] = 2
+    workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Verifier processes."""
     seconds: Annotated[float, Field(gt=0)] = 10.0
     """Time limit per verification; the response is then unverified and the process is restarted."""

@@ -23,6 +23,9 @@ from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weigh
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.weights.checksum import SHA256, sha256, sums64
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that an update may send."""
+
 
 class ServedModel:
     """The model, its weights by checkpoint name, and their version."""
@@ -83,6 +86,13 @@ class ServedModel:
             if tensor.shape != self.tensors[name].shape:
                 expected = list(self.tensors[name].shape)
                 raise BadRequest(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {expected}")
+            if tensor.dtype not in WEIGHT_DTYPES:
+                accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+                raise BadRequest(
+                    f"tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}; send one of {accepted}"
+                )
+            if not bool(tensor.isfinite().all()):
+                raise BadRequest(f"tensor {name!r} has values that are not finite; the weights are unchanged")
             staged[name] = tensor
         self._staged = staged
         return len(staged)
@@ -99,14 +109,20 @@ class ServedModel:
     def load(self, path: str) -> str:
         """Replace the weights by those of a safetensors file or folder; return a message with their number."""
         source = Path(path)
-        files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+        try:
+            files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+            special = [file.name for file in files if not file.is_file()]
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"cannot read {path[:200]!r}: {error}") from error
+        if special:
+            raise BadRequest(f"{special[0]} in {path} is no regular file; give a folder of safetensors files")
         if not files:
             raise BadRequest(f"no safetensors at {path}; give a file, or a folder that holds some")
         self.begin_update()
         for file in files:
             try:
                 tensors = load_file(file)
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise BadRequest(f"{file.name} is not a safetensors file: {error}") from error
             self.stage(tensors.items())
         return self.end_update()

@@ -19,7 +19,14 @@ class BadRequest(ValueError):
     """The request is invalid; answered with status 400."""
 
 
-_StopString = Annotated[str, Field(min_length=1)]
+MAX_SEQUENCES = 1 << 14
+"""Sequences per request, over all prompts and their ``n``."""
+
+MAX_TOKEN_ID = (1 << 31) - 1
+
+_StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+_TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+_Id = Annotated[str, Field(max_length=1024)]
 
 
 class _Strict(BaseModel):
@@ -29,14 +36,14 @@ class _Strict(BaseModel):
 class SamplingParams(_Strict):
     """The sampling parameters of SGLang that the embedded server supports; others are refused, not ignored."""
 
-    max_new_tokens: Annotated[int, Field(ge=0)] = 128
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] = 128
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] = -1
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    n: Annotated[int, Field(ge=1)] = 1
-    stop: _StopString | tuple[_StopString, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 1
+    stop: _StopString | Annotated[tuple[_StopString, ...], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[tuple[_TokenId, ...], Field(max_length=1024)] | None = None
     ignore_eos: bool = False
     """Also disables ``stop_token_ids``, as in SGLang."""
     skip_special_tokens: bool = True
@@ -58,7 +65,7 @@ class GenerateBody(_Strict):
 
     input_ids: list[int] | list[list[int]]
     sampling_params: SamplingParams | list[SamplingParams] = SamplingParams()
-    rid: str | list[str] | None = None
+    rid: _Id | list[_Id] | None = None
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
     return_routed_experts: bool = False
@@ -161,6 +168,13 @@ def parse_request(raw: bytes) -> Request:
     if body.return_sampling_mask and not all(p.truncates for p in params):
         raise BadRequest("return_sampling_mask: nothing is masked; write top_k or top_p in sampling_params")
     starts = _per_prompt("logprob_start_len", body.logprob_start_len, len(prompts))
+    if (count := sum(p.n for p in params)) > MAX_SEQUENCES:
+        raise BadRequest(f"n: {count} sequences in one request; send at most {MAX_SEQUENCES}")
+    for prompt, start in zip(prompts, starts, strict=True):
+        if not -1 <= start < len(prompt):
+            raise BadRequest(
+                f"logprob_start_len is {start}; send -1, or a position of the prompt ({len(prompt)} tokens)"
+            )
     sequences = [
         # With n > 1 SGLang replaces the given ids by new ones. The seeds must differ, or all n outputs would be equal.
         ActiveSequence(

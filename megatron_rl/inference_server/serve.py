@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:  # --help does not import torch
     from megatron_rl.inference_server.engine import Engine
 
 log = logging.getLogger(__name__)
+
+API_KEY = "MEGATRON_RL_API_KEY"
+"""Environment variable with the key of the server; other users do not see it, unlike an option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=int, default=512, help="sequences decoded together (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of requests without a sampling_seed")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY, ""),
+        help=f"key that clients must send as Authorization: Bearer KEY (default: the variable {API_KEY}, or none)",
+    )
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
 
 
@@ -55,21 +64,27 @@ def serve(args: argparse.Namespace) -> int:
     engine = Engine(model, args.batching, args.max_rows, args.seed)
     engine.start()
     try:
-        asyncio.run(_serve(engine, args.host, args.port))
+        asyncio.run(_serve(engine, args.host, args.port, args.api_key))
         return 0 if engine.is_alive() else 1
     finally:
         engine.close()
 
 
-async def _serve(engine: "Engine", host: str, port: int) -> None:
+async def _serve(engine: "Engine", host: str, port: int, api_key: str) -> None:
     from aiohttp import web
 
+    from megatron_rl.inference_server.access import AccessRules, raise_connection_limit, warn_if_public
     from megatron_rl.inference_server.server import EmbeddedServer
 
+    warn_if_public(host, api_key)
+    raise_connection_limit()
+    access = AccessRules(api_key, (host,))
     # A handler is cancelled when its client disconnects, so that abandoned sequences are not decoded to their end.
-    app = EmbeddedServer(engine).application()
+    app = EmbeddedServer(engine, access).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
+    assert runner.server is not None, "was set up"
+    idle = asyncio.create_task(access.close_idle_connections(runner.server))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # If the model thread ends, so does the server: its parent sees that.
@@ -82,6 +97,7 @@ async def _serve(engine: "Engine", host: str, port: int) -> None:
         log.info("Serving %s on %s with %s batching", engine.model.path, url, engine.batching)
         await stop.wait()
     finally:
+        idle.cancel()
         await runner.cleanup()
 
 

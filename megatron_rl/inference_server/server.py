@@ -14,6 +14,7 @@ from typing import TypeVar, cast, get_args
 from aiohttp import web
 
 from megatron_rl.fleet.protocol import Endpoint
+from megatron_rl.inference_server.access import AccessRules, Refused, read_body
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.inference_server.requests import ActiveSequence, BadRequest, Request, parse_request, validated
 from megatron_rl.inference_server.responses import response_json
@@ -34,16 +35,20 @@ _STREAM_SECONDS = 0.02
 class EmbeddedServer:
     """The handlers, one per path."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, access: AccessRules | None = None) -> None:
+        """Create the handlers of an engine; ``access`` decides who may use them, by default every local program."""
+        access = access or AccessRules()
         self.engine = engine
         self.model = engine.model
-        self.groups = WeightGroups()
-        self.shared = SharedBufferReader(self.model.device)
+        max_elements = max(tensor.numel() for tensor in self.model.tensors.values())
+        self.groups = WeightGroups(max_elements)
+        self.shared = SharedBufferReader(self.model.device, max_elements)
+        self.access = access
         self._next_version: str | None = None
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
-        app = web.Application(client_max_size=0, middlewares=[_errors])
+        app = web.Application(client_max_size=0, middlewares=[_errors, self.access.middleware])
         get, post = app.router.add_get, app.router.add_post
         get(Endpoint.HEALTH, self.health)
         get(Endpoint.HEALTH_GENERATE, self.health_generate)
@@ -112,7 +117,7 @@ class EmbeddedServer:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Sample, or score with ``max_new_tokens = 0`` and ``logprob_start_len = 0``."""
         begin = time.perf_counter()
-        parsed = parse_request(await request.read())
+        parsed = parse_request(await read_body(request))
         for sequence in parsed.sequences:
             self._fit(sequence)
         self.engine.submit(parsed)
@@ -293,6 +298,8 @@ async def _finished(engine: Engine, request: Request) -> None:
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
+    except Refused as error:
+        return web.json_response({"error": {"message": str(error)}}, status=error.status)
     except BadRequest as error:
         body = (
             {"error": {"message": str(error)}}
@@ -305,10 +312,10 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def _body(request: web.Request, known: set[str]) -> Mapping[str, object]:
-    raw = await request.read()
+    raw = await read_body(request)
     try:
         body = json.loads(raw or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise BadRequest(f"the body is a {type(body).__name__}; send a JSON object")

@@ -1,6 +1,7 @@
 """The receiving side of weights through shared memory: copies tensors out of the sender's buffer."""
 
 import asyncio
+import math
 import os
 from typing import Annotated
 
@@ -28,8 +29,14 @@ class UpdateFromHandleBody(BaseModel):
 class SharedBufferReader:
     """The sender's buffer, open from the first fill to the end of the update or of the sender's process."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, max_elements: int) -> None:
+        """Open no buffer yet.
+
+        Args:
+            device: where tensors are copied to.
+            max_elements: number of elements of the model's largest tensor; larger ones are refused.
+        """
+        self.device, self.max_tensor_bytes = device, max_elements * torch.float64.itemsize
         self._handle: Handle | None = None
         self._memory: Tensor | None = None
         self._incomplete: dict[str, tuple[Tensor, int]] = {}
@@ -81,6 +88,11 @@ class SharedBufferReader:
     def _empty(self, entry: TensorSlice) -> Tensor:
         if entry.dtype not in _DTYPES or any(size < 0 for size in entry.shape):
             raise BadRequest(f"{entry.name} is {entry.dtype} {list(entry.shape)}; send one of {', '.join(_DTYPES)}")
+        num_bytes = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+        if num_bytes > self.max_tensor_bytes:
+            raise BadRequest(
+                f"{entry.name} is {list(entry.shape)}, {num_bytes} bytes; no tensor of this model is as large"
+            )
         return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=self.device)
 
     def close(self) -> None:

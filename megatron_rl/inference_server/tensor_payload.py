@@ -24,6 +24,13 @@ _ALLOWED = {
 }
 
 
+_UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, RuntimeError, AttributeError),
+    *(ArithmeticError, MemoryError, ImportError, AssertionError),
+)
+"""What a malformed pickle raises; a deeply nested one raises RecursionError, a RuntimeError."""
+
+
 class TensorUnpickler(pickle.Unpickler):
     """Unpickles tensors and refuses every other global."""
 
@@ -44,7 +51,7 @@ def read_tensors(payload: str) -> list[tuple[str, Tensor]]:
         named = TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
     except binascii.Error as error:
         raise BadRequest(f"serialized_named_tensors is not base64: {error}") from error
-    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except _UNPICKLING_ERRORS as error:
         raise BadRequest(f"serialized_named_tensors is not a pickle of [(name, tensor)]: {error}") from error
     if not isinstance(named, list) or not all(
         isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)

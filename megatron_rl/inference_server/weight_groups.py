@@ -1,6 +1,7 @@
 """The receiving side of weights through torch.distributed groups: CPU and gloo only."""
 
 import asyncio
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -42,7 +43,9 @@ class UpdateFromDistributedBody(BaseModel):
 class WeightGroups:
     """The groups that this server has joined, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_elements: int) -> None:
+        """Join no group yet; ``max_elements`` is the number of elements of the model's largest tensor."""
+        self.max_elements = max_elements
         self._groups: dict[str, WeightGroup] = {}
 
     async def join(self, body: Mapping[str, object]) -> None:
@@ -62,6 +65,9 @@ class WeightGroups:
         headers = list(zip(bucket.names, bucket.dtypes, bucket.shapes, strict=False))
         if not len(bucket.names) == len(bucket.dtypes) == len(bucket.shapes):
             raise BadRequest(f"{len(bucket.names)} names, {len(bucket.dtypes)} dtypes, {len(bucket.shapes)} shapes")
+        for name, shape in zip(bucket.names, bucket.shapes, strict=True):
+            if math.prod(shape) > self.max_elements:
+                raise BadRequest(f"{name[:200]} is {shape}; no tensor of this model is as large")
         tensors = [(name, empty_tensor(shape, dtype, torch.device("cpu"))) for name, dtype, shape in headers]
         works = self._groups[bucket.group_name].broadcast([tensor for _, tensor in tensors])
         try:

@@ -3,6 +3,8 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
@@ -14,6 +16,7 @@ from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
 from megatron_rl.launch.versions import found_versions
 from megatron_rl.observability.run_folder import prepare_folder
+from megatron_rl.observability.run_lock import locked
 from megatron_rl.train.resume import check_resumable
 from megatron_rl.util.logs import StderrHandler, logging_to
 
@@ -33,23 +36,26 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
 
 def _run_ranks(loaded: Loaded[Run], words: Sequence[str]) -> int:
     plan = make_plan(loaded)
-    _prepare(loaded.run, plan, check_resumable(loaded.run))
-    command = ["megatron_rl", "train", *words]
-    return LocalRanks(command, plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
+    with locked(Path(loaded.run.log.path)):
+        _prepare(loaded.run, plan, check_resumable(loaded.run))
+        command = ["megatron_rl", "train", *words]
+        return LocalRanks(command, plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
 
 
 def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
-    if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
-        plan = make_plan(loaded, size)
-        resumed = check_resumable(loaded.run)
-        if rank == 0:
-            _prepare(loaded.run, plan, resumed)
-    quiet_upstream()
-    record_collectives()
-    with reporting_failure():
-        from megatron_rl.train.rank import run_rank
+    with ExitStack() as stack:
+        if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
+            plan = make_plan(loaded, size)
+            resumed = check_resumable(loaded.run)
+            if rank == 0:
+                stack.enter_context(locked(Path(loaded.run.log.path)))
+                _prepare(loaded.run, plan, resumed)
+        quiet_upstream()
+        record_collectives()
+        with reporting_failure():
+            from megatron_rl.train.rank import run_rank
 
-        return run_rank(loaded)
+            return run_rank(loaded)
 
 
 def _prepare(run: Run, plan: RunPlan, resumed: str) -> None:

@@ -51,10 +51,20 @@ def _changes(before: Mapping[str, object], after: Mapping[str, object], prefix: 
 
 
 def keep_steps_before(path: Path, step: int) -> None:
-    """Remove the JSON lines of this step and later steps, and an incomplete last line."""
+    """Remove the JSON lines of this step and later steps, and lines that a crash left incomplete or full of NULs."""
     if not path.exists():
         return
     with path.open("rb") as lines, replaced(path) as output:
         for line in lines:
-            if line.endswith(b"\n") and json.loads(line)["step"] < step:
+            found = _step_of(line)
+            if found is not None and found < step:
                 output.write(line)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a JSON line; None if the line is incomplete or no JSON."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 from megatron_rl.fleet.background import LoopThread
+from megatron_rl.inference_server.access import AccessRules
 from megatron_rl.inference_server.engine import Engine
 from megatron_rl.inference_server.requests import BadRequest, parse_request
 from megatron_rl.inference_server.server import EmbeddedServer
@@ -25,14 +26,19 @@ DEMO_MODEL = Path(__file__).parents[2] / "configs" / "demo-model"
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[Engine, str]]:
+def served(folder: Path, access: AccessRules | None = None, poll_seconds: float = 1.0) -> Iterator[tuple[Engine, str]]:
     """Run a server in this process."""
     thread = LoopThread("server")
     with running(folder) as engine:
-        runner = web.AppRunner(EmbeddedServer(engine).application(), handler_cancellation=True, shutdown_timeout=0.1)
+        rules = access or AccessRules()
+        app = EmbeddedServer(engine, rules).application()
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        idle: list[asyncio.Task[None]] = []  # cancelled when the thread closes
 
         async def start() -> str:
             await runner.setup()
+            assert runner.server is not None
+            idle.append(asyncio.create_task(rules.close_idle_connections(runner.server, poll_seconds)))
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             return "http://{}:{}".format(*runner.addresses[0])
 
