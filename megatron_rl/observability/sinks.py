@@ -3,15 +3,20 @@
 Trackers keep their data in the run folder unless the environment names a server, so they work without a network.
 """
 
+import contextlib
 import importlib
+import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rl.config.schema import Log
+from megatron_rl.observability.file_names import METRICS
+from megatron_rl.util.atomic import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +74,22 @@ def open_sinks(settings: Log, config: Mapping[str, object]) -> list[Sink]:
         "trackio": lambda: _Trackio(folder, settings.project, config),
         "prometheus": lambda: Prometheus(settings.prometheus_port or 0, settings.prometheus_host),
     }
-    return [FaultTolerantSink(name, factories[name]()) for name in sink_names(settings)]
+    shown = last_step(folder / METRICS)
+    sinks: list[Sink] = []
+    for name in sink_names(settings):
+        # A resumed run repeats the steps after its checkpoint, with the same numbers.
+        sinks.append(FaultTolerantSink(name, factories[name], shown if name != "prometheus" else -1))
+    return sinks
+
+
+def last_step(metrics: Path) -> int:
+    """Return the last step that an earlier start of this run wrote; -1 if there is none."""
+    steps = [-1]
+    if metrics.exists():
+        for line in metrics.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # a crash may leave half a line
+                steps.append(int(json.loads(line)["step"]))
+    return max(steps)
 
 
 def flat(metrics: Mapping[str, object], seconds: Mapping[str, float]) -> dict[str, float]:
@@ -78,33 +98,63 @@ def flat(metrics: Mapping[str, object], seconds: Mapping[str, float]) -> dict[st
     return numbers | {f"seconds/{name}": value for name, value in seconds.items()}
 
 
-class FaultTolerantSink:
-    """Wraps a sink. The first failure is logged and disables the sink; training continues."""
+_ERRORS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, ImportError, LookupError)
 
-    def __init__(self, name: str, sink: Sink) -> None:
-        self._name, self._sink, self._works = name, sink, True
+
+def errors_of(name: str) -> tuple[type[Exception], ...]:
+    """Return what a tracker raises: common errors, and the base of its own, which is a plain Exception."""
+    places = {"wandb": ("wandb.errors", "Error"), "mlflow": ("mlflow.exceptions", "MlflowException")}
+    if name not in places:
+        return _ERRORS
+    module, error = places[name]
+    try:
+        return (*_ERRORS, getattr(importlib.import_module(module), error))
+    except _ERRORS:
+        return _ERRORS
+
+
+class FaultTolerantSink:
+    """Opens and wraps a sink. The first failure is logged and disables the sink; training continues."""
+
+    def __init__(self, name: str, make: Callable[[], Sink], shown: int = -1) -> None:
+        """Open the sink.
+
+        Args:
+            name: name of the sink, for messages.
+            make: opens the sink.
+            shown: last step that it has already; this step and earlier ones are not sent again.
+        """
+        self._name, self._shown, self._works = name, shown, True
+        self._sink: Sink | None = None
+
+        def open_sink() -> None:
+            self._sink = make()
+
+        self._call(open_sink, "could not be opened")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Send the metrics of a step."""
-        self._call(lambda: self._sink.write(step, numbers))
+        if step > self._shown and (sink := self._sink) is not None:
+            self._call(lambda: sink.write(step, numbers))
 
     def register(self, read: ReadGauges) -> None:
         """Register a function that reads gauges."""
-        self._call(lambda: self._sink.register(read))
+        if (sink := self._sink) is not None:
+            self._call(lambda: sink.register(read))
 
     def close(self) -> None:
         """Close the sink."""
-        self._call(self._sink.close)
+        if (sink := self._sink) is not None:
+            self._call(sink.close)
 
-    def _call(self, call: Callable[[], None]) -> None:
+    def _call(self, call: Callable[[], None], problem: str = "failed") -> None:
         if not self._works:
             return
         try:
             call()
-        # The errors that trackers define derive from one of these.
-        except (OSError, RuntimeError, ValueError) as error:
+        except errors_of(self._name) as error:
             self._works = False
-            log.warning("log.sinks: %s failed and gets no more metrics: %s", self._name, error)
+            log.warning("log.sinks: %s %s and gets no more metrics: %s", self._name, problem, error)
 
 
 class _Tracker:
@@ -130,7 +180,10 @@ class _Wandb(_Tracker):
         wandb = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         # The same id for every start of a run, so that a resumed run continues its curves.
-        names = {"project": project, "name": folder.name, "id": folder.name}
+        saved = folder / "wandb_run"
+        if not saved.exists():
+            replace_text(saved, f"{folder.name[:64]}-{uuid.uuid4().hex[:8]}\n")
+        names = {"project": project, "name": folder.name, "id": saved.read_text(encoding="utf-8").strip()}
         self._run = wandb.init(**names, dir=str(folder), config=dict(config), mode=mode, resume="allow")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -146,7 +199,12 @@ class _MLflow(_Tracker):
         if "MLFLOW_TRACKING_URI" not in os.environ:
             self._mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         self._mlflow.set_experiment(project)
-        self._mlflow.start_run(run_name=folder.name)
+        saved = folder / "mlflow_run"
+        if saved.exists():
+            self._mlflow.start_run(run_id=saved.read_text(encoding="utf-8").strip())
+            return  # the parameters of a run cannot be changed
+        run = self._mlflow.start_run(run_name=folder.name)
+        replace_text(saved, f"{run.info.run_id}\n")
         # MLflow limits the value of a parameter to 500 characters.
         self._mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
 

@@ -34,7 +34,7 @@ METRICS = {"reward_mean": 0.5, "grad_norm": 2, "accuracy": None}
 
 def recorder_with(tmp_path: Path, *names: str) -> RunRecorder:
     settings = Log.model_validate({"path": str(tmp_path / "run"), "sinks": names})
-    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run").mkdir(exist_ok=True, parents=True)
     return RunRecorder(tmp_path / "run", 2, sinks=open_sinks(settings, {"train.steps": 2}), terminal=False)
 
 
@@ -58,7 +58,7 @@ def test_tensorboard_holds_every_number_of_every_step(tmp_path):
     assert [(event.step, event.value) for event in found.Scalars("reward_mean")] == [(0, 0.5), (1, 0.5)]
 
 
-def test_wandb_goes_on_with_the_run_of_the_same_name_and_is_offline_without_a_key(tmp_path, monkeypatch):
+def test_wandb_goes_on_with_the_run_of_the_folder_and_is_offline_without_a_key(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     given: list[object] = []
@@ -70,8 +70,14 @@ def test_wandb_goes_on_with_the_run_of_the_same_name_and_is_offline_without_a_ke
         recorder.write(0, METRICS)
 
     assert options["mode"] == "offline"
-    assert (options["id"], options["resume"]) == ("run", "allow")
+    first = options["id"]
+    assert str(first).startswith("run-")
+    assert options["resume"] == "allow"
     assert given == [(0, {"reward_mean": 0.5, "grad_norm": 2.0, "seconds/total": 0.0}), "end"]
+    with recorder_with(tmp_path, "wandb"):
+        assert options["id"] == first
+    with recorder_with(tmp_path / "other", "wandb"):  # another run whose folder has the same name
+        assert options["id"] != first
 
 
 def test_mlflow_and_trackio_keep_their_data_in_the_run_folder(tmp_path, monkeypatch):
@@ -80,7 +86,8 @@ def test_mlflow_and_trackio_keep_their_data_in_the_run_folder(tmp_path, monkeypa
     monkeypatch.delenv("TRACKIO_DIR")
     given: list[tuple[object, ...]] = []
     names = ("set_tracking_uri", "set_experiment", "start_run", "log_params", "log_metrics", "end_run")
-    fake(monkeypatch, "mlflow", **{n: lambda *a, n=n, **k: given.append((n, a, k)) for n in names})
+    run = SimpleNamespace(info=SimpleNamespace(run_id="4711"))
+    fake(monkeypatch, "mlflow", **{n: lambda *a, n=n, **k: given.append((n, a, k)) or run for n in names})
     fake(monkeypatch, "trackio", **{n: lambda *a, n=n, **k: given.append((n, a, k)) for n in ("init", "log", "finish")})
 
     with recorder_with(tmp_path, "mlflow", "trackio") as recorder:
@@ -89,6 +96,38 @@ def test_mlflow_and_trackio_keep_their_data_in_the_run_folder(tmp_path, monkeypa
     assert given[0] == ("set_tracking_uri", (f"sqlite:///{tmp_path}/run/mlflow.db",), {})
     assert [call[0] for call in given].count("log_metrics") == 1
     assert [call[0] for call in given].count("log") == 1
+    given.clear()
+    with recorder_with(tmp_path, "mlflow") as recorder:  # resumed from a checkpoint before step 0
+        recorder.write(0, METRICS)
+        recorder.write(1, METRICS)
+    assert ("start_run", (), {"run_id": "4711"}) in given
+    assert [call[2] for call in given if call[0] == "log_metrics"] == [{"step": 1}]
+
+
+def test_a_sink_that_cannot_be_opened_is_logged_once_and_training_continues(tmp_path, monkeypatch, caplog):
+    def refuse(**words):
+        raise refusal
+
+    for refusal in (OSError("no route to host"), ValueError("bad project"), TypeError("no such argument")):
+        caplog.clear()
+        fake(monkeypatch, "wandb", init=refuse)
+        with recorder_with(tmp_path, "wandb") as recorder:
+            recorder.write(0, METRICS)
+        assert caplog.messages == [f"log.sinks: wandb could not be opened and gets no more metrics: {refusal}"]
+
+
+def test_an_error_that_only_the_tracker_has_disables_it(tmp_path, monkeypatch, caplog):
+    class CommError(Exception):
+        pass
+
+    def refuse(**words):
+        raise CommError("401")
+
+    fake(monkeypatch, "wandb.errors", Error=CommError)
+    fake(monkeypatch, "wandb", init=refuse, errors=sys.modules["wandb.errors"])
+    with recorder_with(tmp_path, "wandb"):
+        pass
+    assert caplog.messages == ["log.sinks: wandb could not be opened and gets no more metrics: 401"]
 
 
 def test_the_first_failure_of_a_sink_is_logged_and_training_continues(caplog):
@@ -105,7 +144,7 @@ def test_the_first_failure_of_a_sink_is_logged_and_training_continues(caplog):
         def close(self):
             calls.append("closed")
 
-    sink = FaultTolerantSink("wandb", Broken())
+    sink = FaultTolerantSink("wandb", Broken)
     for step in range(3):
         sink.write(step, {})
     sink.close()
