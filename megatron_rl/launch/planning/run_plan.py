@@ -21,6 +21,7 @@ from megatron_rl.launch.planning.megatron_fields import (
     check_recompute,
 )
 from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
+from megatron_rl.launch.planning.setting_checks import check_settings, setting_warnings
 from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weights, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import HFConfig
@@ -107,7 +108,7 @@ def make_plan(
         problems += check_on_gloo(loaded) if gloo else []
         problems += _check_lengths(loaded, batches, sizes)
         problems += _check_routing_replay(loaded, sizes)
-    problems += _check_updates(loaded)
+    problems += [*check_settings(loaded, sizes), *_check_updates(loaded)]
     problems += check_muon(loaded) if starts_here else []
     python = run.rollout.sglang_python
     if starts_here or not python or Path(python).exists():
@@ -122,7 +123,7 @@ def make_plan(
         missing.append(loaded.describe("task.path"))
     raise_problems(problems)
     assert sizes is not None, "a model without sizes is one of the problems"
-    notes, warnings = tuple(_notes(loaded, layout, batches)), tuple(_warnings(loaded))
+    notes, warnings = tuple(_notes(loaded, layout, batches)), (*_warnings(loaded), *setting_warnings(loaded))
     return RunPlan(layout, sizes, batches, notes, warnings, tuple(missing))
 
 
@@ -300,8 +301,6 @@ def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> 
         yield f"one update per step: all ratios are 1, {run.objective.label} never clips; updates_per_step = 4 is usual"
     if run.reward.allow_code and runs_code(run.task, run.reward):
         yield "programs that the model writes run on this machine; docs/tasks.md describes the limits of their sandbox"
-    if run.train.group_size == 1 and run.advantage.kind != "dr":
-        yield "groups of one response have no advantage: nothing would be learned"
     if layout.data > batches.per_update:
         yield f"{layout.data} data-parallel ranks share {batches.per_update} responses per update: some ranks have none"
 
