@@ -18,12 +18,13 @@ def check_settings(loaded: Loaded[Run], sizes: ModelSizes | None) -> Iterator[st
             f"{loaded.describe('train.group_size')}: the baseline of a response is its group, so every advantage would"
             " be 0 and nothing would be learned; write 2 or more"
         )
-    if run.evaluate.every and isinstance(run.task, JsonlTask):
-        if run.task.heldout_path is None and not run.task.heldout_fraction:
-            yield (
-                f"{loaded.describe('evaluate.every')}, but no prompt is held out; set task.heldout_path or"
-                " task.heldout_fraction, or write evaluate.every = 0"
-            )
+    task = run.task
+    holds_out = not isinstance(task, JsonlTask) or task.heldout_path is not None or task.heldout_fraction > 0
+    if run.evaluate.every and not holds_out:
+        yield (
+            f"{loaded.describe('evaluate.every')}, but no prompt is held out; set task.heldout_path or"
+            " task.heldout_fraction, or write evaluate.every = 0"
+        )
     vocabulary = sizes.vocabulary if sizes is not None else None
     for token in run.rollout.sampling.stop_token_ids:
         if vocabulary is not None and token >= vocabulary:
