@@ -30,6 +30,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
         ),
         *("log.profile_steps=[99999999999999999999]", "train.steps=\0", "x\0=1"),
     ],
+    ids=range(21),
 )
 def test_a_value_that_no_run_can_use_is_one_error(word):
     with pytest.raises(ConfigError, match="command line"):
@@ -47,6 +48,7 @@ def test_a_value_that_no_run_can_use_is_one_error(word):
         ("nul.toml", b"x = 1\0", r"not valid TOML: .*nul\.toml"),
         ("utf16.toml", "x = 1".encode("utf-16"), "not UTF-8"),
     ],
+    ids=["latin", "deep", "digits", "deep json", "digits json", "nul", "utf16"],
 )
 def test_a_file_that_is_no_config_is_one_error_with_its_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
