@@ -1,14 +1,17 @@
 """HTTP client of one inference server: sends requests, waits, and validates the answers."""
 
 import asyncio
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from http import HTTPStatus
 from typing import Literal
 
 import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.fleet.protocol import (
+    API_KEY,
     BadAnswer,
     Endpoint,
     GenerationRequest,
@@ -25,6 +28,9 @@ from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlic
 from megatron_rl.weights.transport import TensorHeader
 
 _RETRY_SECONDS = 0.2
+
+BUSY_STATUS_CODES = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+"""Status codes, in addition to those from 500 on, of a server that may answer later: proxies send them too."""
 
 
 class Client:
@@ -206,7 +212,10 @@ class Client:
         if self._session is None:
             # A pooled connection that the server has just closed would look like a dead server, so connections are not
             # reused. Their number is not limited: the fleet limits the requests per server.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+            key = os.environ.get(API_KEY)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_seconds)
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
@@ -215,7 +224,7 @@ class Client:
             raise ServerTimeout(f"{self.url}{path} did not answer within {timeout_seconds:g} s") from error
         except aiohttp.ClientError as error:
             raise ServerUnreachable(f"{self.url}{path} broke off: {error or type(error).__name__}") from error
-        if response.status >= 500:
+        if response.status >= 500 or response.status in BUSY_STATUS_CODES:
             raise ServerUnreachable(f"{self.url}{path} answered {response.status}: {raw[:300]!r}")
         if response.status >= 400:
             raise RequestRefused(

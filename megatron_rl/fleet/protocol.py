@@ -22,6 +22,10 @@ MaskIds = tuple[tuple[int, ...], ...]
 """For each output token, the ids that it was sampled from."""
 
 
+API_KEY = "MEGATRON_RL_API_KEY"
+"""Environment variable with the key that servers ask for: of ``serve --api-key``, or SGLang's and vLLM's own."""
+
+
 class Endpoint(StrEnum):
     """Paths of the API."""
 

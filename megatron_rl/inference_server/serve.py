@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.fleet.process import require_model
+from megatron_rl.fleet.protocol import API_KEY
 from megatron_rl.util.ports import check_port
 
 if TYPE_CHECKING:  # --help does not import torch
     from megatron_rl.inference_server.engine import Engine
 
 log = logging.getLogger(__name__)
-
-API_KEY = "MEGATRON_RL_API_KEY"
-"""Environment variable with the key of the server; other users do not see it, unlike an option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

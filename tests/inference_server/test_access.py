@@ -21,7 +21,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rl.fleet.protocol import Endpoint
+from megatron_rl.errors import RolloutError
+from megatron_rl.fleet.client import Client
+from megatron_rl.fleet.protocol import API_KEY, Endpoint
 from megatron_rl.inference_server import access
 from megatron_rl.inference_server.access import AccessRules, warn_if_public
 from tests.inference_server.test_server import ask, served
@@ -71,6 +73,22 @@ def test_a_server_with_a_key_answers_only_those_who_have_it(moe_folder: Path) ->
             assert status_of(generate, {**JSON, "Authorization": wrong}) == 401
         assert status_of(url + Endpoint.MODEL_INFO, {}, b"", "GET") == 401
         assert status_of(url + Endpoint.HEALTH, {}, b"", "GET") == 200
+
+
+def test_the_trainer_sends_the_key_of_its_environment(moe_folder: Path, monkeypatch) -> None:
+    async def version(url: str) -> str:
+        client = Client(url)
+        try:
+            return await client.version()
+        finally:
+            await client.close()
+
+    with served(moe_folder, AccessRules("s3cret")) as (_, url):
+        monkeypatch.setenv(API_KEY, "s3cret")
+        assert asyncio.run(version(url)) == "0"
+        monkeypatch.delenv(API_KEY)
+        with pytest.raises(RolloutError, match="401"):
+            asyncio.run(version(url))
 
 
 @pytest.mark.parametrize(("host", "key", "warns"), [
