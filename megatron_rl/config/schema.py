@@ -4,8 +4,8 @@ The string under a field is its description in docs/config.md.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
@@ -16,6 +16,7 @@ from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
 from megatron_rl.config.load import Loaded, load, split_words
+from megatron_rl.config.rollout import Rollout
 from megatron_rl.config.section import InputPath, Section
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, EnvironmentConfig, Reward
 
@@ -92,97 +93,6 @@ class Parallel(Section):
     def microbatch_multiple(self) -> int:
         """Micro-batches per data-parallel rank are a multiple of this, as the interleaved schedule requires."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
-
-
-class Sampling(Section):
-    """Sampling parameters."""
-
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Softmax temperature, also of the trainer's log-probs and entropies."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; below 1 the engine's log-probs differ from the trainer's."""
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = -1
-    """Sample from the k most likely tokens; -1 disables it."""
-    keep_mask: bool = False
-    """Restrict the trainer's log-probs and entropies to the token ids that top_k and top_p left to sample from, which
-    the engine returns (DeepSeek-V3.2, arXiv 2512.02556)."""
-    max_new_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 1024
-    """Maximum response length, in tokens."""
-    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = ()
-    """Token ids that end a response, in addition to the end-of-sequence token."""
-
-    @model_validator(mode="after")
-    def _check_mask(self) -> "Sampling":
-        if self.keep_mask and not 0 < self.top_k <= 1024:
-            raise ValueError(
-                f"keep_mask with top_k = {self.top_k}: every token of a batch gets a list of up to top_k ids; write a"
-                " top_k of at most 1024 (4 KiB per token), which also bounds what top_p keeps"
-            )
-        return self
-
-
-RoutingReplay = Literal["none", "report", "r2", "r3"]
-"""Values of ``rollout.routing_replay``."""
-
-
-class Rollout(Section):
-    """The rollout servers."""
-
-    retired: ClassVar[Mapping[str, str]] = {
-        "rows_per_request": "sequences_per_server",
-        "requests_per_server": "sequences_per_server",
-    }
-
-    engine: Literal["embedded", "sglang", "vllm"] = "embedded"
-    """Inference engine; ``embedded`` needs no GPU and no other package."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the engine's weights; default: ``model.dtype``."""
-    servers: Annotated[int, Field(ge=0, le=65536)] = 1
-    """Servers to start on this machine; unused with ``urls``."""
-    urls: tuple[str, ...] = ()
-    """URLs of running servers, such as ``http://10.0.0.7:30000``."""
-    registry: str = ""
-    """Folder in which the servers of a Slurm job write their URLs; set by ``megatron-rl slurm``."""
-    sampling: Sampling = Sampling()
-    routing_replay: RoutingReplay = "none"
-    """Expert choices reused in training: ``r2`` of the log-prob pass, ``r3`` of the engine, which must return them;
-    ``report`` only compares the engine's choices with the trainer's."""
-    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """Time after which an unanswered request is sent to another server."""
-    start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """Time in which a server must become healthy."""
-    sequences_per_server: Annotated[int, Field(ge=1, le=16384)] = 512
-    """Maximum concurrent sequences per server, each in a request of its own. Without ``max_lag`` the embedded server,
-    whose results depend on the sequences of a batch, gets fixed batches of at most 256."""
-    max_lag: Annotated[int, Field(ge=0)] = 0
-    """Maximum lag of a token behind the trained weights, in weight versions. 0: sampling and training alternate; above
-    0: sampling runs up to that many steps ahead. Set ``correction`` then."""
-    at_push: Literal["continue", "resubmit"] = "continue"
-    """Unfinished responses at a weight push: ``continue`` pauses them on their server; ``resubmit`` ends them, and any
-    server generates the rest with the tokens so far as prefix."""
-    attempts: Annotated[int, Field(ge=1)] = 4
-    """Attempts per request before the step fails."""
-    sglang: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Command-line options of started SGLang servers, with underscores."""
-    sglang_python: InputPath | None = None
-    """Python interpreter with SGLang installed, to start servers."""
-    vllm: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Command-line options of started vLLM servers, with underscores."""
-    vllm_python: InputPath | None = None
-    """Python interpreter with vLLM installed, to start servers."""
-    router: InputPath | None = None
-    """Path of the ``sglang-router`` command; with several servers, plain generation uses it."""
-    environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of started servers."""
-
-    @model_validator(mode="after")
-    def _check_mask_engine(self) -> "Rollout":
-        if self.engine == "vllm" and self.sampling.keep_mask:
-            raise ValueError(
-                "sampling.keep_mask needs an engine that returns sampling masks in the form of SGLang 0.5.23: write"
-                ' engine = "sglang" or "embedded", or keep_mask = false'
-            )
-        return self
 
 
 class Optimizer(Section):
@@ -357,6 +267,15 @@ class Run(Section):
     log: Log = Log()
     slurm: Slurm = Slurm()
     cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Run":
+        if self.rollout.order == "completion" and self.train.oversample > 1:
+            raise ValueError(
+                f'rollout.order = "completion" takes the groups that finish first, and train.oversample ='
+                f" {self.train.oversample} does the same within a step; write oversample = 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_rewards(self) -> "Run":

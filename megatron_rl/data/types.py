@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rl.data.arrays import ArrayEquality
 from megatron_rl.data.columns import check_columns
 
 Columns = Mapping[str, Tensor]
@@ -31,8 +32,8 @@ class Prompt:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Response:
+@dataclass(frozen=True, eq=False)
+class Response(ArrayEquality):
     """A sampled response: token ids and text, with the log-probabilities and metadata from the rollout engine."""
 
     id: str
@@ -40,10 +41,10 @@ class Response:
     prompt_id: str
     index: int
     """Index within the group, from 0."""
-    output_ids: tuple[int, ...]
-    """Sampled tokens, with the tokens of an environment between them; includes the final stop token, if any."""
-    logprobs: tuple[float, ...]
-    """Log-probability of each output token reported by the engine, in nats; 0 for tokens that were not sampled."""
+    output_ids: np.ndarray
+    """Int32: sampled tokens, with the tokens of an environment between them and the final stop token, if any."""
+    logprobs: np.ndarray
+    """Float32: log-probability of each output token reported by the engine, in nats; 0 for unsampled tokens."""
     text: str
     finish_reason: str
     """``stop``, ``length``, ``abort``, or ``failed`` if the environment of the response failed."""
@@ -59,6 +60,10 @@ class Response:
     """(start, end): output tokens ``start:end`` come from an environment. They are not sampled and not trained."""
     last_turn: str | None = None
     """Text after the last tokens of an environment; None if the response has no such tokens."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_ids", np.asarray(self.output_ids, np.int32))
+        object.__setattr__(self, "logprobs", np.asarray(self.logprobs, np.float32))
 
     @property
     def answer_text(self) -> str:
@@ -76,6 +81,7 @@ class Response:
     def to_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object; a tensor is encoded as [dtype, shape, base64 of the bytes]."""
         fields = asdict(replace(self, routes=None, mask_ids=None))
+        fields |= {"output_ids": self.output_ids.tolist(), "logprobs": self.logprobs.tolist()}
         for name, tensor in (("routes", self.routes), ("mask_ids", self.mask_ids)):
             if tensor is not None:
                 array = tensor.numpy()
@@ -85,7 +91,8 @@ class Response:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Response":
         """Return the response that ``to_json`` encoded; missing fields get their defaults."""
-        values = {name: _as_tuple(value) for name, value in fields.items()}
+        columns = ("output_ids", "logprobs")
+        values = {name: value if name in columns else _as_tuple(value) for name, value in fields.items()}
         for name in ("routes", "mask_ids"):
             if values.get(name) is not None:
                 dtype, shape, data = values[name]

@@ -1,67 +1,19 @@
-"""HTTP client of one inference server: sends requests, waits, and validates the answers."""
+"""Client of one inference server: generation, and control of the server and its weights."""
 
-import asyncio
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from http import HTTPStatus
 from typing import Literal
 
-import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_rl.fleet.protocol import (
-    API_KEY,
-    BadAnswer,
-    Endpoint,
-    GenerationRequest,
-    GenerationResult,
-    Json,
-    RequestRefused,
-    ServerTimeout,
-    ServerUnreachable,
-    generate_body,
-    parse_json,
-    parse_results,
-)
+from megatron_rl.fleet.http import HttpClient
+from megatron_rl.fleet.protocol import BadAnswer, Endpoint, Json, RequestRefused, ServerUnreachable, parse_json
 from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
 from megatron_rl.weights.transport import TensorHeader
 
-_RETRY_SECONDS = 0.2
 
-BUSY_STATUS_CODES = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
-"""Status codes, in addition to those from 500 on, of a server that may answer later: proxies send them too."""
-
-
-class Client:
+class Client(HttpClient):
     """Client of one server that speaks SGLang's API; use it from one event loop. It implements ``WeightServer``."""
-
-    def __init__(
-        self,
-        url: str,
-        request_timeout_seconds: float = 600.0,
-        control_timeout_seconds: float = 120.0,
-        retries: int = 0,
-    ) -> None:
-        self.url = url.rstrip("/")
-        self.request_timeout_seconds = request_timeout_seconds
-        self.control_timeout_seconds = control_timeout_seconds
-        self.retries = retries
-        """How often an idempotent control call without an answer is repeated."""
-        self._session: aiohttp.ClientSession | None = None
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    async def generate(
-        self, requests: Sequence[GenerationRequest], version: str | Collection[str] | None = None
-    ) -> list[GenerationResult]:
-        """Sample or score these sequences in one request; ``parse_results`` validates the answer."""
-        raw = await self._request("POST", Endpoint.GENERATE, generate_body(requests), self.request_timeout_seconds)
-        return parse_results(parse_json(raw, self.url), requests, self.url, version)
 
     async def healthy(self, timeout_seconds: float) -> bool:
         """Return whether the server answers its health check."""
@@ -195,39 +147,3 @@ class Client:
         if not isinstance(answer, dict):
             raise BadAnswer(f"{self.url}{path} answered a {type(answer).__name__}, expected an object")
         return answer
-
-    async def _request(
-        self, method: str, path: str, body: Json | None, timeout_seconds: float, retries: int = 0
-    ) -> bytes:
-        for attempt in range(retries + 1):
-            try:
-                return await self._request_once(method, path, body, timeout_seconds)
-            except ServerUnreachable as error:
-                if attempt == retries or isinstance(error, ServerTimeout):
-                    raise
-                await asyncio.sleep(_RETRY_SECONDS * 2**attempt)
-        raise AssertionError("unreachable")
-
-    async def _request_once(self, method: str, path: str, body: Json | None, timeout_seconds: float) -> bytes:
-        if self._session is None:
-            # A pooled connection that the server has just closed would look like a dead server, so connections are not
-            # reused. Their number is not limited: the fleet limits the requests per server.
-            key = os.environ.get(API_KEY)
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
-        try:
-            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                raw = await response.read()
-        except TimeoutError as error:
-            raise ServerTimeout(f"{self.url}{path} did not answer within {timeout_seconds:g} s") from error
-        except aiohttp.ClientError as error:
-            raise ServerUnreachable(f"{self.url}{path} broke off: {error or type(error).__name__}") from error
-        if response.status >= 500 or response.status in BUSY_STATUS_CODES:
-            raise ServerUnreachable(f"{self.url}{path} answered {response.status}: {raw[:300]!r}")
-        if response.status >= 400:
-            raise RequestRefused(
-                f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
-            )
-        return raw

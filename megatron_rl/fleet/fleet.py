@@ -17,9 +17,10 @@ from functools import partial
 from itertools import accumulate, count
 from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from megatron_rl.config.schema import Sampling
+from megatron_rl.config.rollout import Sampling
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.errors import RolloutError
@@ -30,6 +31,7 @@ from megatron_rl.fleet.members import Member, Timeouts, monitor, wait_until_heal
 from megatron_rl.fleet.partial import Decode, PartialResults
 from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused, ServerUnreachable
+from megatron_rl.fleet.receivers import Receiver, ReceiverEnded
 from megatron_rl.fleet.request_plan import HttpRequest, RequestBatch, plan_requests, sampling_params
 from megatron_rl.fleet.router import Router
 from megatron_rl.fleet.sync import WeightSync
@@ -70,6 +72,7 @@ class Fleet:
         decode: Decode | None = None,
         multi_turn: MultiTurn | None = None,
         router: ServerProcess | str | None = None,
+        receivers: int = 0,
     ) -> "Fleet":
         """Start the servers that are processes, wait until all are healthy, and return the fleet.
 
@@ -82,18 +85,18 @@ class Fleet:
             sequences_per_request: 1: every sequence is an HTTP request. Above 1, a request has at most so many
                 sequences, in whole groups, at least one group, and any failure repeats it as a whole: a server whose
                 results depend on the sequences that it decodes together then repeats bit for bit.
-            keep_weights: whether to keep a copy of the weights in this process for servers that come back between two
-                pushes.
+            keep_weights: whether to keep a copy of the weights here for servers that come back between two pushes.
             decode: if given, a push aborts unfinished responses, and the fleet requests the rest with what they have as
                 a prefix. Without it the servers pause them, and continue them with the new weights.
             multi_turn: generates multi-turn responses; None for responses of one turn.
             router: a router process to start, or the url of a running one; plain generation goes through it.
+            receivers: processes that receive and validate the servers' answers; 0: this one does.
 
         Raises:
             RolloutError: a server did not become healthy.
         """
         timeouts = timeouts or Timeouts()
-        members = [_member(server, client, timeouts) for server in servers]
+        members = _members(servers, client, timeouts, receivers)
         sync = WeightSync(transport, timeouts, "retract" if decode is None else "abort")
         front = None if router is None else Router(router, timeouts)
         fleet = cls(
@@ -199,7 +202,7 @@ class Fleet:
             if indices is None or not set(indices).isdisjoint(range(start, start + len(batch.prompts)))
         ]
 
-    def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[tuple[float, ...]]:
+    def score(self, sequences: Sequence[Sequence[int]], weight_version: int | None = None) -> list[np.ndarray]:
         """Return the engine's log-probs, in nats, of each sequence's tokens but the first, at temperature 1."""
         requests = [
             GenerationRequest(f"score/{i}", tuple(ids), {"max_new_tokens": 0}) for i, ids in enumerate(sequences)
@@ -261,6 +264,8 @@ class Fleet:
             task.cancel()
         for member in self._all_members():
             await member.client.close()
+            if member.receiver is not None:
+                member.receiver.close()
 
     async def _groups(self, batch: RequestBatch, versions: range | None) -> list[Group]:
         parts = await gather_or_cancel([self._responses(request, versions) for request in batch.requests])
@@ -316,6 +321,8 @@ class Fleet:
                 errors.append(f"{member.url} aborted {aborted} of {len(answers)} sequences")
             except RequestRefused:
                 raise
+            except ReceiverEnded as error:
+                errors.append(str(error))
             except RolloutError as error:
                 errors.append(str(error))
                 member.leave(error, self.timeouts)
@@ -324,11 +331,20 @@ class Fleet:
         raise RolloutError(f"gave up on {len(requests)} sequences after {len(errors)} attempts: " + "; ".join(errors))
 
 
+def _members(
+    servers: Sequence[ServerProcess | str], client: type[Client], timeouts: Timeouts, receivers: int
+) -> list[Member]:
+    members = [_member(server, client, timeouts) for server in servers]
+    processes = [Receiver() for _ in range(receivers)]
+    for number, member in enumerate(members):
+        member.receiver = processes[number % receivers] if receivers else None
+    return members
+
+
 def _member(server: ServerProcess | str, client: type[Client], timeouts: Timeouts) -> Member:
     process = None if isinstance(server, str) else server
     url = server if isinstance(server, str) else server.url
-    limits = timeouts.request_timeout_seconds, timeouts.control_timeout_seconds
-    return Member(client(url, *limits, retries=2), process)
+    return Member(client(url, None, timeouts.control_timeout_seconds, retries=2), process, timeouts=timeouts)
 
 
 async def gather_or_cancel(coroutines: Sequence[Coroutine[object, object, T]]) -> list[T]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.process import ServerProcess
-from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, ServerUnreachable
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, ServerTimeout, ServerUnreachable
+from megatron_rl.fleet.receivers import Receiver
 
 log = logging.getLogger(__name__)
 _MAX_BACKOFF_SECONDS = 60.0
@@ -20,7 +21,8 @@ class Timeouts:
     """Time limits and retries of a fleet."""
 
     request_timeout_seconds: float = 600.0
-    """A request without an answer after this time is sent to another server."""
+    """A request is sent to another server after so long without progress: its server answered no request, and passed no
+    health check. A healthy server may take any time."""
     control_timeout_seconds: float = 120.0
     """A bucket of weights or a checksum without an answer after this time has failed."""
     pause_timeout_seconds: float = 20.0
@@ -35,6 +37,8 @@ class Timeouts:
     """Consecutive health checks that a busy server may fail before its requests are sent to other servers."""
     attempts: int = 4
     """Attempts per request."""
+    request_limit_seconds: float | None = None
+    """A request without an answer after this time is sent to another server, even if its server makes progress."""
 
 
 @dataclass(eq=False)
@@ -50,6 +54,10 @@ class Member:
     """Version of the server's weights, as far as the fleet knows."""
     waits_for_push: bool = False
     """The server is healthy, but has old weights and gets the current ones only with the next push."""
+    timeouts: Timeouts = Timeouts()
+    """Its limits of requests."""
+    progress_at: float = 0.0
+    """Monotonic time of the newest sign that the server generates tokens."""
     reason: str = "not checked yet"
     """Why the server is not ready."""
     failures: int = 0
@@ -63,6 +71,8 @@ class Member:
     """Sequences in its unfinished requests."""
     answers: int = 0
     """Requests that it finished, and health checks that it answered while it had requests."""
+    receiver: Receiver | None = None
+    """The process that receives the server's answers; None: this one."""
     requests: set[asyncio.Task[list[GenerationResult]]] = field(default_factory=set)
     _joined: bool = False
     _busy_seconds: float = 0.0
@@ -113,14 +123,20 @@ class Member:
         """Send requests to the server.
 
         Raises:
+            ServerTimeout: the server made no progress for ``request_timeout_seconds``.
             ServerUnreachable: the server left the fleet before it answered.
         """
-        task = asyncio.ensure_future(self.client.generate(requests, version))
+        answer = (
+            self.client.generate(requests, version)
+            if self.receiver is None
+            else self.receiver.generate(self.client, requests, version)
+        )
+        task = asyncio.ensure_future(answer)
         self._busy_since = self._busy_since if self.requests else time.monotonic()
         self.requests.add(task)
         self.num_sequences += len(requests)
         try:
-            await asyncio.wait([task])
+            await self._wait(task)
         finally:
             task.cancel()
             self._busy_seconds = self.busy_seconds
@@ -130,8 +146,28 @@ class Member:
         if task.cancelled():
             raise ServerUnreachable(f"{self.url} left the fleet: {self.reason}")
         results = task.result()
-        self.failures, self.answers = 0, self.answers + 1
+        self.failures, self.answers, self.progress_at = 0, self.answers + 1, time.monotonic()
         return results
+
+    async def _wait(self, task: asyncio.Task[list[GenerationResult]]) -> None:
+        """Wait for an answer as long as the server makes progress."""
+        started, limits = time.monotonic(), self.timeouts
+        while not task.done():
+            now = time.monotonic()
+            if self.paused:  # for a push, however long
+                self.progress_at = now
+            silent_seconds = now - max(started, self.progress_at)
+            left_seconds = limits.request_timeout_seconds - silent_seconds
+            if left_seconds <= 0:
+                raise ServerTimeout(
+                    f"{self.url} made no progress for {silent_seconds:.0f} s (rollout.request_timeout_seconds)"
+                )
+            if limits.request_limit_seconds is not None:
+                left_seconds = min(left_seconds, started + limits.request_limit_seconds - now)
+                if left_seconds <= 0:
+                    limit = limits.request_limit_seconds
+                    raise ServerTimeout(f"{self.url} took longer than {limit:g} s (rollout.request_limit_seconds)")
+            await asyncio.wait([task], timeout=left_seconds)
 
 
 async def wait_until_healthy(member: Member, timeouts: Timeouts) -> None:
@@ -179,6 +215,8 @@ async def monitor(
 
 async def _probe(member: Member, timeouts: Timeouts) -> None:
     healthy = await member.client.healthy(timeouts.probe_timeout_seconds)
+    if healthy and member.client.health_is_progress:
+        member.progress_at = time.monotonic()
     member.missed_probes = 0 if healthy else member.missed_probes + 1
     member.answers += healthy
     if member.missed_probes >= timeouts.probe_failures:

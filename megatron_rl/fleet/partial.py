@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_rl.data.types import fold_seed
-from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult
+from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, Json
 
 Decode = Callable[[Sequence[int]], str]
 """Converts output tokens, without the stop token, to the text that an engine returns."""
@@ -42,7 +42,7 @@ class PartialResults:
 
 
 def _remainder(request: GenerationRequest, head: GenerationResult | None) -> GenerationRequest:
-    if head is None or not head.output_ids:
+    if head is None or not len(head.output_ids):
         return request
     # A token's random number depends on the seed and its position in the output, so the remainder needs another seed.
     seed = request.sampling_params["sampling_seed"]
@@ -52,7 +52,14 @@ def _remainder(request: GenerationRequest, head: GenerationResult | None) -> Gen
         "max_new_tokens": request.max_new_tokens - len(head.output_ids),
         "sampling_seed": fold_seed((seed, len(head.output_ids))),
     }
-    return replace(request, input_ids=request.input_ids + head.output_ids, sampling_params=params)
+    return continue_request(request, head, params)
+
+
+def continue_request(request: GenerationRequest, head: GenerationResult, params: Json) -> GenerationRequest:
+    """Return the request whose input also has the output so far; routes that are known are not requested again."""
+    start = 0 if head.routes is None else len(head.routes)
+    ids = (*request.input_ids, *head.output_ids.tolist())
+    return replace(request, input_ids=ids, sampling_params=params, routes_start=start)
 
 
 def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode | None = None) -> GenerationResult:
@@ -60,7 +67,7 @@ def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode 
 
     Without ``decode`` the two texts are concatenated, which breaks a character whose tokens are in both parts.
     """
-    output_ids = head.output_ids + tail.output_ids
+    output_ids = np.concatenate([head.output_ids, tail.output_ids])
     spans = list(head.weight_versions)
     for version, start, end in tail.weight_versions:
         start, end = start + len(head.output_ids), end + len(head.output_ids)
@@ -72,8 +79,8 @@ def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode 
         tail,
         rid=head.rid,
         output_ids=output_ids,
-        logprobs=head.logprobs + tail.logprobs,
-        text=head.text + tail.text if decode is None else decode(shown),
+        logprobs=np.concatenate([head.logprobs, tail.logprobs]),
+        text=head.text + tail.text if decode is None else decode(shown.tolist()),
         weight_versions=tuple(span for span in spans if span[2] > span[1]),
         routes=_join_routes(head.routes, tail.routes),
         mask_ids=None if head.mask_ids is None or tail.mask_ids is None else head.mask_ids + tail.mask_ids,
@@ -81,7 +88,5 @@ def join_results(head: GenerationResult, tail: GenerationResult, decode: Decode 
 
 
 def _join_routes(head_TLK: np.ndarray | None, tail_TLK: np.ndarray | None) -> np.ndarray | None:
-    """Return the experts of each token when it was first processed; the tail's routes begin with the prompt again."""
-    if head_TLK is None or tail_TLK is None:
-        return None
-    return np.concatenate([head_TLK, tail_TLK[len(head_TLK) :]])
+    """Return the experts of each token when it was first processed; the tail's routes begin where the head's end."""
+    return None if head_TLK is None or tail_TLK is None else np.concatenate([head_TLK, tail_TLK])

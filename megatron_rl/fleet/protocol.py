@@ -4,18 +4,21 @@
 a prompt is tokenized once, by the task.
 """
 
-import json
-import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
 import numpy as np
+from pydantic_core import from_json
 
+from megatron_rl.data.arrays import ArrayEquality
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.errors import RolloutError
 
+_NONE = np.empty(0, np.float32)
+_LEAST_LOGPROB = float(np.finfo(np.float32).min)
 T = TypeVar("T")
 Json = Mapping[str, object]
 MaskIds = tuple[tuple[int, ...], ...]
@@ -83,6 +86,8 @@ class GenerationRequest:
     """Shape of the routes, if the server should return the experts that each token was routed to."""
     keep_mask: bool = False
     """Whether the server should return the ids that top-k and top-p left to sample each token from."""
+    routes_start: int = 0
+    """Number of first tokens whose routes are not returned, because an earlier answer has them."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -92,23 +97,25 @@ class GenerationRequest:
         return limit
 
 
-@dataclass(frozen=True)
-class GenerationResult:
+@dataclass(frozen=True, eq=False)
+class GenerationResult(ArrayEquality):
     """One validated answer."""
 
     rid: str
-    output_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Log-probability of each output token, in nats, at the sampling temperature, before top-k and top-p; after them if
-    ``mask_ids`` is not None."""
-    input_logprobs: tuple[float, ...]
-    """Log-probability of each input token but the first, in nats, at temperature 1; empty unless scoring."""
+    output_ids: np.ndarray
+    """Int32."""
+    logprobs: np.ndarray
+    """Float32: log-probability of each output token, in nats, at the sampling temperature,
+    before top-k and top-p; after them if ``mask_ids`` is not None."""
+    input_logprobs: np.ndarray
+    """Float32: log-probability of each input token but the first, in nats, at temperature 1; empty unless scoring."""
     text: str
     finish_reason: str
     weight_versions: tuple[tuple[str, int, int], ...]
     """(version, start, end): the weights that generated each span of output tokens."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """Experts of each token but the last, see ``RouteShape.decode``; None if the server did not return them."""
+    """Experts of each token but the last, from token ``routes_start`` on, see ``RouteShape.decode``; None if the server
+    did not return them."""
     mask_ids: MaskIds | None = None
     """Ids that each output token was sampled from; None if the server did not return them."""
 
@@ -116,6 +123,8 @@ class GenerationResult:
 def generate_body(requests: Sequence[GenerationRequest]) -> Json:
     """Return the body of ``POST /generate`` for these sequences."""
     scoring = all(request.max_new_tokens == 0 for request in requests)
+    starts = [request.routes_start for request in requests]
+    start_len = {"routed_experts_start_len": starts if len(starts) > 1 else starts[0]}
     return {
         "rid": [request.rid for request in requests],
         "input_ids": [request.input_ids for request in requests],
@@ -124,6 +133,7 @@ def generate_body(requests: Sequence[GenerationRequest]) -> Json:
         "logprob_start_len": 0 if scoring else -1,
         **({"return_routed_experts": True} if any(request.routes for request in requests) else {}),
         **({"return_sampling_mask": True} if any(request.keep_mask for request in requests) else {}),
+        **(start_len if any(starts) else {}),
     }
 
 
@@ -134,13 +144,45 @@ def parse_json(raw: bytes, source: str) -> object:
         BadAnswer: the bytes are not JSON.
     """
     try:
-        return json.loads(raw)
+        return from_json(raw)
     except ValueError as error:
         raise BadAnswer(f"{source} answered something that is not JSON: {raw[:80]!r}") from error
 
 
+def parse_answer(
+    raw: bytes, requests: Sequence[GenerationRequest], source: str, version: str | Collection[str] | None = None
+) -> list[GenerationResult]:
+    """Return one validated result per request from the bytes of an answer; see ``parse_results``."""
+    if not any(request.routes for request in requests):
+        return parse_results(parse_json(raw, source), requests, source, version)
+    rest, records = cut_records(raw)
+    return parse_results(parse_json(rest, source), requests, source, version, records)
+
+
+_RECORD = re.compile(rb'"routed_experts":\s*"')
+
+
+def cut_records(raw: bytes) -> tuple[bytes, list[memoryview]]:
+    """Take the records of routes, most of the bytes of an answer, out of it.
+
+    In their place the answer has ``@`` and the record's index, which is not base64.
+    """
+    view, position = memoryview(raw), 0
+    rest: list[bytes | memoryview] = []
+    records: list[memoryview] = []
+    while (match := _RECORD.search(raw, position)) is not None and (end := raw.find(b'"', match.end())) >= 0:
+        rest += [view[position : match.end()], b"@%d" % len(records)]
+        records.append(view[match.end() : end])
+        position = end
+    return b"".join([*rest, view[position:]]), records
+
+
 def parse_results(
-    answer: object, requests: Sequence[GenerationRequest], source: str, version: str | Collection[str] | None = None
+    answer: object,
+    requests: Sequence[GenerationRequest],
+    source: str,
+    version: str | Collection[str] | None = None,
+    records: Sequence[memoryview] = (),
 ) -> list[GenerationResult]:
     """Return one validated result per request, in order.
 
@@ -149,6 +191,7 @@ def parse_results(
         requests: the requests that were sent.
         source: the server's name, for error messages.
         version: the weight version, or the allowed versions, of every token; None allows any.
+        records: the records that ``cut_records`` took out of the answer.
 
     Raises:
         BadAnswer: the answer is incomplete or inconsistent.
@@ -159,7 +202,7 @@ def parse_results(
         got = f"{len(answer)} answers" if isinstance(answer, list) else f"a {type(answer).__name__}"
         raise BadAnswer(f"{source} answered {got} to {len(requests)} sequences")
     return [
-        _ResultParser(f"{source}, sequence {request.rid!r}").result(entry, request, allowed)
+        _ResultParser(f"{source}, sequence {request.rid!r}", records).result(entry, request, allowed)
         for entry, request in zip(answer, requests, strict=True)
     ]
 
@@ -167,34 +210,35 @@ def parse_results(
 class _ResultParser:
     """Validates one answer; every error names the server and the sequence."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, records: Sequence[memoryview]) -> None:
+        self.where, self.records = where, records
 
     def result(self, entry: object, request: GenerationRequest, allowed: Collection[str] | None) -> GenerationResult:
         meta = self.field(entry, "meta_info", dict)
         if self.field(meta, "id", str) != request.rid:
             raise BadAnswer(f"{self.where}: the answer is for {meta['id']!r}")
-        output_ids = tuple(self.field(entry, "output_ids", list))
-        if not all(type(i) is int and i >= 0 for i in output_ids):
-            raise BadAnswer(f"{self.where}: output_ids are not all token ids")
+        output_ids = self.ids(self.field(entry, "output_ids", list))
         finish_reason = self.finish(meta, output_ids, request)
-        logprobs = self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if output_ids else ()
-        mask_ids = self.mask_ids(meta, request, output_ids)
+        logprobs = (
+            self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if len(output_ids) else _NONE
+        )
+        mask_ids = self.mask_ids(meta, request, output_ids.tolist())
         if mask_ids:
             values = self.field(meta, "output_token_sampling_logprobs", list)
-            logprobs = self.logprobs([[*pair] for pair in zip(values, output_ids, strict=False)], output_ids)
+            logprobs = self.logprobs([[*pair] for pair in zip(values, output_ids.tolist(), strict=False)], output_ids)
         versions = self.versions(meta, len(output_ids))
         if allowed is not None and any(v not in allowed for v, _, _ in versions):
             raise WrongVersion(
                 f"{self.where}: made with weights {[v for v, _, _ in versions]}, not "
                 + " or ".join(map(repr, sorted(allowed)))
             )
-        input_logprobs: tuple[float, ...] = ()
+        input_logprobs = _NONE
         if request.max_new_tokens == 0:
             entries = self.field(meta, "input_token_logprobs", list)
-            input_logprobs = self.logprobs(entries[1:], request.input_ids[1:], stand_in=0)
+            input_logprobs = self.logprobs(entries[1:], np.array(request.input_ids[1:], np.int32), stand_in=0)
         text = self.field(entry, "text", str)
-        routes = self.routes(meta, request, len(request.input_ids) + len(output_ids) - 1)
+        tokens = len(request.input_ids) + len(output_ids) - 1 - request.routes_start
+        routes = self.routes(meta, request, tokens)
         return GenerationResult(
             request.rid, output_ids, logprobs, input_logprobs, text, finish_reason, versions, routes, mask_ids
         )
@@ -214,11 +258,12 @@ class _ResultParser:
         return tuple(map(tuple, masks))
 
     def routes(self, meta: Json, request: GenerationRequest, tokens: int) -> np.ndarray | None:
-        """Return the experts of every token but the last, which the model has not processed."""
+        """Return the experts of the tokens but the last, which the model has not processed."""
         if request.routes is None or meta.get("routed_experts") is None:
             return None
+        text = self.field(meta, "routed_experts", str)
         try:
-            return request.routes.decode(self.field(meta, "routed_experts", str), tokens)
+            return request.routes.decode(self.records[int(text[1:])] if text.startswith("@") else text, tokens)
         except ValueError as error:
             raise BadAnswer(f"{self.where}: routed_experts of {tokens} tokens: {error}") from error
 
@@ -228,7 +273,7 @@ class _ResultParser:
             raise BadAnswer(f"{self.where}: {name} is {str(value)[:60]!r}, expected a {kind.__name__}")
         return value
 
-    def finish(self, meta: Json, output_ids: Sequence[int], request: GenerationRequest) -> str:
+    def finish(self, meta: Json, output_ids: np.ndarray, request: GenerationRequest) -> str:
         finish = self.field(meta, "finish_reason", dict)
         kind, count = finish.get("type"), len(output_ids)
         if kind not in ("stop", "length", "abort"):
@@ -249,23 +294,32 @@ class _ResultParser:
             )
         return kind
 
-    def logprobs(self, entries: Sequence[object], ids: Sequence[int], stand_in: int | None = None) -> tuple[float, ...]:
-        """Return the log-probs; an entry may have ``stand_in`` instead of the token's id.
+    def ids(self, values: Sequence[object]) -> np.ndarray:
+        """Return token ids as int32."""
+        # numpy alone would accept true for 1; a set of types is made without a Python loop.
+        try:
+            ids = np.array(values if set(map(type, values)) <= {int} else None, np.int64)
+        except (OverflowError, TypeError):
+            ids = np.array([-1])
+        if len(values) and not 0 <= ids.min() <= ids.max() < 1 << 31:
+            raise BadAnswer(f"{self.where}: output_ids are not all token ids")
+        return ids.astype(np.int32)
+
+    def logprobs(self, entries: Sequence[object], ids: np.ndarray, stand_in: int | None = None) -> np.ndarray:
+        """Return the log-probs as float32; an entry may have ``stand_in`` instead of the token's id.
 
         SGLang writes 0 for the id of the vocabulary's last token in an input.
         """
         if len(entries) != len(ids):
             raise BadAnswer(f"{self.where}: {len(entries)} log-probs for {len(ids)} tokens")
-        values = []
-        for position, (entry, token_id) in enumerate(zip(entries, ids, strict=True)):
-            value: object = None
-            if isinstance(entry, list) and len(entry) >= 2 and entry[1] in (token_id, stand_in):
-                value = entry[0]
-            # Values slightly above 0 are rounding error; anything larger is rejected.
-            if not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
-                raise BadAnswer(f"{self.where}: log-prob {position} is {entry!r}, for token {token_id}")
-            values.append(float(value))
-        return tuple(values)
+        if not len(ids):
+            return _NONE
+        if (found := _logprob_column(entries, ids, stand_in)) is not None:
+            return found
+        position = next(
+            i for i in range(len(ids)) if _logprob_column(entries[i : i + 1], ids[i : i + 1], stand_in) is None
+        )
+        raise BadAnswer(f"{self.where}: log-prob {position} is {entries[position]!r}, for token {ids[position]}")
 
     def versions(self, meta: Json, count: int) -> tuple[tuple[str, int, int], ...]:
         entries = meta.get("weight_versions")
@@ -279,3 +333,20 @@ class _ResultParser:
         if [start for _, start, _ in spans] != ends[:-1] or ends[-1] != count:
             raise BadAnswer(f"{self.where}: weight_versions {spans} do not cover {count} output tokens")
         return tuple(spans)
+
+
+def _logprob_column(entries: Sequence[object], ids: np.ndarray, stand_in: int | None) -> np.ndarray | None:
+    """Return the log-probs of entries [log-prob, token id, ...] as float32; None if an entry is wrong."""
+    try:
+        values, tokens, *_ = zip(*entries, strict=False)
+    except (TypeError, ValueError):
+        return None
+    if not (set(map(type, values)) <= {float, int} and set(map(type, tokens)) <= {int}):
+        return None
+    try:
+        logprobs, found = np.array(values, np.float64), np.array(tokens, np.int64)
+    except OverflowError:
+        return None
+    # Values slightly above 0 are rounding error; anything larger is rejected. The comparisons reject nan too.
+    is_valid = (logprobs >= _LEAST_LOGPROB) & (logprobs <= 1e-3) & ((found == ids) | (found == stand_in))
+    return logprobs.astype(np.float32) if len(is_valid) == len(ids) and is_valid.all() else None

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import Sampling
+from megatron_rl.config.rollout import Sampling
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt, Response, fold_seed
 from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, GenerationResult, Json

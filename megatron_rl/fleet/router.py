@@ -7,6 +7,7 @@ fields that it does not know, such as routed experts. For those, and when the ro
 import asyncio
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
@@ -38,6 +39,8 @@ def router_process(program: str, log_path: Path) -> ServerProcess:
 
 class RouterClient(Client):
     """Client of the router, which has no weights and accepts one sequence per request."""
+
+    health_is_progress: ClassVar[bool] = False
 
     async def generate(
         self, requests: Sequence[GenerationRequest], version: str | Collection[str] | None = None
@@ -85,8 +88,8 @@ class Router:
     def __init__(self, server: ServerProcess | str, timeouts: Timeouts) -> None:
         process = None if isinstance(server, str) else server
         url = server if isinstance(server, str) else server.url
-        client = RouterClient(url, timeouts.request_timeout_seconds, timeouts.control_timeout_seconds, retries=2)
-        self.client, self.member, self.timeouts = client, Member(client, process), timeouts
+        client = RouterClient(url, None, timeouts.control_timeout_seconds, retries=2)
+        self.client, self.member, self.timeouts = client, Member(client, process, timeouts=timeouts), timeouts
         self._workers: frozenset[str] | None = None
         self._lock = asyncio.Lock()
 

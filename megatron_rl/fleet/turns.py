@@ -18,9 +18,11 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
+
 from megatron_rl.data.environment import Environment
 from megatron_rl.data.types import Prompt, Response, fold_seed
-from megatron_rl.fleet.partial import join_results
+from megatron_rl.fleet.partial import continue_request, join_results
 from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult
 from megatron_rl.fleet.request_plan import HttpRequest
 
@@ -110,7 +112,7 @@ class MultiTurn:
             conversation.open = False
             return
         output_ids = conversation.result.output_ids[conversation.turn_start :]
-        text = self.tokenizer.decode(list(output_ids), skip_special_tokens=True)
+        text = self.tokenizer.decode(output_ids.tolist(), skip_special_tokens=True)
         answer = await call_with_timeout(lambda: conversation.environment.step(text), self.timeout_seconds)
         if isinstance(answer, Failed):
             conversation.end("failed")
@@ -132,8 +134,8 @@ class MultiTurn:
             return
         conversation.result = replace(
             result,
-            output_ids=result.output_ids + ids,
-            logprobs=result.logprobs + (0.0,) * len(ids),
+            output_ids=np.concatenate([result.output_ids, np.array(ids, np.int32)]),
+            logprobs=np.concatenate([result.logprobs, np.zeros(len(ids), np.float32)]),
             mask_ids=None if result.mask_ids is None else result.mask_ids + ((),) * len(ids),
         )
         conversation.turn_start = end
@@ -144,7 +146,7 @@ class MultiTurn:
         if not conversation.observed:
             return response
         text, last = (
-            self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
             for ids in (response.output_ids, response.output_ids[conversation.turn_start :])
         )
         return replace(response, text=text, observed=tuple(conversation.observed), last_turn=last)
@@ -160,8 +162,7 @@ def _next_request(conversation: Conversation, turn: int) -> GenerationRequest:
         "max_new_tokens": request.max_new_tokens - length,
         "sampling_seed": fold_seed((seed, length)),
     }
-    ids = request.input_ids + result.output_ids
-    return replace(request, rid=f"{request.rid}~{turn}", input_ids=ids, sampling_params=params)
+    return replace(continue_request(request, result, params), rid=f"{request.rid}~{turn}")
 
 
 class Failed:

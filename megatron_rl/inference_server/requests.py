@@ -70,6 +70,7 @@ class GenerateBody(_Strict):
     logprob_start_len: int | list[int] = -1
     return_routed_experts: bool = False
     return_sampling_mask: bool = False
+    routed_experts_start_len: int | list[int] = 0
     stream: bool = False
 
 
@@ -124,6 +125,8 @@ class ActiveSequence:
     """Log-probability of each output token among these ids, in nats; empty if not returned."""
     return_routes: bool = False
     """Whether to return the experts that each token was routed to."""
+    routes_start: int = 0
+    """Number of first tokens whose routes are not returned."""
     routes: Tensor | None = None
     """int16 [tokens but the last, L, K], see ``RouteRecorder``; None if not returned, or not decoded yet."""
     prefix_routes: Tensor | None = None
@@ -167,6 +170,7 @@ def parse_request(raw: bytes) -> Request:
     logprobs = _per_prompt("return_logprob", body.return_logprob, len(prompts))
     if body.return_sampling_mask and not all(p.truncates for p in params):
         raise BadRequest("return_sampling_mask: nothing is masked; write top_k or top_p in sampling_params")
+    skipped = _per_prompt("routed_experts_start_len", body.routed_experts_start_len, len(prompts))
     starts = _per_prompt("logprob_start_len", body.logprob_start_len, len(prompts))
     if (count := sum(p.n for p in params)) > MAX_SEQUENCES:
         raise BadRequest(f"n: {count} sequences in one request; send at most {MAX_SEQUENCES}")
@@ -187,8 +191,9 @@ def parse_request(raw: bytes) -> Request:
             seed=_seed_of(p, i),
             return_routes=body.return_routed_experts,
             return_sampling_mask=body.return_sampling_mask,
+            routes_start=skip,
         )
-        for prompt, p, rid, logprob, start in zip(prompts, params, rids, logprobs, starts, strict=True)
+        for prompt, p, rid, logprob, start, skip in zip(prompts, params, rids, logprobs, starts, skipped, strict=True)
         for i in range(p.n)
     ]
     single = len(sequences) == 1 and not (body.input_ids and isinstance(body.input_ids[0], list))

@@ -24,7 +24,7 @@ def response_json(sequence: ActiveSequence, model: ServedModel, latency_seconds:
             "e2e_latency": latency_seconds,
             **_logprobs(sequence),
             **_sampling_mask(sequence),
-            **({} if sequence.routes is None else {"routed_experts": encode_routes(sequence.routes.numpy())}),
+            **_routes(sequence),
         },
     }
 
@@ -51,6 +51,12 @@ def _sampling_mask(sequence: ActiveSequence) -> Json:
         "output_token_sampling_mask": sequence.mask_ids,
         "output_token_sampling_logprobs": sequence.mask_logprobs,
     }
+
+
+def _routes(sequence: ActiveSequence) -> Json:
+    if sequence.routes is None:
+        return {}
+    return {"routed_experts": encode_routes(sequence.routes[sequence.routes_start :].numpy())}
 
 
 def _versions(sequence: ActiveSequence) -> list[Json]:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.correction import log_ratio_statistics
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.rollout import Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.data.minibatch import Minibatch, joined
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.replicas import Replicas

@@ -165,7 +165,7 @@ def _merged(lists: Sequence[list[Json]]) -> list[Json]:
 def described_token(token: Json, samples: Sequence[ReportedSample], tokenizer: TextTokenizer) -> dict[str, object]:
     """Return an entry of ``worst_tokens`` with its text; ``position`` counts output tokens from 0."""
     sample = samples[cast(int, token["sample_index"])]
-    ids = sample.response.output_ids
+    ids = sample.response.output_ids.tolist()
     position = len(ids) - cast(int, token["from_end"])
     return {
         "sample": sample.response.id,
@@ -198,7 +198,7 @@ def retokenize(responses: Sequence[Response], tokenizer: TextTokenizer) -> dict[
     """
     other = []
     for response in responses:
-        ids = list(response.output_ids)
+        ids = response.output_ids.tolist()
         if tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) != ids:
             other.append(response.id)
     return {"responses": len(responses), "other_ids": len(other), "samples": other[:WORST]}

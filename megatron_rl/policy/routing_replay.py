@@ -28,7 +28,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor, nn
 
-from megatron_rl.config.schema import RoutingReplay
+from megatron_rl.config.rollout import RoutingReplay
 from megatron_rl.data.columns import ROUTE_COLUMNS
 from megatron_rl.data.types import Batch, Columns, values_at
 from megatron_rl.distributed.collectives import group_rank, group_size, sum_over

@@ -167,7 +167,7 @@ class StepPlan:
 
 
 class Buffer:
-    """The groups of the steps that are not trained yet."""
+    """The groups of the steps that are not trained yet, in prompt order."""
 
     def __init__(self, config: BufferConfig) -> None:
         self.config = config
@@ -176,6 +176,21 @@ class Buffer:
         self.plans: dict[int, StepPlan] = {}
         """Step -> its plan."""
         self._next_step = 0  # the first step that was not taken
+
+    @property
+    def pending(self) -> int:
+        """Number of groups in progress."""
+        return sum(len(plan.pending) for plan in list(self.plans.values()))
+
+    @property
+    def finished_groups(self) -> list[FinishedGroup]:
+        """The finished groups."""
+        return [finished for plan in list(self.plans.values()) for finished in list(plan.finished.values())]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps for which groups are sampled."""
+        return len(self.plans)
 
     def orders(self, version: int) -> list[SampleOrder]:
         """Return what to request from the fleet now that it has weights of this version; returns each order once."""

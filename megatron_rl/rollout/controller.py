@@ -22,6 +22,7 @@ from megatron_rl.rollout.gauges import Gauge, gauges
 from megatron_rl.rollout.records import step_samples, unverified_message
 from megatron_rl.rollout.stop import StopRequested, StopSignal
 from megatron_rl.rollout.stream import Stream, Verified, wait_for_any
+from megatron_rl.util.garbage import collect_garbage
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class RolloutController:
 
         It has the per-response columns only: lengths, rewards, advantages, ids and counts.
         """
+        collect_garbage()
         self._batch = self._wait_for_batch(step)
         outline = None if self._batch is None else self._batch.outline()
         sent = None if outline is None else {"lengths_B": outline.lengths_B, **outline.columns}

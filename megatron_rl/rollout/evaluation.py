@@ -5,7 +5,8 @@ The requests depend only on the configuration and the step, so the same weights 
 
 from functools import partial
 
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.rollout import Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Prompt
 from megatron_rl.distributed.main_rank import main_rank

@@ -1,6 +1,7 @@
 """Opens the fleet that a configuration describes, and pushes the policy's weights to it."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -66,9 +67,7 @@ def open_fleet(run: Run, world: World, tokenizer: FleetTokenizer) -> Fleet:
         servers,
         transport,
         Timeouts(
-            request_timeout_seconds=rollout.request_timeout_seconds,
-            start_timeout_seconds=rollout.start_timeout_seconds,
-            attempts=rollout.attempts,
+            **{field.name: getattr(rollout, field.name) for field in fields(Timeouts)},
         ),
         client=client_class(run),
         sequences_per_server=rollout.sequences_per_server,
@@ -77,6 +76,7 @@ def open_fleet(run: Run, world: World, tokenizer: FleetTokenizer) -> Fleet:
         decode=partial(tokenizer.decode, skip_special_tokens=True) if rollout.at_push == "resubmit" else None,
         multi_turn=_multi_turn(run, tokenizer),
         router=router,
+        receivers=rollout.receivers,
     )
 
 
@@ -142,7 +142,7 @@ def _transport(run: Run, world: World) -> WeightTransport:
         gather = partial(gather_json, device=world.device)
         transport = DiskTransport(size, weights_folder(run), Path(run.model.path), gather=gather)
     elif name == "distributed":
-        timeout = min(run.rollout.request_timeout_seconds, Timeouts().control_timeout_seconds)
+        timeout = run.rollout.control_timeout_seconds
         transport = DistributedTransport(size, "nccl" if on_gpus else "gloo", world.device, timeout)
     elif name == "ipc":
         transport = IpcTransport(size, world.device)

@@ -19,14 +19,13 @@ def gauges(stream: Stream) -> Iterator[Gauge]:
 
 
 def _queue(stream: Stream) -> Iterator[Gauge]:
-    plans = list(stream.buffer.plans.values())
-    groups = [finished.group for plan in plans for finished in list(plan.finished.values())]
+    buffer = stream.buffer
+    groups = [finished.group for finished in buffer.finished_groups]
     known = [group.oldest_version for group in groups if group.oldest_version >= 0]
     newest = int(stream.fleet.sync.version or 0)
-    pending = sum(len(plan.pending) for plan in plans)
-    yield "queue_groups", "groups of future steps", pending, {"state": "in progress"}
+    yield "queue_groups", "groups of future steps", buffer.pending, {"state": "in progress"}
     yield "queue_groups", "groups of future steps", len(groups), {"state": "finished"}
-    yield "queue_steps", "steps for which groups are sampled", len(plans), {}
+    yield "queue_steps", "steps for which groups are sampled", buffer.steps, {}
     lag = max((newest - version for version in known), default=0)
     yield "queue_lag", "weight versions that the oldest finished group in the queue is behind the fleet", lag, {}
 

@@ -15,6 +15,7 @@ from megatron_rl.data.types import Group
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.rollout.buffer import Buffer, BufferConfig, FinishedGroup, SampleOrder, StepBatch
 from megatron_rl.rollout.buffer_state import Json, restore, snapshot
+from megatron_rl.rollout.completion import CompletionBuffer
 from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.pool import InlineVerifier, Verdicts, Verifier, settle
@@ -68,7 +69,8 @@ class Stream:
         self.run, self.fleet = run, fleet
         self.verifier = verifier or InlineVerifier(task.verify)
         self.prompts = task.prompts("train", run.train.seed)
-        self.buffer = Buffer(buffer_config(run))
+        self.buffer: Buffer | CompletionBuffer
+        self.buffer = (Buffer if run.rollout.order == "prompt" else CompletionBuffer)(buffer_config(run))
         if state is not None:
             restore(self.buffer, state, self.prompts)
         self._routes = requested_routes(run)
@@ -102,7 +104,9 @@ class Stream:
         train, rollout = self.run.train, self.run.rollout
         # The first order of a step has the same seeds and ids as without lag.
         seed = (train.seed, order.step, order.round) if order.round else (train.seed, order.step)
-        versions = range(max(0, order.step - rollout.max_lag), order.step + 1)
+        # In order of completion a later step may take the group, with tokens of newer weights.
+        last = order.step if rollout.order == "prompt" else train.steps
+        versions = range(max(0, order.step - rollout.max_lag), last + 1)
         prompts = [self.prompts[position] for position in order.positions]
         requests = self.fleet.submit(
             prompts, train.group_size, rollout.sampling, seed, versions, indices=order.missing, routes=self._routes

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.tasks.base import Verdict
 
@@ -15,7 +17,7 @@ def encode_job(number: int, prompt: Prompt, response: Response) -> bytes:
     """Return the line that requests a verdict. Of the token columns it has the ids only."""
     message = {
         "prompt": {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)},
-        "response": replace(response, logprobs=(), weight_versions=(), routes=None, mask_ids=None).to_json(),
+        "response": replace(response, logprobs=np.empty(0), weight_versions=(), routes=None, mask_ids=None).to_json(),
     }
     return encode_line({"job": number, **message})
 

@@ -32,6 +32,7 @@ from megatron_rl.train.export import export_hf
 from megatron_rl.train.loop import train
 from megatron_rl.train.nonfinite_dump import nonfinite_dump
 from megatron_rl.util.exit_codes import STOPPED
+from megatron_rl.util.garbage import freeze_startup_objects
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Each requests a stop after the current step; srun forwards only the last one."""
@@ -64,6 +65,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
             stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
             if run.train.resume:  # servers that outlived the last run may have newer weights than the checkpoint
                 rollouts.push_weights(policy.weights(run.weights.bucket_bytes), version=start)
+        freeze_startup_objects()
         with nonfinite_dump(run, policy, recorder.sample_id):
             done = train(run, policy, rollouts, evaluation, vocabulary, checkpoints, recorder, loss_state, start)
         finished = done == run.train.steps

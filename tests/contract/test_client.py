@@ -152,11 +152,12 @@ def test_drawn_tokens_have_the_models_own_logprobs_at_the_temperature(server: Co
 
 def test_a_stop_token_is_the_last_of_its_response(server: Contract) -> None:
     [free] = generate(server, [GenerationRequest("free", (3, 1, 4), {"max_new_tokens": 12, "temperature": 0})])
-    stop = free.output_ids[5]
+    stop = int(free.output_ids[5])
     params = {"max_new_tokens": 12, "temperature": 0, "stop_token_ids": [stop]}
     [sample] = generate(server, [GenerationRequest("stopped", (3, 1, 4), params)])
     assert sample.finish_reason == "stop"
-    assert sample.output_ids == free.output_ids[: free.output_ids.index(stop) + 1]
+    ids = free.output_ids.tolist()
+    assert sample.output_ids.tolist() == ids[: ids.index(stop) + 1]
 
 
 def test_a_pause_holds_and_an_abort_ends(server: Contract) -> None:

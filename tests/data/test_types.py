@@ -1,8 +1,9 @@
 """A response goes through JSON unchanged; what an older version did not write gets its default."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import torch
 
 from megatron_rl.data.types import Response
@@ -11,8 +12,8 @@ RESPONSE = Response(
     id="0.3/p1/2",
     prompt_id="p1",
     index=2,
-    output_ids=(5, 6, 7),
-    logprobs=(-0.5, 0.0, -1.25),
+    output_ids=np.array((5, 6, 7)),
+    logprobs=np.array((-0.5, 0.0, -1.25)),
     text="a b",
     finish_reason="length",
     weight_versions=((3, 0, 1), (4, 2, 3)),
@@ -29,8 +30,18 @@ def test_a_response_goes_through_json_unchanged():
         if entry.name == "routes":
             assert value.dtype == expected.dtype
             assert torch.equal(value, expected)
+        elif isinstance(expected, np.ndarray):
+            assert value.dtype == expected.dtype
+            assert np.array_equal(value, expected)
         else:
             assert value == expected
+
+
+def test_responses_are_equal_if_their_arrays_are():
+    assert replace(RESPONSE) == RESPONSE
+    changed = replace(RESPONSE, output_ids=np.array([5, 6, 8])), replace(RESPONSE, logprobs=np.zeros(2))
+    for other in (*changed, replace(RESPONSE, text="c")):
+        assert other != RESPONSE
 
 
 def test_fields_that_were_not_written_yet_get_their_defaults():

@@ -17,7 +17,7 @@ from tests.e2e.job import ONE_RANK, ROOT, Job, same_result
 from tests.e2e.ledger import audit
 
 RESUME = "train.resume=true"
-LAG = ("rollout.max_lag=1", "rollout.sequences_per_server=8", "train.steps=6")
+LAG = ("rollout.max_lag=1", "rollout.sequences_per_server=8", "rollout.receivers=1", "train.steps=6")
 
 
 def whole(folder: Path, steps: int, max_lag: int) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_rl.cli import main
@@ -72,7 +73,9 @@ class Answers:
         drawn = fold_seed((*seed, int(prompt.id[1:]), index)) % 10
         text = prompt.answer if drawn < self.skill else "0129"[drawn % 4]
         end = "length" if drawn == 7 else "stop"
-        return Response(f"{prompt.id}/{index}", prompt.id, index, (1, 2), (0.0, 0.0), text, end, ((0, 0, 2),))
+        return Response(
+            f"{prompt.id}/{index}", prompt.id, index, np.array((1, 2)), np.array((0.0, 0.0)), text, end, ((0, 0, 2),)
+        )
 
 
 @pytest.fixture

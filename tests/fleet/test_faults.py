@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.config.schema import Sampling
+from megatron_rl.config.rollout import Sampling
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
@@ -49,7 +49,7 @@ def sampled(fleet: Fleet, version: int, step: int = 0) -> list[Group]:
 
 
 def tokens(groups: list[Group]) -> list[tuple[int, ...]]:
-    return [response.output_ids for group in groups for response in group.responses]
+    return [tuple(response.output_ids.tolist()) for group in groups for response in group.responses]
 
 
 def whole(fleet: Fleet, seconds: float = 60) -> None:
@@ -97,7 +97,7 @@ def test_new_weights_change_the_samples_by_either_transport(fleet: Fleet, moe_fo
 
 def test_scores_are_the_logprobs_of_sampled_tokens(fleet: Fleet) -> None:
     group = sampled(fleet, 2)[0]
-    sequences = [group.prompt.input_ids + response.output_ids for response in group.responses]
+    sequences = [(*group.prompt.input_ids, *response.output_ids.tolist()) for response in group.responses]
     for scores, response in zip(fleet.score(sequences, 2), group.responses, strict=True):
         ours = scores[len(group.prompt.input_ids) - 1 :]
         assert ours == pytest.approx(response.logprobs, abs=1e-5)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_rl.config.schema import Sampling
+from megatron_rl.config.rollout import Sampling
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet import dispatch
+from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
 from megatron_rl.weights.tensor import TensorTransport
@@ -92,7 +93,7 @@ def test_groups_come_in_order_with_ids_and_seeds_of_their_own() -> None:
     responses = [response for group in groups for response in group.responses]
     assert [(r.prompt_id, r.index) for r in responses] == [(p.id, i) for p in PROMPTS for i in range(4)]
     assert len({r.id for r in responses}) == 40
-    assert len({r.output_ids for r in responses}) > 25
+    assert len({tuple(r.output_ids) for r in responses}) > 25
     assert responses[0].weight_versions == ((0, 0, 6),)
 
 
@@ -108,7 +109,7 @@ def test_the_same_prompt_twice_has_different_samples() -> None:
         twice = fleet.generate([PROMPTS[0], PROMPTS[0]], 2, SAMPLING, seed=(1, 0))
     ids = [r.id for group in twice for r in group.responses]
     assert ids == ["1.0/p0/0", "1.0/p0/1", "1.0/p0#1/0", "1.0/p0#1/1"]
-    assert twice[0].responses[0].output_ids != twice[1].responses[0].output_ids
+    assert twice[0].responses[0].output_ids.tolist() != twice[1].responses[0].output_ids.tolist()
 
 
 @pytest.mark.parametrize("trick", [garbage, too_few_tokens, nan_logprobs, wrong_version, too_few_answers])
@@ -140,6 +141,21 @@ def test_a_server_that_hangs_is_found_by_its_health_long_before_the_timeout() ->
         assert time.monotonic() - begin < 5
         stuck.hangs = False
         until(lambda: len(fleet.urls) == 2)
+
+
+def test_a_healthy_server_may_take_longer_than_the_timeout_and_another_may_not(monkeypatch, size: int) -> None:
+    wanted, limits = expected(), replace(TIMEOUTS, request_timeout_seconds=0.5)
+    with serving(FakeServer()) as (slow,), fleet_of([slow], limits) as fleet:
+        slow.delay_seconds = 1.0
+        assert sampled(fleet) == wanted
+        assert slow.calls["/generate"] == 40 // size
+        monkeypatch.setattr(Client, "health_is_progress", False)
+        with pytest.raises(RolloutError, match=r"made no progress for [^ ]+ s \(rollout.request_timeout_seconds"):
+            sampled(fleet)
+    with serving(FakeServer()) as (slow,), fleet_of([slow], replace(TIMEOUTS, request_limit_seconds=0.5)) as fleet:
+        slow.delay_seconds = 30
+        with pytest.raises(RolloutError, match=r"longer than 0.5 s \(rollout.request_limit_seconds"):
+            sampled(fleet)
 
 
 def test_a_slow_server_gets_less_to_do_and_loses_nothing() -> None:

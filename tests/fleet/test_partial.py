@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.config.schema import Sampling
+from megatron_rl.config.rollout import Sampling
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
@@ -28,7 +28,7 @@ LONG = Sampling(max_new_tokens=200)
 
 
 def words(ids: object) -> str:
-    assert isinstance(ids, tuple)
+    assert isinstance(ids, list)
     return " ".join(map(str, ids))
 
 
@@ -77,9 +77,9 @@ def test_a_response_goes_on_after_a_push_and_every_token_has_its_own_weights(fle
     assert all(
         [v for v, _, _ in r.weight_versions] == [before, before + 1] and r.weight_versions[-1][2] == 200 for r in mixed
     )
-    assert len({r.output_ids for r in responses}) == 16
+    assert len({tuple(r.output_ids) for r in responses}) == 16
     prompts = {prompt.id: prompt.input_ids for prompt in PROMPTS}
-    sequences = [prompts[r.prompt_id] + r.output_ids for r in mixed]
+    sequences = [(*prompts[r.prompt_id], *r.output_ids.tolist()) for r in mixed]
     scores = {before + 1: fleet.score(sequences, before + 1)}
     fleet.update(old.items(), before + 2)
     scores[before] = fleet.score(sequences, before + 2)
@@ -89,7 +89,7 @@ def test_a_response_goes_on_after_a_push_and_every_token_has_its_own_weights(fle
             ours = scores[version][i][first + start : first + end]
             assert ours == pytest.approx(r.logprobs[start:end], abs=1e-4)
     if fleet.decode is not None:
-        assert all(r.text == words(r.output_ids) for r in mixed)
+        assert all(r.text == words(r.output_ids.tolist()) for r in mixed)
 
 
 def test_two_pushes_make_three_pieces_and_none_counts_as_a_failed_attempt(fleet: Fleet, moe_folder: Path) -> None:
@@ -106,23 +106,23 @@ def test_two_pushes_make_three_pieces_and_none_counts_as_a_failed_attempt(fleet:
 
 
 def piece(ids: tuple[int, ...], version: str, finish: str, text: str = "") -> GenerationResult:
-    return GenerationResult(
-        "r", ids, tuple(-float(i) for i in ids), (), text, finish, ((version, 0, len(ids)),) if ids else ()
-    )
+    versions = ((version, 0, len(ids)),) if ids else ()
+    columns = np.array(ids, np.int32), -np.array(ids, np.float32), np.empty(0)
+    return GenerationResult("r", *columns, text, finish, versions)
 
 
 def test_pieces_join_token_by_token() -> None:
     whole = join_results(piece((1, 2), "3", "abort", "a"), piece((4,), "3", "abort", "b"))
-    assert (whole.output_ids, whole.weight_versions, whole.text) == ((1, 2, 4), (("3", 0, 3),), "ab")
+    assert (whole.output_ids.tolist(), whole.weight_versions, whole.text) == ([1, 2, 4], (("3", 0, 3),), "ab")
     whole = join_results(whole, piece((5, 6), "4", "stop"), words)
     assert whole.weight_versions == (("3", 0, 3), ("4", 3, 5))
-    assert (whole.logprobs, whole.finish_reason, whole.text) == ((-1, -2, -4, -5, -6), "stop", "1 2 4 5")
+    assert (whole.logprobs.tolist(), whole.finish_reason, whole.text) == ([-1, -2, -4, -5, -6], "stop", "1 2 4 5")
     assert join_results(piece((), "3", "abort"), piece((7,), "4", "length")).weight_versions == (("4", 0, 1),)
 
 
 def test_experts_of_a_piece_are_those_of_its_first_reading() -> None:
     head = replace(piece((1, 2), "3", "abort"), routes=np.full((3, 1, 1), 0))  # two tokens of prompt, one of two
-    tail = replace(piece((4,), "4", "stop"), routes=np.full((4, 1, 1), 1))
+    tail = replace(piece((4,), "4", "stop"), routes=np.full((1, 1, 1), 1))
     whole = join_results(head, tail)
     assert whole.routes is not None
     assert whole.routes.flatten().tolist() == [0, 0, 0, 1]

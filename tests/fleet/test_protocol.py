@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rl.errors import RolloutError
@@ -35,8 +36,9 @@ def answer(**meta: object) -> dict[str, object]:
 
 def test_a_good_answer_is_read() -> None:
     [sample] = parse_results([answer()], [REQUEST], "here")
-    assert sample.output_ids == (9, 8, 2)
-    assert sample.logprobs == (-0.5, -1.5, 0.0)
+    assert (sample.output_ids.dtype, sample.logprobs.dtype) == (np.int32, np.float32)
+    assert sample.output_ids.tolist() == [9, 8, 2]
+    assert sample.logprobs.tolist() == [-0.5, -1.5, 0.0]
     assert sample.finish_reason == "stop"
     assert sample.weight_versions == (("3", 0, 1), ("4", 1, 3))
 
@@ -51,8 +53,8 @@ def test_scores_are_read_without_the_first_token() -> None:
         input_token_logprobs=[[None, 5, None], [-1.0, 6, None], [-2.0, 7, None]],
     )
     [sample] = parse_results([{**scored, "output_ids": []}], [request], "here")
-    assert sample.input_logprobs == (-1.0, -2.0)
-    assert sample.logprobs == ()
+    assert sample.input_logprobs.tolist() == [-1.0, -2.0]
+    assert not len(sample.logprobs)
 
 
 def test_an_answer_without_weight_versions_has_one_version() -> None:
@@ -73,12 +75,19 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "text for a token": (lambda a: a["output_ids"].__setitem__(0, "x"), "not all token ids"),
     "true for a token": (lambda a: a["output_ids"].__setitem__(0, True), "not all token ids"),
+    "a token beyond int32": (lambda a: a["output_ids"].__setitem__(0, 1 << 31), "not all token ids"),
+    "a token beyond int64": (lambda a: a["output_ids"].__setitem__(0, 1 << 70), "not all token ids"),
+    "a fraction for a token": (lambda a: a["output_ids"].__setitem__(0, 1.0), "not all token ids"),
     "cut short": (lambda a: a["meta_info"].update(finish_reason={"type": "length", "length": 4}), "finished by"),
     "other finish": (lambda a: a["meta_info"].update(finish_reason={"type": "bored"}), "finish_reason is"),
     "fewer log-probs": (lambda a: a["meta_info"]["output_token_logprobs"].__delitem__(0), "2 log-probs for 3 tokens"),
     "log-prob nan": (lambda a: a["meta_info"]["output_token_logprobs"][1].__setitem__(0, math.nan), "log-prob 1"),
     "log-prob null": (lambda a: a["meta_info"]["output_token_logprobs"][1].__setitem__(0, None), "log-prob 1"),
     "log-prob above 0": (lambda a: a["meta_info"]["output_token_logprobs"][1].__setitem__(0, 0.1), "log-prob 1"),
+    "log-prob true": (lambda a: a["meta_info"]["output_token_logprobs"][1].__setitem__(0, False), "log-prob 1"),
+    "log-prob too low": (lambda a: a["meta_info"]["output_token_logprobs"][2].__setitem__(0, -1e39), "log-prob 2"),
+    "log-prob alone": (lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(1, -0.5), "log-prob 1"),
+    "log-prob without token": (lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(1, [-0.5]), "log-prob 1"),
     "log-prob of another": (lambda a: a["meta_info"]["output_token_logprobs"][1].__setitem__(1, 3), "log-prob 1"),
     "versions with a gap": (
         lambda a: a["meta_info"]["weight_versions"][1].update(start=2),

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config.load import load
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.rollout import Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
@@ -104,11 +105,11 @@ def test_turns_are_what_the_environment_saw_and_said_token_by_token(fleet):
     for group in sampled(fleet):
         for response in group.responses:
             several += len(response.observed) == 2
-            ids, begun = response.output_ids, 0
+            ids, begun = response.output_ids.tolist(), 0
             for turn, (start, end) in enumerate(response.observed, start=1):
                 said = words.decode(ids[begun:start], skip_special_tokens=True)
                 count, length = len(said.split()), len(group.prompt.input_ids)
-                assert ids[start:end] == ((47, count, 9) if turn == 1 else (9, 10 + length))
+                assert ids[start:end] == ([47, count, 9] if turn == 1 else [9, 10 + length])
                 assert ids[start - 1] in SAMPLING.stop_token_ids
                 assert set(response.logprobs[start:end]) == {0.0}
                 begun = end

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_rl.config.load import load
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.rollout import Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.observability.mismatch_causes import (
@@ -40,7 +42,7 @@ class Letters:
 def response(index, ids, versions=None):
     versions = versions or ((3, 0, len(ids)),)
     text = Letters().decode(ids)
-    return Response(f"r{index}", "p", index, tuple(ids), (-1.0,) * len(ids), text, "stop", versions)
+    return Response(f"r{index}", "p", index, np.array(tuple(ids)), np.array((-1.0,) * len(ids)), text, "stop", versions)
 
 
 def scored(groups, gaps=(), settings=()):

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ LOG = logging.getLogger("megatron_rl.somewhere")
 
 def rollout(step: int) -> tuple[Batch, StepSamples]:
     """Return the batch of a step with one response, and its samples."""
-    response = Response("0-p-0", "p", 0, (1, 2), (-0.5, -0.1), "#4", "stop", ((0, 0, 2),))
+    response = Response("0-p-0", "p", 0, np.array((1, 2)), np.array((-0.5, -0.1)), "#4", "stop", ((0, 0, 2),))
     group = Group(Prompt("p", (1,), "2+2=", "4"), (response,))
     batch = collect([group], [[Verdict(1.0, True)]], load(Run, [], ["model.path=x"]).run)
     lines, ledger = [{"step": step, "id": "0-p-0"}], [{"step": step, "group": "0-p"}]

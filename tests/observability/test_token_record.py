@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -55,7 +56,7 @@ def rewarded(batch: Batch) -> Batch:
 
 
 def groups_of(batch: Batch) -> list[Group]:
-    responses = tuple(Response(f"r{i}", "p", i, (), (), "", "stop", ()) for i in range(len(batch)))
+    responses = tuple(Response(f"r{i}", "p", i, np.array(()), np.array(()), "", "stop", ()) for i in range(len(batch)))
     return [Group(Prompt("p", (1,), "question", ""), responses)]
 
 

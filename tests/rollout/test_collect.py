@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +17,10 @@ from megatron_rl.rollout.collect import collect
 from megatron_rl.tasks.base import Verdict
 
 RUN = load(Run, [], ["model.path=x"]).run
-MIXED = Response("0.4/p/0", "p", 0, (5, 6, 7), (-1.0, -2.0, -3.0), "", "stop", ((2, 0, 1), (4, 1, 3)))
-FRESH = Response("0.4/p/1", "p", 1, (8, 9), (-0.5, -0.25), "", "stop", ((4, 0, 2),))
+MIXED = Response(
+    "0.4/p/0", "p", 0, np.array((5, 6, 7)), np.array((-1.0, -2.0, -3.0)), "", "stop", ((2, 0, 1), (4, 1, 3))
+)
+FRESH = Response("0.4/p/1", "p", 1, np.array((8, 9)), np.array((-0.5, -0.25)), "", "stop", ((4, 0, 2),))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Records of the samples of a step."""
 
+import numpy as np
+
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.rollout.buffer import FinishedGroup
 from megatron_rl.rollout.records import sample_lines
@@ -7,7 +9,7 @@ from megatron_rl.tasks.base import Verdict
 
 
 def sample(index: int) -> Response:
-    return Response(f"0-p-{index}", "p", index, (1, 2), (-0.5, -0.1), "#4", "stop", ((0, 0, 2),))
+    return Response(f"0-p-{index}", "p", index, np.array((1, 2)), np.array((-0.5, -0.1)), "#4", "stop", ((0, 0, 2),))
 
 
 def test_samples_have_their_reward_and_versions():

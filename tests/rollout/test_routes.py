@@ -1,6 +1,8 @@
 """An engine's record of experts on its way into a batch: nothing wrong passes, what is missing is counted."""
 
 import base64
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from megatron_rl.data.routes import RouteShape, encode_routes
 from megatron_rl.data.types import Batch, Response
 from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, generate_body, parse_results
+from megatron_rl.fleet.protocol import BadAnswer, GenerationRequest, generate_body, parse_answer, parse_results
 from megatron_rl.observability.routing_statistics import RoutingCounts, routing_counts
 from megatron_rl.rollout.routes import route_columns
 from tests.fleet.test_protocol import answer
@@ -43,6 +45,39 @@ def test_without_a_record_the_sample_stands() -> None:
     assert "return_routed_experts" not in generate_body([GenerationRequest("r", (1,), {"max_new_tokens": 4})])
 
 
+@pytest.mark.parametrize("spaces", [False, True])
+def test_bytes_are_read_like_values_and_later_turns_without_the_known_tokens(spaces: bool) -> None:
+    sent, pair = record(5), ((",", ":"), (", ", ": "))[spaces]
+    both = [replace(REQUEST, rid="r1"), replace(REQUEST, rid="r1", routes_start=2)]
+    answers = [answer(routed_experts=encode_routes(sent)), answer(routed_experts=encode_routes(sent[2:]))]
+    answers[1]["text"] = 'a "routed_experts": "@0", of two'
+    first, later = parse_answer(json.dumps(answers, separators=pair).encode(), both, "here")
+    assert first.routes is not None
+    assert later.routes is not None
+    assert np.array_equal(first.routes, sent[:, [0, 2]])
+    assert np.array_equal(later.routes, sent[2:, [0, 2]])
+    assert later.text == answers[1]["text"]
+    assert generate_body(both)["routed_experts_start_len"] == [0, 2]
+    for wrong in ("@0", "@1", "@"):
+        raw = json.dumps([answer(routed_experts=wrong)]).encode()
+        with pytest.raises(BadAnswer, match="routed_experts of 5 tokens"):
+            parse_answer(raw, [REQUEST], "here")
+
+
+def test_a_long_record_is_read_in_parts() -> None:
+    shape = RouteShape((1, 2, 3), 4, 300, 5)
+    sent = np.argsort(np.random.default_rng(0).random((7001, 4, 300)), axis=-1)[..., :5]
+    read = shape.decode(encode_routes(sent), 7001)
+    assert read.dtype == np.int16
+    assert np.array_equal(read, sent[:, 1:])
+    sent[6999, 3, 1] = sent[6999, 3, 4]
+    with pytest.raises(ValueError, match="the same expert twice"):
+        shape.decode(encode_routes(sent), 7001)
+    sent[6999, 3, 1] = -1
+    with pytest.raises(ValueError, match="experts -1 to 299"):
+        shape.decode(encode_routes(sent), 7001)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -62,7 +97,9 @@ def test_a_wrong_record_is_no_answer(wrong: object, message: str) -> None:
 
 def response(tokens: int, *, known: bool) -> Response:
     routes = torch.from_numpy(SHAPE.decode(encode_routes(record(tokens + 1)), tokens + 1)) if known else None
-    return Response("r", "p", 0, (1,) * tokens, (-1.0,) * tokens, "", "stop", ((0, 0, tokens),), routes)
+    return Response(
+        "r", "p", 0, np.array((1,) * tokens), np.array((-1.0,) * tokens), "", "stop", ((0, 0, tokens),), routes
+    )
 
 
 def counted(*batches: Batch) -> RoutingCounts:

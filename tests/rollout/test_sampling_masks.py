@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from megatron_rl.config.schema import Rollout, Sampling
+from megatron_rl.config.rollout import Rollout, Sampling
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.partial import join_results
@@ -22,11 +22,11 @@ MASK = {"output_token_sampling_mask": [[9, 4], [8], [1, 2, 3]], "output_token_sa
 def test_a_mask_is_requested_and_its_log_probs_replace_the_others() -> None:
     [sample] = parse_results([answer(**MASK)], [REQUEST], "here")
     assert sample.mask_ids == ((9, 4), (8,), (1, 2, 3))
-    assert sample.logprobs == (-0.25, 0.0, -1.0)
+    assert sample.logprobs.tolist() == [-0.25, 0.0, -1.0]
     assert generate_body([REQUEST])["return_sampling_mask"] is True
     [plain] = parse_results([answer(**MASK)], [replace(REQUEST, keep_mask=False)], "here")
     assert plain.mask_ids is None
-    assert plain.logprobs == (-0.5, -1.5, 0.0)
+    assert plain.logprobs.tolist() == [-0.5, -1.5, 0.0]
     assert "return_sampling_mask" not in generate_body([replace(REQUEST, keep_mask=False)])
 
 
@@ -69,7 +69,9 @@ def test_every_token_finds_its_ids() -> None:
     again = Response.from_json(response.to_json()).mask_ids
     assert again is not None
     assert torch.equal(again, response.mask_ids)
-    narrow = replace(response, mask_ids=torch.tensor([[7], [8]], dtype=torch.int32), output_ids=(7, 8))
+    narrow = replace(
+        response, mask_ids=torch.tensor([[7], [8]], dtype=torch.int32), output_ids=torch.tensor([7, 8]).numpy()
+    )
     mask_ids_TQ = mask_columns([narrow, response], [4, 6])["mask_ids_T"]
     assert mask_ids_TQ.dtype == torch.int32
     assert mask_ids_TQ[:, 0].tolist() == [-1, -1, 7, 8, -1, -1, -1, 9, 8, 1]

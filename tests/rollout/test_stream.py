@@ -11,19 +11,22 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.config.load import load
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.rollout import Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import Generated
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.data.types import Group, Prompt, Response
+from megatron_rl.errors import ConfigError
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
-from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, StepBatch
+from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, Buffer, StepBatch
 from megatron_rl.rollout.records import ledger_lines
 from megatron_rl.rollout.stream import Sampled, Stream, Verified
 from megatron_rl.tasks.base import Verdict
@@ -49,8 +52,8 @@ class Making:
                 f"{name}/{self.prompts[i // size].id}/{i % size}",
                 self.prompts[i // size].id,
                 i % size,
-                tuple(range(len(versions))),
-                (-0.5,) * len(versions),
+                np.array(tuple(range(len(versions)))),
+                np.array((-0.5,) * len(versions)),
                 "",
                 "stop",
                 tuple((version, at, at + 1) for at, version in enumerate(versions)),
@@ -164,12 +167,15 @@ def fates(taken: Sequence[StepBatch]) -> list[dict[str, Any]]:
     lies=st.sampled_from([0.0, 0.05]),
     resumes=st.sets(st.integers(1, 4)),
     dynamic=st.booleans(),
+    in_prompt_order=st.booleans(),
 )
 def test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twice(
-    random: Random, max_lag: int, lies: float, resumes: set[int], dynamic: bool
+    random: Random, max_lag: int, lies: float, resumes: set[int], dynamic: bool, in_prompt_order: bool
 ) -> None:
-    more = ["train.filter_zero_variance=true", "train.max_resample_rounds=2", "train.oversample=1.5"] if dynamic else []
-    run = run_of(f"rollout.max_lag={max_lag}", *more)
+    more = ["train.filter_zero_variance=true", "train.max_resample_rounds=2"] if dynamic else []
+    more += ["train.oversample=1.5"] if dynamic and in_prompt_order else []
+    order = "prompt" if in_prompt_order else "completion"
+    run = run_of(f"rollout.max_lag={max_lag}", f"rollout.order={order}", *more)
     fleets: list[FakeFleet] = []
 
     def fleet_of(version: int) -> FakeFleet:
@@ -189,11 +195,11 @@ def test_whatever_the_timing_no_sample_is_older_than_allowed_or_lost_or_used_twi
     assert {held.group.prompt.id for part in taken for held in part.used} | {
         dropped.finished.group.prompt.id for part in taken for dropped in part.dropped
     } == asked
-    if not dynamic:
+    if not dynamic and in_prompt_order:
         assert [[held.group.prompt.id for held in part.used] for part in taken] == [
             [f"p{i}" for i in range(3 * step, 3 * step + 3)] for step in range(5)
         ]
-    if not lies:
+    if not lies and in_prompt_order:
         assert {dropped.fate for part in taken for dropped in part.dropped} <= {SURPLUS}
     # Back-pressure: resampling aside, no more than so many steps' groups are ever in the making.
     assert max(fleet.most for fleet in fleets) <= (max_lag + 1) * (5 if not dynamic else 15)
@@ -231,6 +237,34 @@ def test_resampling_is_bounded_and_then_the_batch_is_smaller() -> None:
     run = run_of("train.filter_zero_variance=true", "train.max_resample_rounds=2")
     part = Stream(run, cast(Fleet, fleet), Easy()).take(0, fleet.until_one_is_done)
     assert (part.resample_rounds, len(part.used), len(part.dropped)) == (2, 9, 0)
+
+
+def test_in_order_of_completion_no_step_waits_for_a_long_response() -> None:
+    run = run_of("rollout.max_lag=1", "rollout.order=completion")
+    fleet = FakeFleet(Random(0), 0, 0.0)
+    stream = Stream(run, cast(Fleet, fleet), Coins())
+    stream.request_groups(0)
+    held = fleet.making.pop(0)  # the first two groups make no token
+    first = stream.take(0, fleet.until_one_is_done)
+    assert not {prompt.id for prompt in held.prompts} & {group.group.prompt.id for group in first.used}
+    assert len(first.used) == 3
+    held.made = [[0] for _ in held.made]
+    held.future.set_result(held.groups(2))
+    fleet.version = 1
+    second = stream.take(1, fleet.until_one_is_done)
+    assert {prompt.id for prompt in held.prompts} <= {group.group.prompt.id for group in second.used}
+    fleet.version = 2
+    stream.take(2, fleet.until_one_is_done)
+
+
+def test_a_state_of_the_other_order_is_refused() -> None:
+    fleet = FakeFleet(Random(0), 0, 0.0)
+    strict, completion = run_of("rollout.max_lag=1"), run_of("rollout.max_lag=1", "rollout.order=completion")
+    for run, other in ((strict, completion), (completion, strict)):
+        stream = Stream(run, cast(Fleet, fleet), Coins())
+        stream.request_groups(0)
+        with pytest.raises(ConfigError, match=r"rollout\.order"):
+            Stream(other, cast(Fleet, fleet), Coins(), stream.state())
 
 
 @pytest.mark.processes
@@ -283,6 +317,7 @@ def test_a_saved_group_comes_back_whole_with_the_experts_it_took() -> None:
     while fleet.making:
         fleet.work()
     stream.request_groups(0)
+    assert isinstance(stream.buffer, Buffer)
     (plan,) = stream.buffer.plans.values()
     for held in plan.finished.values():
         for response in held.group.responses:
@@ -290,6 +325,7 @@ def test_a_saved_group_comes_back_whole_with_the_experts_it_took() -> None:
                 response, "routes", torch.randint(9, (len(response.output_ids), 2, 3), dtype=torch.uint8)
             )
     again = Stream(run, cast(Fleet, FakeFleet(Random(4), 0, 0.0)), Coins(), json.loads(json.dumps(stream.state())))
+    assert isinstance(again.buffer, Buffer)
     (restored,) = again.buffer.plans.values()
     assert restored.finished == plan.finished
     for place, held in plan.finished.items():

@@ -1,5 +1,6 @@
 """Expressions, splits and verifier of chained arithmetic."""
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.tasks import ChainedArithmeticTask
@@ -23,7 +24,7 @@ TASK = make_task(ChainedArithmeticTask(), Letters())
 
 
 def response(text: str, finish_reason: str = "stop") -> Response:
-    return Response("r", "p", 0, (1,), (0.0,), text, finish_reason, ((0, 0, 1),))
+    return Response("r", "p", 0, np.array((1,)), np.array((0.0,)), text, finish_reason, ((0, 0, 1),))
 
 
 @pytest.mark.parametrize(

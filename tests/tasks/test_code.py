@@ -5,6 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -30,7 +31,7 @@ ADD = "a, b = map(int, input().split())\nprint(a + b)"
 
 
 def verify(text: str, tests: object, seconds: float = 5.0):
-    response = Response("r", "p", 0, (1,), (0.0,), text, "stop", ())
+    response = Response("r", "p", 0, np.array((1,)), np.array((0.0,)), text, "stop", ())
     return CodeVerifier(Reward(seconds=seconds))(Prompt("p", (), "q", json.dumps(tests)), response)
 
 
@@ -111,7 +112,7 @@ def test_no_process_remains():
 
 @pytest.mark.parametrize("answer", ["7", '{"inputs": ["1"], "outputs": []}', '{"asserts": ""}', "no json"])
 def test_an_answer_without_tests_is_an_error(answer):
-    response = Response("r", "p", 0, (1,), (0.0,), "x", "stop", ())
+    response = Response("r", "p", 0, np.array((1,)), np.array((0.0,)), "x", "stop", ())
     with pytest.raises(DataError, match="the verifier code"):
         CodeVerifier(Reward())(Prompt("p", (), "q", answer), response)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.tasks import JsonlTask
@@ -32,7 +33,7 @@ def rows(path: Path, count: int = 40) -> Path:
 
 
 def answered(text: str, finish_reason: str = "stop") -> Response:
-    return Response("r", "p", 0, (1,), (0.0,), text, finish_reason, ((0, 0, 1),))
+    return Response("r", "p", 0, np.array((1,)), np.array((0.0,)), text, finish_reason, ((0, 0, 1),))
 
 
 def test_prompts_are_tokenized_and_named_by_file_and_line(tmp_path):

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.load import load
@@ -27,7 +28,7 @@ def gym(mixture=None, **options) -> ReasoningGym:
 
 
 def answered(text: str, finish_reason: str = "stop") -> Response:
-    return Response("r", "p", 0, (1,), (0.0,), text, finish_reason, ((0, 0, 1),))
+    return Response("r", "p", 0, np.array((1,)), np.array((0.0,)), text, finish_reason, ((0, 0, 1),))
 
 
 def test_prompts_are_a_pure_function_of_seed_and_position():

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.load import load
@@ -81,7 +82,9 @@ def group(texts: Sequence[str], name: str = "p", finish: str = "stop") -> Group:
     return Group(
         prompt,
         tuple(
-            Response(f"0.3/{name}/{index}", name, index, (1, 2), (-1.0, -1.0), text, finish, ((0, 0, 2),))
+            Response(
+                f"0.3/{name}/{index}", name, index, np.array((1, 2)), np.array((-1.0, -1.0)), text, finish, ((0, 0, 2),)
+            )
             for index, text in enumerate(texts)
         ),
     )

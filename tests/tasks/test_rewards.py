@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,7 +33,9 @@ PROMPT = Prompt("p", (1, 2), "q", "7")
 
 def response(text: str, index: int = 0, tokens: int = 4, finish: str = "stop", **more) -> Response:
     ids, logprobs = tuple(range(tokens)), (-1.0,) * tokens
-    return Response(f"r/{index}", "p", index, ids, logprobs, text, finish, ((0, 0, tokens),), **more)
+    return Response(
+        f"r/{index}", "p", index, np.array(ids), np.array(logprobs), text, finish, ((0, 0, tokens),), **more
+    )
 
 
 def group(*texts: str) -> Group:

@@ -16,8 +16,8 @@ SCORED_BYTES = 4 + 4
 PREPARED_BYTES = 3 * 4 + 2 * 4 + 8 + 4
 """Advantage, share and weight; clip window; segment; correction. For one mini-batch at a time."""
 
-OBJECT_BYTES = 83
-"""Python objects of a response per token, on the main rank (measured, CPython 3.11)."""
+RESPONSE_BYTES = 2 * 4 + 5
+"""Ids, log-probs and text of a response per token, on the main rank."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def host_columns(run: Run, family: Family, layout: ParallelLayout, tokens: int) 
     scored = SAMPLED_BYTES + SCORED_BYTES + reference + _route_bytes(run, family, max(routed))
     share = tokens / layout.data
     local = share * scored + share / run.train.updates_per_step * PREPARED_BYTES
-    sampled = SAMPLED_BYTES + OBJECT_BYTES
+    sampled = SAMPLED_BYTES + RESPONSE_BYTES
     if run.rollout.routing_replay in ("report", "r3"):
         sampled += 2 * _route_bytes(run, family, sum(routed))  # of the responses, and collated
     return HostColumns(scored, round(local), tokens * sampled)

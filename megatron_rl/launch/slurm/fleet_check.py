@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_rl.config.schema import Run, Sampling
+from megatron_rl.config.rollout import Sampling
+from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
@@ -106,7 +107,7 @@ async def _probe(client: Client, timeouts: Timeouts) -> ServerProbe:
         return ServerProbe(client.url, problem=f"cannot be used: {error}")
     finally:
         await client.close()
-    return ServerProbe(client.url, "", version, seconds, scored.input_logprobs)
+    return ServerProbe(client.url, "", version, seconds, tuple(scored.input_logprobs.tolist()))
 
 
 def compare_weights(probes: Sequence[ServerProbe]) -> list[ServerProbe]:

@@ -1,5 +1,6 @@
 """The host memory of token columns is what the columns of a run take."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ def bytes_per_token(columns: Columns) -> int:
 
 
 def test_the_bytes_of_each_kind_of_column_are_counted() -> None:
-    response = Response("r", "p", 0, (3, 4, 5), (-1.0,) * 3, "", "stop", ((0, 0, 3),))
+    response = Response("r", "p", 0, np.array([3, 4, 5]), -np.ones(3), "", "stop", ((0, 0, 3),))
     run = load(Run, [], ["model.path=x"]).run
     batch = collect([Group(Prompt("p", (1, 2), "", ""), (response,))], [[Verdict(1.0, True)]], run)
     assert bytes_per_token(batch.columns) == SAMPLED_BYTES
