@@ -58,8 +58,8 @@ async def push_while(servers: list[ServerProcess], number: int) -> tuple[UpdateR
     clients = [Client(process.url, control_timeout_seconds=TIMEOUT_SECONDS) for process in servers]
     begun = time.monotonic()
     update = await TRANSPORT.begin(clients, 5)
-    for number, bucket in enumerate(TRANSPORT.buckets(weights(servers))):
-        if number == 1:
+    for index, bucket in enumerate(TRANSPORT.buckets(weights(servers))):
+        if index == 1:
             os.kill(servers[0].pid, number)
         await update.send(bucket)
     report = await update.finish()
