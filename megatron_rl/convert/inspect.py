@@ -7,8 +7,8 @@ from rich.console import Console
 
 from megatron_rl.convert.manifest import read_manifest
 from megatron_rl.models.checkpoint_folders import open_checkpoint
+from megatron_rl.models.encodings import format_of
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.hf_reader import fp8_block
 from megatron_rl.models.torch_dist_reader import TorchDistReader
 
 
@@ -35,8 +35,8 @@ def describe(folder: Path, console: Console) -> None:
     )
     if passthrough := len(reader.specs) - len(specs):
         console.print(f"  {passthrough} tensors that the model does not use and conversion copies")
-    if block := fp8_block(hf):
-        console.print(f"  FP8 in blocks of {block[0]} x {block[1]}, read as bfloat16")
+    if quantized := format_of(hf):
+        console.print(f"  {quantized.label}, read as bfloat16")
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")])
     console.print(f"  {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes")
     if manifest := read_manifest(folder):

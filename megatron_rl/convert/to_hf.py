@@ -24,18 +24,22 @@ from megatron_rl.convert.manifest import (
     write_manifest,
 )
 from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, copy_companions, write_hf_config
+from megatron_rl.models.channel_fp8 import SCALE_SUFFIX as CHANNEL_SUFFIX
+from megatron_rl.models.checkpoint_folders import copy_companions, write_hf_config
+from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.fp8 import SCALE_SUFFIX, quantize, scales_shape
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig
 from megatron_rl.models.hf_reader import INDEX
-from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, MXFP4Format
+from megatron_rl.models.int4 import INT4Format
+from megatron_rl.models.mxfp4 import SCALES_SUFFIX, MXFP4Format
 from megatron_rl.models.torch_dist import METADATA, is_torch_dist
 from megatron_rl.models.torch_dist_reader import TorchDistReader
 
 SHARD_BYTES = 4 << 30
 """Size limit of a safetensors file."""
 FP8_BLOCK = (128, 128)
+_SCALE_SUFFIXES = (SCALE_SUFFIX, SCALES_SUFFIX, CHANNEL_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -190,13 +194,13 @@ def _as_in_original(
     output_format: OutputFormat,
     block: tuple[int, int],
 ) -> Iterator[OutputTensor]:
-    if entry.name.removesuffix(SCALE_SUFFIX) in source.specs and entry.name.endswith(SCALE_SUFFIX):
+    names = source.specs.keys() | fused.keys()
+    if any(entry.name.endswith(end) and entry.name.removesuffix(end) in names for end in _SCALE_SUFFIXES):
         return  # written with its matrix, if at all
-    if entry.name.endswith(SCALES_SUFFIX) and entry.name.removesuffix(SCALES_SUFFIX) in fused:
-        return
-    if entry.name.endswith(BLOCKS_SUFFIX) and (stem := entry.name.removesuffix(BLOCKS_SUFFIX)) in fused:
-        # MXFP4 is written in bfloat16.
-        entry = entry.model_copy(update={"name": stem, "shape": MXFP4Format().shape(entry.shape)})
+    for quantized in (MXFP4Format(), INT4Format()):
+        stem = entry.name.removesuffix(quantized.values_suffix)
+        if stem != entry.name and stem in names:  # written in bfloat16
+            entry = entry.model_copy(update={"name": stem, "shape": quantized.shape(entry.shape)})
     parts = fused.get(entry.name, (entry.name,))
     if unknown := [part for part in parts if part not in source.specs]:
         raise DataError(f"the manifest in {source.folder} names {unknown[0]}, which is not in the checkpoint")

@@ -19,7 +19,8 @@ from megatron_rl.fleet.process import require_model
 from megatron_rl.inference_server.masks import has_sliding_layers
 from megatron_rl.inference_server.requests import BadRequest
 from megatron_rl.inference_server.route_recorder import RouteRecorder
-from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weights, holds_hf_files, open_checkpoint
+from megatron_rl.models.checkpoint_folders import has_weights, holds_hf_files, open_checkpoint
+from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.weights.checksum import SHA256, sha256, sums64
 

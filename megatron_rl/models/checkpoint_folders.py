@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from megatron_rl.models.checkpoint_reader import CheckpointReader
+from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig
 from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader
@@ -16,7 +17,7 @@ from megatron_rl.models.training_checkpoint import LOSS, META, SAMPLER, Training
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files copied unchanged with a checkpoint: config, tokenizer, generation config, chat template."""
 MANIFEST = "manifest.json"
-CONFIG, QUANTIZATION_CONFIG = "config.json", "quantization_config"
+CONFIG = "config.json"
 _WEIGHT_FILES = (INDEX, FORMAT, MANIFEST, SHARDED_INDEX, META, SAMPLER, LOSS)
 
 

@@ -1,52 +1,28 @@
 """Reads Hugging Face checkpoint folders: safetensors files with or without an index.
 
-Experts may be separate or fused into one tensor per layer. Matrices may be quantized to FP8 or MXFP4 with one scale per
-block. The reader returns the names, shapes and values of the family's table in either case.
+Experts may be separate or fused into one tensor per layer. Matrices may be quantized, see ``encodings.format_of``. The
+reader returns the names, shapes and values of the family's table in either case.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_reader import CheckpointReader, TensorSpec
+from megatron_rl.models.encodings import format_of
 from megatron_rl.models.fp8 import FP8Format
 from megatron_rl.models.hf_mapping.rules import Family, FusedParam, HFConfig
-from megatron_rl.models.mxfp4 import BLOCKS_SUFFIX, SCALES_SUFFIX, MXFP4Format
+from megatron_rl.models.int4 import SHAPE_SUFFIX, INT4Format
+from megatron_rl.models.mxfp4 import MXFP4Format
+from megatron_rl.models.quantized_format import QuantizedFormat
 from megatron_rl.models.safetensor_files import FileTensor, read_header
 
 INDEX = "model.safetensors.index.json"
-
-
-class QuantizedFormat(Protocol):
-    """Decodes quantized tensors to bfloat16."""
-
-    @property
-    def scales_suffix(self) -> str:
-        """Suffix that turns the name of a tensor into the name of its scales."""
-        ...
-
-    @property
-    def keeps_scales(self) -> bool:
-        """Whether the scales are tensors of the checkpoint themselves, copied when it is converted."""
-        ...
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the decoded tensor, given the shape of the stored values."""
-        ...
-
-    def scales_shape(self, stored: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the expected shape of the scales; None if the stored values have an invalid shape."""
-        ...
-
-    def decode(self, values: Tensor, scales: Tensor) -> Tensor:
-        """Return the tensor in bfloat16."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -165,19 +141,32 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _with_scales(stored: Mapping[str, FileTensor], hf: HFConfig) -> dict[str, HFTensor]:
     """Return all tensors, combined with their scales if config.json declares a quantization."""
-    method, block = quantization_method(hf), fp8_block(hf)
-    tensors: dict[str, HFTensor] = {}
-    for name, values in stored.items():
-        if block is not None and values.dtype is torch.float8_e4m3fn:
-            tensors[name] = _quantized(stored, name, name, FP8Format(block))
-        elif method == "mxfp4" and name.endswith(BLOCKS_SUFFIX):
-            stem = name.removesuffix(BLOCKS_SUFFIX)
-            if stem in stored:
-                raise DataError(f"tensor {stem} is in the checkpoint, and again as {name}")
-            tensors[stem] = _quantized(stored, name, stem, MXFP4Format())
-        elif method != "mxfp4" or not name.endswith(SCALES_SUFFIX):
-            tensors[name] = HFTensor(name, values)
+    quantized = format_of(hf)
+    if quantized is None:
+        return {name: HFTensor(name, values) for name, values in stored.items()}
+    stems = {stem: name for name, values in stored.items() if (stem := _stem(name, values, quantized)) is not None}
+    side = {stem + suffix for stem in stems for suffix in _side_suffixes(quantized)}
+    tensors = {name: HFTensor(name, values) for name, values in stored.items() if name not in side}
+    for stem, name in stems.items():
+        if stem != name and stem in stored:
+            raise DataError(f"tensor {stem} is in the checkpoint, and again as {name}")
+        tensors.pop(name)
+        tensors[stem] = _quantized(stored, name, stem, quantized)
     return tensors
+
+
+def _stem(name: str, values: FileTensor, quantized: QuantizedFormat) -> str | None:
+    """Return the name of the tensor whose values these are; None if they are not quantized."""
+    if quantized.values_suffix:
+        return name.removesuffix(quantized.values_suffix) if name.endswith(quantized.values_suffix) else None
+    return name if values.dtype is torch.float8_e4m3fn else None
+
+
+def _side_suffixes(quantized: QuantizedFormat) -> tuple[str, ...]:
+    """Return the suffixes of the tensors that are stored with the values and are no tensors of the checkpoint."""
+    if quantized.keeps_scales:
+        return ()
+    return (quantized.scales_suffix, SHAPE_SUFFIX) if isinstance(quantized, INT4Format) else (quantized.scales_suffix,)
 
 
 def _quantized(stored: Mapping[str, FileTensor], name: str, stem: str, quantization: QuantizedFormat) -> HFTensor:
@@ -191,36 +180,14 @@ def _quantized(stored: Mapping[str, FileTensor], name: str, stem: str, quantizat
     return HFTensor(name, values, scales_name, scales, quantization)
 
 
-def quantization_method(hf: HFConfig) -> str | None:
-    """Return ``fp8`` or ``mxfp4``; None if the checkpoint is not quantized.
-
-    Raises:
-        DataError: the quantization is not supported.
-    """
-    settings = hf.get("quantization_config")
-    if not settings:
-        return None
-    method, block = settings.get("quant_method"), settings.get("weight_block_size")
-    if method == "mxfp4":
-        return method
-    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
-        raise DataError(
-            f"quantization_config {method!r} with weight_block_size {block!r} of config.json is not supported; "
-            "supported: mxfp4, fp8 with two block sizes, and checkpoints that are not quantized"
-        )
-    return "fp8"
-
-
 def fp8_block(hf: HFConfig) -> tuple[int, int] | None:
     """Return the size of an FP8 block, (rows, columns); None if the checkpoint is not FP8.
 
     Raises:
         DataError: the quantization is not supported.
     """
-    if quantization_method(hf) != "fp8":
-        return None
-    rows, columns = hf["quantization_config"]["weight_block_size"]
-    return int(rows), int(columns)
+    quantized = format_of(hf)
+    return quantized.block if isinstance(quantized, FP8Format) else None
 
 
 def _split_fused(tensors: dict[str, HFTensor], fused: FusedParam, family: Family) -> None:
@@ -232,8 +199,9 @@ def _split_fused(tensors: dict[str, HFTensor], fused: FusedParam, family: Family
         if name not in tensors:
             continue
         tensor = tensors.pop(name)
-        if isinstance(tensor.quantization, FP8Format):
-            raise DataError(f"{name} is FP8 and fuses several matrices; FP8 is only supported for single matrices")
+        if tensor.quantization is not None and not isinstance(tensor.quantization, MXFP4Format):
+            label = tensor.quantization.label
+            raise DataError(f"{name} is {label} and fuses several matrices; only single matrices are supported")
         expected = (sum(heights), *shapes[fused.parts[0]][1:])
         expected = (num_experts, *expected) if fused.is_stacked else expected
         if tensor.spec.shape != expected:

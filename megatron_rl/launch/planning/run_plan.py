@@ -22,7 +22,8 @@ from megatron_rl.launch.planning.megatron_fields import (
 )
 from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
 from megatron_rl.launch.planning.setting_checks import check_settings, setting_warnings
-from megatron_rl.models.checkpoint_folders import QUANTIZATION_CONFIG, has_weights, open_checkpoint
+from megatron_rl.models.checkpoint_folders import has_weights, open_checkpoint
+from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import HFConfig
 from megatron_rl.models.torch_dist import is_torch_dist
