@@ -83,7 +83,7 @@ class Rollout(Section):
     """Maximum concurrent sequences per server, each in a request of its own. Without ``max_lag`` the embedded server,
     whose results depend on the sequences of a batch, gets fixed batches of at most 256."""
     receivers: Annotated[int, Field(ge=0)] = 0
-    """Processes that receive and validate the servers' answers, each those of some servers; 0: the main rank does."""
+    """Processes that receive and validate the servers' answers, each those of some servers; 0: the controller does."""
     max_lag: Annotated[int, Field(ge=0)] = 0
     """Maximum lag of a token behind the trained weights, in weight versions. 0: sampling and training alternate; above
     0: sampling runs up to that many steps ahead. Set ``correction`` then."""

@@ -1,9 +1,22 @@
 """Data of a training step that rollout and policy pass to the recorder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_rl.data.types import Group
+
+@dataclass(frozen=True)
+class RecordedSample:
+    """A response with its prompt, as records show it."""
+
+    id: str
+    prompt_id: str
+    prompt: str
+    text: str
+    output_ids: Sequence[int]
+
+
+ReadSamples = Callable[[Sequence[int]], Sequence[RecordedSample]]
+"""Returns the samples of the newest step with these indices (``sample_index_B``)."""
 
 
 @dataclass(frozen=True)
@@ -11,15 +24,17 @@ class StepSamples:
     """The recorded samples of a step; empty on all ranks except the main rank.
 
     Attributes:
-        groups: all groups of the step, those in the batch first; ``sample_index_B`` is an index into their responses.
-        lines: lines of ``rollouts.jsonl``, one per response; empty if ``log.rollouts`` is false.
-        ledger: lines of ``ledger.jsonl``, one per group.
+        output_tokens: the output tokens of each sample, in the order of ``sample_index_B``.
+        read: reads samples by their index; they stay in the process that sampled them.
+        lines: the text to append to ``rollouts.jsonl``, a line per response; empty if ``log.rollouts`` is false.
+        ledger: the text to append to ``ledger.jsonl``, a line per group.
         counts: metrics that cannot be computed from the batch, by key of ``metrics.jsonl``.
     """
 
-    groups: Sequence[Group] = ()
-    lines: Sequence[Mapping[str, object]] = ()
-    ledger: Sequence[Mapping[str, object]] = ()
+    output_tokens: Sequence[int] = ()
+    read: ReadSamples = lambda indices: ()
+    lines: str = ""
+    ledger: str = ""
     counts: Mapping[str, float | int] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.models.checkpoint_folders import holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.rollout.fleet_setup import FleetTokenizer, open_fleet, weights_folder
+from megatron_rl.rollout.fleet_setup import FleetTokenizer, make_transport, open_fleet, weights_folder
 from megatron_rl.train.export import write_hf
 
 VERSION = 0
@@ -38,7 +38,8 @@ def serving(run: Run, tokenizer: FleetTokenizer, scratch: Path) -> Iterator[Flee
         write_hf(weights_of(run), Path(run.model.path), copied)
         run = run.model_copy(update={"model": run.model.model_copy(update={"path": str(copied)})})
     try:
-        with open_fleet(run, World(0, 1, torch.device("cpu")), tokenizer) as fleet:
+        transport = make_transport(run, World(0, 1, torch.device("cpu")))
+        with open_fleet(run, tokenizer, transport) as fleet:
             if not starts_servers:
                 fleet.update(weights_of(run), VERSION)
             yield fleet

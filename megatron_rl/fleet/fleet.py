@@ -1,7 +1,7 @@
 """Several inference servers used as one; the number of servers affects the time, not the results.
 
-    trainer rank 0 --submit(prompts)----> one request per sequence --> least busy ready server --> validated --> groups
-                   --update(weights)----> transport: each bucket to every ready server --> checksums --> version
+    controller     --submit(prompts)----> one request per sequence --> least busy ready server --> validated --> groups
+    main rank      --update(weights)----> transport: each bucket to every ready server --> checksums --> version
     monitor (one task per server): ended, or busy and silent -> leaves, its requests go to other servers
                                    healthy again -> gets the current weights -> takes requests again
 
@@ -36,7 +36,7 @@ from megatron_rl.fleet.request_plan import HttpRequest, RequestBatch, plan_reque
 from megatron_rl.fleet.router import Router
 from megatron_rl.fleet.sync import WeightSync
 from megatron_rl.fleet.turns import MultiTurn
-from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightTransport
+from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightTransport, WeightUpdate
 
 T = TypeVar("T")
 
@@ -221,7 +221,7 @@ class Fleet:
         copy: list[NamedTensors] = []
         try:
             transport = self.sync.transport
-            update = self._loop.call(self.sync.begin(self.members, version))
+            update = self.begin_push(version)
             transport.open()
             for bucket in transport.buckets(named_tensors):
                 self._loop.call(update.send(bucket))
@@ -229,9 +229,21 @@ class Fleet:
                     copy.append([(name, tensor.clone()) for name, tensor in bucket])
                 bucket.clear()
             transport.join(update)
-            return self._loop.call(self.sync.end(update, version, copy))
+            return self.end_push(update, version, copy)
         finally:
-            self._loop.call(self.sync.release())
+            self.release_push()
+
+    def begin_push(self, version: int) -> WeightUpdate:
+        """Pause the servers for a push and return the update; ``update`` makes these three calls itself."""
+        return self._loop.call(self.sync.begin(self.members, version))
+
+    def end_push(self, update: WeightUpdate, version: int, copy: list[NamedTensors]) -> UpdateReport:
+        """Finish a push whose tensors have been sent; ``copy`` is for servers that come back before the next one."""
+        return self._loop.call(self.sync.end(update, version, copy))
+
+    def release_push(self) -> None:
+        """Resume the servers after a push, whether it succeeded or failed."""
+        self._loop.call(self.sync.release())
 
     def close(self) -> None:
         """Stop the servers that this fleet started, and the thread; closing again has no effect."""

@@ -7,7 +7,6 @@ B responses.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Protocol, cast
@@ -16,7 +15,8 @@ import torch
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.minibatch import Minibatch
-from megatron_rl.data.types import Batch, Group, Response
+from megatron_rl.data.step import RecordedSample, StepSamples
+from megatron_rl.data.types import Batch
 from megatron_rl.observability.file_names import MISMATCH
 from megatron_rl.observability.mismatch_causes import (
     LogprobGaps,
@@ -51,14 +51,6 @@ class TextTokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ReportedSample:
-    """A response and the id of its prompt."""
-
-    response: Response
-    prompt_id: str
-
-
 class MismatchReport:
     """Compares the log-probs of engine and trainer at every step. The first rank of each replica has one."""
 
@@ -70,7 +62,7 @@ class MismatchReport:
     def compare(
         self,
         step: int,
-        groups: Sequence[Group],
+        step_samples: StepSamples,
         minibatches: Sequence[Minibatch],
         gaps: LogprobGaps,
         routing: RoutingCounts | None,
@@ -79,7 +71,7 @@ class MismatchReport:
 
         Args:
             step: the step, whose number is the version of the weights that computed the trainer's log-probs.
-            groups: all groups of the step on the main rank, empty on the others.
+            step_samples: the samples of the step on the main rank, empty on the others.
             minibatches: this replica's parts of the step's mini-batches.
             gaps: the differences of the log-probs.
             routing: differences of the chosen experts; None if they are unknown.
@@ -88,16 +80,18 @@ class MismatchReport:
         if found is None:
             return None
         listed = gaps.replicas.gather([worst_tokens(minibatches), worst_samples(minibatches)])
-        if not groups:
+        if not step_samples.output_tokens:
             return None
         tokens, sequences = (_merged(lists) for lists in zip(*cast(list[list[list[Json]]], listed), strict=True))
-        samples = [ReportedSample(response, group.prompt.id) for group in groups for response in group.responses]
+        first = _first(step_samples.output_tokens)
+        indices = sorted({cast(int, entry["sample_index"]) for entry in (*tokens, *sequences)} | {*first})
+        samples = dict(zip(indices, step_samples.read(indices), strict=True))
         record = {
             "step": step,
             "cause": found.cause,
             "verdict": found.verdict,
             "gap": found.gap,
-            "causes": {**found.causes, "tokenisation": retokenize(_first(samples), self.tokenizer)},
+            "causes": {**found.causes, "tokenisation": retokenize([samples[i] for i in first], self.tokenizer)},
             "worst_tokens": [described_token(token, samples, self.tokenizer) for token in tokens],
             "worst_samples": [described_sample(sequence, samples) for sequence in sequences],
         }
@@ -162,13 +156,13 @@ def _merged(lists: Sequence[list[Json]]) -> list[Json]:
     return sorted(chain.from_iterable(lists), key=lambda entry: -cast(float, entry["size"]))[:WORST]
 
 
-def described_token(token: Json, samples: Sequence[ReportedSample], tokenizer: TextTokenizer) -> dict[str, object]:
+def described_token(token: Json, samples: Mapping[int, RecordedSample], tokenizer: TextTokenizer) -> dict[str, object]:
     """Return an entry of ``worst_tokens`` with its text; ``position`` counts output tokens from 0."""
     sample = samples[cast(int, token["sample_index"])]
-    ids = sample.response.output_ids.tolist()
+    ids = sample.output_ids
     position = len(ids) - cast(int, token["from_end"])
     return {
-        "sample": sample.response.id,
+        "sample": sample.id,
         "prompt_id": sample.prompt_id,
         "position": position,
         "token_id": ids[position],
@@ -178,37 +172,36 @@ def described_token(token: Json, samples: Sequence[ReportedSample], tokenizer: T
     }
 
 
-def described_sample(sequence: Json, samples: Sequence[ReportedSample]) -> dict[str, object]:
+def described_sample(sequence: Json, samples: Mapping[int, RecordedSample]) -> dict[str, object]:
     """Return an entry of ``worst_samples`` with its text."""
     sample = samples[cast(int, sequence["sample_index"])]
     return {
-        "sample": sample.response.id,
+        "sample": sample.id,
         "prompt_id": sample.prompt_id,
         "mean": sequence["size"],
         "max": sequence["max"],
-        "tokens": len(sample.response.output_ids),
-        "text": sample.response.text,
+        "tokens": len(sample.output_ids),
+        "text": sample.text,
     }
 
 
-def retokenize(responses: Sequence[Response], tokenizer: TextTokenizer) -> dict[str, object]:
+def retokenize(responses: Sequence[RecordedSample], tokenizer: TextTokenizer) -> dict[str, object]:
     """Return how many responses have other token ids after their text is decoded and encoded again.
 
     The trainer is not affected, because it never tokenizes text again; a program that scores text is.
     """
     other = []
     for response in responses:
-        ids = response.output_ids.tolist()
+        ids = list(response.output_ids)
         if tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) != ids:
             other.append(response.id)
     return {"responses": len(responses), "other_ids": len(other), "samples": other[:WORST]}
 
 
-def _first(samples: Sequence[ReportedSample]) -> list[Response]:
-    """Return the first responses within the limits of retokenization."""
-    responses = [sample.response for sample in samples]
-    ends = accumulate(len(response.output_ids) for response in responses[:MAX_RETOKENIZED])
-    return [response for response, end in zip(responses, ends, strict=False) if end <= MAX_RETOKENIZED_TOKENS]
+def _first(output_tokens: Sequence[int]) -> list[int]:
+    """Return the indices of the first responses within the limits of retokenization."""
+    ends = accumulate(output_tokens[:MAX_RETOKENIZED])
+    return [index for index, end in enumerate(ends) if end <= MAX_RETOKENIZED_TOKENS]
 
 
 def _clean(value: object) -> object:

@@ -121,8 +121,8 @@ class RunRecorder:
         if self.folder is None:
             return
         self._samples = samples
-        self._write_lines(ROLLOUTS, samples.lines)
-        self._write_lines(LEDGER, samples.ledger)
+        self._write_text(ROLLOUTS, samples.lines)
+        self._write_text(LEDGER, samples.ledger)
         self._metrics.rollout(step, outline, samples.counts)
 
     def logprobs(self, step: int, minibatches: Sequence[Minibatch]) -> None:
@@ -134,7 +134,7 @@ class RunRecorder:
         self._metrics.logprobs(entropy_parts(minibatches, self._replicas), gaps.statistics, routing)
         if self._mismatch is None:
             return
-        verdict = self._mismatch.compare(step, self._samples.groups, minibatches, gaps, routing)
+        verdict = self._mismatch.compare(step, self._samples, minibatches, gaps, routing)
         if verdict is not None:
             log.info(verdict)
 
@@ -148,16 +148,11 @@ class RunRecorder:
 
     def sample_id(self, index: int) -> str | None:
         """Return the id of a response of the newest step by its ``sample_index_B``; None on the other ranks."""
-        ids = [response.id for group in self._samples.groups for response in group.responses]
-        return ids[index] if ids else None
+        return self._samples.read([index])[0].id if self._samples.output_tokens else None
 
     def finish_step(self, step: int) -> None:
         """Write the tokens and metrics of a step, and start to time the next one."""
-        if (
-            self._tokens
-            and self._tokens.updates
-            and (line := self._tokens.take(step, self._samples.groups)) is not None
-        ):
+        if self._tokens and self._tokens.updates and (line := self._tokens.take(step, self._samples)) is not None:
             self._write_lines(TOKENS, [line])
         metrics, self._metrics = self._metrics.summary(), StepMetrics()
         self.write(step, metrics)
@@ -207,11 +202,14 @@ class RunRecorder:
         return advanced
 
     def _write_lines(self, name: str, records: Iterable[Mapping[str, object]]) -> None:
+        self._write_text(name, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+    def _write_text(self, name: str, text: str) -> None:
         if self.folder is None:
             return
         if name not in self._files:  # tokens.jsonl exists only if tokens are recorded
             self._files[name] = _open(self.folder / name)
-        self._files[name].writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        self._files[name].write(text)
         self._files[name].flush()
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.data.minibatch import Minibatch
-from megatron_rl.data.types import Batch, Group, dense_ids
+from megatron_rl.data.step import RecordedSample, StepSamples
+from megatron_rl.data.types import Batch, dense_ids
 from megatron_rl.distributed.replicas import Replicas
 
 TOKENS_PER_STEP = 4096
@@ -95,20 +96,22 @@ class TokenRecord:
         """Add this replica's part of a mini-batch, with its columns before and after the update."""
         self._trained.append((trained, SegmentTable.of(trained)))
 
-    def take(self, step: int, groups: Sequence[Group]) -> dict[str, object] | None:
+    def take(self, step: int, step_samples: StepSamples) -> dict[str, object] | None:
         """Return the line of a step: clip counts of all updates, responses of the last one. Starts the next step.
 
-        Collective over the replicas; returns None without ``groups``, which only the main rank has.
+        Collective over the replicas; returns None without samples, which only the main rank has.
         """
         minibatch, segments = self._trained[-1]
         updates = [found for _, found in self._trained]
         self._trained.clear()
         tables = {"by_length": by_length(updates, self._replicas), "by_entropy": by_entropy(updates, self._replicas)}
         shown = self._replicas.gather(self._samples(minibatch, segments))
-        if not groups:
+        if not step_samples.output_tokens:
             return None
         by_index = {index: sample for part in cast(list[list[list[Any]]], shown) for index, sample in part}
-        samples = [self._named(by_index[index], groups) for index in chosen(minibatch.whole, self._count)]
+        written = [by_index[index] for index in chosen(minibatch.whole, self._count)]
+        read = step_samples.read([sample["sample_index"] for sample in written])
+        samples = [self._named(sample, recorded) for sample, recorded in zip(written, read, strict=True)]
         return {"step": step, "updates": len(updates), **self._words, **tables, "samples": samples}
 
     def _samples(self, minibatch: Minibatch, segments: SegmentTable) -> list[tuple[int, dict[str, object]]]:
@@ -127,11 +130,9 @@ class TokenRecord:
                 found.append((index, sample))
         return found
 
-    def _named(self, sample: dict[str, object], groups: Sequence[Group]) -> dict[str, object]:
-        flat = [(group.prompt, response) for group in groups for response in group.responses]
-        prompt, response = flat[cast(int, sample["sample_index"])]
+    def _named(self, sample: dict[str, object], recorded: RecordedSample) -> dict[str, object]:
         rest = {name: value for name, value in sample.items() if name != "sample_index"}
-        return {"id": response.id, "prompt_id": prompt.id, "prompt": prompt.text, **rest}
+        return {"id": recorded.id, "prompt_id": recorded.prompt_id, "prompt": recorded.prompt, **rest}
 
 
 def chosen(outline: Batch, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from megatron_rl.tasks.pool import Verifier
 
 @dataclass(frozen=True)
 class RolloutBackend:
-    """The fleet, the task and its verifier. Only the main rank has one."""
+    """The fleet, the task and its verifier. Only the controller has one."""
 
     fleet: Fleet
     task: Task

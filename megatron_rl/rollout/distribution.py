@@ -1,6 +1,6 @@
 """Brings the token columns of a step to the data-parallel replicas that own them.
 
-    main rank, which sampled the step  ->  the first rank of each replica: the columns of its own responses
+    controller -> main rank            ->  the first rank of each replica: the columns of its own responses
     first rank of a replica            ->  the other ranks of the replica
     its routes                         ->  the ranks of each pipeline stage: only the layers of the stage
 

@@ -3,16 +3,13 @@
 The requests depend only on the configuration and the step, so the same weights give the same responses in both.
 """
 
-from functools import partial
+from typing import Protocol
 
 from megatron_rl.config.rollout import Sampling
 from megatron_rl.config.schema import Run
 from megatron_rl.data.prompts import first_prompts
 from megatron_rl.data.types import Prompt
 from megatron_rl.distributed.main_rank import main_rank
-from megatron_rl.rollout.backend import RolloutBackend
-from megatron_rl.rollout.routes import requested_routes
-from megatron_rl.rollout.stop import StopRequested, StopSignal
 from megatron_rl.tasks.base import Task
 
 EVALUATION = 0x6576616C
@@ -40,12 +37,23 @@ def evaluation_due(run: Run, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == run.train.steps)
 
 
-class Evaluation:
-    """Evaluates the fleet's weights on held-out prompts. Every rank has one; the main rank's computes the result."""
+class Evaluator(Protocol):
+    """Evaluates the weights that the fleet has; ``ControllerClient`` is one."""
 
-    def __init__(self, run: Run, backend: RolloutBackend | None, stop: StopSignal) -> None:
-        self._run, self._backend, self._stop = run, backend, stop
-        self._prompts = heldout_prompts(run, backend.task) if backend and run.evaluate.every else ()
+    def evaluate(self, step: int) -> tuple[float, int] | None:
+        """Return the accuracy and the number of prompts; None after a stop request."""
+        ...
+
+    def progress(self) -> int:
+        """Return a number that changes while servers work or groups are verified. Callable in any thread."""
+        ...
+
+
+class Evaluation:
+    """Evaluates the fleet's weights on held-out prompts. Every rank has one; the main rank's returns the result."""
+
+    def __init__(self, run: Run, client: Evaluator | None) -> None:
+        self._run, self._client = run, client
 
     def is_due(self, step: int) -> bool:
         """Return whether to evaluate before this step; the same on every rank."""
@@ -53,16 +61,7 @@ class Evaluation:
 
     def run(self, step: int) -> tuple[float, int] | None:
         """Return the accuracy and the number of prompts; None after a stop request, and on the other ranks."""
-        if self._backend is None:
+        if self._client is None:
             return None
-        request = evaluation_request(self._run, self._prompts, step)
-        sample = partial(self._backend.fleet.generate, *request, step, requested_routes(self._run))
-        fleet = self._backend.fleet
-        with main_rank().waits_for(f"the evaluation before step {step}", lambda: fleet.answers):
-            try:
-                groups = self._stop.wait(sample)
-                verdicts = self._stop.wait(self._backend.verifier.submit(groups).result)
-            except StopRequested:
-                return None
-        correct = [verdict.correct for group in verdicts for verdict in group]
-        return sum(correct) / len(correct), len(groups)
+        with main_rank().waits_for(f"the evaluation before step {step}", self._client.progress):
+            return self._client.evaluate(step)

@@ -1,6 +1,6 @@
 """Opens the fleet that a configuration describes, and pushes the policy's weights to it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,10 @@ MAX_FIXED_BATCH = 256
 """Maximum number of sequences in a request to an embedded server that must repeat bit for bit."""
 
 
+Push = Callable[[Iterable[tuple[str, Tensor]], int], object]
+"""Sends named tensors to the servers as weights of this version."""
+
+
 class FleetTokenizer(TurnTokenizer, ChatTokenizer, Protocol):
     """The part of a Hugging Face tokenizer that a fleet needs."""
 
@@ -47,19 +51,21 @@ class PolicyWeights(Protocol):
         ...
 
 
-def open_fleet(run: Run, world: World, tokenizer: FleetTokenizer) -> Fleet:
+def open_fleet(run: Run, tokenizer: FleetTokenizer, transport: WeightTransport, *, keep_weights: bool = False) -> Fleet:
     """Start or find the servers, and wait until all are healthy.
+
+    Args:
+        run: the configuration.
+        tokenizer: tokenizer of the model.
+        transport: brings weights to the servers.
+        keep_weights: whether this process keeps a copy of the weights for servers that come back between two pushes.
 
     Raises:
         ConfigError: the run cannot start servers of this engine.
         RolloutError: a server did not become healthy.
     """
     rollout = run.rollout
-    servers, transport = servers_of(run), _transport(run, world)
-    # The disk has a copy already. With torch.distributed no process may hold the whole model, nor a GPU two copies.
-    keep_weights = isinstance(transport, TensorTransport) or (
-        isinstance(transport, IpcTransport) and world.device.type == "cpu"
-    )
+    servers = servers_of(run)
     router = None
     if rollout.router is not None and len(servers) > 1:
         router = router_process(rollout.router, Path(run.log.path) / "servers" / "router.log")
@@ -112,14 +118,14 @@ def bucket_bytes(run: Run) -> int:
     return run.weights.bucket_bytes // PUSH_BUFFERS
 
 
-def push_weights(run: Run, world: World, weights: PolicyWeights, version: int, fleet: Fleet | None) -> None:
-    """Push the policy's weights to the fleet; collective. Only the main rank has a fleet."""
+def push_weights(run: Run, world: World, weights: PolicyWeights, version: int, push: Push | None) -> None:
+    """Push the policy's weights to the fleet; collective. Only the main rank has ``push``."""
     every_rank_writes = transport_name(run, on_gpus=world.device.type == "cuda") == "disk"
-    if fleet is not None:
-        fleet.update(weights.owned_tensors() if every_rank_writes else weights, version)
+    if push is not None:
+        push(weights.owned_tensors() if every_rank_writes else weights, version)
     elif every_rank_writes:
         gather = partial(gather_json, device=world.device)
-        buckets = _transport(run, world).buckets(weights.owned_tensors())
+        buckets = make_transport(run, world).buckets(weights.owned_tensors())
         write_rank_files(weights_folder(run), version, world.rank, buckets, gather)
     else:
         for _ in weights:  # take part in the collectives
@@ -134,7 +140,16 @@ def _multi_turn(run: Run, tokenizer: FleetTokenizer) -> MultiTurn | None:
     return MultiTurn(find_environment(section.name), tokenizer, wrap, section.max_turns, run.reward.seconds)
 
 
-def _transport(run: Run, world: World) -> WeightTransport:
+def keeps_weights(transport: WeightTransport, world: World) -> bool:
+    """Return whether to keep a copy of the weights for servers that come back between two pushes."""
+    # The disk has a copy already. With torch.distributed no process may hold the whole model, nor a GPU two copies.
+    return isinstance(transport, TensorTransport) or (
+        isinstance(transport, IpcTransport) and world.device.type == "cpu"
+    )
+
+
+def make_transport(run: Run, world: World) -> WeightTransport:
+    """Return the transport of the process that has the weights."""
     on_gpus, size = world.device.type == "cuda", bucket_bytes(run)
     name = transport_name(run, on_gpus=on_gpus)
     transport: WeightTransport

@@ -8,12 +8,13 @@ Its samples are ``group/0`` to ``group/7``. The line is written when the step ta
 drops the lines of the steps that it repeats. So no group appears twice, and every step has the groups it requested.
 """
 
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from megatron_rl.config.schema import Run
-from megatron_rl.data.step import StepSamples
+from megatron_rl.data.step import RecordedSample, StepSamples
 from megatron_rl.data.types import Batch, Prompt, Response
 from megatron_rl.rollout.buffer import NO_SIGNAL, SURPLUS, TOO_OLD, TRAINED, FinishedGroup, StepBatch
 from megatron_rl.tasks.base import Failure, Verdict
@@ -24,12 +25,23 @@ Json = Mapping[str, object]
 def step_samples(step: int, taken: StepBatch, batch: Batch, run: Run) -> StepSamples:
     """Return the records of a step whose batch is made of ``taken.used``."""
     trained = set(batch["group_ids_B"].tolist())
+    samples = [(group.group.prompt, response) for group in taken.groups for response in group.group.responses]
     return StepSamples(
-        groups=[group.group for group in taken.groups],
-        lines=list(sample_lines(step, taken.groups)) if run.log.rollouts else (),
-        ledger=list(ledger_lines(step, taken, trained)),
+        output_tokens=[len(response.output_ids) for _, response in samples],
+        read=lambda indices: [recorded_sample(*samples[index]) for index in indices],
+        lines=_as_text(sample_lines(step, taken.groups)) if run.log.rollouts else "",
+        ledger=_as_text(ledger_lines(step, taken, trained)),
         counts=group_counts(taken) | failure_counts(taken.verdicts) | reward_means(taken.verdicts),
     )
+
+
+def recorded_sample(prompt: Prompt, response: Response) -> RecordedSample:
+    """Return a response as records show it."""
+    return RecordedSample(response.id, prompt.id, prompt.text, response.text, response.output_ids.tolist())
+
+
+def _as_text(lines: Iterable[Json]) -> str:
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
 
 def sample_record(prompt: Prompt, response: Response, verdict: Verdict) -> dict[str, object]:

@@ -20,13 +20,12 @@ from megatron_rl.observability.recorder import RunRecorder
 from megatron_rl.observability.sinks import open_sinks
 from megatron_rl.observability.token_record import TokenRecord
 from megatron_rl.policy.engine import Policy
-from megatron_rl.rollout.backend import RolloutBackend
 from megatron_rl.rollout.controller import RolloutController
+from megatron_rl.rollout.controller_client import ControllerClient
 from megatron_rl.rollout.evaluation import Evaluation
-from megatron_rl.rollout.fleet_setup import FleetTokenizer, open_fleet
+from megatron_rl.rollout.fleet_setup import FleetTokenizer, client_class, keeps_weights, make_transport
+from megatron_rl.rollout.remote_weights import WeightSender
 from megatron_rl.rollout.stop import StopSignal
-from megatron_rl.tasks import make_task
-from megatron_rl.tasks.pool import open_verifier
 from megatron_rl.train.checkpoints import Checkpoints
 from megatron_rl.train.export import export_hf
 from megatron_rl.train.loop import train
@@ -44,6 +43,8 @@ def run_rank(loaded: Loaded[Run]) -> int:
     # The watchdog reports more than the timeout of the process groups, which covers ranks without a watchdog.
     longest = max(run.train.step_timeout_seconds, run.rollout.start_timeout_seconds)
     world = start_world(2 * longest, run.train.deterministic)
+    stop = StopSignal()
+    client = _start_controller(run, world, stop) if world.is_main else None  # starts while the policy is built
     torch.manual_seed(run.train.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model.path)
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
@@ -53,10 +54,11 @@ def run_rank(loaded: Loaded[Run]) -> int:
     start, state = checkpoints.load() if run.train.resume else (0, None)
     with _open_recorder(run, policy, tokenizer, start) as recorder, ExitStack() as stack:
         with recorder.phase("start"):
-            stop = StopSignal()
-            backend = _open_backend(run, world, tokenizer, stack) if world.is_main else None
-            rollouts = RolloutController(run, policy.mesh, policy.route_layers, backend, stop, state)
-            evaluation = Evaluation(run, backend, stop)
+            if client is not None:
+                stack.enter_context(closing(client))
+                client.open(run, state)
+            rollouts = RolloutController(run, policy.mesh, policy.route_layers, client, stop)
+            evaluation = Evaluation(run, client)
             recorder.register_gauges(rollouts.gauges)
             recorder.add_clock("fleet", rollouts.fleet_seconds)
             for number in STOP_SIGNALS:  # the main rank stops all of them, by ending the loop
@@ -98,10 +100,10 @@ def _open_recorder(run: Run, policy: Policy, tokenizer: FleetTokenizer, start: i
     )
 
 
-def _open_backend(run: Run, world: World, tokenizer: FleetTokenizer, stack: ExitStack) -> RolloutBackend:
-    verifier = stack.enter_context(closing(open_verifier(run)))  # starts while the fleet starts
-    fleet = stack.enter_context(open_fleet(run, world, tokenizer))
-    return RolloutBackend(fleet, make_task(run.task, tokenizer), verifier)
+def _start_controller(run: Run, world: World, stop: StopSignal) -> ControllerClient:
+    transport = make_transport(run, world)
+    timeout, keep = run.rollout.control_timeout_seconds, keeps_weights(transport, world)
+    return ControllerClient(WeightSender(transport, client_class(run), timeout, keep_weights=keep), stop)
 
 
 def _finish(

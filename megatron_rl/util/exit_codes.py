@@ -15,7 +15,7 @@ CHECK_FAILED = 1
 USER_ERROR = 2
 """A configuration, file, server or training error; stderr has one message."""
 HUNG = 75
-"""The watchdog ended a run that made no progress."""
+"""The watchdog ended a run that made no progress, or the rollout controller was killed."""
 STOPPED = 130
 """The run was asked to stop and can be resumed; or the command was interrupted."""
 

@@ -73,12 +73,17 @@ class Job:
         self.seen.update(below)
         return below
 
+    def controller(self) -> psutil.Process:
+        """Return the process that samples for the main rank."""
+        (controller,) = [p for p in self.look() if "megatron_rl.rollout.controller_process" in p.cmdline()]
+        return controller
+
     def ranks(self) -> list[psutil.Process]:
         """Return the trainer ranks, in order of rank."""
         return sorted(self.process.children(), key=lambda process: process.pid)
 
     def server(self) -> psutil.Process:
-        """Return the rollout server that the main rank started."""
+        """Return the rollout server that the controller started."""
         (server,) = [p for p in self.look() if "megatron_rl.inference_server.serve" in p.cmdline()]
         return server
 

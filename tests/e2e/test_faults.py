@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rl.errors import TrainingError
 from megatron_rl.launch.ranks import LocalRanks
+from megatron_rl.util.exit_codes import HUNG
 from tests.e2e.job import ONE_RANK, Job, same_result
 
 
@@ -28,10 +29,24 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path):
         assert "Traceback" not in job.output()
 
 
+def test_a_killed_controller_ends_the_run_which_resumes_bit_for_bit(tmp_path, straight):
+    with Job(tmp_path / "run", "checkpoint.every=1") as job:
+        job.until_steps(2).controller().kill()
+        assert job.end() == HUNG, job.output()
+        (line,) = [line for line in job.output().splitlines() if "error: " in line]
+        assert "The rollout controller (process" in line
+        assert "was ended by SIGKILL" in line
+        assert "train.resume=true" in line
+        assert "Traceback" not in job.output()
+    with Job(tmp_path / "run", "checkpoint.every=1", "train.resume=true") as job:
+        assert job.end() == 0, job.output()
+    same_result(tmp_path / "run", straight)
+
+
 def test_nothing_outlives_a_killed_supervisor(tmp_path):
     with Job(tmp_path / "run", "train.steps=1000") as job:
         job.until_steps(1)
-        assert len(job.look()) == 3
+        assert len(job.look()) == 4  # two ranks, the controller, a server
         job.process.kill()
         assert job.end() == -signal.SIGKILL  # which waits for the others
 

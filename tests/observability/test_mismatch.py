@@ -9,6 +9,7 @@ import torch
 from megatron_rl.config.load import load
 from megatron_rl.config.rollout import Sampling
 from megatron_rl.config.schema import Run
+from megatron_rl.data.step import StepSamples
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.observability.mismatch_causes import (
@@ -20,6 +21,7 @@ from megatron_rl.observability.mismatch_causes import (
 )
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.records import recorded_sample
 from megatron_rl.tasks.base import Verdict
 from tests.minibatches import alone
 
@@ -60,8 +62,14 @@ def gaps_of(batches) -> LogprobGaps:
     return LogprobGaps.of([alone(batch) for batch in batches], Replicas())
 
 
+def samples_of(groups) -> StepSamples:
+    samples = [(group.prompt, response) for group in groups for response in group.responses]
+    counts = [len(response.output_ids) for _, response in samples]
+    return StepSamples(counts, lambda indices: [recorded_sample(*samples[index]) for index in indices])
+
+
 def compared(report, groups, *batches):
-    return report.compare(3, groups, [alone(batch) for batch in batches], gaps_of(batches), None)
+    return report.compare(3, samples_of(groups), [alone(batch) for batch in batches], gaps_of(batches), None)
 
 
 def diagnosed(batch, version, settings, routing=None) -> Diagnosis:

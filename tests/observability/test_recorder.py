@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
-from megatron_rl.data.step import StepReport, StepSamples
+from megatron_rl.data.step import RecordedSample, StepReport, StepSamples
 from megatron_rl.data.types import Batch, Group, Metrics, Prompt, Response
 from megatron_rl.observability.console import COLUMNS, ConsoleTable, duration, make_cells
 from megatron_rl.observability.recorder import RunRecorder, read_metrics, run_summary
@@ -27,8 +27,9 @@ def rollout(step: int) -> tuple[Batch, StepSamples]:
     response = Response("0-p-0", "p", 0, np.array((1, 2)), np.array((-0.5, -0.1)), "#4", "stop", ((0, 0, 2),))
     group = Group(Prompt("p", (1,), "2+2=", "4"), (response,))
     batch = collect([group], [[Verdict(1.0, True)]], load(Run, [], ["model.path=x"]).run)
-    lines, ledger = [{"step": step, "id": "0-p-0"}], [{"step": step, "group": "0-p"}]
-    return batch.outline(), StepSamples([group], lines, ledger, {"refills": 3})
+    lines, ledger = (json.dumps({"step": step, **entry}) + "\n" for entry in ({"id": "0-p-0"}, {"group": "0-p"}))
+    sample = RecordedSample(response.id, "p", "2+2=", "#4", (1, 2))
+    return batch.outline(), StepSamples([2], lambda indices: [sample for _ in indices], lines, ledger, {"refills": 3})
 
 
 def test_a_step_is_one_line_of_documented_keys_with_its_phases(tmp_path):

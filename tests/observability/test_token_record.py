@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -13,7 +12,8 @@ from megatron_rl.algorithms.loss import make_loss, prepare, summary
 from megatron_rl.algorithms.objectives import AnyObjective
 from megatron_rl.algorithms.objectives.base import Objective
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.data.types import Batch, Group, Prompt, Response
+from megatron_rl.data.step import RecordedSample, StepSamples
+from megatron_rl.data.types import Batch
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.observability.token_record import TokenRecord, chosen, token_texts
@@ -55,9 +55,9 @@ def rewarded(batch: Batch) -> Batch:
     )
 
 
-def groups_of(batch: Batch) -> list[Group]:
-    responses = tuple(Response(f"r{i}", "p", i, np.array(()), np.array(()), "", "stop", ()) for i in range(len(batch)))
-    return [Group(Prompt("p", (1,), "question", ""), responses)]
+def samples_of(batch: Batch) -> StepSamples:
+    samples = [RecordedSample(f"r{i}", "p", "question", "", ()) for i in range(len(batch))]
+    return StepSamples([0] * len(batch), lambda indices: [samples[index] for index in indices])
 
 
 def trained(name: str) -> tuple[Batch, dict[str, float]]:
@@ -80,7 +80,7 @@ def trained(name: str) -> tuple[Batch, dict[str, float]]:
 
 
 def taken(record: TokenRecord, step: int, batch: Batch) -> dict[str, Any]:
-    line = record.take(step, groups_of(batch))
+    line = record.take(step, samples_of(batch))
     assert line is not None
     return line
 
@@ -225,7 +225,7 @@ def one_line(folder: str, parallel: dict[str, object], name: str) -> dict[str, o
     summed = policy.forward_backward(prepared, make_loss(objective, keep_tokens=True))
     record = TokenRecord(8, Letters(), replicas=policy.mesh.replicas)
     record.add(prepared.add(summed.tokens))
-    return record.take(0, groups_of(batch) if world.is_main else [])
+    return record.take(0, samples_of(batch) if world.is_main else StepSamples())
 
 
 @pytest.fixture(scope="module")

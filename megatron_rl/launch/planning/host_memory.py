@@ -1,4 +1,4 @@
-"""Host memory of a step's token columns: on every rank its own replica's, on the main rank also the whole step."""
+"""Host memory of a step's token columns: on every rank its own replica's, in the controller the whole step."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ PREPARED_BYTES = 3 * 4 + 2 * 4 + 8 + 4
 """Advantage, share and weight; clip window; segment; correction. For one mini-batch at a time."""
 
 RESPONSE_BYTES = 2 * 4 + 5
-"""Ids, log-probs and text of a response per token, on the main rank."""
+"""Ids, log-probs and text of a response per token, in the controller."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HostColumns:
     Attributes:
         per_token: bytes per token of the rank's own responses, for the pipeline stage with most layers with experts.
         local: bytes on every rank.
-        main: bytes on the main rank besides, until the other ranks have fetched their columns.
+        main: bytes of the controller, on the main rank's host, until the other ranks have fetched their columns.
     """
 
     per_token: int
