@@ -75,6 +75,18 @@ WINDOWS: dict[str, tuple[str, ...]] = {
 """Variants with other windows and temperatures than the papers'."""
 
 
+SECOND: dict[str, tuple[str, ...]] = {
+    "dis": ("objective.name=dis", "objective.clip_low=0.2", "objective.clip_high=0.28"),
+    "cispo, engine": ("objective.name=cispo", "objective.anchor=rollout", "objective.clip_high=4"),
+    "aspo": ("objective.name=aspo",),
+    "vespo": ("objective.name=vespo",),
+    "bapo": ("objective.name=bapo",),
+    "minpro": ("objective.name=minpro", "objective.clip_low=0.2", "objective.clip_high=0.28"),
+    "grpo, icepop": (*PAPERS["grpo"], "correction.kind=icepop", "correction.low=0.5", "correction.high=5"),
+}
+"""The second set, at its defaults, and GRPO with IcePop's weight (the ratio inside of the band, 0 outside)."""
+
+
 @dataclass(frozen=True, order=True)
 class Condition:
     """Settings under which the objectives are compared.
@@ -182,11 +194,20 @@ def _cells(suite: str, variants: dict[str, tuple[str, ...]], conditions: Sequenc
                     yield Cell(suite, variant, settings, condition, seed)
 
 
+def _second() -> Iterator[Cell]:
+    """Yield the cells of the second set, seed by seed, so that an unfinished suite has whole seeds."""
+    for seed in range(SEEDS):
+        for condition in (LAGGING, REFERENCE):
+            for variant, settings in SECOND.items():
+                yield Cell("second", variant, settings, condition, seed)
+
+
 PLAN = [
     *_cells("grid", PAPERS, GRID),
     *_cells("ablations", ABLATIONS, [REFERENCE]),
     *_cells("windows", WINDOWS, [REFERENCE]),
     *_cells("windows-hot", WINDOWS, [ROUGH]),
+    *_second(),
 ]
 """Every cell of the demo's model."""
 
