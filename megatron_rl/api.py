@@ -139,7 +139,7 @@ def policy_loss(
         logprobs: [B, S], log-probabilities of the tokens under the current weights in nats, with gradient.
         old_logprobs: [B, S], log-probabilities under the weights at the start of the rollout batch.
         advantages: [B] or [B, S], advantage per response or per token.
-        loss_mask: [B, S] bool, True on trained tokens. Rows without a trained token do not count.
+        loss_mask: [B, S], True or 1 on trained tokens, else False or 0. Rows without a trained token do not count.
         entropies: [B, S], entropies of the old policy in nats; required by aspo, espo and most settings of sspo.
         segment_ids: [B, S] int, -1 where masked; tokens of a row with the same id share an importance ratio. Required
             by sspo; other clipped objectives use them in place of the segments that they would compute.
@@ -215,6 +215,12 @@ def _entropies(current_entropies: Tensor | None, loss_mask: Tensor, inputs: Loss
 def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> None:
     if loss_mask.dim() != 2:
         raise ValueError(f"loss_mask is {list(loss_mask.shape)}: expected [rows, padded length]")
+    if loss_mask.dtype != torch.bool and not bool(((loss_mask == 0) | (loss_mask == 1)).all()):
+        wrong = loss_mask[(loss_mask != 0) & (loss_mask != 1)][0].item()
+        raise ValueError(
+            f"loss_mask has the value {wrong}: write 1 or True at trained tokens and 0 elsewhere; pass weights of tokens"
+            " as factors"
+        )
     if logprobs.shape != loss_mask.shape:
         raise ValueError(f"logprobs is {list(logprobs.shape)}: expected {list(loss_mask.shape)}, as loss_mask")
     if advantages.dim() == 1 and len(advantages) != len(loss_mask):

@@ -12,7 +12,11 @@ from torch import Tensor
 from megatron_rl.config.section import Section
 
 LARGEST_EXPONENT = 20.0
-"""Log ratios are clamped to [-20, 20] before exponentiation."""
+"""Log ratios are clamped to at most 20 before exponentiation; a ratio of 5e8 is finite in float32, and so is its
+square."""
+SMALLEST_LOGPROB = -1e9
+"""Log-probs below this value count as this value, without gradient: the probability is 0 in every dtype, also in a mean
+over a long response, and squares and sums are finite."""
 
 
 class ReferenceKL(Section):
@@ -71,6 +75,14 @@ class ReferenceKL(Section):
         return self.coefficient if self.placement == "reward" else 0.0
 
 
+def finite_logprobs(logprobs: Tensor) -> Tensor:
+    """Return the log-probs, raised to ``SMALLEST_LOGPROB`` where they are below it; NaN and +inf stay as they are.
+
+    A token of probability 0 then has the ratio 0 to any other policy, and 1 to another one of probability 0.
+    """
+    return torch.where(logprobs < SMALLEST_LOGPROB, SMALLEST_LOGPROB, logprobs)
+
+
 def k3(log_ratio: Tensor) -> Tensor:
     """Return the k3 estimate exp(x) - x - 1 of the KL divergence, elementwise.
 
@@ -84,7 +96,9 @@ def k3(log_ratio: Tensor) -> Tensor:
 def binary_kl(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     """Return KL(p || q) in nats of the event "this token or any other", elementwise, from log p and log q."""
     smallest = torch.finfo(logprobs.dtype).tiny  # a probability of 1 leaves nothing for other tokens
-    rest, other_rest = -torch.expm1(logprobs), (-torch.expm1(other_logprobs)).clamp(min=smallest)
+    # Rounding may lift a log-prob slightly above 0.
+    rest, other_rest = (-torch.expm1(values) for values in (logprobs, other_logprobs))
+    rest, other_rest = rest.clamp(min=0), other_rest.clamp(min=smallest)
     return logprobs.exp() * (logprobs - other_logprobs) + torch.special.xlogy(rest, rest / other_rest)
 
 

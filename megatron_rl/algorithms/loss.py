@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.correction import DROPPED, Correction
 from megatron_rl.algorithms.entropy import EntropyBonus
-from megatron_rl.algorithms.kl import ReferenceKL, k3
+from megatron_rl.algorithms.kl import SMALLEST_LOGPROB, ReferenceKL, finite_logprobs, k3
 from megatron_rl.algorithms.objectives.base import Cost, Objective, Tokens, Total, only_part
 from megatron_rl.data.columns import EXTRA
 from megatron_rl.data.loss_inputs import LossFn, LossInputs
@@ -20,6 +20,8 @@ from megatron_rl.errors import ConfigError
 
 MEASURE = "objective/"
 """Prefix of the metrics that an objective measures itself."""
+LOGPROBS = ("old_logprobs_T", "current_logprobs_T", "rollout_logprobs_T", "ref_logprobs_T")
+"""Columns of log-probs that a loss reads."""
 GATE = "gate/"
 """Prefix of the metrics of what the correction drops."""
 
@@ -38,8 +40,9 @@ def prepare(
     """Return all columns that the loss of a mini-batch reads and that are fixed during its update.
 
     These are the columns of ``objective.prepare``, those of ``Correction.columns``,
-    ``entropy_coefficients_T`` if there is an entropy bonus, and, for the correction kind ``bypass``,
-    ``old_logprobs_T`` with the values of ``rollout_logprobs_T``.
+    ``entropy_coefficients_T`` if there is an entropy bonus, for the correction kind ``bypass`` ``old_logprobs_T`` with
+    the values of ``rollout_logprobs_T``, and every column of log-probs that has a probability of 0, with
+    ``SMALLEST_LOGPROB`` in place of -inf.
 
     Args:
         batch: whole responses: the mini-batch, or the part of it that this rank owns. It has ``old_logprobs_T`` (for
@@ -60,6 +63,10 @@ def prepare(
     correction, entropy = correction or Correction(), entropy or EntropyBonus()
     state = {**objective.initial_state(), **entropy.initial_state()} if state is None else state
     replaced: dict[str, Tensor] = {}
+    for name in LOGPROBS:
+        if name in batch and bool((batch[name] < SMALLEST_LOGPROB).any()):
+            replaced[name] = finite_logprobs(batch[name])
+    batch = batch.add(replaced)
     if reads_current_logprobs(objective, correction) and "current_logprobs_T" not in batch:
         replaced["current_logprobs_T"] = batch["old_logprobs_T"]  # the first update of a step
     if correction.reads_rollout_logprobs and "rollout_logprobs_T" not in batch:
@@ -84,6 +91,7 @@ def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_token
     Its value is sum_t weights_t * (factor_t * correction_t * cost_t + kl_coefficient * kl_t - entropy_coefficient *
     entropy_t), so values of ranks and micro-batches add up to the loss of the mini-batch. Without trained tokens the
     value is 0, with an empty gradient. Ratios and sums are in float32, or in float64 if the log-probabilities are.
+    Log-probabilities of -inf have no gradient, and loss and gradient are finite (``finite_logprobs``).
 
     Args:
         objective: computes the cost of each token.
@@ -95,6 +103,7 @@ def make_loss(objective: Objective, kl: ReferenceKL | None = None, *, keep_token
 
     def loss(logprobs_R: Tensor, entropies_R: Tensor, inputs: LossInputs) -> Loss:
         logprobs_R = logprobs_R.to(torch.promote_types(logprobs_R.dtype, torch.float32))
+        logprobs_R = finite_logprobs(logprobs_R)
         cost = objective.cost(logprobs_R, inputs)
         values_R = cost.values_R
         if inputs.factors_R is not None:

@@ -13,6 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.kl import LARGEST_EXPONENT
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Granularity, Vocabulary
 from megatron_rl.distributed.collectives import sum_over
@@ -35,17 +36,17 @@ class Ratio:
 
     @property
     def value_R(self) -> Tensor:
-        """The ratio s_g of each token's segment, without gradient."""
-        return self.log_R.exp()
+        """The ratio s_g of each token's segment, at most exp(20), without gradient."""
+        return self.log_R.clamp(max=LARGEST_EXPONENT).exp()
 
     def live(self, active_R: Tensor) -> Tensor:
         """Return sg[s_g] * exp(x_t - sg[x_t]), with sg the stop-gradient and x_t the token log ratio.
 
-        The value is s_g and the gradient is s_g times that of x_t (GSPO-token, arXiv 2507.18071). Where
-        ``active_R`` (bool) is False the value is 1 and the gradient is 0.
+        The value is s_g and the gradient is s_g times that of x_t (GSPO-token, arXiv 2507.18071), with s_g at most
+        exp(20). Where ``active_R`` (bool) is False the value is 1 and the gradient is 0.
         """
         token_log_R = torch.where(active_R, self.token_log_R, 0)
-        return torch.where(active_R, self.log_R, 0).exp() * torch.exp(token_log_R - token_log_R.detach())
+        return torch.where(active_R, self.value_R, 1) * torch.exp(token_log_R - token_log_R.detach())
 
 
 def segment_ratio(token_log_R: Tensor, inputs: LossInputs) -> Ratio:

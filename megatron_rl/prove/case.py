@@ -113,4 +113,4 @@ def make_batch(vocab_size: int, seed: int) -> Batch:
 def perturbed_logprobs(batch: Batch, scored: Columns) -> Columns:
     """Return old and rollout log-probs: those of the reference plus noise, so that ratios differ from 1."""
     old_T = scored["old_logprobs_T"] + batch["noise_T"]
-    return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T.clone()}
+    return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T + 0.3 * batch["noise_T"].flip(0)}

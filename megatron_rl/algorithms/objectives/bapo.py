@@ -15,6 +15,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from megatron_rl.algorithms.kl import LARGEST_EXPONENT
 from megatron_rl.algorithms.objectives.base import (
     Aggregated,
     Clipped,
@@ -28,8 +29,6 @@ from megatron_rl.algorithms.objectives.base import (
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Vocabulary
 
-LARGEST_LOG_RATIO = 80.0
-"""Log ratios above this value count as this one in the sums, which must be finite."""
 ROUNDING = 1e-9
 """A last step shorter than this share of a step is none."""
 
@@ -69,7 +68,7 @@ class BAPO(Clipped, Aggregated):
         self._refuse_segments(segment_ids_R)
         anchor = "rollout_logprobs_T" if self.anchor == "rollout" else "old_logprobs_T"
         log_R = tokens["current_logprobs_T"].double() - tokens[anchor].double()
-        ratio_R = log_R.clamp(max=LARGEST_LOG_RATIO).exp()
+        ratio_R = log_R.clamp(max=LARGEST_EXPONENT).exp()
         low, high, share = self.bounds(ratio_R, tokens.advantages_R.double(), tokens.total)
         return {
             "weights_T": self.weights(tokens),

@@ -9,12 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.kl import LARGEST_EXPONENT
 from megatron_rl.algorithms.objectives.base import Aggregated, Anchored, Cost, Positive, no_tokens
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
-
-LARGEST_LOG_RATIO = 80.0
-"""Log ratios are clamped to this value, so that exp is finite in float32; the gate's gradient is already 0 there."""
 
 
 class SAPO(Anchored, Aggregated):
@@ -38,6 +36,6 @@ class SAPO(Anchored, Aggregated):
         advantages_R = inputs.advantages_R
         ratio = segment_ratio(self.log_ratio(logprobs_R, inputs), inputs)
         tau_R = torch.full_like(logprobs_R, self.tau_negative).masked_fill(advantages_R > 0, self.tau_positive)
-        ratio_R = ratio.token_log_R.clamp(max=LARGEST_LOG_RATIO).exp()
+        ratio_R = ratio.token_log_R.clamp(max=LARGEST_EXPONENT).exp()
         gate_R = torch.sigmoid(tau_R * (ratio_R - 1)) * 4 / tau_R
         return Cost(-advantages_R * gate_R, no_tokens(advantages_R), ratio)

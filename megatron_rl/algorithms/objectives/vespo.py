@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.kl import LARGEST_EXPONENT
 from megatron_rl.algorithms.objectives.base import Anchored, Cost, NonNegative, TokenMean, Tokens
 from megatron_rl.algorithms.segments import Ratio, segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs
@@ -53,6 +54,7 @@ class VESPO(Anchored, TokenMean):
         negative_R = inputs.advantages_R < 0
         power_R = torch.full_like(log_R, self.k_positive).masked_fill(negative_R, self.k_negative)
         rate_R = torch.full_like(log_R, self.lambda_positive).masked_fill(negative_R, self.lambda_negative)
-        phi_R = (rate_R + power_R * log_R - rate_R * log_R.exp()).exp().to(logprobs_R.dtype)
+        exponent_R = rate_R + power_R * log_R - rate_R * log_R.exp()
+        phi_R = exponent_R.clamp(max=LARGEST_EXPONENT).exp().to(logprobs_R.dtype)
         ratio = Ratio(mean.token_log_R, log_R.to(logprobs_R.dtype), mean.shares_R)
         return Cost(-phi_R * inputs.advantages_R * logprobs_R, log_R != sum_R, ratio)
