@@ -218,8 +218,8 @@ def _check_shapes(logprobs: Tensor, loss_mask: Tensor, advantages: Tensor) -> No
     if loss_mask.dtype != torch.bool and not bool(((loss_mask == 0) | (loss_mask == 1)).all()):
         wrong = loss_mask[(loss_mask != 0) & (loss_mask != 1)][0].item()
         raise ValueError(
-            f"loss_mask has the value {wrong}: write 1 or True at trained tokens and 0 elsewhere; pass weights of tokens"
-            " as factors"
+            f"loss_mask has the value {wrong}: write 1 or True at trained tokens and 0 elsewhere; weights of tokens are"
+            " factors"
         )
     if logprobs.shape != loss_mask.shape:
         raise ValueError(f"logprobs is {list(logprobs.shape)}: expected {list(loss_mask.shape)}, as loss_mask")
