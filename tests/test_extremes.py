@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import megatron_rl
-from megatron_rl.algorithms.kl import SMALLEST_LOGPROB, binary_kl, finite_logprobs
+from megatron_rl.algorithms.finite import SMALLEST_LOGPROB, finite_logprobs
+from megatron_rl.algorithms.kl import binary_kl
 from megatron_rl.api import Option
 from tests.oracle.objectives import CASES, VOCABULARY_SIZE
 

@@ -9,14 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from megatron_rl.algorithms.finite import LARGEST_EXPONENT
 from megatron_rl.config.section import Section
-
-LARGEST_EXPONENT = 20.0
-"""Log ratios are clamped to at most 20 before exponentiation; a ratio of 5e8 is finite in float32, and so is its
-square."""
-SMALLEST_LOGPROB = -1e9
-"""Log-probs below this value count as this value, without gradient: the probability is 0 in every dtype, also in a mean
-over a long response, and squares and sums are finite."""
 
 
 class ReferenceKL(Section):
@@ -73,14 +67,6 @@ class ReferenceKL(Section):
     def in_reward(self) -> float:
         """Factor of the penalty that is subtracted from rewards."""
         return self.coefficient if self.placement == "reward" else 0.0
-
-
-def finite_logprobs(logprobs: Tensor) -> Tensor:
-    """Return the log-probs, raised to ``SMALLEST_LOGPROB`` where they are below it; NaN and +inf stay as they are.
-
-    A token of probability 0 then has the ratio 0 to any other policy, and 1 to another one of probability 0.
-    """
-    return torch.where(logprobs < SMALLEST_LOGPROB, SMALLEST_LOGPROB, logprobs)
 
 
 def k3(log_ratio: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_rl.algorithms.correction import DROPPED, Correction
 from megatron_rl.algorithms.entropy import EntropyBonus
-from megatron_rl.algorithms.kl import SMALLEST_LOGPROB, ReferenceKL, finite_logprobs, k3
+from megatron_rl.algorithms.finite import SMALLEST_LOGPROB, finite_logprobs
+from megatron_rl.algorithms.kl import ReferenceKL, k3
 from megatron_rl.algorithms.objectives.base import Cost, Objective, Tokens, Total, only_part
 from megatron_rl.data.columns import EXTRA
 from megatron_rl.data.loss_inputs import LossFn, LossInputs

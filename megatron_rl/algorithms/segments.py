@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.kl import LARGEST_EXPONENT
+from megatron_rl.algorithms.finite import LARGEST_EXPONENT
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.vocabulary import Granularity, Vocabulary
 from megatron_rl.distributed.collectives import sum_over

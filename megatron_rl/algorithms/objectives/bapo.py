@@ -15,7 +15,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from megatron_rl.algorithms.kl import LARGEST_EXPONENT
+from megatron_rl.algorithms.finite import LARGEST_EXPONENT
 from megatron_rl.algorithms.objectives.base import (
     Aggregated,
     Clipped,

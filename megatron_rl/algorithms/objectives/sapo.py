@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.kl import LARGEST_EXPONENT
+from megatron_rl.algorithms.finite import LARGEST_EXPONENT
 from megatron_rl.algorithms.objectives.base import Aggregated, Anchored, Cost, Positive, no_tokens
 from megatron_rl.algorithms.segments import segment_ratio
 from megatron_rl.data.loss_inputs import LossInputs

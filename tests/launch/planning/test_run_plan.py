@@ -120,6 +120,18 @@ def test_lag_without_correction_is_a_warning_with_a_remedy(words, found, not_fou
     assert plan(*words).warnings == ()
 
 
+@pytest.mark.parametrize("objective", ["objective.name=dis", "objective.name=cispo objective.anchor=rollout"])
+def test_a_weight_on_top_of_a_ratio_to_the_rollout_policy_is_a_warning(objective):
+    words = objective.split()
+    for kind in ("tis", "mis", "icepop"):
+        (output,) = plan(*words, f"correction.kind={kind}").warnings
+        assert "corrected twice" in output
+        assert 'write correction.kind = "none"' in output
+    assert plan(*words, "correction.kind=binary").warnings == ()  # an indicator weighs nothing
+    assert plan(*words, "correction.gates.it.high=1.1").warnings == ()
+    assert plan("objective.name=cispo", "correction.kind=tis").warnings == ()
+
+
 def test_fields_of_megatron_core_are_read_from_its_source():
     fields = megatron_fields(TRANSFORMER)
     assert {"num_moe_experts", "moe_aux_loss_coeff", "sequence_parallel", "q_lora_rank"} <= set(fields)
