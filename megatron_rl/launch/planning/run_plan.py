@@ -310,8 +310,8 @@ def _warnings(loaded: Loaded[Run]) -> Iterator[str]:
     run, objective = loaded.run, loaded.run.objective
     if objective.ratio_to_rollout and run.correction.kind in ("tis", "mis", "icepop"):
         yield (
-            f"{loaded.describe('correction.kind')} weighs tokens by the ratio to the rollout policy, and {objective.label}"
-            " takes its ratio to that policy already: the mismatch is corrected twice; write correction.kind ="
+            f"{loaded.describe('correction.kind')} weighs tokens by the ratio to the rollout policy, as the ratio of"
+            f" {objective.label} does already: the mismatch is corrected twice; write correction.kind ="
             ' "none", and gates for a bound on the mismatch'
         )
     if not run.rollout.max_lag or run.correction.kind != "none" or objective.ratio_to_rollout:
