@@ -2,7 +2,10 @@
 
 megatron-rl prove configs/demo.toml --shrink layers=4,hidden=48 --objective all --output p32.json
 megatron-rl prove configs/demo.toml --shrink layers=4,hidden=48 --objective all --output p64.json model.dtype=float64
-python benchmarks/prove_table.py p32.json p64.json
+python benchmarks/prove_table.py p32.json p64.json [NOTES.md]
+
+The float64 run also needs ``parallel.distributed_optimizer=false optimizer.clip_grad=0``. The text of NOTES.md stands
+between the counts and the table.
 """
 
 import json
@@ -53,7 +56,8 @@ def table(files: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Write the page."""
     files = [json.loads(Path(name).read_text()) for name in sys.argv[1:3]]
-    lines = [HEAD.format(date=date.today()), *map(summary, files), "", *table(files)]
+    notes = [Path(name).read_text(encoding="utf-8") for name in sys.argv[3:4]]
+    lines = [HEAD.format(date=date.today()), *map(summary, files), "", *notes, *table(files)]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

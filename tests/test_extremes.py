@@ -52,8 +52,12 @@ GATES = {
 } | {"tv": {"gates": {"it": {"measure": "tv", "high": 0.5}}}}
 CORRECTIONS: dict[str, Mapping[str, Option]] = {**WEIGHTS, **GATES}
 TERMS: dict[str, Mapping[str, Option]] = {
-    name: {"coefficient": 0.1, "estimator": name} for name in ("k1", "k2", "k3", "abs")
-} | {"unbiased": {"coefficient": 0.1, "unbiased": True}}
+    "k1": {"coefficient": 0.1, "estimator": "k1"},
+    "k2": {"coefficient": 0.1, "estimator": "k2"},
+    "k3": {"coefficient": 0.1, "estimator": "k3"},
+    "abs": {"coefficient": 0.1, "estimator": "abs"},
+    "unbiased": {"coefficient": 0.1, "unbiased": True},
+}
 
 
 def run(options: Mapping[str, Option], columns: Mapping[str, Tensor], advantages_B: Tensor, *, segments: bool):
