@@ -52,11 +52,12 @@ class Rollout(Section):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the engine's weights; default: ``model.dtype``."""
     servers: Annotated[int, Field(ge=0, le=65536)] = 1
-    """Servers to start on this machine; unused with ``urls``."""
+    """Servers to start on this machine, or to wait for in ``registry``; unused with ``urls``."""
     urls: tuple[str, ...] = ()
     """URLs of running servers, such as ``http://10.0.0.7:30000``."""
     registry: str = ""
-    """Folder in which the servers of a Slurm job write their URLs; set by ``megatron-rl slurm``."""
+    """Folder in which servers register, or file with one URL per line; servers join and leave the run with their
+    entries, and it starts with ``servers`` of them. ``megatron-rl slurm`` sets it."""
     sampling: Sampling = Sampling()
     routing_replay: RoutingReplay = "none"
     """Expert choices reused in training: ``r2`` of the log-prob pass, ``r3`` of the engine, which must return them;

@@ -120,6 +120,7 @@ class Dispatcher:
             return now
         waited, limit = now - last_ready, self.timeouts.start_timeout_seconds
         reasons = "; ".join(f"{m.url}: {m.reason or f'has weights {m.version}'}" for m in self.members)
+        reasons = reasons or "none is registered (rollout.registry)"
         if waited > limit:
             before = f"; before that: {'; '.join(errors)}" if errors else ""
             raise RolloutError(f"no rollout server for {limit:g} s: {reasons}{before}")

@@ -4,13 +4,14 @@
     main rank      --update(weights)----> transport: each bucket to every ready server --> checksums --> version
     monitor (one task per server): ended, or busy and silent -> leaves, its requests go to other servers
                                    healthy again -> gets the current weights -> takes requests again
+    registry: a new address -> gets the current weights -> takes requests; an address is gone -> leaves for good
 
 The interface is synchronous. Inside, everything runs on one asyncio event loop in a background thread, and every method
 may be called from any other thread.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,11 +28,13 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.background import LoopThread
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.dispatch import Dispatcher
-from megatron_rl.fleet.members import Member, Timeouts, monitor, wait_until_healthy
+from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
+from megatron_rl.fleet.membership import Membership
 from megatron_rl.fleet.partial import Decode, PartialResults
 from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused, ServerUnreachable
 from megatron_rl.fleet.receivers import Receiver, ReceiverEnded
+from megatron_rl.fleet.registry import Registry
 from megatron_rl.fleet.request_plan import HttpRequest, RequestBatch, plan_requests, sampling_params
 from megatron_rl.fleet.router import Router
 from megatron_rl.fleet.sync import WeightSync
@@ -54,8 +57,9 @@ class Fleet:
     decode: Decode | None
     multi_turn: MultiTurn | None
     router: Router | None
+    registry: Registry | None
+    membership: Membership
     _numbers: "count[int]" = field(default_factory=count, init=False)
-    _monitors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
     _loop: LoopThread = field(default_factory=lambda: LoopThread("rollout fleet"), init=False)
 
     @classmethod
@@ -73,6 +77,7 @@ class Fleet:
         multi_turn: MultiTurn | None = None,
         router: ServerProcess | str | None = None,
         receivers: int = 0,
+        registry: Registry | None = None,
     ) -> "Fleet":
         """Start the servers that are processes, wait until all are healthy, and return the fleet.
 
@@ -91,34 +96,42 @@ class Fleet:
             multi_turn: generates multi-turn responses; None for responses of one turn.
             router: a router process to start, or the url of a running one; plain generation goes through it.
             receivers: processes that receive and validate the servers' answers; 0: this one does.
+            registry: the addresses of the servers, followed while the fleet is open: servers join and leave it.
 
         Raises:
             RolloutError: a server did not become healthy.
         """
         timeouts = timeouts or Timeouts()
-        members = _members(servers, client, timeouts, receivers)
         sync = WeightSync(transport, timeouts, "retract" if decode is None else "abort")
+        membership = Membership(sync, timeouts, client, [Receiver() for _ in range(receivers)])
+        for server in servers:
+            membership.add(server)
         front = None if router is None else Router(router, timeouts)
         fleet = cls(
-            members,
+            membership.members,
             sync,
             timeouts,
             sequences_per_request=sequences_per_request,
-            dispatcher=Dispatcher(members, sync, timeouts, sequences_per_server, front),
+            dispatcher=Dispatcher(membership.members, sync, timeouts, sequences_per_server, front),
             keep_weights=keep_weights,
             decode=decode,
             multi_turn=multi_turn,
             router=front,
+            registry=registry,
+            membership=membership,
         )
+        fleet._start()
+        return fleet
+
+    def _start(self) -> None:
         try:
-            for member in fleet._all_members():
+            for member in self._all_members():
                 if member.process is not None:
                     member.process.start()
-            fleet._loop.call(fleet._open())
+            self._loop.call(self._open())
         except BaseException:
-            fleet.close()
+            self.close()
             raise
-        return fleet
 
     def __enter__(self) -> "Fleet":
         return self
@@ -263,21 +276,16 @@ class Fleet:
         await gather_or_cancel([wait_until_healthy(member, self.timeouts) for member in self._all_members()])
         for member in self.members:
             member.version = await member.client.version()
-            self._add(member, self.sync.catch_up)
+            member.join()
+            self.membership.monitor(member, self.dispatcher.wake)
         if self.router is not None:
-            self._add(self.router.member, self.router.catch_up)
-
-    def _add(self, member: Member, catch_up: Callable[[Member], Awaitable[None]]) -> None:
-        member.join()
-        self._monitors.append(asyncio.ensure_future(monitor(member, self.timeouts, catch_up, self.dispatcher.wake)))
+            self.router.member.join()
+            self.membership.monitor(self.router.member, self.dispatcher.wake, self.router.catch_up)
+        if self.registry is not None:
+            self.membership.follow(self.registry, self.dispatcher.wake)
 
     async def _close(self) -> None:
-        for task in self._monitors:
-            task.cancel()
-        for member in self._all_members():
-            await member.client.close()
-            if member.receiver is not None:
-                member.receiver.close()
+        await self.membership.close()
 
     async def _groups(self, batch: RequestBatch, versions: range | None) -> list[Group]:
         parts = await gather_or_cancel([self._responses(request, versions) for request in batch.requests])
@@ -341,22 +349,6 @@ class Fleet:
             finally:
                 self.dispatcher.wake()
         raise RolloutError(f"gave up on {len(requests)} sequences after {len(errors)} attempts: " + "; ".join(errors))
-
-
-def _members(
-    servers: Sequence[ServerProcess | str], client: type[Client], timeouts: Timeouts, receivers: int
-) -> list[Member]:
-    members = [_member(server, client, timeouts) for server in servers]
-    processes = [Receiver() for _ in range(receivers)]
-    for number, member in enumerate(members):
-        member.receiver = processes[number % receivers] if receivers else None
-    return members
-
-
-def _member(server: ServerProcess | str, client: type[Client], timeouts: Timeouts) -> Member:
-    process = None if isinstance(server, str) else server
-    url = server if isinstance(server, str) else server.url
-    return Member(client(url, None, timeouts.control_timeout_seconds, retries=2), process, timeouts=timeouts)
 
 
 async def gather_or_cancel(coroutines: Sequence[Coroutine[object, object, T]]) -> list[T]:

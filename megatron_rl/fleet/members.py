@@ -88,6 +88,11 @@ class Member:
         """Total time that the server has had unfinished requests."""
         return self._busy_seconds + (time.monotonic() - self._busy_since if self.requests else 0.0)
 
+    @property
+    def has_joined(self) -> bool:
+        """Whether the server has taken requests of this fleet before."""
+        return self._joined
+
     def has_room(self, sequences: int, limit: int) -> bool:
         """Return whether the server may get so many more sequences; an idle server may get more than the limit."""
         return not self.requests or self.num_sequences + sequences <= limit
@@ -106,6 +111,9 @@ class Member:
         """Delay the next check of the server; the delay doubles each time."""
         self.reason = str(error)
         wait = min(_MAX_BACKOFF_SECONDS, timeouts.probe_seconds * 2**self.failures)
+        wait = (
+            wait if self._joined else timeouts.probe_seconds
+        )  # a server that registers first and loads its model then
         self.retry_at, self.failures = time.monotonic() + wait, self.failures + 1
 
     def join(self) -> None:
@@ -233,6 +241,8 @@ async def _recover(member: Member, timeouts: Timeouts, catch_up: Callable[[Membe
         member.version = await member.client.version()
         await catch_up(member)
     except RolloutError as error:
-        member.postpone(error, timeouts)
+        if not member.ready:
+            member.postpone(error, timeouts)
         return
-    member.join()
+    if not member.ready:  # a push that it waited for may have begun meanwhile
+        member.join()

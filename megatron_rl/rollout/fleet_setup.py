@@ -15,6 +15,7 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.registry import Registry
 from megatron_rl.fleet.router import router_process
 from megatron_rl.fleet.servers import servers_of
 from megatron_rl.fleet.turns import MultiTurn, TurnTokenizer
@@ -83,7 +84,16 @@ def open_fleet(run: Run, tokenizer: FleetTokenizer, transport: WeightTransport, 
         multi_turn=_multi_turn(run, tokenizer),
         router=router,
         receivers=rollout.receivers,
+        registry=Registry(Path(rollout.registry)) if rollout.registry else None,
     )
+
+
+def starts_with_push(run: Run) -> bool:
+    """Return whether the servers may have other weights than the policy before the first step.
+
+    They may if the run resumes from a checkpoint, or if it did not start the servers.
+    """
+    return run.train.resume or bool(run.rollout.urls or run.rollout.registry)
 
 
 def sequences_per_request(run: Run) -> int:

@@ -23,7 +23,13 @@ from megatron_rl.policy.engine import Policy
 from megatron_rl.rollout.controller import RolloutController
 from megatron_rl.rollout.controller_client import ControllerClient
 from megatron_rl.rollout.evaluation import Evaluation
-from megatron_rl.rollout.fleet_setup import FleetTokenizer, client_class, keeps_weights, make_transport
+from megatron_rl.rollout.fleet_setup import (
+    FleetTokenizer,
+    client_class,
+    keeps_weights,
+    make_transport,
+    starts_with_push,
+)
 from megatron_rl.rollout.remote_weights import WeightSender
 from megatron_rl.rollout.stop import StopSignal
 from megatron_rl.train.checkpoints import Checkpoints
@@ -65,7 +71,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
                 signal.signal(number, stop.request if world.is_main else signal.SIG_IGN)
             dist.barrier()  # waiting for servers that load a model is not a hang
             stack.enter_context(Watchdog(Path(run.log.path) / "hang", world, run.train.step_timeout_seconds))
-            if run.train.resume:  # servers that outlived the last run may have newer weights than the checkpoint
+            if starts_with_push(run):  # servers of an earlier run have its weights
                 rollouts.push_weights(policy.weights(run.weights.bucket_bytes), version=start)
         freeze_startup_objects()
         with nonfinite_dump(run, policy, recorder.sample_id):

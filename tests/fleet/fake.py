@@ -26,6 +26,7 @@ class FakeServer:
         delay_seconds: before an answer of ``/generate``.
         hangs: nothing is answered at all while it is set.
         logprob: of every token, sampled or read.
+        checksum: of its one tensor.
         breaks: the connection of ``/generate`` is closed in the middle of a request while it is set.
     """
 
@@ -36,6 +37,7 @@ class FakeServer:
         self.delay_seconds = 0.0
         self.logprob = -0.25
         self.hangs = False
+        self.checksum = "same everywhere"
         self.breaks = False
         self.calls: Counter[str] = Counter()
         self.rows: list[str] = []
@@ -57,7 +59,7 @@ class FakeServer:
             return await self.generate(body)
         if request.path == Endpoint.UPDATE_VERSION:
             self.version = body["new_version"]
-        checksums = {"checksums": {"t": "same everywhere"}}
+        checksums = {"checksums": {"t": self.checksum}}
         return web.json_response({"success": True, "weight_version": self.version, "ranks": [checksums]})
 
     async def generate(self, body: dict[str, Any]) -> web.Response:

@@ -221,9 +221,9 @@ def _check_fleet(loaded: Loaded[Run]) -> Iterator[str]:
             f"{loaded.describe('rollout.servers')} and rollout.urls is empty: nothing would sample;"
             " start at least one server, or write the URLs of running servers"
         )
-    if not rollout.urls and rollout.engine == "sglang":
+    if not (rollout.urls or rollout.registry) and rollout.engine == "sglang":
         yield from _check_sglang(loaded)
-    if not rollout.urls and rollout.engine == "vllm" and not rollout.vllm_python:
+    if not (rollout.urls or rollout.registry) and rollout.engine == "vllm" and not rollout.vllm_python:
         yield (
             f"{loaded.describe('rollout.engine')} runs in a separate environment; write its interpreter in"
             " rollout.vllm_python, or start the servers there and write their addresses in rollout.urls"
@@ -256,7 +256,7 @@ def _check_tied_head(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
 
 def _check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
     rollout, settings = loaded.run.rollout, hf.get(QUANTIZATION_CONFIG)
-    if rollout.engine != "embedded" and not rollout.urls and settings:
+    if rollout.engine != "embedded" and not (rollout.urls or rollout.registry) and settings:
         yield (
             f"{loaded.describe('model.path')} is quantized"
             f" ({settings.get('quant_method')}): {rollout.engine} would serve quantized weights, but weight pushes are"
@@ -266,7 +266,11 @@ def _check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
 
 def _check_checkpoint_format(loaded: Loaded[Run]) -> Iterator[str]:
     rollout = loaded.run.rollout
-    if rollout.engine == "sglang" and not rollout.urls and is_torch_dist(Path(loaded.run.model.path)):
+    if (
+        rollout.engine == "sglang"
+        and not (rollout.urls or rollout.registry)
+        and is_torch_dist(Path(loaded.run.model.path))
+    ):
         yield (
             f"{loaded.describe('model.path')} is a distributed checkpoint, which"
             " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers with its Hugging"

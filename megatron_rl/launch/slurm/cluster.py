@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_rl.config.schema import Run
 from megatron_rl.distributed.mesh import NODES
 from megatron_rl.errors import ConfigError
-from megatron_rl.fleet.servers import END
+from megatron_rl.fleet.registry import END
 from megatron_rl.launch.slurm.preflight import judge
 from megatron_rl.launch.slurm.render import server_options
 

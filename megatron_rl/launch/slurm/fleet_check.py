@@ -22,8 +22,8 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
 from megatron_rl.fleet.protocol import GenerationRequest
+from megatron_rl.fleet.registry import UNCHECKED, Registry
 from megatron_rl.fleet.request_plan import sampling_params
-from megatron_rl.fleet.servers import registered, write_address
 from megatron_rl.fleet.vllm import VllmClient
 from megatron_rl.util.console import make_console
 
@@ -55,25 +55,22 @@ class ServerProbe:
     logprobs: tuple[float, ...] = ()
 
 
-def check_fleet(run: Run, registry: Path | None = None) -> int:
+def check_fleet(run: Run) -> int:
     """Check every server of a run, print a table and the problems; return 0 if there are none, else 1.
 
-    Args:
-        run: the configuration.
-        registry: folder for the addresses of this job's servers, written if all servers are good.
+    If all are good, the file ``unchecked`` of the registry is removed, for which the trainer waits.
 
     Raises:
         RolloutError: the servers of this job did not register in time.
     """
-    rollout = run.rollout
-    started_by_job = bool(rollout.registry)
+    rollout, registry = run.rollout, Path(run.rollout.registry)
     urls: Sequence[str] = rollout.urls
-    if started_by_job:
-        urls = registered(Path(rollout.registry), rollout.servers, rollout.start_timeout_seconds)
+    if rollout.registry:
+        urls = Registry(registry).wait(rollout.servers, rollout.start_timeout_seconds, checked=False)
     client = VllmClient if rollout.engine == "vllm" else Client
     timeouts = Timeouts(start_timeout_seconds=rollout.start_timeout_seconds)
     probes = asyncio.run(_probe_all([client(url) for url in urls], timeouts))
-    if not run.train.resume or started_by_job:  # otherwise the trainer pushes its own weights first
+    if rollout.registry:  # the trainer pushes its weights to running servers before the first step
         probes = compare_weights(probes)
     make_console().print(_table(probes))
     for probe in probes:
@@ -81,10 +78,8 @@ def check_fleet(run: Run, registry: Path | None = None) -> int:
             sys.stdout.write(f"preflight: {probe.url} {probe.problem}\n")
     if any(probe.problem for probe in probes):
         return 1
-    if registry is not None and started_by_job:
-        registry.mkdir(parents=True, exist_ok=True)
-        for number, url in enumerate(urls):
-            write_address(registry, number, url)
+    if rollout.registry:
+        (registry / UNCHECKED).unlink(missing_ok=True)
     return 0
 
 

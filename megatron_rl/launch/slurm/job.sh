@@ -53,22 +53,22 @@ if [ "$preflight" = 1 ]; then
 fi
 
 # The fleet: servers write their addresses to the registry, and exit when the file "end" appears in it. With preflight
-# the ranks read the addresses from another folder, which is filled after every server has answered a request.
-fleet="" fleet_config=("${config[@]}")
+# the ranks wait until the file "unchecked" is gone: every server has answered a request.
+fleet=""
 if [ "$servers" -gt 0 ]; then
+    [ "$preflight" = 1 ] && touch "$registry/unchecked"
     options=("${on_fleet[@]}" "${server_options[@]}" --ntasks="$servers")
     options+=(--kill-on-bad-exit=0 --output="$outputs/server-%t.log")
     step megatron_rl.launch.slurm.serve_node --registry "$registry" "${config[@]}" &
-    fleet=$! addresses="$registry"
-    [ "$preflight" = 1 ] && addresses="$registry/checked"
-    fleet_config+=("rollout.registry=$registry") config+=("rollout.registry=$addresses")
+    fleet=$!
+    config+=("rollout.registry=$registry")
 fi
 
 # Servers that are already running are checked before the ranks start. Servers of this job load their model while the
 # ranks load theirs, and are checked meanwhile.
 check_fleet() {
     options=("${on_trainer[@]}" --nodes=1 --ntasks=1 --nodelist="${nodes[0]}")
-    (step $preflight_module fleet --folder "$registry/checked" "${fleet_config[@]}")
+    (step $preflight_module fleet "${config[@]}")
 }
 if [ "$preflight" = 1 ] && [ -z "$fleet" ]; then
     check_fleet || { log "a server of rollout.urls failed its check"; exit 2; }

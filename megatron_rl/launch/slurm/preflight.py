@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = parser.add_subparsers(dest="step", required=True)
     for name in ("report", "judge", "link", "fleet"):
         step = steps.add_parser(name)
-        step.add_argument("--folder", type=Path, required=name != "fleet", help="folder of the results")
+        if name != "fleet":
+            step.add_argument("--folder", type=Path, required=True, help="folder of the results")
         if name in ("report", "fleet"):
             step.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE")
         if name == "judge":
@@ -76,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
         return judge(options.folder, options.nodes, options.needed)
     if options.step == "link":
         return link(options.folder, LINK_TIMEOUT_SECONDS)
-    return check_fleet(load_run(options.config).run, options.folder)
+    return check_fleet(load_run(options.config).run)
 
 
 def report(run: Run, folder: Path) -> int:

@@ -2,8 +2,8 @@
 
 Run by the job script as ``python -m megatron_rl.launch.slurm.serve_node --registry FOLDER CONFIG...``. Files:
 
-RUN/fleet/START/server_0.json   {"url": "http://..."}, written before the server is healthy; the URL never changes
-RUN/fleet/START/checked/        the same files, for the trainer, written after all servers passed ``fleet_check``
+RUN/fleet/START/server_0.json   {"url": "http://..."}, before the server is healthy; removed if it stops before "end"
+RUN/fleet/START/unchecked       removed after all servers passed ``fleet_check``; the trainer waits for that
 RUN/fleet/START/end             written when the trainer has ended; the servers then exit
 """
 
@@ -19,7 +19,8 @@ from megatron_rl.config.schema import Run, load_run
 from megatron_rl.distributed.mesh import slurm_address, slurm_task_index
 from megatron_rl.errors import ConfigError, RolloutError
 from megatron_rl.fleet.process import ServerProcess
-from megatron_rl.fleet.servers import END, server_of, write_address
+from megatron_rl.fleet.registry import END, Registry
+from megatron_rl.fleet.servers import server_of
 from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
     delay = FIRST_RESTART_SECONDS
     try:
         server.start()
-        write_address(registry, number, server.url)
+        Registry(registry).add(number, server.url)
         while not (registry / END).exists():
             time.sleep(POLL_SECONDS)
             if server.exit_status is not None:
@@ -65,6 +66,8 @@ def keep_server(run: Run, registry: Path, host: str | None = None) -> int:
     except KeyboardInterrupt:
         log.info("stop requested")
     finally:
+        if not (registry / END).exists():
+            Registry(registry).remove(number)  # the trainer sends its requests to other servers
         server.stop()
     return 0
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.servers import registered, write_address
+from megatron_rl.fleet.registry import UNCHECKED, Registry
 from megatron_rl.launch.slurm.fleet_check import ServerProbe, check_fleet, compare_weights
 from tests.fleet.fake import FakeServer, garbage, serving
 
@@ -43,10 +43,12 @@ def test_equal_servers_pass_and_are_timed(capsys):
         (lambda server: setattr(server, "logprob", -3.0), r"its log-probs differ by 2\.\d+ nats from the others'"),
     ],
 )
-def test_a_faulty_server_is_named(capsys, break_it, words):
+def test_a_faulty_server_is_named(capsys, break_it, words, tmp_path):
     with serving(FakeServer(), FakeServer(), FakeServer()) as servers:
         break_it(servers[1])
-        assert check_fleet(run_with(*(server.url for server in servers))) == 1
+        for number, server in enumerate(servers):
+            Registry(tmp_path).add(number, server.url)
+        assert check_fleet(run_with(rollout__registry=tmp_path, rollout__servers=3)) == 1
 
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preflight:")]
     assert line.startswith(f"preflight: {servers[1].url} ")
@@ -60,10 +62,9 @@ def test_an_unreachable_server_is_named(capsys):
     assert "preflight: http://127.0.0.1:9 cannot be used: the server" in capsys.readouterr().out
 
 
-def test_weights_of_running_servers_may_differ_if_a_resumed_run_will_push_its_own(tmp_path):
+def test_weights_of_running_servers_may_differ_because_the_run_pushes_its_own():
     with serving(FakeServer("3"), FakeServer("0")) as (one, other):
-        assert check_fleet(run_with(one.url, other.url)) == 1
-        assert check_fleet(run_with(one.url, other.url, train__resume="true")) == 0
+        assert check_fleet(run_with(one.url, other.url)) == 0
 
 
 def test_servers_of_the_job_that_do_not_register_are_named_by_number(tmp_path):
@@ -74,19 +75,22 @@ def test_servers_of_the_job_that_do_not_register_are_named_by_number(tmp_path):
         check_fleet(run_with(**settings))
 
 
-def test_addresses_are_written_for_the_trainer_when_all_servers_pass(tmp_path):
+def test_the_trainer_waits_until_all_servers_pass(tmp_path):
+    registry = Registry(tmp_path)
+    (tmp_path / UNCHECKED).touch()
     with serving(FakeServer(), FakeServer()) as servers:
         for number, server in enumerate(servers):
-            write_address(tmp_path, number, server.url)
+            registry.add(number, server.url)
         run = run_with(rollout__registry=tmp_path, rollout__servers=2)
         servers[0].status = 500
-        assert check_fleet(run, tmp_path / "checked") == 1
-        assert not (tmp_path / "checked").exists()
+        assert check_fleet(run) == 1
+        with pytest.raises(RolloutError, match="none have not, and the preflight has not passed"):
+            registry.wait(2, 0)
 
         servers[0].status = 200
-        assert check_fleet(run, tmp_path / "checked") == 0
+        assert check_fleet(run) == 0
 
-    assert registered(tmp_path / "checked", 2, 1) == [server.url for server in servers]
+    assert registry.wait(2, 0) == [server.url for server in servers]
 
 
 def test_of_two_different_servers_both_are_named():

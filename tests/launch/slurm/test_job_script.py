@@ -107,7 +107,8 @@ def test_the_steps_of_a_job_run_in_this_order(tmp_path):
     assert "--nodelist=n1,n2" in steps_named(job, "train")[0]
     assert not any("--het-group" in step for step in job.steps)
     assert "train.resume=true" not in steps_named(job, "train")[0]
-    assert steps_named(job, "train")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0/checked")
+    assert steps_named(job, "train")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0")
+    assert (tmp_path / "run" / "fleet" / "7.0" / "unchecked").exists()  # the check, which removes it, is a stand-in
     assert steps_named(job, "preflight fleet")[0].endswith(f"rollout.registry={tmp_path}/run/fleet/7.0")
     assert (tmp_path / "run" / "fleet" / "7.0" / "end").exists()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import RolloutError
-from megatron_rl.fleet.servers import END
+from megatron_rl.fleet.registry import END
 from megatron_rl.launch.slurm import serve_node
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.toml"
