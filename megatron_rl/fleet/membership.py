@@ -100,7 +100,7 @@ class Membership:
             RolloutError: no push has happened yet, and its weights differ; it waits for the next push.
         """
         if self.sync.version is not None:
-            member.version = ""
+            member.version = "unknown"
             return
         other = next((other for other in self.members if other.ready), None)
         if other is None:
