@@ -29,6 +29,8 @@ class Model(Section):
 
     path: InputPath
     """Folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors)."""
+    trust_code: bool = False
+    """Run Python files of ``path`` that its tokenizer names (``auto_map``), here and in the servers."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Dtype of weights and activations; with bfloat16 the optimizer keeps float32 weights."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -9,10 +9,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.errors import DataError
-from megatron_rl.models.checkpoint_folders import MANIFEST
 from megatron_rl.models.hf_mapping.rules import HFConfig
 from megatron_rl.models.safetensor_files import DTYPES
-from megatron_rl.models.torch_dist import TensorChunk
+from megatron_rl.models.torch_dist import MANIFEST, TensorChunk
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Batch
 from megatron_rl.distributed.mesh import single_rank_world
 from megatron_rl.errors import ConfigError
+from megatron_rl.models.tokenizers import has_tokenizer, open_tokenizer
 from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.policy.engine import Policy
 from megatron_rl.policy.process_groups import destroy_mesh
@@ -27,8 +28,8 @@ def prompt_tokens(folder: Path, prompt: str) -> Tensor:
     words = prompt.split(",")
     if all(word.strip().isdigit() for word in words):
         ids = [int(word) for word in words]
-    elif (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        ids = AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]
+    elif has_tokenizer(folder):
+        ids = open_tokenizer(folder)(prompt)["input_ids"]
     else:
         raise ConfigError(f"{folder} has no tokenizer; give the prompt as token ids: --logits 3,1,4,1,5")
     if len(ids) < 2:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.data.types import Prompt
 from megatron_rl.evaluate.metrics import METHOD, all_metrics
@@ -17,8 +17,8 @@ from megatron_rl.evaluate.servers import VERSION, serving
 from megatron_rl.evaluate.tables import notes, table
 from megatron_rl.evaluate.targets import Target, find_targets
 from megatron_rl.launch.planning.run_plan import check_sampling
+from megatron_rl.models.tokenizers import open_tokenizer, with_stop_tokens
 from megatron_rl.rollout.evaluation import evaluation_request, heldout_prompts
-from megatron_rl.rollout.fleet_setup import FleetTokenizer
 from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.rollout.stream import verify_groups
 from megatron_rl.tasks import make_task
@@ -50,7 +50,7 @@ def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None 
 def evaluate_one(target: Target, console: Console) -> None:
     """Sample the missing responses, write the metrics and print them."""
     run = target.run
-    tokenizer = AutoTokenizer.from_pretrained(run.model.path)
+    tokenizer = open_tokenizer(Path(run.model.path), trust_code=run.model.trust_code)
     task = make_task(run.task, tokenizer)
     prompts = heldout_prompts(run, task)
     description = describe_evaluation(run, target.step, prompts)
@@ -81,10 +81,14 @@ def evaluate_one(target: Target, console: Console) -> None:
 
 
 def _sample(
-    target: Target, prompts: tuple[Prompt, ...], folder: ResultFolder, tokenizer: FleetTokenizer, console: Console
+    target: Target,
+    prompts: tuple[Prompt, ...],
+    folder: ResultFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
 ) -> None:
     """Sample and verify the missing responses, and write them as they arrive."""
-    run, missing = target.run, folder.missing()
+    run, missing = with_stop_tokens(target.run, tokenizer), folder.missing()
     with (
         serving(run, tokenizer, target.output) as fleet,
         closing(open_verifier(run)) as verifier,

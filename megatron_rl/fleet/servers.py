@@ -34,11 +34,12 @@ def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
     rollout, dtype = run.rollout, run.rollout.dtype or run.model.dtype
     log = Path(run.log.path) / "servers" / f"server_{number}.log"
     routes = {"enable_return_routed_experts": True} if rollout.routing_replay in ("report", "r3") else {}
+    code = {"trust_remote_code": True} if run.model.trust_code else {}
     if rollout.engine == "sglang" and rollout.sglang_python:
-        options = {"dtype": dtype, **routes, **rollout.sglang}
+        options = {"dtype": dtype, **routes, **code, **rollout.sglang}
         return sglang_server(rollout.sglang_python, run.model.path, log, options, rollout.environment, host)
     if rollout.engine == "vllm" and rollout.vllm_python:
-        options = {"dtype": dtype, **routes, **rollout.vllm}
+        options = {"dtype": dtype, **routes, **code, **rollout.vllm}
         return vllm_server(rollout.vllm_python, run.model.path, log, options, rollout.environment, host)
     if rollout.engine != "embedded":
         raise ConfigError(
@@ -48,4 +49,5 @@ def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
     # With a lag the requests of several steps overlap, and a run is not bitwise repeatable in any case.
     batching = "continuous" if rollout.max_lag else "request"
     options = ["--dtype", dtype, "--weight-version", "0", "--batching", batching]
+    options += ["--trust-code"] if run.model.trust_code else []
     return embedded_server(run.model.path, log, options, host, environment=rollout.environment)

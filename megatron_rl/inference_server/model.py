@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_rl.errors import DataError
@@ -22,6 +22,7 @@ from megatron_rl.inference_server.route_recorder import RouteRecorder
 from megatron_rl.models.checkpoint_folders import has_weights, holds_hf_files, open_checkpoint
 from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.tokenizers import has_tokenizer, open_tokenizer, stop_tokens
 from megatron_rl.weights.checksum import SHA256, sha256, sums64
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,16 +32,18 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class ServedModel:
     """The model, its weights by checkpoint name, and their version."""
 
-    def __init__(self, path: str, dtype: str, version: str, device: torch.device | None = None) -> None:
+    def __init__(
+        self, path: str, dtype: str, version: str, device: torch.device | None = None, *, trust_code: bool = False
+    ) -> None:
         require_model(path)
         self.path = path
         self.model = _read(Path(path), getattr(torch, dtype)).eval().to(device or torch.device("cpu"))
         self.model.requires_grad_(False)
         self.version = version
         self.tensors = checkpoint_views(self.model)
-        self.eos_ids = _eos_ids(self.model)
-        has_tokenizer = any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        self.tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        folder = Path(path)
+        self.tokenizer = open_tokenizer(folder, trust_code=trust_code) if has_tokenizer(folder) else None
+        self.eos_ids = stop_tokens(folder, self.tokenizer)
         self.recorder = RouteRecorder(self.model)
         self.context_length = _context_length(self.model)
         self._staged: dict[str, Tensor] | None = None
@@ -190,14 +193,6 @@ def _view(parameter: Tensor, elements: Tensor, name: str) -> Tensor:
     if not torch.equal(torch.arange(parameter.numel()).as_strided(elements.shape, strides, first), elements):
         raise DataError(f"{name} is not a regular part of the model's parameter: this architecture cannot be served")
     return parameter.as_strided(elements.shape, strides, parameter.storage_offset() + first)
-
-
-def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    entries = [model.config.get_text_config().eos_token_id]
-    if model.generation_config is not None:
-        entries.append(model.generation_config.eos_token_id)
-    ids = [i for entry in entries for i in (entry if isinstance(entry, list) else [entry])]
-    return tuple(sorted({i for i in ids if i is not None}))
 
 
 def _context_length(model: PreTrainedModel) -> int:

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(API_KEY, ""),
         help=f"key that clients must send as Authorization: Bearer KEY (default: the variable {API_KEY}, or none)",
     )
+    parser.add_argument(
+        "--trust-code", action="store_true", help="run Python files of MODEL_DIR that its tokenizer names"
+    )
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
 
 
@@ -58,7 +61,7 @@ def serve(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     device = torch.device("cuda", 0) if on_cuda() else torch.device("cpu")
-    model = ServedModel(args.model, args.dtype, args.weight_version, device)
+    model = ServedModel(args.model, args.dtype, args.weight_version, device, trust_code=args.trust_code)
     engine = Engine(model, args.batching, args.max_rows, args.seed)
     engine.start()
     try:

@@ -9,26 +9,59 @@ from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig
 from megatron_rl.models.hf_reader import INDEX, HFCheckpointReader
-from megatron_rl.models.torch_dist import FORMAT, is_torch_dist
+from megatron_rl.models.torch_dist import FORMAT, MANIFEST, is_torch_dist
 from megatron_rl.models.torch_dist_reader import TorchDistReader
 from megatron_rl.models.training_checkpoint import INDEX as SHARDED_INDEX
 from megatron_rl.models.training_checkpoint import LOSS, META, SAMPLER, TrainingCheckpointReader
 
-COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Files copied unchanged with a checkpoint: config, tokenizer, generation config, chat template."""
-MANIFEST = "manifest.json"
+WEIGHT_SUFFIXES = (
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".distcp",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".npz",
+        ".onnx",
+        ".tflite",
+    ),
+    *(".metadata", ".index.json", ".part"),
+)
+"""Ends of the names of files that hold weights or describe them."""
+COMPANION_FOLDERS = ("additional_chat_templates",)
+"""Folders copied with a checkpoint."""
 CONFIG = "config.json"
 _WEIGHT_FILES = (INDEX, FORMAT, MANIFEST, SHARDED_INDEX, META, SAMPLER, LOSS)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and templates; ``quantization_config`` is removed from the copy of config.json."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name not in _WEIGHT_FILES:
-                shutil.copyfile(path, target / path.name)
+    """Copy every file that holds no weights: config, tokenizer with its code, templates, license.
+
+    Hidden files stay, and ``quantization_config`` is removed from the copy of config.json.
+    """
+    for path in companion_files(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     if (target / CONFIG).is_file() and QUANTIZATION_CONFIG in (hf := read_hf_config(target)):
         write_hf_config(target, {key: value for key, value in hf.items() if key != QUANTIZATION_CONFIG})
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint folder that hold no weights, in alphabetical order."""
+    found = [*folder.iterdir(), *(path for name in COMPANION_FOLDERS for path in (folder / name).glob("*"))]
+    return sorted(
+        path
+        for path in found
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(WEIGHT_SUFFIXES)
+        and path.name not in _WEIGHT_FILES
+    )
 
 
 def write_hf_config(folder: Path, hf: HFConfig) -> None:

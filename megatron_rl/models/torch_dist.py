@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from megatron_rl.errors import DataError
 
 METADATA, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
+MANIFEST = "manifest.json"
+"""File in which a conversion records the SHA-256 of each Hugging Face tensor."""
 MAX_OVERHEAD_BYTES = 1 << 16
 """Maximum number of bytes that ``torch.save`` adds to those of a tensor."""
 

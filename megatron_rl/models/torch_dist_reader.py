@@ -1,16 +1,20 @@
 """Reads megatron-core's distributed checkpoints (``torch_dist``) as Hugging Face tensors."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_reader import MAX_LISTED, CheckpointReader, TensorSpec
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
 from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name, torch_dist_key
-from megatron_rl.models.torch_dist import read_metadata, read_region
+from megatron_rl.models.safetensor_files import DTYPES
+from megatron_rl.models.torch_dist import MANIFEST, read_metadata, read_region
 
 PASSTHROUGH_PREFIX = "hf."
 """Key prefix of tensors that are copied when converting but are not parameters of the model."""
@@ -71,10 +75,24 @@ class TorchDistReader(CheckpointReader):
             if key.startswith(PASSTHROUGH_PREFIX):
                 specs[key.removeprefix(PASSTHROUGH_PREFIX)] = TensorSpec(stored.shape, stored.dtype)
         self.specs = specs
+        self._digests = _manifest_digests(folder, specs)
         self._last: tuple[CheckpointSlice, tuple[Tensor, ...]] | None = None
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor. The other parts of the same Megatron parameter are cached until the next call."""
+        """Return a tensor. The other parts of the same Megatron parameter are cached until the next call.
+
+        Raises:
+            DataError: its SHA-256 is not the one in the manifest of the conversion, if there is one.
+        """
+        tensor = self._stored(name)
+        expected = self._digests.get(name)
+        if expected is not None:
+            found = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+            if found != expected:
+                raise DataError(f"{name} in {self.folder} was modified or is damaged; convert the model again")
+        return tensor
+
+    def _stored(self, name: str) -> Tensor:
         if name not in self._slices:
             key = PASSTHROUGH_PREFIX + name
             stored = self.stored[key]
@@ -88,6 +106,28 @@ class TorchDistReader(CheckpointReader):
         if part == len(parts) - 1:
             self._last = None
         return parts[part].contiguous()
+
+
+def _manifest_digests(folder: Path, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+    """Return the SHA-256 of each tensor from the manifest that ``tools/convert.py`` wrote; empty without one.
+
+    Tensors that the original checkpoint has in another dtype, such as FP8, are left out.
+
+    Raises:
+        DataError: the manifest cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_bytes())["tensors"]
+        return {
+            entry["name"]: entry["sha256"]
+            for entry in entries
+            if (spec := specs.get(entry["name"])) is not None and DTYPES[entry["dtype"]] == spec.dtype
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}; convert the model again") from error
 
 
 def _resolve(where: CheckpointSlice, layer: int, family: Family, local: Mapping[str, str]) -> CheckpointSlice | None:

@@ -68,7 +68,7 @@ def read_meta(folder: Path) -> CheckpointMeta:
     if meta.digest != meta.computed_digest():
         raise DataError(f"{folder / META} was modified; {repair_hint(folder)}")
     for name, size in meta.bytes.items():
-        path = folder / Path(name).name
+        path = _inside(folder, name)
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             problem = "is missing" if found is None else f"was modified: it has {found} bytes, not {size}"
@@ -82,10 +82,18 @@ def read_checked(folder: Path, name: str, meta: CheckpointMeta) -> bytes:
     Raises:
         DataError: the file was modified.
     """
-    content = (folder / name).read_bytes()
+    content = _inside(folder, name).read_bytes()
     if hashlib.sha256(content).hexdigest() != meta.sha256.get(name):
         raise DataError(f"{folder / name} was modified; {repair_hint(folder)}")
     return content
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file of the folder or of one of its folders; the metadata cannot name any other."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(f"{folder / META} names the file {name!r}, which is not in the folder; {repair_hint(folder)}")
+    return folder / path
 
 
 def open_sharded_state(folder: Path, meta: CheckpointMeta) -> ShardedStateReader:
@@ -103,8 +111,10 @@ class TrainingCheckpointReader(CheckpointReader):
     """Reads the weights of a training checkpoint under Hugging Face names."""
 
     def __init__(self, folder: Path, family: Family) -> None:
-        self.folder = folder
-        self.reader = open_sharded_state(folder, read_meta(folder))
+        self.folder, meta = folder, read_meta(folder)
+        for name in meta.sha256:
+            read_checked(folder, name, meta)
+        self.reader = open_sharded_state(folder, meta)
         known = {entry[0].megatron_name(*entry[1:]): entry for entry in family.parameters()}
         self._parts: dict[str, tuple[str, ParamMapping, int]] = {}
         specs: dict[str, TensorSpec] = {}

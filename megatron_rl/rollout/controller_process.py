@@ -22,14 +22,14 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from pathlib import Path
 from types import FrameType
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from megatron_rl.config.schema import Run
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.peer import Buffer, CallHandler, Json, Peer, PeerReply
+from megatron_rl.models.tokenizers import open_tokenizer
 from megatron_rl.rollout.backend import RolloutBackend
 from megatron_rl.rollout.column_bytes import encode_columns, text_column
 from megatron_rl.rollout.fleet_setup import open_fleet
@@ -129,7 +129,7 @@ class ControllerProcess:
 
     def _open(self, arguments: Json, data: Buffer) -> PeerReply:
         run = Run.model_validate_json(arguments["run"])
-        tokenizer = AutoTokenizer.from_pretrained(run.model.path)
+        tokenizer = open_tokenizer(Path(run.model.path), trust_code=run.model.trust_code)
         verifier = self._parts.enter_context(closing(open_verifier(run)))  # starts while the fleet starts
         transport = RemoteTransport(self._call_main_rank)
         self._fleet = self._parts.enter_context(open_fleet(run, tokenizer, transport))

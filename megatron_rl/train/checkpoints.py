@@ -29,7 +29,7 @@ from megatron_rl.distributed.collectives import broadcast_json
 from megatron_rl.distributed.host_copies import HostCopies
 from megatron_rl.distributed.mesh import World
 from megatron_rl.errors import DataError, TrainingError
-from megatron_rl.models.checkpoint_folders import copy_companions
+from megatron_rl.models.checkpoint_folders import companion_files, copy_companions
 from megatron_rl.models.sharded_files import StateSlice, index_json, parse_index, write_slices
 from megatron_rl.models.training_checkpoint import (
     INDEX,
@@ -193,8 +193,11 @@ def _finish(temporary: Path, final: Path, meta: CheckpointMeta, states: Mapping[
     texts = {INDEX: index_json(slices), **states}
     for name, text in texts.items():
         (temporary / name).write_text(text, encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
     digests = {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    companions = {str(path.relative_to(temporary)): path for path in companion_files(temporary)}
+    digests |= {name: sha256(path.read_bytes()).hexdigest() for name, path in companions.items()}
     described = meta.model_copy(update={"bytes": sizes, "sha256": digests})
     described = described.model_copy(update={"digest": described.computed_digest()})
     (temporary / META).write_text(described.model_dump_json(indent=2) + "\n")

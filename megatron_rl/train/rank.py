@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import World, start_world
+from megatron_rl.models.tokenizers import open_tokenizer, with_stop_tokens
 from megatron_rl.observability.hang_watchdog import Watchdog
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.observability.profile import Traces
@@ -52,9 +52,10 @@ def run_rank(loaded: Loaded[Run]) -> int:
     stop = StopSignal()
     client = _start_controller(run, world, stop) if world.is_main else None  # starts while the policy is built
     torch.manual_seed(run.train.seed)
-    tokenizer = AutoTokenizer.from_pretrained(run.model.path)
+    tokenizer = open_tokenizer(Path(run.model.path), trust_code=run.model.trust_code)
+    run = with_stop_tokens(run, tokenizer)
     policy = Policy(run, world, total_updates=run.train.steps * run.train.updates_per_step)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, policy.family.vocab_size, run.rollout.sampling.stop_token_ids)
     loss_state = LossState(run.objective, run.entropy)
     checkpoints = Checkpoints(run, world, policy, loss_state)
     start, state = checkpoints.load() if run.train.resume else (0, None)

@@ -24,6 +24,8 @@ from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.convert.verify import compare
 from megatron_rl.distributed.mesh import start_world
 from megatron_rl.errors import ConfigError, DataError
+from megatron_rl.models.checkpoint_folders import open_checkpoint
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name
 from megatron_rl.policy.backends import PLAIN_VARIABLE
 from megatron_rl.policy.engine import Policy
@@ -204,6 +206,21 @@ def test_multi_token_prediction_layers_are_copied(tmp_path: Path) -> None:
     to_hugging_face(tmp_path / "megatron", tmp_path / "again")
 
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_flipped_bit_of_a_tensor_is_noticed_when_it_is_read(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    to_core(demo, folder)
+    family = family_of(read_hf_config(folder))
+    name = "model.embed_tokens.weight"
+    bits = open_checkpoint(folder, family).read(name).numpy().tobytes()[:64]
+    file = next(path for path in folder.glob("*.distcp") if bits in path.read_bytes())
+    content = bytearray(file.read_bytes())
+    content[content.index(bits)] ^= 1
+    file.write_bytes(content)
+
+    with pytest.raises(DataError, match=rf"{name} in .* was modified or is damaged"):
+        open_checkpoint(folder, family).read(name)
 
 
 def test_an_existing_target_is_an_error(demo: Path, tmp_path: Path) -> None:

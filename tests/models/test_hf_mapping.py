@@ -13,7 +13,7 @@ from transformers import GptOssConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.models.checkpoint_folders import open_checkpoint
+from megatron_rl.models.checkpoint_folders import copy_companions, open_checkpoint
 from megatron_rl.models.hf_mapping import blocks, family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import (
     FuseGateUp,
@@ -112,3 +112,40 @@ def test_yarn_has_the_angles_and_the_factor_that_transformers_gives(changes, tru
 def test_an_attention_factor_without_stretching_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"attention_factor 0\.5.*factor above 1; factor is 1\.0"):
         yarn(attention_factor=0.5, factor=1.0)
+
+
+@pytest.mark.parametrize("theta", [{"rope_theta": 1e6}, {}])
+def test_old_and_new_rotary_settings_may_stand_side_by_side_if_they_agree(theta) -> None:
+    settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, **theta}
+    old = {"type": settings["rope_type"], **{key: settings[key] for key in settings if key != "rope_type"}}
+
+    assert blocks.rope_settings({"rope_parameters": settings, "rope_scaling": old}) == {"rope_theta": 1e4, **settings}
+
+
+@pytest.mark.parametrize(
+    "old", [{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, {"rope_theta": 5e5}]
+)
+def test_rotary_settings_that_engines_read_differently_are_refused(old) -> None:
+    hf = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_scaling": old}
+
+    with pytest.raises(ConfigError, match=r"rope_parameters = .* and rope_scaling = .*delete the wrong one"):
+        blocks.rope_settings(hf)
+
+
+def test_no_number_of_key_value_heads_means_one_per_attention_head() -> None:
+    assert blocks.kv_heads({"num_attention_heads": 8, "num_key_value_heads": None}) == 8
+
+
+def test_everything_but_weights_is_copied_with_a_checkpoint(tmp_path: Path) -> None:
+    companions = ["config.json", "tokenization_x.py", "tiktoken.model", "a.tiktoken", "LICENSE", "chat_template.jinja"]
+    weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "x.gguf", ".gitattributes"]
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    for name in [*companions, *weights, "additional_chat_templates/tool.jinja", "onnx/model.onnx"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+
+    copy_companions(source, target)
+
+    copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert copied == {*companions, "additional_chat_templates/tool.jinja"}

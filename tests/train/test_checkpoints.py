@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.distributed.mesh import start_world
+from megatron_rl.errors import DataError
 from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta
@@ -357,6 +358,21 @@ def test_a_checkpoint_is_a_model_folder_too(straight, models, name):
     saved = contents(folder, model, 2)
     assert all(torch.equal(source.read(name), saved[f"model {name}"]) for name in family.hf_shapes())
     assert all(source.specs[name].dtype is saved[f"model {name}"].dtype for name in family.hf_shapes())
+
+
+@pytest.mark.parametrize("name", ["config.json", "meta.json"])
+def test_a_changed_companion_of_a_checkpoint_is_noticed(straight, tmp_path, name):
+    layout = "tensor2 expert2 data2"
+    written = straight(layout)[0] / "checkpoints" / checkpoint_name(2)
+    checkpoint = Path(shutil.copytree(written, tmp_path / "step_000002"))
+    family = family_of(read_hf_config(checkpoint))
+    changed = bytearray((checkpoint / name).read_bytes())
+    digit = next(place for place, byte in enumerate(changed) if chr(byte).isdigit())
+    changed[digit] ^= 1
+    (checkpoint / name).write_bytes(changed)
+
+    with pytest.raises(DataError, match=name):
+        open_checkpoint(checkpoint, family)
 
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint(straight, tmp_path):

@@ -1,7 +1,7 @@
 """Building blocks of families: table entries per kind of layer, and TransformerConfig fields common to all families."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch.nn.functional as F
 
@@ -54,12 +54,26 @@ def common_fields(hf: HFConfig) -> dict[str, object]:
 
 
 def rope_settings(hf: HFConfig) -> dict[str, object]:
-    """Return the rotary settings with the key names of transformers 5, for config.json of any version."""
-    rope = dict(
-        hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
-    )
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    return rope
+    """Return the rotary settings with the key names of transformers 5, for config.json of any version.
+
+    Raises:
+        ConfigError: ``rope_scaling`` and ``rope_parameters`` contradict each other: engines prefer different ones.
+    """
+    new, old = (_standard_rope(hf, hf.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    if not hf.get("rope_parameters"):
+        return old
+    if hf.get("rope_scaling") and new != old:
+        raise ConfigError(
+            f"config.json has rope_parameters = {hf['rope_parameters']} and rope_scaling = {hf['rope_scaling']}, which"
+            " differ; inference engines and the trainer would read different ones, so delete the wrong one"
+        )
+    return new
+
+
+def _standard_rope(hf: HFConfig, settings: Mapping[str, object]) -> dict[str, object]:
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **settings}
+    old_name = rope.pop("type", "default")
+    return {"rope_type": old_name, **rope}
 
 
 def unscaled_rope_base(hf: HFConfig) -> float:
@@ -148,10 +162,16 @@ def head_dim(hf: HFConfig) -> int:
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
+def kv_heads(hf: HFConfig) -> int:
+    """Return the number of key-value heads; null means one per attention head."""
+    heads = hf["num_key_value_heads"]
+    return hf["num_attention_heads"] if heads is None else heads
+
+
 def attention_fields(hf: HFConfig, *, bias: bool, norm: bool) -> dict[str, object]:
     """Return the fields of grouped-query attention."""
     return {
-        "num_query_groups": hf["num_key_value_heads"],
+        "num_query_groups": kv_heads(hf),
         "kv_channels": head_dim(hf),
         "add_qkv_bias": bias,
         "qk_layernorm": norm,
@@ -161,7 +181,7 @@ def attention_fields(hf: HFConfig, *, bias: bool, norm: bool) -> dict[str, objec
 def attention(hf: HFConfig, *, bias: bool, norm: bool) -> Mappings:
     """Return grouped-query attention, with ``bias`` on query, key and value or a ``norm`` per query and key head."""
     width, layers = head_dim(hf), all_layers(hf)
-    heads, groups, hidden = hf["num_attention_heads"], hf["num_key_value_heads"], hf["hidden_size"]
+    heads, groups, hidden = hf["num_attention_heads"], kv_heads(hf), hf["hidden_size"]
     qkv, rows = FuseQKV(heads, groups, width), (heads * width, groups * width, groups * width)
 
     def fused(kind: str, shapes: tuple[Shape, ...]) -> ParamMapping:
