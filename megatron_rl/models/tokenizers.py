@@ -35,7 +35,7 @@ def open_tokenizer(folder: Path, *, trust_code: bool = False) -> PreTrainedToken
     """
     if not has_tokenizer(folder):
         raise ConfigError(f"no tokenizer in {folder} (model.path); copy {' and '.join(TOKENIZER_FILES)} of the model")
-    if (code := _own_code(folder)) and not trust_code:
+    if (code := _code_of(folder)) and not trust_code:
         raise ConfigError(
             f"the tokenizer of {folder} (model.path) runs code of that folder ({code}); read it, then write"
             " model.trust_code = true"
@@ -48,7 +48,7 @@ def open_tokenizer(folder: Path, *, trust_code: bool = False) -> PreTrainedToken
         ) from error
 
 
-def _own_code(folder: Path) -> str:
+def _code_of(folder: Path) -> str:
     """Return the code that ``auto_map`` of tokenizer_config.json names; empty if transformers' own code is enough."""
     auto_map = _json_object(folder / TOKENIZER_CONFIG).get("auto_map")
     entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, Mapping) else auto_map
