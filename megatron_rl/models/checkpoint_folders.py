@@ -53,7 +53,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def companion_files(folder: Path) -> list[Path]:
     """Return the files of a checkpoint folder that hold no weights, in alphabetical order."""
-    found = [*folder.iterdir(), *(path for name in COMPANION_FOLDERS for path in (folder / name).glob("*"))]
+    found = (path for folder in (folder, *(folder / name for name in COMPANION_FOLDERS)) for path in folder.glob("*"))
     return sorted(
         path
         for path in found

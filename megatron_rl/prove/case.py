@@ -113,4 +113,5 @@ def make_batch(vocab_size: int, seed: int) -> Batch:
 def perturbed_logprobs(batch: Batch, scored: Columns) -> Columns:
     """Return old and rollout log-probs: those of the reference plus noise, so that ratios differ from 1."""
     old_T = scored["old_logprobs_T"] + batch["noise_T"]
-    return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T + 0.3 * batch["noise_T"].flip(0)}
+    drift_T = 0.1 * torch.sin(50 * batch["noise_T"])  # per token, so that it does not depend on the layout
+    return {**scored, "old_logprobs_T": old_T, "rollout_logprobs_T": old_T + drift_T}
