@@ -76,6 +76,9 @@ WINDOWS: dict[str, tuple[str, ...]] = {
 
 
 SECOND: dict[str, tuple[str, ...]] = {
+    # The grid is older than megatron-core 0.19, so its two baselines are run again beside the second set.
+    "grpo, again": (*PAPERS["grpo"], "correction.kind=none"),
+    "dapo, again": (*PAPERS["dapo"], "correction.kind=none"),
     "dis": ("objective.name=dis", "objective.clip_low=0.2", "objective.clip_high=0.28"),
     "cispo, engine": ("objective.name=cispo", "objective.anchor=rollout", "objective.clip_high=4"),
     "aspo": ("objective.name=aspo",),
@@ -84,7 +87,7 @@ SECOND: dict[str, tuple[str, ...]] = {
     "minpro": ("objective.name=minpro", "objective.clip_low=0.2", "objective.clip_high=0.28"),
     "grpo, icepop": (*PAPERS["grpo"], "correction.kind=icepop", "correction.low=0.5", "correction.high=5"),
 }
-"""The second set, at its defaults, and GRPO with IcePop's weight (the ratio inside of the band, 0 outside)."""
+"""The second set at its defaults, GRPO with IcePop's weight (the ratio inside of the band, else 0), and baselines."""
 
 
 @dataclass(frozen=True, order=True)
