@@ -39,7 +39,7 @@ def serving(run: Run, tokenizer: FleetTokenizer, scratch: Path) -> Iterator[Flee
         run = run.model_copy(update={"model": run.model.model_copy(update={"path": str(copied)})})
     try:
         transport = make_transport(run, World(0, 1, torch.device("cpu")))
-        with open_fleet(run, tokenizer, transport) as fleet:
+        with open_fleet(run, tokenizer, transport, pushes=not starts_servers) as fleet:
             if not starts_servers:
                 fleet.update(weights_of(run), VERSION)
             yield fleet

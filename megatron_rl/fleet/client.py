@@ -34,6 +34,14 @@ class Client(HttpClient):
         """Return the server's description of itself."""
         return await self._json("GET", Endpoint.SERVER_INFO)
 
+    async def model_options(self) -> Json:
+        """Return what the server tells about its model: ``model_path`` and ``quantization``, as far as it does."""
+        return await self.server_info()
+
+    async def tensor_names(self) -> Sequence[str]:
+        """Return the names of the server's tensors; it computes the checksums of all for this."""
+        return list((await self.checksums())[1])
+
     async def pause(self, mode: Literal["abort", "retract", "in_place"], timeout_seconds: float | None = None) -> None:
         """Stop decoding until ``resume``; the mode says what happens to running requests."""
         timeout = self.control_timeout_seconds if timeout_seconds is None else timeout_seconds

@@ -33,6 +33,7 @@ from megatron_rl.fleet.membership import Membership
 from megatron_rl.fleet.partial import Decode, PartialResults
 from megatron_rl.fleet.process import ServerProcess
 from megatron_rl.fleet.protocol import GenerationRequest, GenerationResult, RequestRefused, ServerUnreachable
+from megatron_rl.fleet.quantization import FormJudge
 from megatron_rl.fleet.receivers import Receiver, ReceiverEnded
 from megatron_rl.fleet.registry import Registry
 from megatron_rl.fleet.request_plan import HttpRequest, RequestBatch, plan_requests, sampling_params
@@ -78,6 +79,7 @@ class Fleet:
         router: ServerProcess | str | None = None,
         receivers: int = 0,
         registry: Registry | None = None,
+        judge: FormJudge | None = None,
     ) -> "Fleet":
         """Start the servers that are processes, wait until all are healthy, and return the fleet.
 
@@ -91,28 +93,26 @@ class Fleet:
                 sequences, in whole groups, at least one group, and any failure repeats it as a whole: a server whose
                 results depend on the sequences that it decodes together then repeats bit for bit.
             keep_weights: whether to keep a copy of the weights here for servers that come back between two pushes.
-            decode: if given, a push aborts unfinished responses, and the fleet requests the rest with what they have as
-                a prefix. Without it the servers pause them, and continue them with the new weights.
+            decode: if given, a push aborts unfinished responses, and the fleet requests the rest with a prefix. Without
+                it the servers pause them, and continue them with the new weights.
             multi_turn: generates multi-turn responses; None for responses of one turn.
             router: a router process to start, or the url of a running one; plain generation goes through it.
-            receivers: processes that receive and validate the servers' answers; 0: this one does.
+            receivers: processes that receive the answers; 0: this one does.
             registry: the addresses of the servers, followed while the fleet is open: servers join and leave it.
+            judge: refuses servers for the form of their weights; None: no server is asked.
 
         Raises:
-            RolloutError: a server did not become healthy.
+            RolloutError: a server did not become healthy, or was refused for the form of its weights.
         """
-        timeouts = timeouts or Timeouts()
+        timeouts, processes = timeouts or Timeouts(), [Receiver() for _ in range(receivers)]
         sync = WeightSync(transport, timeouts, "retract" if decode is None else "abort")
-        membership = Membership(sync, timeouts, client, [Receiver() for _ in range(receivers)])
+        membership = Membership(sync, timeouts, client, processes, judge)
         for server in servers:
             membership.add(server)
-        front = None if router is None else Router(router, timeouts)
+        front = Router(router, timeouts) if router else None
         fleet = cls(
-            membership.members,
-            sync,
-            timeouts,
-            sequences_per_request=sequences_per_request,
-            dispatcher=Dispatcher(membership.members, sync, timeouts, sequences_per_server, front),
+            *(membership.members, sync, timeouts, sequences_per_request),
+            Dispatcher(membership.members, sync, timeouts, sequences_per_server, front),
             keep_weights=keep_weights,
             decode=decode,
             multi_turn=multi_turn,
@@ -274,6 +274,7 @@ class Fleet:
 
     async def _open(self) -> None:
         await gather_or_cancel([wait_until_healthy(member, self.timeouts) for member in self._all_members()])
+        await gather_or_cancel([self.membership.require_form(member) for member in self.members])
         for member in self.members:
             member.version = await member.client.version()
             member.join()

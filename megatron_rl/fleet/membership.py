@@ -1,6 +1,7 @@
 """Servers that join and leave a fleet while it is open: one task per server checks it, another follows the registry."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -9,9 +10,12 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.members import Member, Timeouts, monitor
 from megatron_rl.fleet.process import ServerProcess
+from megatron_rl.fleet.quantization import FormJudge, FormRefused, require_form
 from megatron_rl.fleet.receivers import Receiver
 from megatron_rl.fleet.registry import Registry
 from megatron_rl.fleet.sync import WeightSync
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -24,6 +28,8 @@ class Membership:
     """Client class of the servers' engine."""
     receivers: Sequence[Receiver]
     """Processes that receive the servers' answers; none: this one does."""
+    judge: FormJudge | None = None
+    """Refuses servers for the form of their weights; None: no server is asked."""
     members: list[Member] = field(default_factory=list)
     _tasks: dict[Member, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _watcher: asyncio.Task[None] | None = field(default=None, init=False)
@@ -86,9 +92,25 @@ class Membership:
 
     async def _catch_up(self, member: Member) -> None:
         """Bring the fleet's weights to a server that comes back, or that is new."""
+        await self.require_form(member)
         if not member.has_joined:
             await self._examine(member)
         await self.sync.catch_up(member)
+
+    async def require_form(self, member: Member) -> None:
+        """Ask a server how it holds its weights.
+
+        Raises:
+            FormRefused: a push sends them in another form.
+        """
+        if self.judge is None:
+            return
+        try:
+            await require_form(member.client, self.judge)
+        except FormRefused as error:
+            if member.reason != str(error):  # it is asked again and again
+                log.warning("Server %s cannot join the fleet: %s", member.url, error)
+            raise
 
     async def _examine(self, member: Member) -> None:
         """Distrust the version that a new server reports, which another run may have given to other weights.

@@ -4,13 +4,13 @@ vLLM has weights from a folder, checksums, pause and resume. A server must run w
 --enable-scale-out and --logprobs-mode processed_logprobs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.process import ServerProcess, require_model
-from megatron_rl.fleet.protocol import BadAnswer, RequestRefused
+from megatron_rl.fleet.protocol import BadAnswer, Json, RequestRefused
 from megatron_rl.fleet.sglang import Options, arguments, server_environment
 from megatron_rl.fleet.vllm_http import VllmHttpClient
 from megatron_rl.util.ports import free_port
@@ -24,6 +24,16 @@ class VllmClient(VllmHttpClient, Client):
     async def version(self) -> str:
         """Return the version of the server's weights."""
         return str((await self._json("GET", "/weight_info")).get("weight_version"))
+
+    async def model_options(self) -> Json:
+        """Return the folder of the server's model as ``model_path``."""
+        models = (await self._json("GET", "/v1/models")).get("data")
+        first = models[0] if isinstance(models, list) and models else {}
+        return {"model_path": first.get("root")} if isinstance(first, dict) else {}
+
+    async def tensor_names(self) -> Sequence[str]:
+        """Return the names of the server's tensors; it computes the checksums of all for this."""
+        return list(await self._checksums())
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"], timeout_seconds: float | None = None) -> None:
         """Stop decoding. vLLM cannot retract sequences (its ``keep`` keeps their cache), so ``retract`` aborts them."""
@@ -63,16 +73,20 @@ class VllmClient(VllmHttpClient, Client):
         vLLM fuses the other tensors, or packs them for a CPU kernel. With several ranks, each of which has a shard, the
         algorithm is empty: then servers are compared with each other.
         """
-        answer = await self._json("POST", "/weight_checker", {"action": "checksum"})
-        sums = answer.get("checksums")
-        if not isinstance(sums, dict) or not sums:
-            raise BadAnswer(f"{self.url}/weight_checker: no checksums in {str(answer)[:80]}")
-        by_rank = {str(name): str(value) for name, value in sums.items()}
+        by_rank = await self._checksums()
         ranks = {name.rpartition(":")[0] for name in by_rank}
         if len(ranks) > 1:
             return "", by_rank
         plain = {name.rpartition(":")[2]: value[:16] for name, value in by_rank.items()}
         return "sha256/8", {name: value for name, value in plain.items() if "norm" in name or "embed" in name}
+
+    async def _checksums(self) -> dict[str, str]:
+        """Return the checksum of every tensor, by rank and name."""
+        answer = await self._json("POST", "/weight_checker", {"action": "checksum"})
+        sums = answer.get("checksums")
+        if not isinstance(sums, dict) or not sums:
+            raise BadAnswer(f"{self.url}/weight_checker: no checksums in {str(answer)[:80]}")
+        return {str(name): str(value) for name, value in sums.items()}
 
 
 def vllm_server(

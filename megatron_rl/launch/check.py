@@ -19,6 +19,7 @@ from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.model_sizes import ModelSizes
 from megatron_rl.launch.planning.run_plan import BatchSizes, make_plan, max_prompt_tokens
 from megatron_rl.launch.planning.tables import memory_table, step_table, suggestions_table
+from megatron_rl.launch.server_forms import check_server_forms
 from megatron_rl.launch.versions import OPTIONAL, found_versions
 from megatron_rl.util.console import make_console
 
@@ -60,7 +61,7 @@ def check(loaded: Loaded[Run] | None, ranks: int | None = None) -> int:
             console.print("train.deterministic: default, off on GPUs; true repeats bit for bit and limits attention")
         for line in describe_attention(loaded.run, plan.layout, plan.sizes, plan.batches.longest):
             console.print(line, markup=False)
-    for note in plan.notes:
+    for note in (*plan.notes, *check_server_forms(loaded)):
         console.print(f"note: {note}", markup=False)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", markup=False, style="yellow")

@@ -15,11 +15,13 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
+from megatron_rl.fleet.quantization import FormJudge
 from megatron_rl.fleet.registry import Registry
 from megatron_rl.fleet.router import router_process
 from megatron_rl.fleet.servers import servers_of
 from megatron_rl.fleet.turns import MultiTurn, TurnTokenizer
 from megatron_rl.fleet.vllm import VllmClient
+from megatron_rl.models.served_weights import ServedWeights
 from megatron_rl.tasks.environments import ChatTokenizer, chat_wrap, find_environment
 from megatron_rl.weights.disk import DiskTransport, write_rank_files
 from megatron_rl.weights.distributed import DistributedTransport
@@ -52,7 +54,14 @@ class PolicyWeights(Protocol):
         ...
 
 
-def open_fleet(run: Run, tokenizer: FleetTokenizer, transport: WeightTransport, *, keep_weights: bool = False) -> Fleet:
+def open_fleet(
+    run: Run,
+    tokenizer: FleetTokenizer,
+    transport: WeightTransport,
+    *,
+    keep_weights: bool = False,
+    pushes: bool = True,
+) -> Fleet:
     """Start or find the servers, and wait until all are healthy.
 
     Args:
@@ -60,10 +69,11 @@ def open_fleet(run: Run, tokenizer: FleetTokenizer, transport: WeightTransport, 
         tokenizer: tokenizer of the model.
         transport: brings weights to the servers.
         keep_weights: whether this process keeps a copy of the weights for servers that come back between two pushes.
+        pushes: whether weights will be pushed, which servers that hold them in another form cannot take.
 
     Raises:
         ConfigError: the run cannot start servers of this engine.
-        RolloutError: a server did not become healthy.
+        RolloutError: a server did not become healthy, or holds weights in another form than the pushes send.
     """
     rollout = run.rollout
     servers = servers_of(run)
@@ -85,7 +95,14 @@ def open_fleet(run: Run, tokenizer: FleetTokenizer, transport: WeightTransport, 
         router=router,
         receivers=rollout.receivers,
         registry=Registry(Path(rollout.registry)) if rollout.registry else None,
+        judge=form_judge(run) if pushes else None,
     )
+
+
+def form_judge(run: Run) -> FormJudge:
+    """Return what refuses servers that hold their weights in another form than the run's pushes send."""
+    served = ServedWeights.of(run)
+    return lambda held: served.problem(held.method, held.settings)
 
 
 def starts_with_push(run: Run) -> bool:

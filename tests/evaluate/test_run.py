@@ -109,7 +109,7 @@ def test_an_engine_that_cannot_read_a_checkpoint_gets_a_copy(run, tmp_path, monk
     seen: list[Path] = []
 
     @contextmanager
-    def open_fleet(description, tokenizer, transport):
+    def open_fleet(description, tokenizer, transport, *, pushes):
         folder = Path(description.model.path)
         assert holds_hf_files(folder)
         family = family_of(read_hf_config(folder))

@@ -27,6 +27,8 @@ class FakeServer:
         hangs: nothing is answered at all while it is set.
         logprob: of every token, sampled or read.
         checksum: of its one tensor.
+        tensor: name of its one tensor.
+        info: answer of ``/server_info``, in addition.
         breaks: the connection of ``/generate`` is closed in the middle of a request while it is set.
     """
 
@@ -39,6 +41,8 @@ class FakeServer:
         self.hangs = False
         self.checksum = "same everywhere"
         self.breaks = False
+        self.info: dict[str, object] = {}
+        self.tensor = "t"
         self.calls: Counter[str] = Counter()
         self.rows: list[str] = []
         self.url = ""
@@ -59,8 +63,9 @@ class FakeServer:
             return await self.generate(body)
         if request.path == Endpoint.UPDATE_VERSION:
             self.version = body["new_version"]
-        checksums = {"checksums": {"t": self.checksum}}
-        return web.json_response({"success": True, "weight_version": self.version, "ranks": [checksums]})
+        checksums = {"checksums": {self.tensor: self.checksum}}
+        info = self.info if request.path == Endpoint.SERVER_INFO else {}
+        return web.json_response({"success": True, "weight_version": self.version, "ranks": [checksums], **info})
 
     async def generate(self, body: dict[str, Any]) -> web.Response:
         await asyncio.sleep(self.delay_seconds)

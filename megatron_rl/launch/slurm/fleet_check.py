@@ -1,6 +1,7 @@
 """Sends one short request to every server of a fleet, to find dead, silent, slow or wrong servers before a run.
 
 health    the server answers its health check within ``rollout.start_timeout_seconds``
+form      the server holds its weights in the form in which they are pushed: quantized in the same way, or not at all
 generate  a few tokens from a short prompt, timed; the answer is validated as strictly as in training
 log-probs of the same prompt; a server whose log-probs differ from most servers has other weights
 """
@@ -22,9 +23,11 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.members import Member, Timeouts, wait_until_healthy
 from megatron_rl.fleet.protocol import GenerationRequest
+from megatron_rl.fleet.quantization import FormJudge, require_form
 from megatron_rl.fleet.registry import UNCHECKED, Registry
 from megatron_rl.fleet.request_plan import sampling_params
 from megatron_rl.fleet.vllm import VllmClient
+from megatron_rl.launch.server_forms import form_judge
 from megatron_rl.util.console import make_console
 
 PROMPT = tuple(range(1, 9))
@@ -69,7 +72,7 @@ def check_fleet(run: Run) -> int:
         urls = Registry(registry).wait(rollout.servers, rollout.start_timeout_seconds, checked=False)
     client = VllmClient if rollout.engine == "vllm" else Client
     timeouts = Timeouts(start_timeout_seconds=rollout.start_timeout_seconds)
-    probes = asyncio.run(_probe_all([client(url) for url in urls], timeouts))
+    probes = asyncio.run(_probe_all([client(url) for url in urls], timeouts, form_judge(run)))
     if rollout.registry:  # the trainer pushes its weights to running servers before the first step
         probes = compare_weights(probes)
     make_console().print(_table(probes))
@@ -83,14 +86,15 @@ def check_fleet(run: Run) -> int:
     return 0
 
 
-async def _probe_all(clients: Sequence[Client], timeouts: Timeouts) -> list[ServerProbe]:
-    return await asyncio.gather(*(_probe(client, timeouts) for client in clients))
+async def _probe_all(clients: Sequence[Client], timeouts: Timeouts, judge: FormJudge) -> list[ServerProbe]:
+    return await asyncio.gather(*(_probe(client, timeouts, judge) for client in clients))
 
 
-async def _probe(client: Client, timeouts: Timeouts) -> ServerProbe:
+async def _probe(client: Client, timeouts: Timeouts, judge: FormJudge) -> ServerProbe:
     params = {**sampling_params(Sampling(max_new_tokens=NEW_TOKENS)), "sampling_seed": 0}
     try:
         await wait_until_healthy(Member(client), timeouts)
+        await require_form(client, judge)
         version = await client.version()
         start = time.perf_counter()
         await client.generate([GenerationRequest("preflight/generate", PROMPT, params)])
