@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_rl.errors import ConfigError
 from megatron_rl.inference_server.serve import add_arguments as add_serve_arguments
 from megatron_rl.inference_server.serve import serve
-from megatron_rl.util.exit_codes import CHECK_FAILED, USER_ERROR, interrupt_on_sigterm, run_command
+from megatron_rl.util.exit_codes import interrupt_on_sigterm, run_command
 from megatron_rl.util.logs import StderrHandler, logging_to
 
 if TYPE_CHECKING:  # the schema imports torch, which --help need not wait for
@@ -40,12 +40,11 @@ REMOVED_VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit code; a user error is one message and code 2 (1 for ``check``)."""
+    """Run a verb and return its exit code; a user error is one message and code 2."""
     options = _parse(argv)
     if "RANK" not in os.environ:  # a rank that is still starting just ends
         interrupt_on_sigterm()
-    error_code = CHECK_FAILED if options.verb == "check" else USER_ERROR
-    return run_command(f"megatron-rl {options.verb}", lambda: options.run(options), error_code)
+    return run_command(f"megatron-rl {options.verb}", lambda: options.run(options))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -112,6 +111,8 @@ def _train(options: argparse.Namespace) -> int:
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     _add_config(parser, "*")
     parser.add_argument("--ranks", type=int, help="number of trainer ranks (default: parallel.ranks)")
+    parser.add_argument("--full", action="store_true", help="tokenize all prompts instead of a sample")
+    parser.add_argument("--settings", action="store_true", help="also print all settings and software versions")
     parser.add_argument("--cluster", action="store_true", help="check the nodes of the surrounding Slurm allocation")
 
 
@@ -123,7 +124,7 @@ def _check(options: argparse.Namespace) -> int:
         from megatron_rl.launch.slurm.cluster import check_cluster
 
         return check_cluster(options.config, loaded.run)
-    return check(loaded, options.ranks)
+    return check(loaded, options.ranks, full=options.full, shows_settings=options.settings)
 
 
 def _add_prove_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,10 @@ Option = bool | int | float | str | list[bool | int | float | str]
 S = TypeVar("S", "JsonlTask", "ReasoningGymTask")
 
 
-def _check_system_prompt(task: S) -> S:
-    if task.system_prompt and not task.chat_template:
-        raise ValueError("system_prompt is set but chat_template is off; set task.chat_template = true")
+def _check_template_options(task: S) -> S:
+    for name in ("system_prompt", "template", "tools"):
+        if getattr(task, name) and not task.chat_template:
+            raise ValueError(f"{name} is set but chat_template is off; set task.chat_template = true")
     return task
 
 
@@ -58,10 +59,20 @@ class JsonlTask(Section):
     """Format the prompt as a user turn with the tokenizer's chat template."""
     system_prompt: str = ""
     """System turn; needs ``chat_template``."""
+    template: dict[str, Option] = Field(default_factory=dict)
+    """Variables of the chat template, such as ``{ enable_thinking = false }``; needs ``chat_template``."""
+    tools: InputPath | None = None
+    """JSON file with the schemas of the tools that the chat template shows; needs ``chat_template``."""
+    prefill: str = ""
+    """Beginning of every response; part of the prompt, and not trained."""
+    continue_last_turn: bool = False
+    """Responses continue a conversation whose last turn is the assistant's; default: such rows are refused."""
+    escape_control_tokens: bool | None = None
+    """Encode special tokens that occur in the data as characters; default: with ``chat_template``."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 2048
     """Maximum prompt length, in tokens; longer prompts are skipped and counted."""
 
-    _checked = model_validator(mode="after")(_check_system_prompt)
+    _checked = model_validator(mode="after")(_check_template_options)
 
 
 class MixtureTask(Section):
@@ -92,10 +103,20 @@ class ReasoningGymTask(Section):
     """Format the question as a user turn with the tokenizer's chat template."""
     system_prompt: str = ""
     """System turn; needs ``chat_template``."""
+    template: dict[str, Option] = Field(default_factory=dict)
+    """Variables of the chat template, such as ``{ enable_thinking = false }``; needs ``chat_template``."""
+    tools: InputPath | None = None
+    """JSON file with the schemas of the tools that the chat template shows; needs ``chat_template``."""
+    prefill: str = ""
+    """Beginning of every response; part of the prompt, and not trained."""
+    continue_last_turn: bool = False
+    """Responses continue a conversation whose last turn is the assistant's; default: such rows are refused."""
+    escape_control_tokens: bool | None = None
+    """Encode special tokens that occur in the data as characters; default: with ``chat_template``."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 2048
     """Maximum prompt length, in tokens; longer questions are replaced and counted."""
 
-    _checked = model_validator(mode="after")(_check_system_prompt)
+    _checked = model_validator(mode="after")(_check_template_options)
 
     @model_validator(mode="after")
     def _check_mixture(self) -> "ReasoningGymTask":

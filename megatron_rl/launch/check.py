@@ -1,4 +1,4 @@
-"""``megatron-rl check``: prints software versions, settings, layout, batches, memory and cost; starts nothing."""
+"""``megatron-rl check``: the verdict on a configuration, its problems, and its plan; starts nothing."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,7 @@ from rich.table import Table
 
 from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
+from megatron_rl.errors import ConfigError
 from megatron_rl.launch.planning.attention import describe_attention
 from megatron_rl.launch.planning.estimate import (
     RunEstimate,
@@ -15,13 +16,15 @@ from megatron_rl.launch.planning.estimate import (
     plans_gpus,
     suggestions_for,
 )
+from megatron_rl.launch.planning.fit import MemoryFit, describe_misfit, memory_fit
 from megatron_rl.launch.planning.layout import ParallelLayout
 from megatron_rl.launch.planning.model_sizes import ModelSizes
-from megatron_rl.launch.planning.run_plan import BatchSizes, make_plan, max_prompt_tokens
+from megatron_rl.launch.planning.run_plan import BatchSizes, examine, max_prompt_tokens
 from megatron_rl.launch.planning.tables import memory_table, step_table, suggestions_table
 from megatron_rl.launch.server_forms import check_server_forms
 from megatron_rl.launch.versions import OPTIONAL, found_versions
 from megatron_rl.util.console import make_console
+from megatron_rl.util.exit_codes import USER_ERROR
 
 SOFTWARE_USE = {
     "transformer-engine": "layers on GPUs; without it, megatron-core's local layers",
@@ -35,38 +38,65 @@ SOFTWARE_USE = {
 }
 
 
-def check(loaded: Loaded[Run] | None, ranks: int | None = None) -> int:
-    """Print all tables of a configuration, or without one the software versions; return 0.
+def check(
+    loaded: Loaded[Run] | None, ranks: int | None = None, *, full: bool = False, shows_settings: bool = False
+) -> int:
+    """Print the verdict on a configuration, its problems and its tables, or without one the software versions.
 
     Args:
         loaded: the configuration.
         ranks: number of trainer ranks; None: as configured.
+        full: whether to tokenize all prompts instead of a sample.
+        shows_settings: whether to print the software versions and all settings too.
 
-    Raises:
-        ConfigError: the run cannot work; the message lists all problems.
+    Returns:
+        The exit code that ``train`` would have: ``USER_ERROR`` if there is a problem.
     """
     console = make_console()
-    console.print(versions_table())
     if loaded is None:
+        console.print(versions_table())
         return 0
-    console.print(settings_table(loaded))
     ranks = ranks or planned_ranks(loaded)
     estimate = estimate_run(loaded, ranks)
+    examination = examine(loaded, ranks, on_gloo=not plans_gpus(loaded), inspected="all" if full else "sample")
+    fit = None if estimate is None else memory_fit(loaded, estimate)
+    running, notes = list(examination.running), list(examination.facts)
+    if examination.plan is not None:
+        notes = [*examination.plan.notes, *notes]
+        try:
+            notes += check_server_forms(loaded)
+        except ConfigError as error:
+            running.append(str(error))
+    problems = [] if fit is None or fit.fits else [describe_misfit(fit)]
+    problems += [*running, *examination.learning]
+    for line in verdict(fit, len(running), len(examination.learning)):
+        console.print(line, markup=False, soft_wrap=True, style="bold")
+    for problem in problems:
+        console.print(f"problem: {problem}", markup=False, soft_wrap=True, style="red")
+    for warning in examination.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True, style="yellow")
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if shows_settings:
+        console.print(versions_table())
+        console.print(settings_table(loaded))
     if estimate is not None:
         _print_estimate(console, loaded, estimate)
-    plan = make_plan(loaded, ranks, on_gloo=not plans_gpus(loaded))
-    if plans_gpus(loaded):
-        setting = loaded.run.train.deterministic
-        if setting is None:
-            console.print("train.deterministic: default, off on GPUs; true repeats bit for bit and limits attention")
-        for line in describe_attention(loaded.run, plan.layout, plan.sizes, plan.batches.longest):
-            console.print(line, markup=False)
-    for note in (*plan.notes, *check_server_forms(loaded)):
-        console.print(f"note: {note}", markup=False)
-    for warning in plan.warnings:
-        console.print(f"warning: {warning}", markup=False, style="yellow")
-    console.print("ok: no problem found")
-    return 0
+    return USER_ERROR if problems else 0
+
+
+def verdict(fit: MemoryFit | None, running: int, learning: int) -> list[str]:
+    """Return three lines: whether the run fits into memory, runs, and can learn, with the numbers of problems."""
+    unknown = "whether it fits is unknown: the model, the layout or the memory of a GPU (cluster.gpu_memory_gib) is not"
+    return [
+        f"{unknown} known" if fit is None else f"fits: {fit}" if fit.fits else f"does not fit: {fit}",
+        f"does not run: {_count(running)}" if running else "runs",
+        f"cannot learn: {_count(learning)}" if learning else "learns" + ", if it runs" * bool(running),
+    ]
+
+
+def _count(problems: int) -> str:
+    return "1 problem" if problems == 1 else f"{problems} problems"
 
 
 def _print_estimate(console: Console, loaded: Loaded[Run], estimate: RunEstimate) -> None:
@@ -80,6 +110,12 @@ def _print_estimate(console: Console, loaded: Loaded[Run], estimate: RunEstimate
         console.print(suggestions_table(suggestions))
     elif estimate.memory_bytes is not None:
         console.print(f"no layout of {estimate.layout.ranks} ranks fits; use more ranks, or fewer tokens per row")
+    if not plans_gpus(loaded):
+        return
+    if run.train.deterministic is None:
+        console.print("train.deterministic: default, off on GPUs; true repeats bit for bit and limits attention")
+    for line in describe_attention(run, estimate.layout, estimate.sizes, estimate.batches.longest):
+        console.print(line, markup=False)
 
 
 def versions_table() -> Table:

@@ -11,6 +11,8 @@ from megatron_rl.config.schema import Run
 from megatron_rl.distributed.ledger import record_collectives
 from megatron_rl.distributed.mesh import rank_from_environment
 from megatron_rl.launch.failures import reporting_failure
+from megatron_rl.launch.planning.estimate import estimate_run
+from megatron_rl.launch.planning.fit import describe_misfit, memory_fit
 from megatron_rl.launch.planning.run_plan import RunPlan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
@@ -35,9 +37,9 @@ def main(loaded: Loaded[Run], words: Sequence[str]) -> int:
 
 
 def _run_ranks(loaded: Loaded[Run], words: Sequence[str]) -> int:
-    plan = make_plan(loaded)
+    plan = make_plan(loaded, inspected="sample")
     with locked(Path(loaded.run.log.path)):
-        _prepare(loaded.run, plan, check_resumable(loaded.run))
+        _prepare(loaded, plan, check_resumable(loaded.run))
         command = ["megatron_rl", "train", *words]
         return LocalRanks(command, plan.layout.ranks, loaded.run.train.step_timeout_seconds).run()
 
@@ -45,11 +47,11 @@ def _run_ranks(loaded: Loaded[Run], words: Sequence[str]) -> int:
 def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
     with ExitStack() as stack:
         if PREPARED not in os.environ:  # started by torchrun or srun, not by LocalRanks
-            plan = make_plan(loaded, size)
+            plan = make_plan(loaded, size, inspected="sample")
             resumed = check_resumable(loaded.run)
             if rank == 0:
                 stack.enter_context(locked(Path(loaded.run.log.path)))
-                _prepare(loaded.run, plan, resumed)
+                _prepare(loaded, plan, resumed)
         quiet_upstream()
         record_collectives()
         with reporting_failure():
@@ -58,11 +60,14 @@ def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
             return run_rank(loaded)
 
 
-def _prepare(run: Run, plan: RunPlan, resumed: str) -> None:
+def _prepare(loaded: Loaded[Run], plan: RunPlan, resumed: str) -> None:
     """Create the run folder, and log warnings, where the run begins, and the settings that changed."""
-    for warning in plan.warnings:
+    estimate = estimate_run(loaded, plan.layout.ranks)
+    fit = None if estimate is None else memory_fit(loaded, estimate)
+    misfit = [] if fit is None or fit.fits else [describe_misfit(fit)]  # a plan, not a measurement: the run may try
+    for warning in (*misfit, *plan.warnings):
         log.warning(warning)
-    changes = prepare_folder(run, found_versions())
+    changes = prepare_folder(loaded.run, found_versions())
     if resumed:
         log.info(resumed)
     if changes:

@@ -23,8 +23,13 @@ def make_task(options: AnyTask, tokenizer: Tokenizer) -> Task:
     return ReasoningGym(options, tokenizer)
 
 
-def check_task(options: AnyTask, reward: Reward, environment: EnvironmentConfig) -> Iterator[str]:
-    """Yield the problems of a task, its rewards and its environment (files, packages, names). Needs no tokenizer."""
+def check_task(
+    options: AnyTask, reward: Reward, environment: EnvironmentConfig, *, reads_files: bool = True
+) -> Iterator[str]:
+    """Yield the problems of a task, its rewards and its environment (files, packages, names). Needs no tokenizer.
+
+    Without ``reads_files`` prompt files are left out, for callers that read them anyway (``sample_prompts``).
+    """
     if environment.name:
         try:
             find_environment(environment.name)
@@ -34,6 +39,6 @@ def check_task(options: AnyTask, reward: Reward, environment: EnvironmentConfig)
     names |= {f"reward.verifiers.{name}": verifier for name, verifier in reward.verifiers.items()}
     yield from check_verifiers(names, reward)
     if isinstance(options, JsonlTask):
-        yield from check_files(options)
+        yield from check_files(options) if reads_files else ()
     elif not isinstance(options, ChainedArithmeticTask):
         yield from check_gym(options)

@@ -77,12 +77,12 @@ class Task(Protocol):
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that tasks use."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool, **options: bool) -> list[int]:
+        """Return the token ids of a text. With ``split_special_tokens`` special tokens are encoded as characters."""
         ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **variables: object
     ) -> str:
         """Return the text of a conversation, ending where the assistant's turn begins."""
         ...

@@ -15,16 +15,13 @@ from megatron_rl.data.prompts import Shuffled
 from megatron_rl.data.types import Prompt, Response
 from megatron_rl.errors import DataError, MegatronRLError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict, in_heldout_split
-from megatron_rl.tasks.render import render
+from megatron_rl.tasks.render import PromptRenderer, Turns
 from megatron_rl.tasks.reward import find_verifier, require_stop
 from megatron_rl.tasks.rows import RowLocation, read_rows
 from megatron_rl.tasks.verifiers import VERIFIERS
 
 logger = logging.getLogger(__name__)
 
-
-Turns = list[dict[str, str]]
-"""A conversation: a list of turns with ``role`` and ``content``."""
 
 LABELS = ("task", "difficulty")
 """Optional columns that are copied to ``Prompt.metadata``; evaluation reports results for each of their values."""
@@ -66,7 +63,22 @@ def read_prompt_rows(options: JsonlTask, path: Path) -> Iterator[PromptRow]:
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise DataError(f"{options.answer_field} is {_show(answer)} ({location}); write a string or a number")
         labels = {name: str(row[name]) for name in LABELS if isinstance(row.get(name), str | int | float)}
-        yield PromptRow(location, cast(str | Turns, prompt), str(answer), labels)
+        found = PromptRow(location, cast(str | Turns, prompt), str(answer), labels)
+        _check_characters(found)
+        yield found
+
+
+def _check_characters(row: PromptRow) -> None:
+    """Raise DataError if a text has half of a surrogate pair, which no file can hold and no tokenizer encodes."""
+    roles = [] if isinstance(row.prompt, str) else [turn["role"] for turn in row.prompt]
+    for text in (row.text, row.answer, *roles, *row.labels.values()):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start + 1} of a text"
+                f" ({row.location}): the text was cut inside a character; remove it, or write the whole character"
+            ) from error
 
 
 def _field(row: Mapping[str, object], name: str, option: str, location: RowLocation) -> object:
@@ -108,7 +120,7 @@ class Jsonl:
 
     def __init__(self, options: JsonlTask, tokenizer: Tokenizer) -> None:
         self.options = options
-        self.tokenizer = tokenizer
+        self._renderer = PromptRenderer(options, tokenizer)
         self._verify = require_stop(find_verifier(options.verifier, Reward()))
         self.too_long = 0
         """Number of prompts that were left out because they have more than ``max_prompt_tokens`` tokens."""
@@ -150,19 +162,24 @@ class Jsonl:
     def _tokenize(self, rows: list[PromptRow]) -> list[Prompt]:
         prompts = []
         for row in rows:
-            self._check_answer(row)
-            text, ids = render(row.prompt, self.options, self.tokenizer)
-            if len(ids) > self.options.max_prompt_tokens:
+            prompt = prompt_of(row, self.options, self._renderer)
+            if len(prompt.input_ids) > self.options.max_prompt_tokens:
                 self.too_long += 1
                 continue
-            prompt_id = f"{row.location.name}:{row.location.number}"
-            prompts.append(Prompt(prompt_id, ids, text, row.answer, row.labels))
+            prompts.append(prompt)
         return prompts
 
-    def _check_answer(self, row: PromptRow) -> None:
-        """Raise DataError if the built-in verifier cannot use the answer, before a run starts rather than during it."""
-        if self.options.verifier in ("number", "regex"):
-            try:
-                VERIFIERS[self.options.verifier](row.text, "", row.answer)
-            except DataError as error:
-                raise DataError(f"{error} ({row.location})") from error
+
+def prompt_of(row: PromptRow, options: JsonlTask, renderer: PromptRenderer) -> Prompt:
+    """Return the prompt of a row.
+
+    Raises:
+        DataError: it cannot be rendered, or the verifier cannot use the answer; the message names file and line.
+    """
+    try:
+        if options.verifier in ("number", "regex"):
+            VERIFIERS[options.verifier](row.text, "", row.answer)
+        text, ids = renderer.render(row.prompt)
+    except DataError as error:
+        raise DataError(f"{error} ({row.location})") from error
+    return Prompt(f"{row.location.name}:{row.location.number}", ids, text, row.answer, row.labels)

@@ -21,7 +21,7 @@ from megatron_rl.data.types import Prompt, Response, fold_seed
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.tasks.base import Split, Tokenizer, Verdict, in_heldout_split, text_hash, unfinished
 from megatron_rl.tasks.extract import EXTRACTORS
-from megatron_rl.tasks.render import render
+from megatron_rl.tasks.render import PromptRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class ReasoningGym:
     """A task whose questions, answers and scores come from reasoning-gym."""
 
     def __init__(self, options: ReasoningGymTask, tokenizer: Tokenizer) -> None:
-        self.options, self.tokenizer = options, tokenizer
+        self.options, self._renderer = options, PromptRenderer(options, tokenizer)
         self.too_long = 0
         """Number of questions that were replaced so far because they have more than ``max_prompt_tokens`` tokens."""
         if problems := list(check_gym(options)):
@@ -168,7 +168,7 @@ class ReasoningGym:
             entry = self.datasets.entry(source)[1]
             if in_heldout_split(entry["question"], self.options.heldout_fraction) != (split == "heldout"):
                 continue
-            text, ids = render(entry["question"], self.options, self.tokenizer)
+            text, ids = self._renderer.render(entry["question"])
             if len(ids) <= self.options.max_prompt_tokens:
                 self._count_too_long(too_long)
                 metadata = {"task": self.datasets.dataset_name(label), "difficulty": self._difficulty(label)}

@@ -11,6 +11,9 @@ from megatron_rl.errors import ConfigError, DataError
 
 FileFormat = Literal["jsonl", "parquet", "datasets"]
 
+DAMAGE = (OSError, ValueError, ArithmeticError, MemoryError, TypeError, LookupError)
+"""What conversions of damaged data raise, in addition to the exceptions of pyarrow."""
+
 
 @dataclass(frozen=True)
 class RowLocation:
@@ -55,7 +58,7 @@ def _jsonl(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
 def _parse_object(raw: bytes, location: RowLocation) -> Mapping[str, object]:
     try:
         row = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: deeply nested
         raise DataError(f"not JSON: {_truncate(raw)} ({location}): {error}; write one JSON object per line") from error
     if not isinstance(row, dict):
         raise DataError(f"not a JSON object: {_truncate(raw)} ({location}); write {{...}} with a prompt and an answer")
@@ -85,8 +88,9 @@ def _parquet(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, object]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield RowLocation(file, number, _relative_name(file, path)), row
-        except pyarrow.ArrowException as error:
-            raise DataError(f"not a Parquet file: {file} (task.path or task.heldout_path): {error}") from error
+        except (pyarrow.ArrowException, *DAMAGE) as error:
+            row = f", after row {number}" if number else ""
+            raise DataError(f"cannot read {file}{row} (task.path or task.heldout_path): {error}") from error
 
 
 def _relative_name(file: Path, path: Path) -> str:
@@ -99,7 +103,7 @@ def _saved_dataset(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, objec
 
     splits = path / "dataset_dict.json"
     if splits.is_file():
-        names = ", ".join(str(path / name) for name in json.loads(splits.read_text(encoding="utf-8"))["splits"])
+        names = ", ".join(str(path / str(name)) for name in _json_list(splits, "splits"))
         raise DataError(f"{path} (task.path or task.heldout_path) has several splits; write one of {names}")
     state = path / "state.json"
     if not state.is_file():
@@ -107,7 +111,9 @@ def _saved_dataset(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, objec
             f"no dataset in {path} (task.path or task.heldout_path): no state.json; write a folder that"
             ' Dataset.save_to_disk wrote, or set task.name = "parquet" for Parquet files'
         )
-    for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+    for entry in _json_list(state, "_data_files"):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("filename"), str):
+            raise DataError(f"{state} (task.path or task.heldout_path) is damaged: _data_files has {entry!r}")
         file, number = path / entry["filename"], 0
         try:
             with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
@@ -115,5 +121,20 @@ def _saved_dataset(path: Path) -> Iterator[tuple[RowLocation, Mapping[str, objec
                     for row in batch.to_pylist():
                         number += 1
                         yield RowLocation(file, number, file.name), row
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, *DAMAGE) as error:
             raise DataError(f"cannot read {file} (task.path or task.heldout_path): {error}") from error
+
+
+def _json_list(path: Path, key: str) -> list[object]:
+    """Return a list from an object in a JSON file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())[key]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} (task.path or task.heldout_path) is damaged: {error!r}") from error
+    if not isinstance(value, list):
+        raise DataError(f"{path} (task.path or task.heldout_path) is damaged: {key} is no list")
+    return value

@@ -10,8 +10,6 @@ from types import FrameType
 
 from megatron_rl.errors import MegatronRLError
 
-CHECK_FAILED = 1
-"""``check`` found a problem."""
 USER_ERROR = 2
 """A configuration, file, server or training error; stderr has one message."""
 HUNG = 75
@@ -20,16 +18,16 @@ STOPPED = 130
 """The run was asked to stop and can be resumed; or the command was interrupted."""
 
 
-def run_command(name: str, command: Callable[[], int], error_code: int = USER_ERROR) -> int:
+def run_command(name: str, command: Callable[[], int]) -> int:
     """Run a command and return its exit code.
 
-    A ``MegatronRLError`` becomes one message on stderr and ``error_code``, an interrupt becomes ``STOPPED``.
+    A ``MegatronRLError`` becomes one message on stderr and ``USER_ERROR``, an interrupt becomes ``STOPPED``.
     """
     try:
         return command()
     except MegatronRLError as error:
         sys.stderr.write(f"{name}: {error}\n")
-        return error_code
+        return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted\n")
         return STOPPED

@@ -87,8 +87,8 @@ def test_layouts_give_the_gradient_of_one_rank(overlay: Path, tmp_path: Path) ->
 
 
 def test_check_names_the_objective_and_its_options(overlay: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", DEMO, str(overlay), "rollout.max_lag=1"]) == 0
+    assert main(["check", DEMO, str(overlay), "rollout.max_lag=1", "--settings"]) == 0
     printed = " ".join(capfd.readouterr().out.split())
     assert "mine.py:Mine does not bound a ratio" in printed
     assert re.search(r"objective\.cap\W+1\.5\W", printed)
-    assert "ok: no problem found" in printed
+    assert " runs learns " in printed

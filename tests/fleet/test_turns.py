@@ -34,7 +34,7 @@ RUN = load(Run, [], ["model.path=x"]).run
 class Words:
     """A token is a word."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, **options: bool) -> list[int]:
         return [int(word.removeprefix("w")) for word in text.split()]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:

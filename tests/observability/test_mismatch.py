@@ -37,7 +37,7 @@ class Letters:
     def decode(self, token_ids, skip_special_tokens=False):
         return "".join("ab" if token == 26 else chr(97 + token) for token in token_ids)
 
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
         raise NotImplementedError
 
 

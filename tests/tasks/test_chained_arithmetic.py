@@ -13,10 +13,10 @@ from megatron_rl.tasks.chained_arithmetic import SYMBOLS, answer, is_heldout, ma
 class Letters:
     """A tokenizer with one token per symbol."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, **options: bool) -> list[int]:
         return [SYMBOLS.index(symbol) for symbol in text]
 
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
         raise NotImplementedError
 
 

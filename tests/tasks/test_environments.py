@@ -51,7 +51,7 @@ def test_an_environment_from_a_file(tmp_path):
 class ChatML:
     eos_token = "<|im_end|>"
 
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
         turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in conversation)
         return turns + "<|im_start|>assistant\n" * add_generation_prompt
 
@@ -67,7 +67,7 @@ def test_a_wrapped_turn_begins_after_the_sampled_end_token():
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error():
     class Forgetful(ChatML):
-        def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+        def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
             return super().apply_chat_template(conversation[-1:], tokenize=False, add_generation_prompt=True)
 
     with pytest.raises(ConfigError, match=r"environment\.role"):

@@ -102,7 +102,7 @@ def test_conversations_go_through_the_chat_template(folder):
     ("name", "path", "words"),
     [
         ("parquet", "none.parquet", "no Parquet file"),
-        ("parquet", "all.jsonl", "not a Parquet file"),
+        ("parquet", "all.jsonl", "Parquet magic bytes not found"),
         ("parquet", "b*.parquet", "no Parquet file"),
         ("datasets", "data", "no state.json"),
         ("jsonl", "all.parquet", "not JSON"),

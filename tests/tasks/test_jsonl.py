@@ -16,10 +16,10 @@ from megatron_rl.tasks.jsonl import Jsonl
 class Bytes:
     """A tokenizer of bytes with a chat template."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, **options: bool) -> list[int]:
         return [1] * add_special_tokens + list(text.encode())
 
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
         return "".join(f"<{turn['role']}>{turn['content']}" for turn in conversation) + "<assistant>"
 
 

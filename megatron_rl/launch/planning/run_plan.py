@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_rl.algorithms.objectives.base import Clipped
 from megatron_rl.config.load import Loaded
@@ -10,8 +11,14 @@ from megatron_rl.config.schema import Run
 from megatron_rl.config.sources import raise_problems
 from megatron_rl.config.tasks import ChainedArithmeticTask, JsonlTask
 from megatron_rl.distributed.mesh import on_cuda
-from megatron_rl.errors import ConfigError, MegatronRLError
-from megatron_rl.fleet.sglang import NEVER_TIED, wrong_options
+from megatron_rl.errors import MegatronRLError
+from megatron_rl.launch.planning.fleet_checks import (
+    check_checkpoint_format,
+    check_fleet,
+    check_quantization,
+    check_tied_head,
+)
+from megatron_rl.launch.planning.inspection import Inspection, inspect_inputs
 from megatron_rl.launch.planning.layout import ParallelLayout, check_layout, layout_of
 from megatron_rl.launch.planning.megatron_fields import (
     check_family_fields,
@@ -21,12 +28,9 @@ from megatron_rl.launch.planning.megatron_fields import (
     check_recompute,
 )
 from megatron_rl.launch.planning.model_sizes import ModelSizes, model_sizes
-from megatron_rl.launch.planning.setting_checks import check_settings, setting_warnings
+from megatron_rl.launch.planning.setting_checks import check_learning, check_settings, setting_warnings
 from megatron_rl.models.checkpoint_folders import has_weights, open_checkpoint
-from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.hf_mapping.rules import HFConfig
-from megatron_rl.models.torch_dist import is_torch_dist
 from megatron_rl.observability.sinks import missing_packages
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.reward import runs_code
@@ -70,19 +74,71 @@ class RunPlan:
     missing: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What was found out about a run before it starts.
+
+    Attributes:
+        plan: the plan, if there is no problem.
+        running: problems with which the run would end.
+        learning: problems with which the run would learn nothing.
+        warnings: what works and is probably a mistake.
+        facts: what was looked at.
+    """
+
+    plan: RunPlan | None
+    running: tuple[str, ...]
+    learning: tuple[str, ...]
+    warnings: tuple[str, ...]
+    facts: tuple[str, ...]
+
+    def require(self) -> RunPlan:
+        """Return the plan.
+
+        Raises:
+            ConfigError: the run cannot work; the message lists all problems.
+        """
+        raise_problems([*self.running, *self.learning])
+        assert self.plan is not None, "a run without problems has a plan"
+        return self.plan
+
+
+Inspected = Literal["nothing", "sample", "all"]
+"""Which prompts are tokenized by ``examine``; ``nothing`` builds no tokenizer either."""
+
+
 def make_plan(
-    loaded: Loaded[Run], ranks: int | None = None, *, on_gloo: bool | None = None, starts_here: bool = True
+    loaded: Loaded[Run],
+    ranks: int | None = None,
+    *,
+    on_gloo: bool | None = None,
+    starts_here: bool = True,
+    inspected: Inspected = "nothing",
 ) -> RunPlan:
-    """Return the plan of a run.
+    """Return the plan of a run; see ``examine``.
+
+    Raises:
+        ConfigError: the run cannot work; the message lists all problems.
+    """
+    return examine(loaded, ranks, on_gloo=on_gloo, starts_here=starts_here, inspected=inspected).require()
+
+
+def examine(
+    loaded: Loaded[Run],
+    ranks: int | None = None,
+    *,
+    on_gloo: bool | None = None,
+    starts_here: bool = True,
+    inspected: Inspected = "nothing",
+) -> Examination:
+    """Return the problems and the plan of a run.
 
     Args:
         loaded: the configuration.
         ranks: number of trainer ranks that torchrun or srun starts; None: as configured.
         on_gloo: whether ranks communicate through gloo; None: if this machine has no GPU.
         starts_here: whether weights, prompts and the servers' interpreter must be on this machine.
-
-    Raises:
-        ConfigError: the run cannot work; the message lists all problems.
+        inspected: prompts to render and tokenize.
     """
     run, problems, missing = loaded.run, list(check_megatron_fields(loaded)), list[str]()
     if not run.model.untested_megatron and (refusal := untested_megatron()) is not None:
@@ -92,7 +148,7 @@ def make_plan(
     sizes = None
     try:
         hf = read_hf_config(Path(run.model.path))
-        problems += [*_check_tied_head(loaded, hf), *_check_quantization(loaded, hf)]
+        problems += [*check_tied_head(loaded, hf), *check_quantization(loaded, hf)]
         family = family_of(hf)
         sizes = model_sizes(family)
         problems += check_family_fields(loaded, family.fields)
@@ -103,29 +159,42 @@ def make_plan(
     except MegatronRLError as error:
         problems.append(str(error))
     if sizes is not None:
-        gloo = not on_cuda() if on_gloo is None else on_gloo
-        problems += check_layout(loaded, layout, sizes, on_gloo=gloo)
-        problems += check_recompute(loaded, sizes, on_gloo=gloo)
-        problems += check_on_gloo(loaded) if gloo else []
-        problems += _check_lengths(loaded, batches, sizes)
-        problems += _check_routing_replay(loaded, sizes)
+        problems += _check_sizes(loaded, layout, batches, sizes, on_gloo=not on_cuda() if on_gloo is None else on_gloo)
     problems += [*check_settings(loaded, sizes), *_check_updates(loaded)]
     problems += check_muon(loaded) if starts_here else []
     python = run.rollout.sglang_python
     if starts_here or not python or Path(python).exists():
-        problems += _check_fleet(loaded)
+        problems += check_fleet(loaded)
     else:
         missing.append(loaded.describe("rollout.sglang_python"))
-    problems += _check_checkpoint_format(loaded)
+    problems += check_checkpoint_format(loaded)
     problems += [f"{_sink_key(loaded, name)} {why}" for name, why in missing_packages(run.log)]
     if starts_here or not isinstance(run.task, JsonlTask) or Path(run.task.path).exists():
-        problems += check_task(run.task, run.reward, run.environment)
+        problems += check_task(run.task, run.reward, run.environment, reads_files=inspected == "nothing")
     else:
         missing.append(loaded.describe("task.path"))
-    raise_problems(problems)
-    assert sizes is not None, "a model without sizes is one of the problems"
-    notes, warnings = tuple(_notes(loaded, layout, batches)), (*_warnings(loaded), *setting_warnings(loaded))
-    return RunPlan(layout, sizes, batches, notes, warnings, tuple(missing))
+    inspection = Inspection()
+    if inspected != "nothing":
+        inspection = inspect_inputs(loaded, sizes, full=inspected == "all")
+    problems += inspection.running
+    learning = (*check_learning(loaded), *inspection.learning)
+    warnings = (*_warnings(loaded), *setting_warnings(loaded), *inspection.warnings)
+    plan = None
+    if sizes is not None and not problems and not learning:
+        notes = tuple(_notes(loaded, layout, batches))
+        plan = RunPlan(layout, sizes, batches, notes, warnings, tuple(missing))
+    return Examination(plan, tuple(problems), learning, warnings, tuple(inspection.facts))
+
+
+def _check_sizes(
+    loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes, sizes: ModelSizes, *, on_gloo: bool
+) -> Iterator[str]:
+    yield from check_layout(loaded, layout, sizes, on_gloo=on_gloo)
+    yield from check_recompute(loaded, sizes, on_gloo=on_gloo)
+    if on_gloo:
+        yield from check_on_gloo(loaded)
+    yield from _check_lengths(loaded, batches, sizes)
+    yield from _check_routing_replay(loaded, sizes)
 
 
 def check_sampling(loaded: Loaded[Run]) -> None:
@@ -137,11 +206,11 @@ def check_sampling(loaded: Loaded[Run]) -> None:
     path = Path(loaded.run.model.path)
     try:
         hf = read_hf_config(path)
-        problems = [*_check_tied_head(loaded, hf), *_check_fleet(loaded)]
+        problems = [*check_tied_head(loaded, hf), *check_fleet(loaded)]
         family = family_of(hf)
         open_checkpoint(path, family).check(family)
     except MegatronRLError as error:
-        problems = [str(error), *_check_fleet(loaded)]
+        problems = [str(error), *check_fleet(loaded)]
     raise_problems([*problems, *check_task(loaded.run.task, loaded.run.reward, loaded.run.environment)])
 
 
@@ -214,84 +283,9 @@ def _check_routing_replay(loaded: Loaded[Run], sizes: ModelSizes) -> Iterator[st
         yield f"{setting}: megatron-core's fused router cannot replay; leave model.megatron.moe_router_fusion out"
 
 
-def _check_fleet(loaded: Loaded[Run]) -> Iterator[str]:
-    rollout = loaded.run.rollout
-    if not rollout.urls and not rollout.servers:
-        yield (
-            f"{loaded.describe('rollout.servers')} and rollout.urls is empty: nothing would sample;"
-            " start at least one server, or write the URLs of running servers"
-        )
-    if not (rollout.urls or rollout.registry) and rollout.engine == "sglang":
-        yield from _check_sglang(loaded)
-    if not (rollout.urls or rollout.registry) and rollout.engine == "vllm" and not rollout.vllm_python:
-        yield (
-            f"{loaded.describe('rollout.engine')} runs in a separate environment; write its interpreter in"
-            " rollout.vllm_python, or start the servers there and write their addresses in rollout.urls"
-        )
-    carrier = loaded.run.weights.carrier
-    if rollout.engine == "vllm" and carrier not in ("auto", "disk"):
-        yield f"{loaded.describe('weights.carrier')}: vLLM reads weights only from a folder; write disk or auto"
-    if rollout.engine == "sglang" and carrier == "ipc":
-        yield (
-            f"{loaded.describe('weights.carrier')}: only the embedded server receives weights through shared memory;"
-            " write distributed or auto"
-        )
-    if rollout.router is not None and rollout.engine == "vllm":
-        yield f"{loaded.describe('rollout.router')} supports SGLang, not vLLM; leave it out"
-
-
 def _sink_key(loaded: Loaded[Run], name: str) -> str:
     key = "log.prometheus_port" if name == "prometheus" else "log.sinks"
     return f"{key} ({loaded.origin(key)}): {name}"
-
-
-def _check_tied_head(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
-    if loaded.run.rollout.engine == "sglang" and hf.get("tie_word_embeddings") and hf.get("model_type") in NEVER_TIED:
-        yield (
-            f"{loaded.describe('model.path')} ties its output head to the"
-            f" embedding, which SGLang does not support for {hf['model_type']}: its head would have no weights;"
-            " store the embedding as lm_head.weight too, and set tie_word_embeddings = false in config.json"
-        )
-
-
-def _check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
-    rollout, settings = loaded.run.rollout, hf.get(QUANTIZATION_CONFIG)
-    if rollout.engine != "embedded" and not (rollout.urls or rollout.registry) and settings:
-        yield (
-            f"{loaded.describe('model.path')} is quantized"
-            f" ({settings.get('quant_method')}): {rollout.engine} would serve quantized weights, but weight pushes are"
-            " not quantized; convert it with tools/convert.py hf-to-megatron, then megatron-to-hf, and use that folder"
-        )
-
-
-def _check_checkpoint_format(loaded: Loaded[Run]) -> Iterator[str]:
-    rollout = loaded.run.rollout
-    if (
-        rollout.engine == "sglang"
-        and not (rollout.urls or rollout.registry)
-        and is_torch_dist(Path(loaded.run.model.path))
-    ):
-        yield (
-            f"{loaded.describe('model.path')} is a distributed checkpoint, which"
-            " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers with its Hugging"
-            " Face checkpoint and write their addresses in rollout.urls"
-        )
-
-
-def _check_sglang(loaded: Loaded[Run]) -> Iterator[str]:
-    rollout = loaded.run.rollout
-    if not rollout.sglang_python:
-        yield (
-            f"{loaded.describe('rollout.engine')} runs in a separate environment; write its interpreter in"
-            " rollout.sglang_python, or start the servers there and write their addresses in rollout.urls"
-        )
-        return
-    try:
-        for name, why in wrong_options(rollout.sglang_python, rollout.sglang, rollout.environment):
-            key = f"rollout.sglang.{name}"
-            yield f"{key} ({loaded.origin(key)}) {why}"
-    except ConfigError as error:
-        yield f"{loaded.describe('rollout.sglang_python')}: {error}"
 
 
 def _notes(loaded: Loaded[Run], layout: ParallelLayout, batches: BatchSizes) -> Iterator[str]:

@@ -13,11 +13,6 @@ from megatron_rl.launch.planning.model_sizes import ModelSizes
 def check_settings(loaded: Loaded[Run], sizes: ModelSizes | None) -> Iterator[str]:
     """Yield the problems of a run's settings; ``sizes`` is None if the model cannot be read."""
     run = loaded.run
-    if run.train.group_size == 1:
-        yield (
-            f"{loaded.describe('train.group_size')}: the baseline of a response is its group, so every advantage would"
-            " be 0 and nothing would be learned; write 2 or more"
-        )
     task = run.task
     holds_out = not isinstance(task, JsonlTask) or task.heldout_path is not None or task.heldout_fraction > 0
     if run.evaluate.every and not holds_out:
@@ -33,6 +28,23 @@ def check_settings(loaded: Loaded[Run], sizes: ModelSizes | None) -> Iterator[st
                 f" has {vocabulary}"
             )
     yield from _url_problems(loaded)
+
+
+def check_learning(loaded: Loaded[Run]) -> Iterator[str]:
+    """Yield the settings with which a run learns nothing."""
+    run = loaded.run
+    if run.train.group_size == 1:
+        yield (
+            f"{loaded.describe('train.group_size')}: the baseline of a response is its group, so every advantage would"
+            " be 0 and nothing would be learned; write 2 or more"
+        )
+    if not any(run.reward.weights_in_order):
+        yield f"{loaded.describe('reward.weights')}: all rewards have the weight 0, so every reward would be 0"
+    if run.rollout.sampling.top_k == 1:
+        yield (
+            f"{loaded.describe('rollout.sampling.top_k')}: all responses to a prompt would be the same, so every"
+            " advantage would be 0; write another number, or -1 for no limit"
+        )
 
 
 def _url_problems(loaded: Loaded[Run]) -> Iterator[str]:

@@ -186,21 +186,39 @@ def test_a_broken_or_unknown_model_config_is_one_of_the_problems(tmp_path, text)
     assert "config.json" in output
 
 
-def test_check_prints_all_tables_and_returns_0(capsys):
+def test_check_begins_with_the_verdict_and_prints_settings_on_request(capsys):
     assert main(["check", str(DEMO), "train.steps=7"]) == 0
     output = capsys.readouterr().out
-    for word in ("transformer-engine", "command line: train.steps=7", "4 of 8 experts", "32 * 8 = 256", "demo.toml:"):
+    first, second, third, *_ = output.splitlines()
+    assert first.startswith("fits: the plan of 2 ranks needs")
+    assert (second, third) == ("runs", "learns")
+    for word in ("4 of 8 experts", "32 * 8 = 256"):
+        assert word in output
+    assert "transformer-engine" not in output
+    assert main(["check", str(DEMO), "train.steps=7", "--settings"]) == 0
+    output = capsys.readouterr().out
+    for word in ("transformer-engine", "command line: train.steps=7", "demo.toml:"):
         assert word in output
 
 
-def test_check_returns_1_and_lists_problems(capsys):
-    assert main(["check", str(DEMO), "train.stesp=7"]) == 1
-    captured = capsys.readouterr()
-    assert "did you mean train.steps?" in captured.err
-    assert main(["check", str(DEMO), "parallel.tensor=3"]) == 1
-    captured = capsys.readouterr()
-    assert "attention heads" in captured.err
-    assert "megatron-core" in captured.out
+def test_check_returns_what_train_returns_and_lists_problems_first(capsys):
+    assert main(["check", str(DEMO), "train.stesp=7"]) == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+    assert main(["check", str(DEMO), "parallel.tensor=3", "train.group_size=1", "train.prompts_per_step=256"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("whether it fits is unknown")
+    assert lines[1:3] == ["does not run: 2 problems", "cannot learn: 1 problem"]
+    assert all(line.startswith("problem: ") for line in lines[3:6])
+    assert main(["train", str(DEMO), "parallel.tensor=3"]) == 2
+    assert "attention heads" in capsys.readouterr().err
+
+
+def test_a_plan_that_does_not_fit_is_a_problem(capsys):
+    assert main(["check", str(DEMO), "cluster.gpu_memory_gib=0.1"]) == 2
+    first, second, third, problem, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("does not fit: a rank needs")
+    assert (second, third) == ("runs", "learns")
+    assert "use more ranks, another layout" in problem
 
 
 def test_check_without_configs_prints_versions(capsys):

@@ -7,14 +7,14 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.launch.planning.run_plan import make_plan
-from megatron_rl.launch.planning.setting_checks import check_settings, setting_warnings
+from megatron_rl.launch.planning.setting_checks import check_learning, check_settings, setting_warnings
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.toml"
 
 
 def problems(tmp_path: Path, *words: str) -> list[str]:
     loaded = load(Run, [DEMO], words)
-    return [*check_settings(loaded, None), *setting_warnings(loaded)]
+    return [*check_settings(loaded, None), *check_learning(loaded), *setting_warnings(loaded)]
 
 
 def test_the_demo_has_no_problem(tmp_path):
@@ -25,6 +25,8 @@ def test_the_demo_has_no_problem(tmp_path):
     ("words", "found"),
     [
         (["train.group_size=1"], "every advantage would be 0"),
+        (["reward.weights={task=0}"], "all rewards have the weight 0"),
+        (["rollout.sampling.top_k=1"], "all responses to a prompt would be the same"),
         (['rollout.urls=["10.0.0.7:30000"]'], "does not begin with http"),
         (['rollout.urls=["localhost:30000"]'], "does not begin with http"),
         (['rollout.urls=["http://"]'], "names no host"),
