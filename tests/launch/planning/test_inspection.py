@@ -119,7 +119,7 @@ def test_conversations_that_would_show_two_system_turns_or_an_answer_are_refused
 
 def test_a_sample_of_the_rows_is_rendered_and_all_with_full(folder):
     rows = [row(f"{n:05d} + {n:05d} =") for n in range(2000)]
-    rows[1234] = row([{"role": "assistant", "content": "13579 + 2468 ="}])
+    rows[1234] = row([{"role": "assistant", "content": "13579 + 24680 ="}])
     folder.data.write_text("".join(rows))
     words = ["task.chat_template=true"]
     sampled = folder.inspect(*words)
