@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -14,7 +15,7 @@ SEED = 20261129
 PARQUET_FILES, JSON_LINES = 1500, 4000
 
 
-def read(name: str, path: Path) -> str | None:
+def read(name: Literal["jsonl", "parquet"], path: Path) -> str | None:
     """Return the message of the error, None without one."""
     try:
         list(read_prompt_rows(JsonlTask(name=name, path=str(path), chat_template=name == "jsonl"), path))
