@@ -173,16 +173,14 @@ def examine(
         problems += check_task(run.task, run.reward, run.environment, reads_files=inspected == "nothing")
     else:
         missing.append(loaded.describe("task.path"))
-    inspection = Inspection()
-    if inspected != "nothing":
-        inspection = inspect_inputs(loaded, sizes, full=inspected == "all")
+    looks = inspected != "nothing"
+    inspection = inspect_inputs(loaded, sizes, full=inspected == "all") if looks else Inspection()
     problems += inspection.running
     learning = (*check_learning(loaded), *inspection.learning)
     warnings = (*_warnings(loaded), *setting_warnings(loaded), *inspection.warnings)
     plan = None
     if sizes is not None and not problems and not learning:
-        notes = tuple(_notes(loaded, layout, batches))
-        plan = RunPlan(layout, sizes, batches, notes, warnings, tuple(missing))
+        plan = RunPlan(layout, sizes, batches, tuple(_notes(loaded, layout, batches)), warnings, tuple(missing))
     return Examination(plan, tuple(problems), learning, warnings, tuple(inspection.facts))
 
 
