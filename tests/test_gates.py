@@ -86,6 +86,9 @@ def test_known_weights_of_the_bands():
             Batch(torch.tensor([3]), columns), GRPO(), Correction.model_validate({"kind": kind, "high": high})
         )
         assert weights_T["corrections_T"].tolist() == pytest.approx(expected, abs=5.1e-7)
+    # float32 has no 1.1: a cap that passed through it would be 1.1 + 2e-8.
+    capped = prepare(Batch(torch.tensor([3]), columns), GRPO(), Correction(kind="tis", high=1.1))["corrections_T"]
+    assert capped[:2].tolist() == pytest.approx([1.1, 1.1], rel=1e-15)
 
 
 TWO_GATES: dict[str, Option] = {

@@ -71,9 +71,10 @@ def run(
 
 def agree(actual, expected, tolerance=EXACT) -> None:
     rtol, atol = tolerance
-    torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=rtol, atol=atol)
-    for row, wanted in zip(actual[1], expected[1], strict=True):
-        torch.testing.assert_close(torch.tensor(row).double(), torch.tensor(wanted).double(), rtol=rtol, atol=atol)
+    pairs = [([actual[0]], [expected[0]]), *zip(actual[1], expected[1], strict=True)]
+    for found, wanted in pairs:
+        found_R, wanted_R = (torch.tensor(values, dtype=torch.float64) for values in (found, wanted))
+        torch.testing.assert_close(found_R, wanted_R, rtol=rtol, atol=atol)
 
 
 @st.composite

@@ -128,7 +128,7 @@ class Correction(Section):
         if (ids_R := unit_ids(tokens, self.level)) is not None:
             means_R, sizes_R = segment_means(log_R, ids_R)
             log_R = means_R if self.reduction == "geometric" else means_R * sizes_R
-        weights_R = log_R.clamp(max=torch.tensor(self.cap).double().log().item()).exp()
+        weights_R = log_R.clamp(max=torch.tensor(self.cap, dtype=torch.float64).log().item()).exp()
         if self.kind == "tis":
             return weights_R
         inside_R = (log_R.exp() >= self.low) & (log_R.exp() <= self.cap)

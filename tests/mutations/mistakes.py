@@ -181,6 +181,13 @@ MISTAKES = (
         (DIRECTION,),
     ),
     Mistake(
+        "setting-rounded-to-float32",
+        "algorithms.objectives.sspo",
+        "reference = self.entropy_reference or tokens.mean(entropies_R)",
+        "reference = torch.tensor(self.entropy_reference) if self.entropy_reference else tokens.mean(entropies_R)",
+        (EQUATIONS,),
+    ),
+    Mistake(
         "gradient-averaged-over-data-ranks",
         "policy.model",
         "    finalize_model_grads(model, None, **kwargs)",

@@ -67,7 +67,7 @@ class SSPO(FixedWindow):
         if self.entropy_scale == "log_vocab":
             window_R = (self.alpha / log_size(vocabulary) * means_R).clamp(min=0)
             return window_R, window_R
-        reference = torch.tensor(self.entropy_reference) if self.entropy_reference else tokens.mean(entropies_R)
+        reference = self.entropy_reference or tokens.mean(entropies_R)
         # If all entropies are 0, the window of every segment is eps0.
         relative_R = means_R / reference if reference > 0 else torch.ones_like(means_R)
         scale_R = relative_R.clamp(self.scale_min, self.scale_max)
