@@ -2,32 +2,86 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_rl.cli import _parse, main
+import megatron_rl
+from megatron_rl.cli import main
+from megatron_rl.cli.command import parse
+from megatron_rl.cli.verbs import VERBS
 from megatron_rl.launch.quiet import UPSTREAM_MESSAGES, quiet_upstream
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_settings_may_precede_and_follow_options():
-    options = _parse(["prove", "a.toml", "--layout", "tensor=2", "x=1", "--shrink", "layers=2", "y=2"])
+    options = parse(VERBS["prove"], ["a.toml", "--layout", "tensor=2", "x=1", "--shrink", "layers=2", "y=2"])
 
     assert (options.config, options.layout, options.shrink) == (["a.toml", "x=1", "y=2"], ["tensor=2"], "layers=2")
 
 
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_has_one_line_per_command(words, capsys):
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for verb in VERBS.values():
+        assert sum(line.startswith(f"  {verb.name} ") and line.endswith(verb.help) for line in lines) == 1
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatron-rl {megatron_rl.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_command_shows_its_examples(verb, capsys):
+    for words in (["help", verb], [verb, "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        said = capsys.readouterr().out
+        assert VERBS[verb].examples
+        assert all(f"\n  megatron-rl {verb} {example}".rstrip() + "\n" in said for example in VERBS[verb].examples)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["help", "train"], ["convert", "--help"]])
+def test_help_imports_no_large_package(words):
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from megatron_rl.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers", "numpy", "pydantic", "rich"} & set(done.stdout.split()) == set()
+
+
 @pytest.mark.parametrize(
-    "words", [["train", "a.toml", "--stepz"], ["debug-nonfinite", "file", "x=1"], ["prove", "--layout"]]
+    ("words", "message"),
+    [
+        (["train", "a.toml", "--steps", "3"], "no option --steps; settings have no dashes: write train.steps=3"),
+        (["train", "--lr=1e-5", "a.toml"], "no option --lr; settings have no dashes: write optimizer.lr=1e-5"),
+        (["train", "--max-new-tokens", "5", "a.toml"], "write rollout.sampling.max_new_tokens=5"),
+        (["train", "--train.steps", "a.toml"], "write train.steps=VALUE"),
+        (["train", "a.toml", "--stepz", "3"], "write entropy.step=3 or train.steps=3"),
+        (["prove", "a.toml", "--layuot", "x"], "no option --layuot; did you mean --layout?"),
+        (["eval", "run", "--steps", "3"], "no option --steps; did you mean --step?"),
+        (["train", "a.toml", "--qqq"], "no option --qqq; settings are written section.key=value"),
+        (["report", "--qqq", "run"], "no option --qqq\n"),
+        (["debug-nonfinite", "file", "x=1"], "no argument x=1: this command takes no more"),
+        (["prove", "--layout"], "argument --layout: expected one argument; all arguments: megatron-rl prove --help"),
+        (["train"], "are required: CONFIG|RUN|KEY=VALUE; all arguments: megatron-rl train --help"),
+    ],
 )
-def test_unknown_arguments_are_refused(words, capsys):
+def test_an_unknown_argument_says_what_to_write(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
 
-    assert "error: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"megatron-rl {words[0]}: ")
+    assert message in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -36,15 +90,17 @@ def test_unknown_arguments_are_refused(words, capsys):
         ("trian", "did you mean `train`?"),
         ("preflight", "`check --cluster`"),
         ("replay-rank", "`debug-nonfinite`"),
-        ("xyz", "one of train, check, "),
+        ("xyz", "one of init, configs, "),
+        ("my.toml", "write the command first: megatron-rl train my.toml"),
+        ("--steps", "options follow a command: megatron-rl VERB --steps"),
     ],
 )
 def test_an_unknown_command_says_what_to_write(verb, hint, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([verb, "a.toml"])
+    assert main([verb, "a.toml"]) == 2
 
     said = capsys.readouterr().err
-    assert f"error: no command {verb!r}; " in said
+    assert said.startswith("megatron-rl: no ")
+    assert verb in said
     assert hint in said
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.config.shipped import shipped_configs
 from megatron_rl.errors import ConfigError
 
 Key = tuple[str, ...]
@@ -117,6 +118,8 @@ def _read_json(path: Path, text: str) -> ConfigSource:
 
 def _missing_file(path: Path) -> str:
     """Return the message about a word that is neither a file nor a setting."""
+    if hint := _shipped_name(path):
+        return f"no config file {path}; `megatron-rl init {hint}` copies the shipped one to configs"
     folder = path.parent if path.parent.is_dir() and path.parent != Path() else Path("configs")
     names = sorted(str(found) for pattern in ("*.toml", "*/*.toml") for found in folder.glob(pattern))
     close = difflib.get_close_matches(str(path), names, 1)
@@ -126,6 +129,13 @@ def _missing_file(path: Path) -> str:
         return f"{path} is no file, folder or setting; write a file ending in .toml, or section.key=value"
     there = f"there are {', '.join(names)}" if names else f"there is no TOML file in {folder}"
     return f"no config file {path}; {there}"
+
+
+def _shipped_name(path: Path) -> str | None:
+    """Return the name of the shipped config that a missing file may mean, if there is none in the working directory."""
+    names = [str(Path(*path.parts[start:]).with_suffix("")) for start in range(len(path.parts))]
+    shipped = shipped_configs()
+    return next((name for name in names if name in shipped and not Path("configs", f"{name}.toml").exists()), None)
 
 
 _HEADER = re.compile(r"^\s*\[([^\[\]]+)\]\s*(?:#.*)?$")
@@ -150,7 +160,7 @@ def _split(dotted: str) -> Key:
 
 
 def read_overrides(words: Sequence[str]) -> ConfigSource:
-    """Read ``key=value`` words; a value that is not TOML is a string."""
+    """Read ``key=value`` words, the last of which wins; a value that is not TOML is a string."""
     table: dict[str, object] = {}
     origins: dict[Key, str] = {}
     problems: list[str] = []
@@ -161,9 +171,9 @@ def read_overrides(words: Sequence[str]) -> ConfigSource:
             problems.append(
                 f"not an override: {word!r} (command line); write section.key=value, or a file ending in .toml"
             )
-        elif key in origins:
-            problems.append(f"{name} is set twice (command line: {word}); set it once")
         else:
+            if key in origins:
+                _remove(table, key)
             origins[key] = f"command line: {word}"
             try:
                 _put(table, key, parse_value(text))
@@ -171,6 +181,15 @@ def read_overrides(words: Sequence[str]) -> ConfigSource:
                 problems.append(f"{error} (command line: {word})")
     raise_problems(problems)
     return ConfigSource(table, origins, Path.cwd())
+
+
+def _remove(table: dict[str, object], key: Key) -> None:
+    """Remove the value of an earlier word with the same key."""
+    inner: object = table
+    for part in key[:-1]:
+        inner = inner.get(part) if isinstance(inner, dict) else None
+    if isinstance(inner, dict):
+        inner.pop(key[-1], None)
 
 
 def _put(table: dict[str, object], key: Key, value: object) -> None:

@@ -1,72 +1,25 @@
-"""Command line of the checkpoint converter."""
+"""``megatron-rl convert``: checkpoints from one format to another, and comparisons of two."""
 
 import argparse
-import os
-import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from megatron_rl.convert import to_hf, to_megatron
+from megatron_rl.convert.arguments import INSPECT, TO_HF, TO_MEGATRON, VERIFY
 from megatron_rl.convert.inspect import describe
 from megatron_rl.convert.verify import compare
-from megatron_rl.errors import MegatronRLError
+from megatron_rl.models.run_weights import find_training_checkpoint
 
 MAX_LINES = 20
 """Differences that ``verify`` prints."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 1 if checkpoints differ, 2 for an error."""
-    args = _parser().parse_args(arguments)
+def convert(args: argparse.Namespace) -> int:
+    """Run an action and return the exit code: 1 if ``verify`` found a difference."""
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        return int(args.run(args, console))
-    except MegatronRLError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"convert: {error}", markup=False)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/convert.py", description="Checkpoints: Hugging Face <-> megatron-core")
-    commands = parser.add_subparsers(required=True)
-    threads = min(4, os.cpu_count() or 1)
-
-    def command(name: str, run: object, text: str, *folders: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, help=text, description=text)
-        subparser.set_defaults(run=run)
-        for folder in folders:
-            subparser.add_argument(folder, type=Path)
-        return subparser
-
-    to_megatron_parser = command(
-        "hf-to-megatron", _to_megatron, "write a distributed checkpoint (torch_dist)", "source", "target"
-    )
-    to_hf_parser = command("megatron-to-hf", _to_hf, "write safetensors files", "source", "target")
-    to_hf_parser.add_argument("--fp8", action="store_true", help="quantize matrices to FP8 in blocks of 128 x 128")
-    to_hf_parser.add_argument(
-        "--split-experts", action="store_true", help="write one tensor per expert, even if the source had them fused"
-    )
-    verify_parser = command(
-        "verify", _verify, "compare two checkpoints of any format, tensor by tensor", "first", "second"
-    )
-    verify_parser.add_argument(
-        "--logits", metavar="PROMPT", help="also compare the log-probs of a prompt, text or token ids 3,1,4"
-    )
-    verify_parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-4,
-        help="largest allowed difference of log-probs, nats (default %(default)s)",
-    )
-    command("inspect", _inspect, "summarize a checkpoint from its headers", "folder")
-    for parallel in (to_megatron_parser, to_hf_parser, verify_parser):
-        parallel.add_argument(
-            "--threads", type=int, default=threads, help="files to process in parallel (default %(default)s)"
-        )
-    return parser
+    actions = {TO_MEGATRON: _to_megatron, TO_HF: _to_hf, VERIFY: _verify, INSPECT: _inspect}
+    return actions[args.action](args, console)
 
 
 def _to_megatron(args: argparse.Namespace, console: Console) -> int:
@@ -80,9 +33,11 @@ def _to_megatron(args: argparse.Namespace, console: Console) -> int:
 def _to_hf(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
     output_format = to_hf.OutputFormat(fp8=args.fp8, split_experts=args.split_experts)
-    manifest, unchanged = to_hf.convert(args.source, args.target, output_format, max(args.threads, 1), console)
+    source = find_training_checkpoint(args.source, args.step)
+    manifest, unchanged = to_hf.convert(source, args.target, output_format, max(args.threads, 1), console)
     seconds = time.perf_counter() - began
-    console.print(f"{args.target}: {len(manifest.tensors)} tensors in {seconds:.1f} s", markup=False)
+    origin = "" if source == args.source else f" of {source}"
+    console.print(f"{args.target}: {len(manifest.tensors)} tensors{origin} in {seconds:.1f} s", markup=False)
     if unchanged:
         console.print(f"{unchanged} of them have the same bytes as in the original Hugging Face checkpoint")
     return 0
@@ -114,7 +69,3 @@ def _same_outputs(args: argparse.Namespace, console: Console) -> bool:
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     describe(args.folder, console)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

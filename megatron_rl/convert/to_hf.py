@@ -1,4 +1,7 @@
-"""Conversion from megatron-core to Hugging Face safetensors, in the original file layout if there is a manifest."""
+"""Conversion of torch_dist and training checkpoints to Hugging Face safetensors.
+
+The files have the original layout if there is a manifest.
+"""
 
 import hashlib
 import json
@@ -25,7 +28,14 @@ from megatron_rl.convert.manifest import (
 )
 from megatron_rl.errors import ConfigError, DataError
 from megatron_rl.models.channel_fp8 import SCALE_SUFFIX as CHANNEL_SUFFIX
-from megatron_rl.models.checkpoint_folders import copy_companions, write_hf_config
+from megatron_rl.models.checkpoint_folders import (
+    copy_companions,
+    has_weights,
+    holds_hf_files,
+    open_checkpoint,
+    write_hf_config,
+)
+from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.fp8 import SCALE_SUFFIX, quantize, scales_shape
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
@@ -34,7 +44,7 @@ from megatron_rl.models.hf_reader import INDEX
 from megatron_rl.models.int4 import INT4Format
 from megatron_rl.models.mxfp4 import SCALES_SUFFIX, MXFP4Format
 from megatron_rl.models.torch_dist import METADATA, is_torch_dist
-from megatron_rl.models.torch_dist_reader import TorchDistReader
+from megatron_rl.models.training_checkpoint import META
 
 SHARD_BYTES = 4 << 30
 """Size limit of a safetensors file."""
@@ -67,7 +77,7 @@ class OutputTensor:
         """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_parts(self, source: TorchDistReader) -> Iterator[Tensor]:
+    def read_parts(self, source: CheckpointReader) -> Iterator[Tensor]:
         """Yield the consecutive parts of the tensor."""
         if self.block is None:
             yield from (source.read(part) for part in self.parts)
@@ -92,7 +102,7 @@ class OutputFormat:
 def convert(
     source_folder: Path, target: Path, output_format: OutputFormat, threads: int, console: Console
 ) -> tuple[Manifest, int]:
-    """Write a distributed checkpoint to ``target`` as a Hugging Face folder.
+    """Write a torch_dist or training checkpoint to ``target`` as a Hugging Face folder.
 
     Returns:
         the manifest, and the number of tensors with the same bytes as in the original Hugging Face checkpoint.
@@ -101,8 +111,7 @@ def convert(
         ConfigError: the model family is unknown, or the target exists.
         DataError: a tensor is missing, unexpected or has the wrong shape, or a file is damaged.
     """
-    if not is_torch_dist(source_folder):
-        raise DataError(f"{source_folder} holds no distributed checkpoint: there is no {METADATA}")
+    stamp = _stamp(source_folder)
     hf = read_hf_config(source_folder)
     family = family_of(hf)
     if family.stacked_names and (output_format.fp8 or output_format.split_experts):
@@ -110,7 +119,7 @@ def convert(
             f"model_type {hf['model_type']!r} has the experts of a layer in one tensor only: they cannot be "
             "split, nor quantized to FP8, which needs single matrices; leave out --split-experts and --fp8"
         )
-    source = TorchDistReader(source_folder, family)
+    source = open_checkpoint(source_folder, family)
     source.check(family)
     original = read_manifest(source_folder)
     tensors = _output_tensors(source, family, original, output_format)
@@ -121,11 +130,10 @@ def convert(
         FileJob(file, sum(tensor.num_bytes for tensor in content), partial(_write_file, source, content))
         for file, content in files.items()
     ]
-    stamp = (source_folder / METADATA).stat()
     plan = {
         "to": "hf",
         "wanted": [output_format.fp8, output_format.split_experts],
-        "source": [stamp.st_size, stamp.st_mtime_ns],
+        "source": stamp,
     }
     staging = StagingFolder(target, plan)
     check_disk_space(target.parent, sum(tensor.num_bytes for tensor in tensors))
@@ -140,6 +148,23 @@ def convert(
     return manifest, sum(before.get(entry.name) == entry.sha256 for entry in manifest.tensors)
 
 
+def _stamp(folder: Path) -> list[int]:
+    """Return size and time of the file that is written last; a conversion of another source starts over.
+
+    Raises:
+        DataError: the folder is neither a torch_dist nor a training checkpoint.
+    """
+    if holds_hf_files(folder):
+        hint = (
+            "it has the weights in Hugging Face format already"
+            if has_weights(folder)
+            else "give a run folder, a training checkpoint or a torch_dist checkpoint"
+        )
+        raise DataError(f"{folder} holds no torch_dist and no training checkpoint; {hint}")
+    written = (folder / (METADATA if is_torch_dist(folder) else META)).stat()
+    return [written.st_size, written.st_mtime_ns]
+
+
 def _quantization(block: tuple[int, int] | None) -> HFConfig:
     if block is None:
         return {}
@@ -148,7 +173,7 @@ def _quantization(block: tuple[int, int] | None) -> HFConfig:
 
 
 def _output_tensors(
-    source: TorchDistReader, family: Family, original: Manifest | None, output_format: OutputFormat
+    source: CheckpointReader, family: Family, original: Manifest | None, output_format: OutputFormat
 ) -> list[OutputTensor]:
     """Return the tensors to write: those of the original checkpoint, or one for each name of the model family."""
     if original is not None and original.conversion == "hf-to-megatron":
@@ -174,7 +199,7 @@ def _output_tensors(
     return _assign_files(quantized)
 
 
-def _unfused(source: TorchDistReader, family: Family) -> Iterator[OutputTensor]:
+def _unfused(source: CheckpointReader, family: Family) -> Iterator[OutputTensor]:
     """Yield one tensor per name of the model family; experts that Hugging Face only has stacked become one tensor."""
     stacks = family.fused_parts(required=True)
     firsts = {parts[0]: (stack, parts) for stack, parts in stacks.items()}
@@ -189,7 +214,7 @@ def _unfused(source: TorchDistReader, family: Family) -> Iterator[OutputTensor]:
 
 def _as_in_original(
     entry: ManifestEntry,
-    source: TorchDistReader,
+    source: CheckpointReader,
     fused: Mapping[str, tuple[str, ...]],
     output_format: OutputFormat,
     block: tuple[int, int],
@@ -253,7 +278,7 @@ def _assign_files(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
 
 
 def _write_file(
-    source: TorchDistReader, tensors: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn
+    source: CheckpointReader, tensors: Sequence[OutputTensor], output: BinaryIO, report: ProgressFn
 ) -> FileRecord:
     """Write one safetensors file and return its manifest entries."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

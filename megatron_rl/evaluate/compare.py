@@ -8,11 +8,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from megatron_rl.config.saved_run import is_run
 from megatron_rl.errors import DataError
 from megatron_rl.evaluate.metrics import PromptCounts, count_by_prompt, subsets
-from megatron_rl.evaluate.result_folder import differences, read_description, read_samples
+from megatron_rl.evaluate.result_folder import RESULT, differences, read_description, read_samples
 from megatron_rl.evaluate.statistics import BOOTSTRAPS, Estimate, holm, paired_interval, sign_flip_p
 from megatron_rl.evaluate.tables import format_p
+from megatron_rl.evaluate.targets import RESULTS
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.console import make_console
 
@@ -79,6 +81,23 @@ def compare(a: Path, b: Path, output: Path | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_text(output, json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def find_result(folder: Path, step: int | None = None) -> Path:
+    """Return the newest finished evaluation of a run folder, or that of a step; a results folder as it is.
+
+    Raises:
+        DataError: the run has no finished evaluation, or none of this step.
+    """
+    if not is_run(folder):
+        return folder
+    found = sorted(path.parent for path in (folder / RESULTS).glob(f"step_*/{RESULT}"))
+    if step is not None:
+        found = [path for path in found if path.name == f"step_{step:08}"]
+    if not found:
+        which, option = ("", "") if step is None else (f" of step {step}", f" --step {step}")
+        raise DataError(f"{folder} has no finished evaluation{which}; run: megatron-rl eval {folder}{option}")
+    return found[-1]
 
 
 def _read_counts(folder: Path) -> list[PromptCounts]:

@@ -27,19 +27,20 @@ from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.console import make_console
 
 
-def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None = None) -> int:
+def evaluate(words: Sequence[str], settings: Sequence[str], output: Path | None = None, step: int | None = None) -> int:
     """Evaluate all targets of the command line, one after the other; return 0.
 
     Args:
         words: configuration files and folders.
         settings: ``key=value`` arguments.
         output: folder of the results.
+        step: which weights of run folders to evaluate; None: the newest.
 
     Raises:
         ConfigError, DataError: an evaluation cannot run; raised before any server starts.
     """
     console = make_console()
-    targets = find_targets(words, settings, output)
+    targets = find_targets(words, settings, output, step)
     for target in targets:
         check_sampling(target.loaded)
     for target in targets:

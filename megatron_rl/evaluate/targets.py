@@ -6,34 +6,18 @@ FOLDER                         any other checkpoint, with the settings of the gi
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.config.load import Loaded, load
+from megatron_rl.config.saved_run import CONFIG
 from megatron_rl.config.schema import Run
-from megatron_rl.errors import ConfigError, DataError
-from megatron_rl.models.training_checkpoint import step_of, valid_checkpoints
-from megatron_rl.observability.run_folder import CONFIG
+from megatron_rl.errors import ConfigError
+from megatron_rl.models.run_weights import WeightsLocation, find_weights
 
 RESULTS = "eval"
 """Folder of results in the run folder or, without one, in the working directory."""
-
-
-@dataclass(frozen=True)
-class WeightsLocation:
-    """Weights on disk.
-
-    Attributes:
-        weights: folder of the weights.
-        step: number of rollout batches that they were trained on; 0 if unknown.
-        run: run folder that they belong to; None if there is none.
-    """
-
-    weights: Path
-    step: int = 0
-    run: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +40,9 @@ class Target:
         return self.loaded.run
 
 
-def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | None) -> list[Target]:
+def find_targets(
+    words: Sequence[str], settings: Sequence[str], output: Path | None, step: int | None = None
+) -> list[Target]:
     """Return a target for each folder or, without folders, one for ``model.path`` of the configuration files.
 
     Args:
@@ -64,6 +50,7 @@ def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | N
         settings: ``key=value`` arguments.
         output: folder of results; with several targets, the parent of their folders. None: in the run folder, or in the
             working directory.
+        step: which weights of the run folders to evaluate; None: the newest.
 
     Raises:
         ConfigError: there is nothing to evaluate, or two results would go to the same folder.
@@ -72,10 +59,12 @@ def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | N
     folders = list(dict.fromkeys(Path(word) for word in words if Path(word).is_dir()))
     files = [word for word in words if not Path(word).is_dir()]
     if not folders:
+        if step is not None:
+            raise ConfigError(f"--step {step} chooses a checkpoint of a run folder; give one")
         loaded = load(Run, files, settings)
         path = Path(loaded.run.model.path)
         return [Target(loaded, 0, output or Path(RESULTS) / path.name)]
-    locations = [find_weights(folder) for folder in folders]
+    locations = [find_weights(folder, step) for folder in folders]
     targets = [
         Target(_load(location, files, settings), location.step, _output(location, output, single=len(locations) == 1))
         for location in locations
@@ -86,48 +75,6 @@ def find_targets(words: Sequence[str], settings: Sequence[str], output: Path | N
                 f"the results of two folders would go to {target.output}; evaluate each of them with its own --output"
             )
     return targets
-
-
-def find_weights(folder: Path) -> WeightsLocation:
-    """Return the weights in a folder, or the newest weights of a run folder.
-
-    Raises:
-        DataError: a run folder has no weights.
-    """
-    if is_run(folder):
-        return _newest(folder)
-    if folder.name == "export" and is_run(folder.parent):
-        return WeightsLocation(folder, _steps(folder.parent), folder.parent)
-    if re.fullmatch(r"step_\d+", folder.name) and is_run(folder.parent.parent):
-        return WeightsLocation(folder, step_of(folder), folder.parent.parent)
-    return WeightsLocation(folder)
-
-
-def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run folder: its ``config.json`` is a run configuration, not a model's."""
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError:
-        return False
-    return isinstance(config, dict) and {"model", "task", "train"} <= set(config)
-
-
-def _newest(run: Path) -> WeightsLocation:
-    """Return the newest weights of a run, preferring Hugging Face files, which every engine can read."""
-    checkpoints = valid_checkpoints(run / "checkpoints")
-    exports = {step_of(path): path for path in (run / "exports").glob("step_*") if path.name[5:].isdigit()}
-    final = run / "export"
-    newest = max([step_of(path) for path in checkpoints[-1:]] + list(exports), default=None)
-    if final.is_dir() and newest in (None, _steps(run)):
-        return WeightsLocation(final, _steps(run), run)
-    if newest is None:
-        raise DataError(f"{run} has no weights yet: no checkpoint, no export; give another folder")
-    return WeightsLocation(exports.get(newest, run / "checkpoints" / f"step_{newest:08}"), newest, run)
-
-
-def _steps(run: Path) -> int:
-    return int(json.loads((run / CONFIG).read_text(encoding="utf-8"))["train"]["steps"])
 
 
 def _load(location: WeightsLocation, files: Sequence[str], settings: Sequence[str]) -> Loaded[Run]:

@@ -42,5 +42,5 @@ class ServedWeights:
         return (
             f"holds quantized weights ({method}), but the run would push {self.plain_type} tensors without scales: it"
             " would refuse them in the middle of a push, or read them as noise; start it with a checkpoint that is"
-            " not quantized (tools/convert.py hf-to-megatron, then megatron-to-hf, write one)"
+            " not quantized (megatron-rl convert hf-to-megatron, then megatron-to-hf, write one)"
         )

@@ -109,7 +109,7 @@ class TorchDistReader(CheckpointReader):
 
 
 def _manifest_digests(folder: Path, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
-    """Return the SHA-256 of each tensor from the manifest that ``tools/convert.py`` wrote; empty without one.
+    """Return the SHA-256 of each tensor from the manifest that ``megatron-rl convert`` wrote; empty without one.
 
     Tensors that the original checkpoint has in another dtype, such as FP8, are left out.
 

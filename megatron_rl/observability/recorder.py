@@ -244,5 +244,5 @@ def run_summary(folder: Path, *, resumable: bool) -> list[str]:
     lines.append(f"run folder: {folder}")
     lines += [f"  {name:15} {content}" for name, content in contents.items() if (folder / name).exists()]
     if resumable:
-        lines.append("to continue it: the same command with train.resume=true")
+        lines.append(f"to continue it: megatron-rl train {folder} (or the same command with train.resume=true)")
     return lines

@@ -21,7 +21,8 @@ def prepare_folder(run: Run, versions: Mapping[str, str | None]) -> list[str]:
     config = folder / CONFIG
     if _holds_a_run(folder) and not run.train.resume:
         raise ConfigError(
-            f"{folder} holds a run already (log.path); write train.resume=true to continue it, or another log.path"
+            f"{folder} holds a run already (log.path); `megatron-rl train {folder}` or"
+            " train.resume=true continues it; or write another log.path"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.cli import main
 from megatron_rl.convert import to_hf, to_megatron
-from megatron_rl.convert.main import main
 from megatron_rl.convert.manifest import read_manifest
 from megatron_rl.convert.to_hf import OutputFormat
 from megatron_rl.convert.verify import compare
@@ -152,8 +152,8 @@ import sys, time
 from megatron_rl.models import hf_reader
 read = hf_reader.HFCheckpointReader.read
 hf_reader.HFCheckpointReader.read = lambda self, name: (time.sleep(0.01), read(self, name))[1]
-from megatron_rl.convert.main import main
-sys.exit(main(sys.argv[1:]))
+from megatron_rl.cli import main
+sys.exit(main(["convert", *sys.argv[1:]]))
 """
 
 
@@ -234,17 +234,17 @@ def test_verify_names_the_differing_tensors(demo: Path, tmp_path: Path, capsys: 
     tensors["model.norm.weight"][3] += 0.5
     save_file(tensors, tmp_path / "other" / "model.safetensors")
 
-    assert main(["verify", str(demo), str(tmp_path / "other")]) == 1
+    assert main(["convert", "verify", str(demo), str(tmp_path / "other")]) == 1
 
     assert "model.norm.weight: largest difference 0.5" in capsys.readouterr().out
-    assert main(["verify", str(demo), str(demo)]) == 0
+    assert main(["convert", "verify", str(demo), str(demo)]) == 0
 
 
 @pytest.mark.processes
 def test_outputs_are_compared_on_a_prompt(demo: Path, tmp_path: Path) -> None:
     to_core(demo, tmp_path / "megatron")
     folders = [str(demo), str(tmp_path / "megatron")]
-    command = [sys.executable, "-m", "megatron_rl.convert.main", "verify", *folders, "--logits", "3,1,4,1,5,9"]
+    command = [sys.executable, "-m", "megatron_rl", "convert", "verify", *folders, "--logits", "3,1,4,1,5,9"]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
 

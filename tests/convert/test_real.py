@@ -125,9 +125,9 @@ def by_sglang(folder: Path, log: Path) -> list[list[int]]:
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_a_real_model_is_converted_trained_and_served(smollm: Path, tmp_path: Path, kind: str) -> None:
     source, megatron, again = smollm / kind, tmp_path / "megatron", tmp_path / "again"
-    print(run("tools/convert.py", "hf-to-megatron", source, megatron))
-    print(run("tools/convert.py", "megatron-to-hf", megatron, again))
-    print(run("tools/convert.py", "verify", source, again))
+    print(run("-m", "megatron_rl", "convert", "hf-to-megatron", source, megatron))
+    print(run("-m", "megatron_rl", "convert", "megatron-to-hf", megatron, again))
+    print(run("-m", "megatron_rl", "convert", "verify", source, again))
     text = AutoTokenizer.from_pretrained(again).batch_decode(by_transformers(again))
     assert "Paris" in text[2]
     assert text == AutoTokenizer.from_pretrained(source).batch_decode(by_transformers(source))

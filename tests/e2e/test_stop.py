@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +19,7 @@ def test_a_stopped_run_goes_on_to_the_result_of_one_that_was_not(tmp_path, strai
     with Job(folder) as job:
         job.until_steps(2).process.send_signal(signal.SIGTERM)
         assert job.end() == 130, job.output()
-        assert "to continue it: the same command with train.resume=true" in job.output()
+        assert f"to continue it: megatron-rl train {folder} (or the same command with" in job.output()
         assert "Traceback" not in job.output()
         assert len(list((folder / "checkpoints").glob("step_*"))) == 1
         assert len(job.metrics()) < 4
@@ -32,6 +34,17 @@ def test_two_and_two_steps_are_four(tmp_path, straight):
         with Job(folder, *settings) as job:
             assert job.end() == 0, job.output()
     same_result(folder, straight)
+
+
+def test_a_run_folder_is_continued_without_its_config_file(tmp_path, straight):
+    with Job(tmp_path / "run", "train.steps=2") as job:
+        assert job.end() == 0, job.output()
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    command = [sys.executable, "-m", "megatron_rl", "train", str(moved), "train.steps=4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step 2 from {moved}/checkpoints/step_00000002" in done.stderr
+    same_result(moved, straight)
 
 
 def test_a_run_goes_on_under_another_layout(tmp_path):
@@ -53,7 +66,7 @@ def test_control_c_stops_cleanly(tmp_path):
         os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does
         server.send_signal(signal.SIGINT)  # as a container does
         assert job.end() == 130, job.output()
-        assert job.output().rstrip().endswith("to continue it: the same command with train.resume=true")
+        assert job.output().rstrip().endswith("(or the same command with train.resume=true)")
         assert "repeat to stop immediately" in job.output()
         assert "Traceback" not in job.output()
         assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1

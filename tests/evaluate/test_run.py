@@ -105,6 +105,39 @@ def test_first_and_last_weights_are_compared(run, newest, tmp_path, capsys):
     assert "sign-flip" in capsys.readouterr().out
 
 
+def test_a_step_of_a_run_is_evaluated_and_runs_are_compared(run, newest, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("eval"))
+    assert main(["eval", "--compare", str(run), str(other)]) == 2
+    assert f"{other} has no finished evaluation; run: megatron-rl eval {other}\n" in capsys.readouterr().err
+    assert main(["eval", str(other), "--step", "1"]) == 0
+    assert pass_at_1(other / "eval" / "step_00000001") == accuracies(run)[1]
+    assert main(["eval", "--compare", str(run), str(other)]) == 0
+    assert f"A: {newest}\nB: {other}/eval/step_00000001\n" in capsys.readouterr().out
+    assert main(["eval", "--compare", str(run), str(other), "--step", "2"]) == 2
+    assert f"no finished evaluation of step 2; run: megatron-rl eval {other} --step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--step", "2"]])
+def test_a_training_checkpoint_is_converted_to_the_export_of_its_step(run, tmp_path, options, capsys):
+    assert main(["convert", str(run), str(tmp_path / "model"), *options]) == 0
+    assert f" of {run}/checkpoints/step_00000002 in " in capsys.readouterr().out
+    assert main(["convert", "verify", str(tmp_path / "model"), str(run / "export")]) == 0
+    names = {path.name for path in (run / "export").iterdir()} - {
+        "model-00001.safetensors",
+        "model.safetensors.index.json",
+    }
+    for name in names:
+        assert (tmp_path / "model" / name).read_bytes() == (run / "export" / name).read_bytes()
+
+
+def test_weights_in_hugging_face_format_are_not_converted_again(run, tmp_path, capsys):
+    assert main(["convert", str(run / "export"), str(tmp_path / "model")]) == 2
+    assert "it has the weights in Hugging Face format already" in capsys.readouterr().err
+    assert main(["convert", str(run), str(tmp_path / "model"), "--step", "7"]) == 2
+    assert "no training checkpoint of step 7; there are steps 1, 2" in capsys.readouterr().err
+
+
 def test_an_engine_that_cannot_read_a_checkpoint_gets_a_copy(run, tmp_path, monkeypatch):
     seen: list[Path] = []
 

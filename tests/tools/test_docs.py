@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_rl.algorithms.objectives import Objective
-from megatron_rl.cli import _parser
+from megatron_rl.cli.command import all_parsers
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.loss_inputs import LossInputs
@@ -25,8 +25,14 @@ DOCS = ROOT / "docs"
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of every command."""
-    _, verbs = _parser()
-    return dict(verbs)
+    return all_parsers()
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser, and those of its actions if it has any."""
+    actions = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    inner = [options_of(choice) for choices in actions for choice in choices.values()]
+    return set(parser._option_string_actions).union(*inner)
 
 
 def test_every_command_has_a_section_with_an_example():
@@ -60,7 +66,7 @@ def test_commands_and_their_options_exist(page):
     text = page.read_text().replace("\\\n", "")
     for verb, words in re.findall(r"(?:megatron-rl|-m megatron_rl) ([a-z-]+)([^\n`]*)", text):
         if verb in commands():
-            options = commands()[verb]._option_string_actions
+            options = options_of(commands()[verb])
             assert [
                 word for word in re.findall(r"(?<!\S)--[a-z-]+", words.partition(" #")[0]) if word not in options
             ] == []

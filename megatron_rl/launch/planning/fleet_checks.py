@@ -56,7 +56,8 @@ def check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
         yield (
             f"{loaded.describe('model.path')} is quantized"
             f" ({settings.get('quant_method')}): {rollout.engine} would serve quantized weights, but weight pushes are"
-            " not quantized; convert it with tools/convert.py hf-to-megatron, then megatron-to-hf, and use that folder"
+            " not quantized; convert it with megatron-rl convert hf-to-megatron, then megatron-to-hf, and"
+            " use that folder"
         )
 
 
@@ -70,7 +71,7 @@ def check_checkpoint_format(loaded: Loaded[Run]) -> Iterator[str]:
     ):
         yield (
             f"{loaded.describe('model.path')} is a distributed checkpoint, which"
-            " SGLang cannot read; convert it with tools/convert.py megatron-to-hf, or start servers with its Hugging"
+            " SGLang cannot read; convert it with megatron-rl convert megatron-to-hf, or start servers with its Hugging"
             " Face checkpoint and write their addresses in rollout.urls"
         )
 

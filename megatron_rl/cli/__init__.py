@@ -1,0 +1,5 @@
+"""The command line: ``megatron-rl VERB``."""
+
+from megatron_rl.cli.command import main
+
+__all__ = ["main"]
