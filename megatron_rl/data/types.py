@@ -58,8 +58,9 @@ class Response(ArrayEquality):
     tokens that were not sampled; None if the engine did not return them."""
     observed: tuple[tuple[int, int], ...] = ()
     """(start, end): output tokens ``start:end`` come from an environment. They are not sampled and not trained."""
-    last_turn: str | None = None
-    """Text after the last tokens of an environment; None if the response has no such tokens."""
+    turns: tuple[str, ...] = ()
+    """Texts between the borders of ``observed``, in turn of the model and of the environment; the first and the last
+    are the model's. Empty if the response has no tokens of an environment."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_ids", np.asarray(self.output_ids, np.int32))
@@ -68,7 +69,12 @@ class Response(ArrayEquality):
     @property
     def answer_text(self) -> str:
         """The text in which the verifier looks for the answer: the last turn of the model."""
-        return self.text if self.last_turn is None else self.last_turn
+        return self.turns[-1] if self.turns else self.text
+
+    @property
+    def sampled_text(self) -> str:
+        """The text that the model wrote, without that of an environment."""
+        return "".join(self.turns[::2]) if self.turns else self.text
 
     @property
     def sampled(self) -> tuple[bool, ...]:
@@ -93,6 +99,7 @@ class Response(ArrayEquality):
         """Return the response that ``to_json`` encoded; missing fields get their defaults."""
         columns = ("output_ids", "logprobs")
         values = {name: value if name in columns else _as_tuple(value) for name, value in fields.items()}
+        values.pop("last_turn", None)  # of version 0.1
         for name in ("routes", "mask_ids"):
             if values.get(name) is not None:
                 dtype, shape, data = values[name]

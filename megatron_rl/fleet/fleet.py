@@ -11,9 +11,9 @@ may be called from any other thread.
 """
 
 import asyncio
-from collections.abc import Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, count
 from typing import TypeVar
@@ -57,6 +57,7 @@ class Fleet:
     keep_weights: bool
     decode: Decode | None
     multi_turn: MultiTurn | None
+    text_of: Callable[[Response], str] | None
     router: Router | None
     registry: Registry | None
     membership: Membership
@@ -76,6 +77,7 @@ class Fleet:
         keep_weights: bool = True,
         decode: Decode | None = None,
         multi_turn: MultiTurn | None = None,
+        text_of: Callable[[Response], str] | None = None,
         router: ServerProcess | str | None = None,
         receivers: int = 0,
         registry: Registry | None = None,
@@ -93,9 +95,9 @@ class Fleet:
                 sequences, in whole groups, at least one group, and any failure repeats it as a whole: a server whose
                 results depend on the sequences that it decodes together then repeats bit for bit.
             keep_weights: whether to keep a copy of the weights here for servers that come back between two pushes.
-            decode: if given, a push aborts unfinished responses, and the fleet requests the rest with a prefix. Without
-                it the servers pause them, and continue them with the new weights.
+            decode: a push aborts responses, and the rest is requested with a prefix; None: servers continue them.
             multi_turn: generates multi-turn responses; None for responses of one turn.
+            text_of: returns the text of a response of one turn, if it is not the engine's text.
             router: a router process to start, or the url of a running one; plain generation goes through it.
             receivers: processes that receive the answers; 0: this one does.
             registry: the addresses of the servers, followed while the fleet is open: servers join and leave it.
@@ -116,6 +118,7 @@ class Fleet:
             keep_weights=keep_weights,
             decode=decode,
             multi_turn=multi_turn,
+            text_of=text_of,
             router=front,
             registry=registry,
             membership=membership,
@@ -295,7 +298,8 @@ class Fleet:
     async def _responses(self, request: HttpRequest, versions: range | None) -> list[Response]:
         results = await self._generate(request.sequences, versions)
         if self.multi_turn is None:
-            return request.responses(results)
+            responses = request.responses(results)
+            return responses if self.text_of is None else [replace(r, text=self.text_of(r)) for r in responses]
         return await self.multi_turn.finish(request, results, partial(self._generate, versions=versions))
 
     async def _require(self, versions: range) -> None:

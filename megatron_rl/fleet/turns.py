@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 
@@ -32,16 +32,8 @@ Generate = Callable[[Sequence[GenerationRequest]], Awaitable[list[GenerationResu
 Observation = str | Sequence[int] | None
 
 
-class TurnTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that multi-turn responses need."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of a text."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids."""
-        ...
+Encode = Callable[[str, int], tuple[int, ...] | None]
+"""Returns the tokens of the environment's text after a turn that ended with this token; None: the response ends."""
 
 
 @dataclass
@@ -68,15 +60,15 @@ class MultiTurn:
 
     Attributes:
         make_environment: returns a new environment; called once per response.
-        tokenizer: decodes the model's turns and encodes the environment's messages.
-        wrap: adds the chat template's markers around a message of the environment.
+        decode: returns the text of output tokens.
+        encode: returns the tokens of a message of the environment, with the markers of the chat template.
         max_turns: maximum number of the model's turns in a response.
         timeout_seconds: time limit of the environment per turn.
     """
 
     make_environment: Callable[[], Environment]
-    tokenizer: TurnTokenizer
-    wrap: Callable[[str], str]
+    decode: Callable[[np.ndarray], str]
+    encode: Encode
     max_turns: int
     timeout_seconds: float
 
@@ -112,15 +104,18 @@ class MultiTurn:
             conversation.open = False
             return
         output_ids = conversation.result.output_ids[conversation.turn_start :]
-        text = self.tokenizer.decode(output_ids.tolist(), skip_special_tokens=True)
+        text = self.decode(output_ids)
         answer = await call_with_timeout(lambda: conversation.environment.step(text), self.timeout_seconds)
         if isinstance(answer, Failed):
             conversation.end("failed")
         elif answer is None:
             conversation.open = False
         elif isinstance(answer, str):
-            ids = self.tokenizer.encode(self.wrap(answer), add_special_tokens=False)
-            self._append(conversation, tuple(ids), turn)
+            ids = self.encode(answer, int(output_ids[-1]))
+            if ids is None:
+                conversation.open = False
+            else:
+                self._append(conversation, ids, turn)
         else:
             self._append(conversation, tuple(answer), turn)
 
@@ -145,11 +140,10 @@ class MultiTurn:
     def _with_observed(self, response: Response, conversation: Conversation) -> Response:
         if not conversation.observed:
             return response
-        text, last = (
-            self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-            for ids in (response.output_ids, response.output_ids[conversation.turn_start :])
-        )
-        return replace(response, text=text, observed=tuple(conversation.observed), last_turn=last)
+        ends = [0, *(end for span in conversation.observed for end in span), len(response.output_ids)]
+        texts = tuple(self.decode(response.output_ids[start:end]) for start, end in pairwise(ends))
+        observed = tuple(conversation.observed)
+        return replace(response, text=self.decode(response.output_ids), observed=observed, turns=texts)
 
 
 def _next_request(conversation: Conversation, turn: int) -> GenerationRequest:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.schema import PUSH_BUFFERS, Run
+from megatron_rl.data.types import Response
 from megatron_rl.distributed.collectives import gather_json
 from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.client import Client
@@ -19,10 +20,13 @@ from megatron_rl.fleet.quantization import FormJudge
 from megatron_rl.fleet.registry import Registry
 from megatron_rl.fleet.router import router_process
 from megatron_rl.fleet.servers import servers_of
-from megatron_rl.fleet.turns import MultiTurn, TurnTokenizer
+from megatron_rl.fleet.turns import MultiTurn
 from megatron_rl.fleet.vllm import VllmClient
 from megatron_rl.models.served_weights import ServedWeights
-from megatron_rl.tasks.environments import ChatTokenizer, chat_wrap, find_environment
+from megatron_rl.tasks.environments import find_environment
+from megatron_rl.tasks.response_text import ResponseText
+from megatron_rl.tasks.reward import reads_tags
+from megatron_rl.tasks.turn_format import TurnTokenizer, find_turn_format
 from megatron_rl.weights.disk import DiskTransport, write_rank_files
 from megatron_rl.weights.distributed import DistributedTransport
 from megatron_rl.weights.ipc import IpcTransport
@@ -38,7 +42,7 @@ Push = Callable[[Iterable[tuple[str, Tensor]], int], object]
 """Sends named tensors to the servers as weights of this version."""
 
 
-class FleetTokenizer(TurnTokenizer, ChatTokenizer, Protocol):
+class FleetTokenizer(TurnTokenizer, Protocol):
     """The part of a Hugging Face tokenizer that a fleet needs."""
 
 
@@ -92,6 +96,7 @@ def open_fleet(
         keep_weights=keep_weights,
         decode=partial(tokenizer.decode, skip_special_tokens=True) if rollout.at_push == "resubmit" else None,
         multi_turn=_multi_turn(run, tokenizer),
+        text_of=_text_of(run, tokenizer),
         router=router,
         receivers=rollout.receivers,
         registry=Registry(Path(rollout.registry)) if rollout.registry else None,
@@ -163,8 +168,18 @@ def _multi_turn(run: Run, tokenizer: FleetTokenizer) -> MultiTurn | None:
     section = run.environment
     if not section.name:
         return None
-    wrap = chat_wrap(tokenizer, section.role) if section.role else str
-    return MultiTurn(find_environment(section.name), tokenizer, wrap, section.max_turns, run.reward.seconds)
+    stop_ids = run.rollout.sampling.stop_token_ids
+    decode = ResponseText(tokenizer, stop_ids).decode
+    encode = find_turn_format(run.task, section, stop_ids, tokenizer)
+    return MultiTurn(find_environment(section.name), decode, encode, section.max_turns, run.reward.seconds)
+
+
+def _text_of(run: Run, tokenizer: FleetTokenizer) -> Callable[[Response], str] | None:
+    """Return what decodes a response of one turn, if rewards look for tags, which may be special tokens."""
+    if not reads_tags(run.task, run.reward):
+        return None
+    texts = ResponseText(tokenizer, run.rollout.sampling.stop_token_ids)
+    return lambda response: texts.decode(response.output_ids) if texts.shows(response.output_ids) else response.text
 
 
 def keeps_weights(transport: WeightTransport, world: World) -> bool:

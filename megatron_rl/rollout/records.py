@@ -11,6 +11,7 @@ drops the lines of the steps that it repeats. So no group appears twice, and eve
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import get_args
 
 from megatron_rl.config.schema import Run
@@ -26,12 +27,15 @@ def step_samples(step: int, taken: StepBatch, batch: Batch, run: Run) -> StepSam
     """Return the records of a step whose batch is made of ``taken.used``."""
     trained = set(batch["group_ids_B"].tolist())
     samples = [(group.group.prompt, response) for group in taken.groups for response in group.group.responses]
+    turns = turn_counts([response for _, response in samples]) if run.environment.name and samples else {}
     return StepSamples(
         output_tokens=[len(response.output_ids) for _, response in samples],
         read=lambda indices: [recorded_sample(*samples[index]) for index in indices],
-        lines=_as_text(sample_lines(step, taken.groups)) if run.log.rollouts else "",
+        lines=_as_text(sample_lines(step, taken.groups, run.environment.role or "environment"))
+        if run.log.rollouts
+        else "",
         ledger=_as_text(ledger_lines(step, taken, trained)),
-        counts=group_counts(taken) | failure_counts(taken.verdicts) | reward_means(taken.verdicts),
+        counts=group_counts(taken) | failure_counts(taken.verdicts) | reward_means(taken.verdicts) | turns,
     )
 
 
@@ -61,12 +65,21 @@ def sample_record(prompt: Prompt, response: Response, verdict: Verdict) -> dict[
     }
 
 
-def sample_lines(step: int, groups: Sequence[FinishedGroup]) -> Iterator[Json]:
-    """Yield the lines of ``rollouts.jsonl``: one per response."""
+def turn_records(response: Response, role: str) -> Iterator[Json]:
+    """Yield the turns of a response: text, and span of output tokens; those of the model are trained."""
+    ends = [0, *(end for span in response.observed for end in span), len(response.output_ids)]
+    for index, (text, (start, end)) in enumerate(zip(response.turns, pairwise(ends), strict=True)):
+        is_model = index % 2 == 0
+        yield {"role": "assistant" if is_model else role, "text": text, "start": start, "end": end, "trained": is_model}
+
+
+def sample_lines(step: int, groups: Sequence[FinishedGroup], role: str = "environment") -> Iterator[Json]:
+    """Yield the lines of ``rollouts.jsonl``: one per response; ``role`` is that of the environment's turns."""
     for finished in groups:
         for response, verdict in zip(finished.group.responses, finished.verdicts, strict=True):
             record = sample_record(finished.group.prompt, response, verdict)
-            yield {"step": step, **record, "weight_versions": response.weight_versions}
+            turns = {"turns": list(turn_records(response, role))} if response.turns else {}
+            yield {"step": step, **record, **turns, "weight_versions": response.weight_versions}
 
 
 def ledger_lines(step: int, taken: StepBatch, trained: Collection[int]) -> Iterator[Json]:
@@ -94,6 +107,19 @@ def group_counts(taken: StepBatch) -> dict[str, float | int]:
         "groups_surplus": fates[SURPLUS],
         "groups_too_old": fates[TOO_OLD],
         "refills": taken.resample_rounds,
+    }
+
+
+def turn_counts(responses: Sequence[Response]) -> dict[str, float | int]:
+    """Return the metrics of responses with several turns."""
+    turns = [len(response.observed) + 1 for response in responses]
+    observed = [end - start for response in responses for start, end in response.observed]
+    tokens = sum(len(response.output_ids) for response in responses)
+    return {
+        "turns_mean": sum(turns) / len(turns),
+        "turns_max": max(turns),
+        "environment_tokens_mean": sum(observed) / len(observed) if observed else 0.0,
+        "environment_tokens_fraction": sum(observed) / tokens if tokens else 0.0,
     }
 
 

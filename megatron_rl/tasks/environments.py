@@ -3,8 +3,7 @@
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from megatron_rl.config.from_file import load_object
 from megatron_rl.data.environment import Environment
@@ -75,41 +74,3 @@ def find_environment(name: str) -> Callable[[], Environment]:
         if not callable(getattr(environment, method, None)):
             raise ConfigError(f"{name} (environment.name) has no method {method}; write a class with reset and step")
     return environment
-
-
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that multi-turn responses use."""
-
-    @property
-    def eos_token(self) -> str | None:
-        """The token that ends the model's turn."""
-        ...
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        """Return the text of a conversation."""
-        ...
-
-
-def chat_wrap(tokenizer: ChatTokenizer, role: str) -> Callable[[str], str]:
-    """Return a function that formats a text as a turn of ``role`` between two turns of the model.
-
-    It uses the chat template. The formatted text begins after the end-of-sequence token, which the model has sampled.
-    """
-
-    def wrap(text: str) -> str:
-        turns: Sequence[Mapping[str, str]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        before = tokenizer.apply_chat_template([dict(t) for t in turns], tokenize=False, add_generation_prompt=False)
-        longer = [*(dict(turn) for turn in turns), {"role": role, "content": text}]
-        after = tokenizer.apply_chat_template(longer, tokenize=False, add_generation_prompt=True)
-        if not after.startswith(before):
-            raise ConfigError(
-                f"the chat template changes a turn when another one follows, so environment.role = {role!r} cannot be"
-                ' used; set environment.role = "" and let the environment write the whole text'
-            )
-        end = tokenizer.eos_token
-        cut = before.rfind(end) + len(end) if end and end in before else len(before)
-        return after[cut:]
-
-    return wrap

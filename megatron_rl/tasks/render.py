@@ -17,8 +17,8 @@ from megatron_rl.tasks.base import Tokenizer
 Turns = list[dict[str, str]]
 """A conversation: a list of turns with ``role`` and ``content``."""
 
-FIRST_PLACEHOLDER = 0xE000
-"""Characters for private use, from this one on, stand for control tokens while the chat template runs."""
+FIRST_PLACEHOLDERS = (0xF0000, 0x100000)
+"""Characters for private use, from one of these on, stand for control tokens while the chat template runs."""
 
 
 class ChatOptions(Protocol):
@@ -126,7 +126,7 @@ class PromptRenderer:
             text = EscapedText(_with_placeholders(question, escaped) + self.options.prefill, escaped)
             ids = self.encode(text, add_special_tokens=True)
         else:
-            turns, prefill = self._turns(question)
+            turns, prefill = self.turns(question)
             text = self.template(turns, generation_prompt=True)
             text = EscapedText(text.text + prefill + self.options.prefill, text.tokens)
             ids = self.encode(text)
@@ -134,8 +134,12 @@ class PromptRenderer:
             raise DataError("the prompt has no token: the tokenizer makes none of its text; write another prompt")
         return text.original, ids
 
-    def _turns(self, question: str | Turns) -> tuple[Turns, str]:
-        """Return the turns before the response, and the beginning of the response."""
+    def turns(self, question: str | Turns) -> tuple[Turns, str]:
+        """Return the turns before the response, and the beginning of the response.
+
+        Raises:
+            DataError: the question is a conversation that cannot be used.
+        """
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
         if self.options.system_prompt:
             if any(turn["role"] == "system" for turn in turns):
@@ -153,14 +157,22 @@ class PromptRenderer:
             )
         return turns[:-1], turns[-1]["content"]
 
-    def template(self, turns: Turns, *, generation_prompt: bool, escape: bool | None = None) -> EscapedText:
+    def template(self, turns: Turns, *, generation_prompt: bool, trusted_role: str | None = None) -> EscapedText:
         """Return the chat template's rendering of a conversation, with placeholders for control tokens of the data.
+
+        Args:
+            turns: the conversation.
+            generation_prompt: whether it ends where the assistant's turn begins.
+            trusted_role: role of turns that are no data, whose control tokens are not escaped.
 
         Raises:
             DataError: the template fails; the message has its words.
         """
-        tokens = self._escape([turn["content"] for turn in turns], escape)
-        turns = [{**turn, "content": _with_placeholders(turn["content"], tokens)} for turn in turns]
+        tokens = self._escape([turn["content"] for turn in turns if turn["role"] != trusted_role])
+        turns = [
+            turn if turn["role"] == trusted_role else {**turn, "content": _with_placeholders(turn["content"], tokens)}
+            for turn in turns
+        ]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation_prompt, **self._variables
@@ -200,16 +212,18 @@ class PromptRenderer:
             )
         return ids
 
-    def _escape(self, contents: Sequence[str], escape: bool | None = None) -> Mapping[str, str]:
+    def _escape(self, contents: Sequence[str]) -> Mapping[str, str]:
         """Return placeholders for the control tokens in the contents of turns, none if they are not escaped."""
-        if not (self.escapes if escape is None else escape):
+        if not self.escapes:
             return {}
-        found = [token for token in self.control_tokens if any(token in content for content in contents)]
-        if not found:
+        if not any(token in content for token in self.control_tokens for content in contents):
             return {}
-        used = {symbol for content in contents for symbol in content}
-        free = (symbol for symbol in map(chr, range(FIRST_PLACEHOLDER, 0xF8FF)) if symbol not in used)
-        return dict(zip(free, found, strict=False))
+        count = len(self.control_tokens)
+        ranges = ([chr(first + i) for i in range(count)] for first in FIRST_PLACEHOLDERS)
+        placeholders = next(
+            (r for r in ranges if not any(symbol in content for symbol in r for content in contents)), ()
+        )
+        return dict(zip(placeholders, self.control_tokens, strict=False))
 
 
 def control_tokens(tokenizer: object) -> tuple[str, ...]:

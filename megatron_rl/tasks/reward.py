@@ -30,6 +30,8 @@ INLINE_VERIFIERS = ("exact", "number")
 SERVER_TIME_SHARE = 0.9
 """Share of ``reward.seconds`` in which servers must answer a batch. The rest is for the other verifiers."""
 
+_OPENED_TAG = re.compile(r"(<\w+>)\s*$")
+
 FORMATS: Mapping[str, str] = {"think": r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"}
 """Named regular expressions for ``reward.format``."""
 
@@ -79,17 +81,18 @@ class RewardFunction:
             failed = extra if failed is None and extra.score is None else failed
         if failed is not None:
             return Verdict(None, verdict.correct, failed.reason, failed.failure)
-        scores |= self._format_and_length(response)
+        scores |= self._format_and_length(prompt, response)
         if len(scores) == 1 and self.weights["task"] == 1:
             return verdict
         rewards = {name: score for name, score in scores.items() if score is not None}
         score = sum(self.weights[name] * reward for name, reward in rewards.items())
         return replace(verdict, score=score, rewards=rewards)
 
-    def _format_and_length(self, response: Response) -> Mapping[str, float]:
+    def _format_and_length(self, prompt: Prompt, response: Response) -> Mapping[str, float]:
         rewards: dict[str, float] = {}
         if self.reward.format:
-            rewards["format"] = float(self.format.fullmatch(response.text) is not None)
+            text = opened_tag(prompt.text) + response.sampled_text
+            rewards["format"] = float(self.format.fullmatch(text) is not None)
         if self.reward.overlong_tokens:
             length_B = torch.tensor([len(response.output_ids)])
             rewards["overlong"] = float(overlong_penalty(length_B, self.max_new_tokens, self.reward.overlong_tokens))
@@ -102,6 +105,17 @@ def runs_inline(task: AnyTask, reward: Reward) -> bool:
     inline = checked or isinstance(task, ChainedArithmeticTask)
     # Answers are checked for the task's verifier only, so "number" may raise as an extra verifier.
     return inline and not reward.format and all(name == "exact" for name in reward.verifiers.values())
+
+
+def reads_tags(task: AnyTask, reward: Reward) -> bool:
+    """Return whether a reward looks for tags, which are special tokens of some tokenizers."""
+    return bool(reward.format) or (isinstance(task, ReasoningGymTask) and task.extract == "tag")
+
+
+def opened_tag(prompt: str) -> str:
+    """Return the tag with which a prompt ends, such as the ``<think>`` of a template, or nothing."""
+    tag = _OPENED_TAG.search(prompt)
+    return tag[1] if tag else ""
 
 
 def runs_code(task: AnyTask, reward: Reward) -> bool:

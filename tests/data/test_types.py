@@ -19,7 +19,7 @@ RESPONSE = Response(
     weight_versions=((3, 0, 1), (4, 2, 3)),
     routes=torch.arange(12, dtype=torch.int16).reshape(3, 2, 2),
     observed=((1, 2),),
-    last_turn="b",
+    turns=("a", "x", "b"),
 )
 
 
@@ -46,7 +46,7 @@ def test_responses_are_equal_if_their_arrays_are():
 
 def test_fields_that_were_not_written_yet_get_their_defaults():
     saved = RESPONSE.to_json()
-    for name in ("routes", "observed", "last_turn"):
+    for name in ("routes", "observed", "turns"):
         del saved[name]
     found = Response.from_json(saved)
-    assert (found.routes, found.observed, found.last_turn) == (None, (), None)
+    assert (found.routes, found.observed, found.turns) == (None, (), ())

@@ -41,6 +41,15 @@ class Words:
         return " ".join(f"w{token}" for token in token_ids)
 
 
+def decoded(output_ids: np.ndarray) -> str:
+    return Words().decode(output_ids.tolist())
+
+
+def inserted(message: str, last_token: int) -> tuple[int, ...] | None:
+    """Return the tokens of a message; a turn that ends with the token 7 ends its response."""
+    return None if last_token == 7 else tuple(Words().encode(f"w47 {message}", add_special_tokens=False))
+
+
 class Echo:
     """Says the length of what was said, twice; the second time as ids. Ends after the third turn."""
 
@@ -83,7 +92,7 @@ def fleet(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def sampled(fleet: Fleet, make: type = Echo, most: int = 8, seconds: float = 30, sampling: Sampling = SAMPLING):
-    fleet.multi_turn = MultiTurn(make, Words(), lambda text: f"w47 {text}", most, seconds)
+    fleet.multi_turn = MultiTurn(make, decoded, inserted, most, seconds)
     return fleet.generate(PROMPTS, 4, sampling, (0, 0), 0)
 
 
@@ -115,6 +124,9 @@ def test_turns_are_what_the_environment_saw_and_said_token_by_token(fleet):
                 begun = end
             assert len(ids) == len(response.logprobs) <= SAMPLING.max_new_tokens
             assert response.answer_text == words.decode(ids[begun:], skip_special_tokens=True) or not response.observed
+            assert len(response.turns) in (0, 2 * len(response.observed) + 1)
+            for text, (start, end) in zip(response.turns[1::2], response.observed, strict=True):
+                assert text == words.decode(ids[start:end])
             assert sum(response.sampled) == len(ids) - sum(end - start for start, end in response.observed)
     assert several > 4
 
@@ -128,7 +140,7 @@ def test_log_probs_of_sampled_tokens_are_those_of_the_whole_sequence(fleet, moe_
 
 
 def test_experts_of_several_turns_are_those_of_the_whole_sequence(fleet, moe_folder):
-    fleet.multi_turn = MultiTurn(Echo, Words(), lambda text: f"w47 {text}", 8, 30)
+    fleet.multi_turn = MultiTurn(Echo, decoded, inserted, 8, 30)
     several = 0
     for group in fleet.generate(PROMPTS, 2, SAMPLING, (0, 1), 0, SHAPE):
         for response in group.responses:
@@ -160,7 +172,7 @@ def test_the_same_seeds_give_the_same_turns(fleet):
 
 def test_a_response_that_wants_more_turns_or_has_no_room_is_truncated(fleet):
     for response in (r for group in sampled(fleet, most=1) for r in group.responses):
-        assert response.finish_reason == "length"
+        assert response.finish_reason == ("stop" if response.output_ids[-1] == 7 else "length")
         assert response.observed == ()
     tight = SAMPLING.model_copy(update={"max_new_tokens": 6})
     for response in (r for group in sampled(fleet, sampling=tight) for r in group.responses):

@@ -1,10 +1,10 @@
-"""The calculator, environments from files, and turns through a chat template."""
+"""The calculator, and environments from files."""
 
 import pytest
 
 from megatron_rl.data.types import Prompt
 from megatron_rl.errors import ConfigError
-from megatron_rl.tasks.environments import Calculator, calculate, chat_wrap, find_environment
+from megatron_rl.tasks.environments import Calculator, calculate, find_environment
 
 ROOT_PROMPT = Prompt("p", (1,), "", "")
 
@@ -46,29 +46,3 @@ def test_an_environment_from_a_file(tmp_path):
         find_environment(f"{file}:Mine")
     with pytest.raises(ConfigError, match="one of calculator"):
         find_environment("calculater")
-
-
-class ChatML:
-    eos_token = "<|im_end|>"
-
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
-        turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in conversation)
-        return turns + "<|im_start|>assistant\n" * add_generation_prompt
-
-
-def test_a_wrapped_turn_begins_after_the_sampled_end_token():
-    wrapped = chat_wrap(ChatML(), "tool")("42")
-    assert wrapped == "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
-    conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    sampled = ChatML().apply_chat_template(conversation, tokenize=False, add_generation_prompt=False)[:-1]
-    more = [*conversation, {"role": "tool", "content": "42"}]
-    assert sampled + wrapped == ChatML().apply_chat_template(more, tokenize=False, add_generation_prompt=True)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_an_error():
-    class Forgetful(ChatML):
-        def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **variables):
-            return super().apply_chat_template(conversation[-1:], tokenize=False, add_generation_prompt=True)
-
-    with pytest.raises(ConfigError, match=r"environment\.role"):
-        chat_wrap(Forgetful(), "tool")("42")

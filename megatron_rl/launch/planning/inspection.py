@@ -1,6 +1,6 @@
 """Problems that only the tokenizer and the data can show: prompts, turns and stop tokens, before anything starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from megatron_rl.errors import MegatronRLError
 from megatron_rl.launch.planning.model_sizes import ModelSizes
 from megatron_rl.tasks.jsonl import check_files
 from megatron_rl.tasks.sample import PromptSample, sample_prompts
+from megatron_rl.tasks.turn_format import TemplateTurns, TurnTokenizer, find_turn_format
 
 MANY_TOO_LONG = 0.5
 """Fraction of prompts above ``task.max_prompt_tokens`` that is probably a mistake."""
@@ -68,6 +69,8 @@ def inspect_inputs(loaded: Loaded[Run], sizes: ModelSizes | None, *, full: bool 
             " truncated, and wrong; write eos_token_id in its generation_config.json, or"
             " rollout.sampling.stop_token_ids"
         )
+    if run.environment.name:
+        _inspect_turns(loaded, tokenizer, sorted(stops), inspection)
     sample = sample_prompts(run.task, tokenizer, run.train.seed, full=full)
     inspection.running += sample.problems
     if not sample.problems:
@@ -77,6 +80,25 @@ def inspect_inputs(loaded: Loaded[Run], sizes: ModelSizes | None, *, full: bool 
     inspection.warnings += _template_warnings(loaded, tokenizer.chat_template)
     inspection.facts += _describe(sample, full)
     return inspection
+
+
+def _inspect_turns(
+    loaded: Loaded[Run], tokenizer: TurnTokenizer, stop_ids: Sequence[int], inspection: Inspection
+) -> None:
+    """Render an invented conversation as the run would, and compare it with the chat template's rendering."""
+    try:
+        turns = find_turn_format(loaded.run.task, loaded.run.environment, stop_ids, tokenizer)
+    except MegatronRLError as error:
+        inspection.running.append(str(error))
+        return
+    if isinstance(turns, TemplateTurns):
+        inspection.facts.append("an invented conversation of several turns is trained as the chat template renders it")
+        if "</think>" in str(getattr(tokenizer, "chat_template", "")) and turns.rewrites_thoughts:
+            inspection.warnings.append(
+                f"{loaded.describe('environment.role')}: the chat template changes turns with <think>...</think>"
+                " when another turn follows; if the model writes them, its own later turns see the text as sampled, and"
+                " a server with this template would show it another one"
+            )
 
 
 def _split_problems(loaded: Loaded[Run], sample: PromptSample) -> Iterator[str]:

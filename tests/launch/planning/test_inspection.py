@@ -181,6 +181,21 @@ def test_a_template_with_todays_date_is_a_warning(folder):
     assert "the template writes today's date" in warning
 
 
+def test_an_invented_conversation_is_compared_with_the_template(folder):
+    words = ["task.chat_template=true", "environment.name=calculator", "environment.role=tool"]
+    found = folder.inspect(*words)
+    assert (found.running, found.warnings) == ([], [])
+    assert any("is trained as the chat template renders it" in fact for fact in found.facts)
+    save_tokenizer(folder.model, template=CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    (problem,) = folder.inspect(*words).running
+    assert "add 256 ('<|endoftext|>') to rollout.sampling.stop_token_ids" in problem
+    assert folder.inspect(*words, "rollout.sampling.stop_token_ids=[256]").running == []
+    thoughtless = CHATML.replace("m.content }}", "m.content.split('</think>')[-1] }}")
+    save_tokenizer(folder.model, template=thoughtless)
+    (warning,) = folder.inspect(*words).warnings
+    assert "changes turns with <think>...</think>" in warning
+
+
 def test_generated_prompts_are_tokenized_too():
     loaded = load(Run, [DEMO], [])
     found = inspect_inputs(loaded, model_sizes(family_of(read_hf_config(Path(loaded.run.model.path)))))
