@@ -152,6 +152,9 @@ class Train(Section):
     """Maximum rounds of new prompts that replace dropped groups (dynamic sampling)."""
     oversample: Annotated[float, Field(ge=1)] = 1.0
     """Prompts to request per missing prompt; surplus groups are dropped, the last ones first."""
+    mismatch_limit: Annotated[float, Field(ge=0)] = 10.0
+    """End the run if log-probs of engine and trainer differ, for no known cause, by more than so many times what
+    rounding explains, in the mean of a step after its first; 0: never."""
     step_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Time without progress after which ranks count as hung: a report is written and the run ends with code 75."""
 

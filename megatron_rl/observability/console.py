@@ -30,6 +30,9 @@ COLUMNS = (
     Column("step", 9),
     Column("reward", 7, "reward_mean", "{:.3f}"),
     Column("accuracy", 9, "accuracy", "{:.3f}"),
+    Column("length", 7, "response_tokens_mean", "{:,.0f}"),
+    Column("cut", 5, "truncated_fraction", "{:.0%}"),
+    Column("equal", 5, "zero_variance_fraction", "{:.0%}"),
     Column("entropy", 8, "entropy_mean", "{:.3f}"),
     Column("clipped", 8, "clipped_fraction", "{:.1%}"),
     Column("mismatch", 9, "mismatch_max", "{:.1e}"),
@@ -37,7 +40,9 @@ COLUMNS = (
     Column("seconds by phase", 46),
     Column("left", 8),
 )
-PHASES_COLUMN = 7
+"""``length``: mean tokens of a response; ``cut``: truncated responses; ``equal``: groups without a signal."""
+
+PHASES_COLUMN = len(COLUMNS) - 2
 NOT_PHASES = ("total", "fleet")
 """Keys of ``seconds`` that are not phases of the trainer."""
 

@@ -1,6 +1,6 @@
 """Names of the files in a run folder. Importing this module does not import torch."""
 
-CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINITE = (
+CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINITE, WARNINGS = (
     "config.json",
     "versions.json",
     "metrics.jsonl",
@@ -10,4 +10,5 @@ CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINIT
     "console.log",
     "mismatch.json",
     "nonfinite",
+    "warnings.jsonl",
 )

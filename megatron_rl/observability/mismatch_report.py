@@ -17,8 +17,10 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.step import RecordedSample, StepSamples
 from megatron_rl.data.types import Batch
+from megatron_rl.errors import TrainingError
 from megatron_rl.observability.file_names import MISMATCH
 from megatron_rl.observability.mismatch_causes import (
+    Diagnosis,
     LogprobGaps,
     MismatchSettings,
     diagnose,
@@ -57,7 +59,9 @@ class MismatchReport:
     def __init__(self, run: Run, tokenizer: TextTokenizer) -> None:
         self.settings, self.tokenizer = MismatchSettings.of(run), tokenizer
         self.file = Path(run.log.path) / MISMATCH
+        self.limit = run.train.mismatch_limit
         self._cause: str | None = None
+        self._steps = 0
 
     def compare(
         self,
@@ -75,12 +79,19 @@ class MismatchReport:
             minibatches: this replica's parts of the step's mini-batches.
             gaps: the differences of the log-probs.
             routing: differences of the chosen experts; None if they are unknown.
+
+        Raises:
+            TrainingError: in a step after the first, the gap has no known cause and exceeds the limit.
         """
         found = diagnose(gaps, step, self.settings, None if routing is None else routing.differences)
         if found is None:
             return None
+        self._steps += 1
+        too_large = self._steps > 1 and self._exceeds_limit(found)
         listed = gaps.replicas.gather([worst_tokens(minibatches), worst_samples(minibatches)])
         if not step_samples.output_tokens:
+            if too_large:
+                raise TrainingError(self._describe_limit(step, found))
             return None
         tokens, sequences = (_merged(lists) for lists in zip(*cast(list[list[list[Json]]], listed), strict=True))
         first = _first(step_samples.output_tokens)
@@ -96,8 +107,25 @@ class MismatchReport:
             "worst_samples": [described_sample(sequence, samples) for sequence in sequences],
         }
         replace_text(self.file, json.dumps(_clean(record), indent=2) + "\n")
+        if too_large:
+            raise TrainingError(self._describe_limit(step, found))
         changed, self._cause = found.cause != self._cause, found.cause
         return found.verdict if changed else None
+
+    def _exceeds_limit(self, found: Diagnosis) -> bool:
+        return bool(self.limit) and found.cause == "unexplained" and found.gap["abs_mean"] > self._largest_mean
+
+    @property
+    def _largest_mean(self) -> float:
+        return self.limit * self.settings.rounding
+
+    def _describe_limit(self, step: int, found: Diagnosis) -> str:
+        return (
+            f"step {step}: {found.verdict}. The mean is above {self._largest_mean:.0e}, {self.limit:g} times what"
+            f" rounding explains (train.mismatch_limit): the run would train on samples of another policy. {self.file}"
+            " lists the worst tokens; compare config.json, dtype and weights of the servers with model.path, or raise"
+            " the limit (0: none)"
+        )
 
 
 def worst_tokens(minibatches: Sequence[Minibatch]) -> list[Json]:

@@ -15,7 +15,8 @@ from megatron_rl.data.step import StepReport, StepSamples
 from megatron_rl.data.types import Batch, Metrics
 from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.observability.console import ConsoleHandler, ConsoleTable
-from megatron_rl.observability.file_names import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, TOKENS
+from megatron_rl.observability.file_names import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, TOKENS, WARNINGS
+from megatron_rl.observability.learning_watch import LearningWatch
 from megatron_rl.observability.metric_keys import METRIC_KEYS
 from megatron_rl.observability.mismatch_causes import LogprobGaps
 from megatron_rl.observability.mismatch_report import MismatchReport
@@ -46,6 +47,7 @@ class RunRecorder:
         route_layers: number of the model's layers with experts.
         mismatch: writes ``mismatch.json``.
         tokens: makes the lines of ``tokens.jsonl``.
+        watch: finds out that a run learns nothing.
         sinks: trackers that receive the metrics.
         traces: profiles a phase of a step.
         terminal: whether the console is a terminal; None: detect it.
@@ -61,13 +63,14 @@ class RunRecorder:
         route_layers: int = 1,
         mismatch: MismatchReport | None = None,
         tokens: TokenRecord | None = None,
+        watch: LearningWatch | None = None,
         sinks: Sequence[Sink] = (),
         traces: Callable[[int, str], AbstractContextManager[object]] = lambda step, phase: nullcontext(),
         terminal: bool | None = None,
     ) -> None:
         self.folder, self._sinks, self._traces, self._step = folder, sinks, traces, step
         self._replicas, self._route_layers = replicas, route_layers
-        self._mismatch, self._tokens = mismatch, tokens
+        self._mismatch, self._tokens, self._watch = mismatch, tokens, watch
         self._metrics, self._samples = StepMetrics(), StepSamples()
         self._seconds: dict[str, float] = {}
         self._clocks: dict[str, tuple[Callable[[], float], float]] = {}
@@ -77,7 +80,7 @@ class RunRecorder:
         self._console: ConsoleHandler | None = None
         self._logging = ExitStack()
         if folder:
-            for name in (METRICS, ROLLOUTS, TOKENS, LEDGER):
+            for name in (METRICS, ROLLOUTS, TOKENS, LEDGER, WARNINGS):
                 keep_steps_before(folder / name, step)
             self._files = {name: _open(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
             self._table = ConsoleTable(total_steps, terminal=terminal)
@@ -173,6 +176,9 @@ class RunRecorder:
         self._write_lines(METRICS, [line])
         for row in self._table.add_row(step, metrics, seconds):
             self._console.append(row)
+        for cause, warning in (self._watch.warnings(metrics) if self._watch else {}).items():
+            log.warning(warning)
+            self._write_lines(WARNINGS, [{"step": step, "cause": cause, "warning": warning}])
         for sink in self._sinks:
             sink.write(step, flat(metrics, seconds))
 
@@ -207,7 +213,7 @@ class RunRecorder:
     def _write_text(self, name: str, text: str) -> None:
         if self.folder is None:
             return
-        if name not in self._files:  # tokens.jsonl exists only if tokens are recorded
+        if name not in self._files:  # tokens.jsonl and warnings.jsonl exist only if they have a line
             self._files[name] = _open(self.folder / name)
         self._files[name].write(text)
         self._files[name].flush()
@@ -233,6 +239,7 @@ def run_summary(folder: Path, *, resumable: bool) -> list[str]:
         ROLLOUTS: "every sample with its reward",
         TOKENS: "tokens and segments of a few samples per step, for megatron-rl report",
         CONSOLE: "the lines above, with the time of day",
+        WARNINGS: "causes for which the run may learn nothing",
         MISMATCH: "the tokens of the newest step on which engine and trainer differ most",
         CONFIG: "all settings",
         "export": "the trained model, a Hugging Face checkpoint",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.observability.file_names import CONFIG, METRICS, MISMATCH, TOKENS
+from megatron_rl.observability.file_names import CONFIG, METRICS, MISMATCH, TOKENS, WARNINGS
 
 Line = Mapping[str, Any]
 """A JSON object, one line of a file."""
@@ -23,7 +23,7 @@ class RunFolder:
         settings: dotted key -> value; empty if there is no ``config.json``.
         lines: lines of ``metrics.jsonl``, in the order of steps.
         mismatch: content of ``mismatch.json``; None without one.
-        notes: missing or damaged files, as text.
+        notes: warnings of the run, and missing or damaged files, as text.
     """
 
     path: Path
@@ -76,6 +76,8 @@ def _read(folder: Path, name: str) -> RunFolder:
         notes.append(f"{METRICS} has no complete line yet")
     if not (folder / TOKENS).is_file():
         notes.append(f"no {TOKENS}: log.tokens was 0, or an older version wrote the run; tokens are not shown")
+    if (folder / WARNINGS).is_file():
+        notes += [f"step {line.get('step')}: {line.get('warning')}" for line in json_lines(folder / WARNINGS, notes)]
     mismatch = _read_object(folder / MISMATCH, notes) or None
     return RunFolder(folder, name, dict(_flatten(config)), lines, mismatch, notes)
 

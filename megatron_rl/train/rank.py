@@ -14,6 +14,7 @@ from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import World, start_world
 from megatron_rl.models.tokenizers import open_tokenizer, with_stop_tokens
 from megatron_rl.observability.hang_watchdog import Watchdog
+from megatron_rl.observability.learning_watch import LearningWatch
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.observability.profile import Traces
 from megatron_rl.observability.recorder import RunRecorder
@@ -102,6 +103,7 @@ def _open_recorder(run: Run, policy: Policy, tokenizer: FleetTokenizer, start: i
         route_layers=len(policy.family.route_shape.layers),
         mismatch=MismatchReport(run, tokenizer),
         tokens=TokenRecord(run.log.tokens, tokenizer, run.objective.clipped_word, mesh.replicas),
+        watch=LearningWatch(run),
         sinks=open_sinks(run.log, shown) if mesh.world.is_main else (),
         traces=traces,
     )

@@ -12,6 +12,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.step import StepSamples
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.distributed.replicas import Replicas
+from megatron_rl.errors import TrainingError
 from megatron_rl.observability.mismatch_causes import (
     Diagnosis,
     LogprobGaps,
@@ -166,12 +167,31 @@ def test_the_file_lists_the_worst_tokens_with_name_text_and_place(groups, tmp_pa
 
 
 def test_the_verdict_is_told_again_only_when_the_cause_changes(groups, tmp_path):
-    report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}"]).run, Letters())
+    words = ["model.path=x", f"log.path={tmp_path}", "train.mismatch_limit=0"]
+    report = MismatchReport(load(Run, [], words).run, Letters())
     told = [
         compared(report, groups, scored(groups, gaps)) for gaps in ({3: 0.0}, {3: 1e-6}, {3: 0.5}, {3: 0.6}, {3: 0.0})
     ]
     assert [line is not None for line in told] == [True, False, True, False, True]
     assert json.loads((tmp_path / "mismatch.json").read_text())["cause"] == "numerics"
+
+
+def test_an_unexplained_gap_far_above_rounding_ends_the_run_after_its_first_step(groups, tmp_path):
+    def compare_twice(gap: float, *words: str) -> None:
+        report = MismatchReport(load(Run, [], ["model.path=x", f"log.path={tmp_path}", *words]).run, Letters())
+        compared(report, groups, scored(groups, {3: gap}))  # the first step only warns
+        compared(report, groups, scored(groups, {3: gap}))
+
+    count = int(scored(groups)["loss_mask_T"].sum())
+    above, below = 11e-4 * count, 9e-4 * count  # means of 11 and 9 times the rounding of float32
+    with pytest.raises(TrainingError, match=r"^step 3: .*UNEXPLAINED.*above 1e-03, 10 times .*train\.mismatch_limit"):
+        compare_twice(above)
+    assert json.loads((tmp_path / "mismatch.json").read_text())["worst_tokens"][0]["position"] == 1
+    compare_twice(below)
+    compare_twice(above, "train.mismatch_limit=20")
+    compare_twice(above, "train.mismatch_limit=0")
+    with pytest.raises(TrainingError, match="5 times"):
+        compare_twice(below, "train.mismatch_limit=5")
 
 
 def test_a_gap_without_end_is_null_in_the_file(groups, tmp_path):
