@@ -43,11 +43,12 @@ first unused one of `runs/demo`, `runs/demo-2`, ...
 | `job.sbatch`, `secrets.toml` | the job script of `megatron-rl slurm`, and its settings that may be secret |
 | `versions.json` | versions of Python, torch, megatron-core and other packages that can change a number |
 | `metrics.jsonl` | one JSON object per step, keys below |
-| `rollouts.jsonl` | one per sample: prompt, response, turns with roles and mask, reward, reason, tokens, weight versions; `log.rollouts` |
+| `rollouts.jsonl` | one per sample: text, turns, roles, mask, reward, reason, weight versions; `log.rollouts` |
 | `tokens.jsonl` | one per step: responses by token, counts of clipped segments; `log.tokens`, [report.md](report.md) |
 | `ledger.jsonl` | one per group sampled for training: its outcome and lag ([async.md](async.md#ledger-and-resuming)) |
 | `console.log` | the console table with the time of day |
-| `warnings.jsonl` | causes for which the run may learn nothing, each with its step and remedy ([troubleshooting.md](troubleshooting.md#no-learning)) |
+| `history.jsonl` | settings and versions that a resumed run changed, with the step, old and new values |
+| `warnings.jsonl` | why the run may learn nothing ([troubleshooting.md](troubleshooting.md#no-learning)) |
 | `mismatch.json` | the tokens of the newest step on which engine and trainer differ most |
 | `nonfinite/` | after NaN or inf: the micro-batch and its weights, for `megatron-rl debug-nonfinite` |
 | `hang/` | after a hang: `report.txt` with the missing ranks and every rank's stack |

@@ -19,7 +19,7 @@ from megatron_rl.launch.ranks import PREPARED, LocalRanks
 from megatron_rl.launch.versions import found_versions
 from megatron_rl.observability.run_folder import prepare_folder
 from megatron_rl.observability.run_lock import locked
-from megatron_rl.train.resume import check_resumable
+from megatron_rl.train.resume import check_resumable, resumed_step
 from megatron_rl.util.logs import StderrHandler, logging_to
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def _prepare(loaded: Loaded[Run], plan: RunPlan, resumed: str) -> None:
     misfit = [] if fit is None or fit.fits else [describe_misfit(fit)]  # a plan, not a measurement: the run may try
     for warning in (*misfit, *plan.warnings):
         log.warning(warning)
-    changes = prepare_folder(loaded.run, found_versions())
+    changes = prepare_folder(loaded.run, found_versions(), resumed_step(loaded.run))
     if resumed:
         log.info(resumed)
     if changes:

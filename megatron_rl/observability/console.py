@@ -4,13 +4,13 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.observability.disk import AppendedFile
 from megatron_rl.util.logs import message_of
 
 ROWS_ON_SCREEN = 20
@@ -108,9 +108,10 @@ class ConsoleTable:
 class ConsoleHandler(logging.Handler):
     """Shows log messages on the console, above a live table, and appends them to ``console.log``."""
 
-    def __init__(self, console: Console, file: TextIO) -> None:
+    def __init__(self, console: Console, file: AppendedFile) -> None:
         super().__init__()
         self._console, self._file = console, file
+        self._is_writable = True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show and append a message."""
@@ -119,11 +120,13 @@ class ConsoleHandler(logging.Handler):
         self.append(message)
 
     def append(self, line: str) -> None:
-        """Append a line with the time of day to the file, without showing it."""
+        """Append a line with the time of day to the file, without showing it; the first failure ends the file."""
         self.acquire()
         try:
-            self._file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-            self._file.flush()
+            if self._is_writable:
+                self._file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        except OSError:  # the files of a step report it; a message must not end the run
+            self._is_writable = False
         finally:
             self.release()
 

@@ -1,6 +1,6 @@
 """Names of the files in a run folder. Importing this module does not import torch."""
 
-CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINITE, WARNINGS = (
+CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINITE, WARNINGS, HISTORY = (
     "config.json",
     "versions.json",
     "metrics.jsonl",
@@ -11,4 +11,5 @@ CONFIG, VERSIONS, METRICS, ROLLOUTS, TOKENS, LEDGER, CONSOLE, MISMATCH, NONFINIT
     "mismatch.json",
     "nonfinite",
     "warnings.jsonl",
+    "history.jsonl",
 )

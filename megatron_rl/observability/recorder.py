@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_rl.algorithms.loss import GATE, MEASURE
 from megatron_rl.data.minibatch import Minibatch
 from megatron_rl.data.step import StepReport, StepSamples
 from megatron_rl.data.types import Batch, Metrics
 from megatron_rl.distributed.replicas import Replicas
+from megatron_rl.errors import TrainingError
 from megatron_rl.observability.console import ConsoleHandler, ConsoleTable
+from megatron_rl.observability.disk import AppendedFile, unwritable
 from megatron_rl.observability.file_names import CONFIG, CONSOLE, LEDGER, METRICS, MISMATCH, ROLLOUTS, TOKENS, WARNINGS
 from megatron_rl.observability.learning_watch import LearningWatch
 from megatron_rl.observability.metric_keys import METRIC_KEYS
@@ -75,14 +77,14 @@ class RunRecorder:
         self._seconds: dict[str, float] = {}
         self._clocks: dict[str, tuple[Callable[[], float], float]] = {}
         self._began: float | None = None  # the first step begins with the first phase
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, AppendedFile] = {}
         self._table: ConsoleTable | None = None
         self._console: ConsoleHandler | None = None
         self._logging = ExitStack()
         if folder:
             for name in (METRICS, ROLLOUTS, TOKENS, LEDGER, WARNINGS):
                 keep_steps_before(folder / name, step)
-            self._files = {name: _open(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
+            self._files = {name: AppendedFile(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
             self._table = ConsoleTable(total_steps, terminal=terminal)
             self._console = ConsoleHandler(self._table.console, self._files[CONSOLE])
             self._logging.enter_context(logging_to(self._console))
@@ -172,6 +174,8 @@ class RunRecorder:
         self._began, self._step = now, step + 1
         if self._table is None or self._console is None:
             return
+        if self.folder is not None and not self._files[METRICS].is_there:
+            raise TrainingError(unwritable(self.folder, f"{METRICS} was deleted, moved or replaced"))
         line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}, "seconds": seconds}
         self._write_lines(METRICS, [line])
         for row in self._table.add_row(step, metrics, seconds):
@@ -214,13 +218,8 @@ class RunRecorder:
         if self.folder is None:
             return
         if name not in self._files:  # tokens.jsonl and warnings.jsonl exist only if they have a line
-            self._files[name] = _open(self.folder / name)
+            self._files[name] = AppendedFile(self.folder / name)
         self._files[name].write(text)
-        self._files[name].flush()
-
-
-def _open(path: Path) -> TextIO:
-    return path.open("a", encoding="utf-8")
 
 
 def _finite(value: Metric) -> Metric:

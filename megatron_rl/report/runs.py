@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import DataError
-from megatron_rl.observability.file_names import CONFIG, METRICS, MISMATCH, TOKENS, WARNINGS
+from megatron_rl.observability.file_names import CONFIG, HISTORY, METRICS, MISMATCH, TOKENS, WARNINGS
 
 Line = Mapping[str, Any]
 """A JSON object, one line of a file."""
@@ -76,10 +76,20 @@ def _read(folder: Path, name: str) -> RunFolder:
         notes.append(f"{METRICS} has no complete line yet")
     if not (folder / TOKENS).is_file():
         notes.append(f"no {TOKENS}: log.tokens was 0, or an older version wrote the run; tokens are not shown")
+    if (folder / HISTORY).is_file():
+        notes += [note for line in json_lines(folder / HISTORY, notes) for note in _describe_changes(line)]
     if (folder / WARNINGS).is_file():
         notes += [f"step {line.get('step')}: {line.get('warning')}" for line in json_lines(folder / WARNINGS, notes)]
     mismatch = _read_object(folder / MISMATCH, notes) or None
     return RunFolder(folder, name, dict(_flatten(config)), lines, mismatch, notes)
+
+
+def _describe_changes(line: Line) -> Iterator[str]:
+    """Yield a note if a resumed run changed settings or versions; the page shows those of the last part of the run."""
+    changes = [*dict(line.get("settings", {})).items(), *dict(line.get("versions", {})).items()]
+    if changes:
+        listed = ", ".join(f"{key} {json.dumps(old)} -> {json.dumps(new)}" for key, (old, new) in changes)
+        yield f"changed at step {line.get('step')}: {listed}; earlier steps have the old values"
 
 
 def json_lines(path: Path, notes: list[str]) -> Iterator[Line]:

@@ -13,6 +13,7 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import World, start_world
 from megatron_rl.models.tokenizers import open_tokenizer, with_stop_tokens
+from megatron_rl.observability.disk import disk_errors
 from megatron_rl.observability.hang_watchdog import Watchdog
 from megatron_rl.observability.learning_watch import LearningWatch
 from megatron_rl.observability.mismatch_report import MismatchReport
@@ -60,7 +61,11 @@ def run_rank(loaded: Loaded[Run]) -> int:
     loss_state = LossState(run.objective, run.entropy)
     checkpoints = Checkpoints(run, world, policy, loss_state)
     start, state = checkpoints.load() if run.train.resume else (0, None)
-    with _open_recorder(run, policy, tokenizer, start) as recorder, ExitStack() as stack:
+    with (
+        disk_errors(Path(run.log.path)),
+        _open_recorder(run, policy, tokenizer, start) as recorder,
+        ExitStack() as stack,
+    ):
         with recorder.phase("start"):
             if client is not None:
                 stack.enter_context(closing(client))

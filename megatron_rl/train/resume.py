@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_rl.config.schema import Run
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.sharded_files import check_model
-from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta, valid_checkpoints
+from megatron_rl.models.training_checkpoint import open_sharded_state, read_meta, step_of, valid_checkpoints
 
 
 def checkpoint_folder(run: Run) -> Path:
@@ -45,6 +45,12 @@ def check_resumable(run: Run) -> str:
     meta = read_meta(newest)
     check_model(open_sharded_state(newest, meta), family_of(read_hf_config(Path(run.model.path))))
     return describe_start(newest, meta.step, run.train.steps)
+
+
+def resumed_step(run: Run) -> int:
+    """Return the number of steps after which the run begins; 0 if it does not resume."""
+    newest = newest_checkpoint(run) if run.train.resume else None
+    return 0 if newest is None else step_of(newest)
 
 
 def describe_start(checkpoint: Path, step: int, steps: int) -> str:

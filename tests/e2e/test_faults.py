@@ -43,6 +43,22 @@ def test_a_killed_controller_ends_the_run_which_resumes_bit_for_bit(tmp_path, st
     same_result(tmp_path / "run", straight)
 
 
+def test_a_full_disk_is_one_error_and_the_run_resumes_bit_for_bit(tmp_path, straight):
+    folder = tmp_path / "run"
+    with Job(folder, "checkpoint.every=1", "checkpoint.asynchronous=false") as job:
+        job.until_steps(2)
+        size = (folder / "rollouts.jsonl").stat().st_size
+        job.ranks()[0].rlimit(psutil.RLIMIT_FSIZE, (size, size))  # writes beyond it fail, as on a full disk
+        assert job.end() == 2, job.output()
+        (line,) = [line for line in job.output().splitlines() if "cannot be written" in line]
+        assert line.startswith("megatron-rl train: ")
+        assert "Traceback" not in job.output()
+    assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
+    with Job(folder, "checkpoint.every=1", "checkpoint.asynchronous=false", "train.resume=true") as job:
+        assert job.end() == 0, job.output()
+    same_result(folder, straight)
+
+
 def test_nothing_outlives_a_killed_supervisor(tmp_path):
     with Job(tmp_path / "run", "train.steps=1000") as job:
         job.until_steps(1)

@@ -9,6 +9,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.observability.run_folder import prepare_folder
+from megatron_rl.report.runs import read_runs
 from megatron_rl.train.resume import check_resumable, describe_start
 
 
@@ -31,6 +32,28 @@ def test_a_used_folder_is_refused_unless_resumed_and_changes_are_returned(tmp_pa
         prepare(tmp_path)
     changes = prepare(tmp_path, "train.resume=true", "train.steps=7", "optimizer.lr=0.5")
     assert changes == ["optimizer.lr: 1e-06 -> 0.5", "train.steps: 100 -> 7"]
+
+
+def test_settings_and_versions_that_a_resumed_run_changes_are_kept_with_their_step(tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 0.5}\n')
+
+    def resume(step: int, version: str, *settings: str) -> None:
+        words = ["model.path=x", f"log.path={tmp_path}", "train.resume=true", *settings]
+        prepare_folder(load(Run, [], words).run, {"torch": version}, step)
+
+    resume(4, "2.9")
+    resume(7, "2.9", "objective.name=gspo", "optimizer.lr=0.5")
+    resume(9, "2.10", "objective.name=gspo", "optimizer.lr=0.5")
+    first, second = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert (first["step"], first["versions"]) == (7, {})
+    assert first["settings"]["optimizer.lr"] == [1e-06, 0.5]
+    assert first["settings"]["objective.name"] == ["grpo", "gspo"]
+    assert second == {"step": 9, "settings": {}, "versions": {"torch": ["2.9", "2.10"]}}
+    notes = "\n".join(read_runs([tmp_path])[0].notes)
+    assert "changed at step 7: " in notes
+    assert 'objective.name "grpo" -> "gspo"' in notes
+    assert "optimizer.lr 1e-06 -> 0.5" in notes
 
 
 def test_a_folder_that_cannot_be_created_is_a_clear_error(tmp_path):
