@@ -13,7 +13,9 @@ def multi_tensor_l2norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], per_tensor: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (the norm of all tensors together, [1], the norm of each if asked for)."""
-    norms = torch.stack([tensor.float().norm() for tensor in tensor_lists[0]])
+    norms = torch.stack(
+        [tensor.norm(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensor_lists[0]]
+    )
     return norms.norm()[None], norms if per_tensor else norms.new_empty(0)
 
 

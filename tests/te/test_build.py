@@ -21,7 +21,7 @@ from tests.policy import families
 from tests.policy.families import MIXTURES
 from tests.policy.tiny import run_of
 from tests.ranks import run_ranks
-from tests.te.layouts import CASES, LAYOUTS, parallel_of
+from tests.te.layouts import BUILT_CASES, LAYOUTS, parallel_of
 
 pytestmark = [pytest.mark.te, pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
@@ -57,7 +57,9 @@ def build(folder: str, parallel: dict[str, object]) -> Built:
     chunks = build_chunks(run, family, mesh)
     shards = shards_of(chunks, family, mesh)
     copies = tied_copies(chunks, family)
-    disagreements = [text for shard in [*shards, *copies] for text in disagreements_of(shard, mesh)]
+    disagreements = [
+        text for shard in [*shards, *copies] for text in disagreements_of(shard, mesh, run.parallel.sequence_parallel)
+    ]
     mark_shards(shards, mesh)
     load_weights(chunks, family, mesh, Path(folder))
     exported = {name: tensor.clone() for name, tensor in WeightExport(shards, mesh, 1 << 20)}
@@ -67,7 +69,7 @@ def build(folder: str, parallel: dict[str, object]) -> Built:
     return Built({shard.full_name for shard in shards}, disagreements, kinds, exported)
 
 
-def disagreements_of(shard: LocalParam, mesh: Mesh) -> list[str]:
+def disagreements_of(shard: LocalParam, mesh: Mesh, is_sequence_parallel: bool) -> list[str]:
     """Compare a parameter's shape and the marks that its layer set for gradients with its table entry."""
     group, rule = shard.group(mesh), shard.name.rule
     whole = [torch.empty(shape, device="meta") for shape in shard.name.shapes]
@@ -80,12 +82,13 @@ def disagreements_of(shard: LocalParam, mesh: Mesh) -> list[str]:
         dim = getattr(shard.parameter, "partition_dim", None) if sharded else None
         if dim != rule.dim and not shard.full_name.endswith(UNMARKED):
             found.append(f"{shard.full_name}: sharded along {dim}, the table has {rule.dim}")
-        if rule.dim is None and not getattr(shard.parameter, "sequence_parallel", False):
-            found.append(f"{shard.full_name}: its gradient is not summed over sequence-parallel ranks")
+        # Without sequence parallelism, every rank computes the whole gradient of a replicated parameter.
+        if rule.dim is None and getattr(shard.parameter, "sequence_parallel", False) != is_sequence_parallel:
+            found.append(f"{shard.full_name}: its mark for a sum over tensor ranks is {not is_sequence_parallel}")
     return found
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout"), BUILT_CASES)
 def test_the_spec_has_the_parameters_of_the_table(tmp_path: Path, monkeypatch, name: str, layout: str) -> None:
     monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")  # after the stand-ins, torch reports a CUDA device
     families.save(name, tmp_path, torch.bfloat16)

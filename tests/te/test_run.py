@@ -61,7 +61,9 @@ def one_step(folder: str, parallel: dict[str, object], layout: Layout, batch: Ba
 
 TOLERANCES = {
     "float32": (1e-5, 5e-6),  # float32 against float64 over four layers
-    "bfloat16": (0.1, 0.15),  # each of about 40 roundings to 8 bits adds up to 0.2 %
+    # Each of about 40 roundings to 8 bits adds up to 0.2 %; tokens that are routed elsewhere add more. moonlight, whose
+    # scores of experts are the closest, differs by 0.21 here and by 0.27 with megatron-core's local layers.
+    "bfloat16": (0.1, 0.3),
 }
 """Largest errors of a log-prob (nats) and of a gradient (relative to the model's largest), by dtype.
 
