@@ -57,9 +57,10 @@ class Quick:
 
     def audit(self, event: str, arguments: tuple[object, ...]) -> None:
         """Note forks, processes and ports."""
-        if event in ("os.fork", "os.posix_spawn", "socket.bind"):
+        if event in ("os.fork", "socket.bind"):
             self.found.append(event)
-        elif event == "subprocess.Popen" and (name := PurePath(str(arguments[0])).name) not in MACHINE_QUERIES:
+        # From Python 3.13 on, subprocess starts programs by posix_spawn where it can.
+        elif event in ("subprocess.Popen", "os.posix_spawn") and (name := PurePath(str(arguments[0])).name) not in MACHINE_QUERIES:
             self.found.append(f"the process {name}")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
