@@ -60,7 +60,10 @@ class Quick:
         if event in ("os.fork", "socket.bind"):
             self.found.append(event)
         # From Python 3.13 on, subprocess starts programs by posix_spawn where it can.
-        elif event in ("subprocess.Popen", "os.posix_spawn") and (name := PurePath(str(arguments[0])).name) not in MACHINE_QUERIES:
+        elif (
+            event in ("subprocess.Popen", "os.posix_spawn")
+            and (name := PurePath(str(arguments[0])).name) not in MACHINE_QUERIES
+        ):
             self.found.append(f"the process {name}")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -139,6 +139,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bucket: AttentionBucket, 
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     query_BASD = query[bucket.query_index_BS].transpose(1, 2)
     key_BQSD, value_BQSD = (tensor[bucket.key_index_BS].transpose(1, 2) for tensor in (key, value))
+    # Kernels that do not hold all scores want equal widths; latent attention's values are narrower than its keys, which
+    # megatron-core 0.16 and 0.17 leave so.
+    value_BQSD = F.pad(value_BQSD, (0, query.shape[-1] - value.shape[-1]))
     scale = query.shape[-1] ** -0.5 if kind.scale is None else kind.scale
     if kind.sinks_A is not None:
         query_BASD, key_BQSD, value_BQSD = with_sinks(query_BASD, key_BQSD, value_BQSD, kind.sinks_A / scale)

@@ -12,7 +12,9 @@ import torch
 
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
+from megatron_rl.distributed import mesh
 from megatron_rl.prove import main as prove_main
+from megatron_rl.prove.layouts import DEFAULT
 from megatron_rl.prove.main import prove
 from tests.policy import families
 from tests.ranks import run_ranks
@@ -45,6 +47,8 @@ def engine_rank(folder: str) -> int:
 
     monkeypatch = pytest.MonkeyPatch()  # of this process, which ends after the layout
     monkeypatch.setattr(TERowParallelLinear, "forward", counted)
+    # As on a GPU: transformer-engine's attention with sinks is not deterministic.
+    monkeypatch.setattr(mesh, "is_deterministic", lambda setting, on_gpus: False)
     main(Path(folder))
     return len(calls)
 
@@ -65,6 +69,15 @@ def local_rank(folder: str) -> int:
     return 1
 
 
+def layouts_of(name: str) -> list[str]:
+    """Return the default layouts, with whole experts and enough key heads where the family's layers need them."""
+    if name not in BIASED_EXPERTS:
+        return [*DEFAULT]
+    fitting = [each for each in DEFAULT if "expert_tensor" not in each and "context=4" not in each]
+    fitting = [each for each in fitting if not {"tensor=2", "context=2"} <= {*each.split(",")}]
+    return [f"{each},expert_tensor=1" if "tensor=2" in each else each for each in fitting]
+
+
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_every_layout_has_the_step_of_one_rank_in_float64(tmp_path: Path, monkeypatch, name: str) -> None:
     model = families.save(name, tmp_path / "model")
@@ -75,14 +88,14 @@ def test_every_layout_has_the_step_of_one_rank_in_float64(tmp_path: Path, monkey
 
     monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")  # after the stand-ins, torch reports a CUDA device
     monkeypatch.setattr(prove_main, "run_forked", run)
-    words = [f"model.path={model}", *(["parallel.expert_tensor=1"] if name in BIASED_EXPERTS else [])]
+    monkeypatch.setattr(prove_main, "DEFAULT", layouts_of(name))
     output = tmp_path / "results.json"
 
-    code = prove(load(Run, [DEMO], words), layouts=(), objectives=OBJECTIVES, output=output)
+    code = prove(load(Run, [DEMO], [f"model.path={model}"]), layouts=(), objectives=OBJECTIVES, output=output)
 
     results = json.loads(output.read_text(encoding="utf-8"))["results"]
     worst = {key: max(result[key] for result in results) for key in ("logprobs", "loss", "gradient")}
     print(f"{name}: {len(results)} results; largest differences " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
-    assert {result["layout"] for result in results} >= {"tensor=2", "context=2", "pipeline=2,tokens=128"}
+    assert {result["layout"] for result in results} >= {"expert=2", "context=2", "pipeline=2,tokens=128"}
     assert [(r["layout"], r["objective"], r["reasons"]) for r in results if not r["holds"]] == []
     assert code == 0

@@ -75,7 +75,7 @@ def latent_attention_bytes(
         if rank:
             saved += norm_bytes(rank, tokens.residual, work) + tokens.residual * rank * size
     keys = gathered_tokens(tokens, layout, work)
-    # Values are padded to the width of the keys, which megatron-core 0.18 and later do for packed rows.
+    # Values are padded to the width of the keys.
     query_key, padded = tokens.attention + keys, 2 * sizes.query_dim
     if "core_attn" in recomputed:
         saved += heads * size * (3 * tokens.attention) * sizes.query_dim
