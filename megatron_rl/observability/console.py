@@ -1,112 +1,99 @@
-"""A run on the console: one table row per step, live on a terminal, and log messages, also in ``console.log``."""
+"""A run on the console: one line per step, below them on a terminal a status line, and log messages.
+
+The lines of steps and messages are ordinary output, so the newest one is always visible and the scrollback is complete;
+only the status line is redrawn. All lines are also written to ``console.log``.
+"""
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from megatron_rl.observability.console_columns import Metric, StepRow, duration, fitting_columns, header_line, row_line
 from megatron_rl.observability.disk import AppendedFile
 from megatron_rl.util.logs import message_of
 
-ROWS_ON_SCREEN = 20
+AVERAGED_STEPS = 20
+"""Number of latest steps whose mean time estimates that of the remaining ones."""
+PLAIN_WIDTH = 1000
+"""Width of the lines without a terminal, where nothing has to fit."""
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its header, its width, and the metric and format of its cells."""
-
-    header: str
-    width: int
-    metric: str = ""
-    format: str = ""
-
-
-COLUMNS = (
-    Column("step", 9),
-    Column("reward", 7, "reward_mean", "{:.3f}"),
-    Column("accuracy", 9, "accuracy", "{:.3f}"),
-    Column("length", 7, "response_tokens_mean", "{:,.0f}"),
-    Column("cut", 5, "truncated_fraction", "{:.0%}"),
-    Column("equal", 5, "zero_variance_fraction", "{:.0%}"),
-    Column("entropy", 8, "entropy_mean", "{:.3f}"),
-    Column("clipped", 8, "clipped_fraction", "{:.1%}"),
-    Column("mismatch", 9, "mismatch_max", "{:.1e}"),
-    Column("tokens/s", 9),
-    Column("seconds by phase", 46),
-    Column("left", 8),
-)
-"""``length``: mean tokens of a response; ``cut``: truncated responses; ``equal``: groups without a signal."""
-
-PHASES_COLUMN = len(COLUMNS) - 2
-NOT_PHASES = ("total", "fleet")
-"""Keys of ``seconds`` that are not phases of the trainer."""
+Gauge = tuple[str, str, float, Mapping[str, str]]
+"""Name, description, value and labels."""
 
 
 class ConsoleTable:
-    """The table of a run: live on a terminal, plain lines elsewhere."""
+    """The lines of a run's steps, and on a terminal the status line below them."""
 
-    def __init__(self, total_steps: int, *, terminal: bool | None = None) -> None:
+    def __init__(self, total_steps: int, first_step: int = 0, *, terminal: bool | None = None) -> None:
         self.console = Console(highlight=False, force_terminal=terminal)
         self.total_steps = total_steps
-        self.rows: list[tuple[str, ...]] = []
+        self.read_gauges: Callable[[], Iterable[Gauge]] | None = None
+        self._is_live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._width = self.console.width if self._is_live else PLAIN_WIDTH
+        self._columns = fitting_columns(self._width, total_steps)
+        self._log_columns = fitting_columns(PLAIN_WIDTH, total_steps)
         self._totals: list[float] = []
-        self._status = "starting"
-        self._has_header = False
+        self._step, self._seconds_left = first_step, 0.0
+        self._phase, self._phase_began = "start", time.monotonic()
+        self._rows_below_header = 0
         self._live: Live | None = None
-        if self.console.is_terminal:
-            self._live = Live(self._render(), console=self.console, refresh_per_second=4)
+        if self._is_live:
+            self._live = Live(get_renderable=self._status, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def show_phase(self, phase: str) -> None:
-        """Show the current phase below the live table."""
-        self._status = phase
-        if self._live:
-            self._live.update(self._render())
+        """Show the current phase in the status line."""
+        self._phase, self._phase_began = phase, time.monotonic()
 
-    def add_row(self, step: int, metrics: Mapping[str, float | int | None], seconds: Mapping[str, float]) -> list[str]:
-        """Show the row of a step; return its lines for the log, the header before the first row."""
-        self._totals.append(seconds.get("total", 0.0))
-        cells = make_cells(step, self.total_steps, metrics, seconds, self._seconds_left(step))
-        self.rows.append(cells)
-        lines = [] if self._has_header else [_line([column.header for column in COLUMNS])]
-        self._has_header = True
-        lines.append(_line(cells))
-        if self._live:
-            self._live.update(self._render())
-        else:
-            for line in lines:
-                self.console.out(line)
-        return lines
+    def add_row(self, step: int, metrics: Mapping[str, Metric], seconds: Mapping[str, float]) -> list[str]:
+        """Show the row of a step; return its lines for the log, which have all columns.
+
+        The header precedes the first row, and is repeated once per screen on a terminal.
+        """
+        self._totals.append(seconds.get("total", 0.0) - seconds.get("start", 0.0))
+        latest = self._totals[-AVERAGED_STEPS:]
+        self._step = step + 1
+        self._seconds_left = sum(latest) / len(latest) * max(self.total_steps - step - 1, 0)
+        row = StepRow(step, self.total_steps, metrics, seconds, self._seconds_left)
+        is_first = len(self._totals) == 1
+        if is_first or (self._is_live and self._rows_below_header >= self.console.height - 3):
+            self.console.out(header_line(self._columns, self._width))
+            self._rows_below_header = 0
+        self.console.out(row_line(self._columns, row, self._width))
+        self._rows_below_header += 1
+        header = [header_line(self._log_columns, PLAIN_WIDTH)] if is_first else []
+        return [*header, row_line(self._log_columns, row, PLAIN_WIDTH)]
 
     def close(self) -> None:
-        """End the live table; its last state remains on the screen."""
+        """End the status line."""
         if self._live:
-            self._status = ""
-            self._live.update(self._render(), refresh=True)
             self._live.stop()
             self._live = None
 
-    def _seconds_left(self, step: int) -> float:
-        """Return the estimated time of the remaining steps, at the mean time of the latest ones."""
-        latest = self._totals[-ROWS_ON_SCREEN:]
-        return sum(latest) / len(latest) * max(self.total_steps - step - 1, 0)
+    def _status(self) -> Text:
+        """Return the status line: step, phase and its time, sequences in progress, time left."""
+        seconds = time.monotonic() - self._phase_began
+        parts = [f"step {self._step}/{self.total_steps}", f"{self._phase} {duration(seconds)}"]
+        gauges = list(self.read_gauges()) if self.read_gauges else []
+        if sequences := sum(value for name, _, value, _ in gauges if name == "server_sequences"):
+            parts.append(f"{sequences:,.0f} sequences in progress")
+        if groups := sum(value for name, _, value, labels in gauges if _is_finished_group(name, labels)):
+            parts.append(f"{groups:,.0f} groups ready")
+        if self._totals:
+            parts.append(f"{duration(self._seconds_left)} left")
+        return Text("  ".join(parts), style="dim", no_wrap=True, overflow="ellipsis")
 
-    def _render(self) -> Group:
-        table = Table(box=None, pad_edge=False)
-        for number, column in enumerate(COLUMNS):
-            table.add_column(column.header, justify="left" if number == PHASES_COLUMN else "right")
-        for cells in self.rows[-ROWS_ON_SCREEN:]:
-            table.add_row(*cells)
-        return Group(table, Text(f"  {self._status} ..." if self._status else "", style="dim"))
+
+def _is_finished_group(name: str, labels: Mapping[str, str]) -> bool:
+    return name == "queue_groups" and labels.get("state") == "finished"
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows log messages on the console, above a live table, and appends them to ``console.log``."""
+    """Shows log messages on the console, above a status line, and appends them to ``console.log``."""
 
     def __init__(self, console: Console, file: AppendedFile) -> None:
         super().__init__()
@@ -129,38 +116,3 @@ class ConsoleHandler(logging.Handler):
             self._is_writable = False
         finally:
             self.release()
-
-
-def make_cells(
-    step: int,
-    total_steps: int,
-    metrics: Mapping[str, float | int | None],
-    seconds: Mapping[str, float],
-    seconds_left: float,
-) -> tuple[str, ...]:
-    """Return the cells of a row; a dash marks a missing value."""
-    cells = []
-    for column in COLUMNS:
-        value = metrics.get(column.metric)
-        cells.append("-" if value is None else column.format.format(value))
-    total, tokens = seconds.get("total", 0.0), metrics.get("tokens")
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name not in NOT_PHASES)
-    cells[0] = f"{step}/{total_steps}"
-    cells[-3] = f"{tokens / total:,.0f}" if tokens and total else "-"
-    cells[-2] = f"{phases} = {total:.1f}" if phases else f"{total:.1f}"
-    cells[-1] = duration(seconds_left)
-    return tuple(cells)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as 4:05 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    padded = []
-    for number, (cell, column) in enumerate(zip(cells, COLUMNS, strict=True)):
-        padded.append(cell.ljust(column.width) if number == PHASES_COLUMN else cell.rjust(column.width))
-    return "  ".join(padded).rstrip()

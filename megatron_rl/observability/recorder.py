@@ -85,7 +85,7 @@ class RunRecorder:
             for name in (METRICS, ROLLOUTS, TOKENS, LEDGER, WARNINGS):
                 keep_steps_before(folder / name, step)
             self._files = {name: AppendedFile(folder / name) for name in (METRICS, ROLLOUTS, LEDGER, CONSOLE)}
-            self._table = ConsoleTable(total_steps, terminal=terminal)
+            self._table = ConsoleTable(total_steps, step, terminal=terminal)
             self._console = ConsoleHandler(self._table.console, self._files[CONSOLE])
             self._logging.enter_context(logging_to(self._console))
 
@@ -113,7 +113,9 @@ class RunRecorder:
         self._clocks[name] = (read, 0.0)
 
     def register_gauges(self, read: ReadGauges) -> None:
-        """Let the sinks read gauges between two steps."""
+        """Let the sinks, and the status line of the console, read gauges at any time."""
+        if self._table:
+            self._table.read_gauges = read
         for sink in self._sinks:
             sink.register(read)
 
@@ -187,7 +189,7 @@ class RunRecorder:
             sink.write(step, flat(metrics, seconds))
 
     def summarize(self, *, resumable: bool) -> None:
-        """End the live table, and say how the run went and where its files are."""
+        """End the status line, and say how the run went and where its files are."""
         if self.folder is not None and self._table is not None:
             self._table.close()
             for line in run_summary(self.folder, resumable=resumable):

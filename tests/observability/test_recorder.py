@@ -12,7 +12,6 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.step import RecordedSample, StepReport, StepSamples
 from megatron_rl.data.types import Batch, Group, Metrics, Prompt, Response
-from megatron_rl.observability.console import COLUMNS, ConsoleTable, duration, make_cells
 from megatron_rl.observability.recorder import RunRecorder, read_metrics, run_summary
 from megatron_rl.observability.step_metrics import StepMetrics
 from megatron_rl.rollout.collect import collect
@@ -151,35 +150,6 @@ def test_messages_leave_the_console_when_the_recorder_is_closed(tmp_path, capsys
     LOG.warning("outside")
     assert capsys.readouterr().out == "inside\n"
     assert caplog.messages == ["outside"]
-
-
-def test_on_a_terminal_there_is_a_live_table(tmp_path, capsys):
-    with RunRecorder(tmp_path, 3, terminal=True) as recorder:
-        with recorder.phase("rollout"):
-            pass
-        LOG.info("above the table")
-        recorder.write(0, ONE)
-    output = capsys.readouterr().out
-    assert "\x1b[" in output
-    assert "0.250" in output
-    assert output.count("above the table") == 1
-    assert "0/3" in (tmp_path / "console.log").read_text()
-
-
-def test_rows_have_a_dash_for_missing_values():
-    cells = make_cells(4, 30, {"tokens": 1000}, {"rollout": 1.0, "train": 3.0, "total": 4.0}, 65.0)
-    assert len(cells) == len(COLUMNS)
-    assert cells[0] == "4/30"
-    assert cells[1] == "-"
-    assert cells[-3:] == ("250", "rollout 1.0, train 3.0 = 4.0", "1:05")
-    assert duration(3723) == "1:02:03"
-
-
-def test_the_time_left_follows_the_latest_steps(tmp_path, capsys):
-    table = ConsoleTable(10)
-    table.add_row(0, {}, {"total": 4.0})
-    table.add_row(1, {}, {"total": 2.0})
-    assert [row[-1] for row in table.rows] == ["0:36", "0:24"]
 
 
 def test_the_time_before_the_first_phase_belongs_to_no_step(tmp_path):
