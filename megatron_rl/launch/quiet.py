@@ -5,6 +5,7 @@ import warnings
 
 UPSTREAM_WARNINGS = (
     r"Apex is not installed",
+    r"absl.logging is not installed",
     r"Transformer Engine and Apex are not installed",
     r".*`torch\.distributed\.\w+` is deprecated",  # called by megatron-core
     r"The \.grad attribute of a Tensor that is not a leaf",  # megatron-core's optimizer reads it for main parameters
