@@ -16,6 +16,7 @@ from studies.objectives.cells import (
     REFERENCE,
     ROUGH,
     SAFE,
+    SECOND,
     WINDOWS,
     Condition,
     RunResult,
@@ -138,6 +139,32 @@ def variants(found: Grouped) -> list[str]:
     return table(["variant", *MEASURES.values()], rows)
 
 
+def second(found: Grouped) -> list[str]:
+    """The second set and its baselines; without a lag also minus DAPO's runs, which have the same prompts."""
+    plain, lagging = (found.get(condition, {}) for condition in (REFERENCE, LAGGING))
+    rows = []
+    for variant in ("grpo", "dapo", *SECOND):
+        seeds = lagging.get(variant, {})
+        lag = mean_of(
+            [math.fsum(line["curves"]["lag_mean"]) / len(line["curves"]["lag_mean"]) for line in seeds.values()]
+        )
+        cells = [mean_of([*by_seed(plain.get(variant, {}), "final").values()]).text()]
+        cells.append(_difference(plain.get(variant), plain.get("dapo"), "training"))
+        cells += [mean_of([*by_seed(seeds, name).values()]).text() for name in ("final", "training", "tokens")]
+        rows.append([variant, *cells, _collapsed(seeds), f"{lag.mean:.2f}", str(lag.count)])
+    heads = [
+        "accuracy",
+        "in training - DAPO",
+        "lag: accuracy",
+        "in training",
+        "tokens kept",
+        "collapsed",
+        "mean lag",
+        "seeds",
+    ]
+    return table(["objective", *heads], rows)
+
+
 TABLES: Mapping[str, Callable[[Grouped], list[str]]] = {
     "accuracy": final,
     "in training": speed,
@@ -145,6 +172,7 @@ TABLES: Mapping[str, Callable[[Grouped], list[str]]] = {
     "collapse": collapse,
     "reuse": reuse,
     "variants": variants,
+    "second set": second,
 }
 """Name in the page -> table."""
 
