@@ -219,13 +219,17 @@ tensor they form, its parts while it is assembled, and the tensors that are bein
 class Weights(Section):
     """Weight push to the servers."""
 
-    carrier: Literal["auto", "tensor", "disk", "distributed", "ipc"] = "auto"
-    """Transport: ``tensor`` in HTTP requests, ``disk`` safetensors in the run folder, ``distributed`` a
-    torch.distributed group per server (NCCL or gloo), ``ipc`` shared memory with embedded servers of this machine.
+    carrier: Literal["auto", "stages", "tensor", "disk", "distributed", "ipc"] = "auto"
+    """Transport: ``stages`` from one rank per pipeline stage at the same time, ``tensor`` in HTTP requests, ``disk``
+    safetensors in the run folder, ``distributed`` a torch.distributed group per server (NCCL or gloo), ``ipc`` shared
+    memory with embedded servers of this machine.
     ``auto``: ``disk`` for vLLM, ``distributed`` for SGLang if the trainer has GPUs, ``ipc`` for embedded servers that
     a trainer without GPUs starts, else ``tensor``."""
     bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
     """Maximum bytes of buffers per rank during a push; a fifth of it is sent at once."""
+    pause: Literal["begin", "end"] = "begin"
+    """When a push pauses the servers: ``begin`` before the first bucket; ``end`` after the last one, so that they
+    generate while weights arrive (embedded servers; SGLang is always paused at the beginning)."""
 
 
 class Log(Section):

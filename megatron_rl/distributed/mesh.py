@@ -87,6 +87,13 @@ class Mesh:
         return group_rank(self.pipeline) == group_size(self.pipeline) - 1
 
     @property
+    def stage_ranks(self) -> range:
+        """The ranks of this pipeline stage in all replicas; megatron-core numbers the stages last."""
+        size = self.world.size // group_size(self.pipeline)
+        start = group_rank(self.pipeline) * size
+        return range(start, start + size)
+
+    @property
     def reports_tokens(self) -> bool:
         """True on exactly one rank per token: tensor-parallel rank 0 of the last pipeline stage."""
         return self.is_last_stage and group_rank(self.tensor) == 0

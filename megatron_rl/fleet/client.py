@@ -8,8 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.fleet.http import HttpClient
 from megatron_rl.fleet.protocol import BadAnswer, Endpoint, Json, RequestRefused, ServerUnreachable, parse_json
+from megatron_rl.fleet.weight_stream import GrowingBytes, stream_bucket
+from megatron_rl.weights.flat_bucket import FlatBucket, TensorHeader
 from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
-from megatron_rl.weights.transport import TensorHeader
+from megatron_rl.weights.transport import StreamResult, WeightReceiver
 
 
 class Client(HttpClient):
@@ -73,19 +75,32 @@ class Client(HttpClient):
         """Return the number of ranks that share the server's model."""
         return int(str((await self.server_info()).get("tp_size") or 1))
 
-    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
-        """Make the server join a group as ranks 1 and up; rank 0 has the store at this address."""
-        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
+    async def receiver(self) -> WeightReceiver:
+        """Return how the server receives weights; only the embedded server says that it receives streams."""
+        info = await self.server_info()
+        return WeightReceiver(self.url, int(str(info.get("tp_size") or 1)), info.get("weight_streams") is True)
+
+    async def update_from_stream(self, bucket: FlatBucket, chain: Sequence[str]) -> Mapping[str, StreamResult]:
+        """Stream a bucket to the server, which passes it on to the next server of the chain."""
+        data = GrowingBytes.complete(bucket.data.numpy().data)
+        return await stream_bucket(self, bucket.headers, data, chain, self.control_timeout_seconds)
+
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str, rank: int = 1) -> None:
+        """Make the server join a group as ranks ``rank`` and up; rank 0 has the store at this address."""
+        body = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": size}
         await self._control(Endpoint.JOIN_GROUP, {**body, "group_name": name, "backend": backend}, retries=0)
 
-    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
-        """Make the server receive one bucket that is broadcast in the group."""
-        body = {
+    async def update_from_distributed(
+        self, tensors: Sequence[TensorHeader], group: str, *, is_flat: bool = False
+    ) -> None:
+        """Make the server receive one bucket that is broadcast in the group, as one array of bytes if it is flat."""
+        body: dict[str, object] = {
             "names": [tensor.name for tensor in tensors],
             "dtypes": [tensor.dtype for tensor in tensors],
             "shapes": [tensor.shape for tensor in tensors],
             "group_name": group,
             "flush_cache": False,
+            **({"load_format": "flattened_bucket"} if is_flat else {}),
         }
         await self._control(Endpoint.UPDATE_FROM_DISTRIBUTED, body, retries=0)
 

@@ -83,7 +83,7 @@ class Dispatcher:
             last_ready = time.monotonic()
             while True:
                 if line[0] is place:
-                    await self.sync.wait_until_idle()
+                    await self.sync.wait_until_serving()
                     if (chosen := await self._free_member(requests, versions, use_router)) is not None:
                         return chosen
                     last_ready = self._check(last_ready, versions, errors)

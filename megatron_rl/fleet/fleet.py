@@ -40,7 +40,14 @@ from megatron_rl.fleet.request_plan import HttpRequest, RequestBatch, plan_reque
 from megatron_rl.fleet.router import Router
 from megatron_rl.fleet.sync import WeightSync
 from megatron_rl.fleet.turns import MultiTurn
-from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightTransport, WeightUpdate
+from megatron_rl.weights.transport import (
+    NamedTensors,
+    UpdateReport,
+    WeightTransport,
+    WeightUpdate,
+    bucket_sender,
+    send_buckets,
+)
 
 T = TypeVar("T")
 
@@ -239,11 +246,8 @@ class Fleet:
             transport = self.sync.transport
             update = self.begin_push(version)
             transport.open()
-            for bucket in transport.buckets(named_tensors):
-                self._loop.call(update.send(bucket))
-                if self.keep_weights:
-                    copy.append([(name, tensor.clone()) for name, tensor in bucket])
-                bucket.clear()
+            send = bucket_sender(update, copy if self.keep_weights else None)
+            send_buckets(self._loop.start, send, transport.buckets(named_tensors), transport.in_flight)
             transport.join(update)
             return self.end_push(update, version, copy)
         finally:
@@ -304,7 +308,7 @@ class Fleet:
 
     async def _require(self, versions: range) -> None:
         """Bring the fleet's weights to every ready server; raise if their version is not among the allowed ones."""
-        await self.sync.wait_until_idle()
+        await self.sync.wait_until_serving()
         version = self.sync.version or str(versions[0])
         if int(version) not in versions:
             version = str(versions[-1])  # no server has it, and the error names it

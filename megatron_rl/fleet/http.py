@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -79,17 +79,29 @@ class HttpClient:
                 await asyncio.sleep(_RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
+    async def post_bytes(self, path: str, body: AsyncIterable[bytes | memoryview], size: int) -> bytes:
+        """Post a body of ``size`` bytes that is produced while it is sent; return the answer, without a time limit."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        return await self._exchange("POST", path, None, data=body, headers=headers)
+
     async def _request_once(self, method: str, path: str, body: Json | None, timeout_seconds: float | None) -> bytes:
-        if self._session is None:
-            # A pooled connection that the server has just closed would look like a dead server, so connections are not
-            # reused. Their number is not limited: the fleet limits the requests per server.
-            key = os.environ.get(API_KEY)
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+        return await self._exchange(method, path, timeout_seconds, json=body)
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        timeout_seconds: float | None,
+        *,
+        json: Json | None = None,
+        data: AsyncIterable[bytes | memoryview] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         try:
-            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            async with self._open_session().request(
+                method, self.url + path, json=json, data=data, headers=headers, timeout=timeout
+            ) as response:
                 raw = await response.read()
         except TimeoutError as error:
             raise ServerTimeout(f"{self.url}{path} did not answer within {timeout_seconds} s") from error
@@ -102,3 +114,13 @@ class HttpClient:
                 f"{self.url}{path} refused with {response.status}: {raw[:500].decode(errors='replace')}"
             )
         return raw
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # A pooled connection that the server has just closed would look like a dead server, so connections are not
+            # reused. Their number is not limited: the fleet limits the requests per server.
+            key = os.environ.get(API_KEY)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+        return self._session

@@ -48,6 +48,8 @@ class Endpoint(StrEnum):
     UPDATE_FROM_DISTRIBUTED = "/update_weights_from_distributed"
     UPDATE_FROM_HANDLE = "/update_weights_from_handle"
     """Only the embedded server has this one."""
+    UPDATE_FROM_STREAM = "/update_weights_from_stream"
+    """Only the embedded server has this one."""
     LEAVE_GROUP = "/destroy_weights_update_group"
     END_UPDATE = "/end_weight_update"
     UPDATE_FROM_DISK = "/update_weights_from_disk"

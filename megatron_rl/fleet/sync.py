@@ -22,12 +22,19 @@ class WeightSync:
     """
 
     def __init__(
-        self, transport: WeightTransport, timeouts: Timeouts, pause_mode: Literal["retract", "abort"] = "retract"
+        self,
+        transport: WeightTransport,
+        timeouts: Timeouts,
+        pause_mode: Literal["retract", "abort"] = "retract",
+        pause_at: Literal["begin", "end"] = "begin",
     ) -> None:
         self.transport = transport
         self.timeouts = timeouts
         self.pause_mode: Literal["retract", "abort"] = pause_mode
         """What a push does to unfinished responses: they continue after it, or are returned incomplete."""
+        self.pause_at: Literal["begin", "end"] = pause_at
+        """When a push pauses servers: before the first bucket, or after the last; the latter only if they apply nothing
+        before the end."""
         self.pushes = 0
         """Pushes begun so far."""
         self.version: str | None = None
@@ -35,30 +42,37 @@ class WeightSync:
         self._copy: list[NamedTensors] = []
         """The buckets of the newest push, if the fleet keeps a copy of the weights."""
         self._lock = asyncio.Lock()
-        self._paused: list[Member] = []
+        self._updated: list[Member] = []
+        """The servers of the push that is in progress."""
         self._pushing = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._serving = asyncio.Event()
+        self._serving.set()
 
     async def wait_until_idle(self) -> None:
         """Wait until no push is in progress."""
         await self._idle.wait()
 
+    async def wait_until_serving(self) -> None:
+        """Wait until no push has paused servers."""
+        await self._serving.wait()
+
     async def begin(self, members: Sequence[Member], version: int) -> WeightUpdate:
-        """Pause the servers that are ready or wait for a push, and open an update of them."""
+        """Open an update of the servers that are ready or wait for a push, and pause them if that is due."""
         await self._lock.acquire()
         self._pushing = True
         self.pushes += 1
         self._idle.clear()
-        for member in members:
-            if member.waits_for_push:
-                member.join()
+        joining = [member for member in members if member.waits_for_push]
+        for member in joining:
+            member.join()
         ready = [member for member in members if member.ready]
-        await asyncio.gather(*(self._pause(member) for member in ready))
-        self._paused = [member for member in ready if member.ready]
-        for member in self._paused:
-            member.paused = True
-        return await self.transport.begin([member.client for member in self._paused], version)
+        late = await asyncio.gather(*(self._is_paused_late(member) for member in ready))
+        early = {member for member, is_late in zip(ready, late, strict=True) if not is_late}
+        await self._pause([member for member in ready if member in early or member in joining])
+        self._updated = [member for member in ready if member.ready]
+        return await self.transport.begin([member.client for member in self._updated], version)
 
     async def end(self, update: WeightUpdate, version: int, copy: list[NamedTensors]) -> UpdateReport:
         """Finish the update; servers that failed leave the fleet.
@@ -66,29 +80,31 @@ class WeightSync:
         Raises:
             RolloutError: every server refused the weights.
         """
+        await self._pause([member for member in self._updated if member.ready and not member.paused])
         report = await update.finish()
         # From here on, a server that failed or was away gets this version when it comes back.
         self.version, self._copy = str(version), copy
-        for member in self._paused:
+        for member in self._updated:
             if member.url in report.failed:
                 member.leave(report.failed[member.url], self.timeouts)
             else:
                 member.version = self.version
                 await self._flush(member)
         refusals = [error for error in report.failed.values() if not isinstance(error, ServerUnreachable)]
-        if self._paused and len(refusals) == len(self._paused):
+        if self._updated and len(refusals) == len(self._updated):
             raise RolloutError(f"no server took the weights of version {version}: {refusals[0]}") from refusals[0]
         return report
 
     async def release(self) -> None:
         """Resume the paused servers, whether the push succeeded or failed."""
         try:
-            await asyncio.gather(*(self._resume(member) for member in self._paused if member.ready))
+            await asyncio.gather(*(self._resume(member) for member in self._updated if member.ready))
         finally:
-            for member in self._paused:
+            for member in self._updated:
                 member.paused = False
-            self._paused = []
+            self._updated = []
             self._idle.set()
+            self._serving.set()
             if self._pushing:
                 self._pushing = False
                 self._lock.release()
@@ -131,7 +147,24 @@ class WeightSync:
         else:
             raise RolloutError(f"{member.url} has weights {member.version}, not {version}; push them first")
 
-    async def _pause(self, member: Member) -> None:
+    async def _is_paused_late(self, member: Member) -> bool:
+        if self.pause_at == "begin":
+            return False
+        try:
+            return (await member.client.receiver()).is_streamed
+        except RolloutError as error:
+            member.leave(error, self.timeouts)
+            return False
+
+    async def _pause(self, members: Sequence[Member]) -> None:
+        """Pause servers; requests wait from here on until the push is over."""
+        if members or self.pause_at == "begin":
+            self._serving.clear()
+        await asyncio.gather(*(self._pause_one(member) for member in members))
+        for member in members:
+            member.paused = member.ready
+
+    async def _pause_one(self, member: Member) -> None:
         try:
             # A pause is answered at once: a server that hangs must not delay the push to the others.
             await member.client.pause(self.pause_mode, self.timeouts.pause_timeout_seconds)

@@ -80,8 +80,9 @@ class AccessRules:
             raise Refused(f"the host {request.host!r} is not this server; use its address", 403)
         if "Origin" in request.headers:
             raise Refused("requests of web pages are refused (header Origin)", 403)
-        if request.body_exists and request.content_type != "application/json":
-            raise Refused(f"the content type is {request.content_type}; send application/json", 415)
+        expected = "application/octet-stream" if request.path == Endpoint.UPDATE_FROM_STREAM else "application/json"
+        if request.body_exists and request.content_type != expected:
+            raise Refused(f"the content type is {request.content_type}; send {expected}", 415)
         if self.api_key and request.path != Endpoint.HEALTH:
             sent = request.headers.get("Authorization", "")
             if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {self.api_key}".encode()):

@@ -47,6 +47,8 @@ class ServedModel:
         self.recorder = RouteRecorder(self.model)
         self.context_length = _context_length(self.model)
         self._staged: dict[str, Tensor] | None = None
+        self._refusal = ""
+        """Why the newest update was closed before its end."""
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +62,7 @@ class ServedModel:
     def begin_update(self) -> None:
         """Open a weight update; an earlier unfinished one is dropped."""
         self._staged = {}
+        self._refusal = ""
 
     def drop_update(self) -> None:
         """Close the update and drop its tensors."""
@@ -72,7 +75,8 @@ class ServedModel:
             BadRequest: it is not.
         """
         if self._staged is None:
-            raise BadRequest("a weight update must run between begin_weight_update and end_weight_update")
+            reason = f"; the last one was closed: {self._refusal}" if self._refusal else ""
+            raise BadRequest(f"a weight update must run between begin_weight_update and end_weight_update{reason}")
 
     def stage(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
         """Validate tensors and keep them until the update ends; return how many are staged.
@@ -81,7 +85,17 @@ class ServedModel:
             BadRequest: a tensor does not fit the model; this closes the update, and the weights do not change.
         """
         self.require_update()
-        staged, self._staged = self._staged or {}, None
+        staged: dict[str, Tensor] = self._staged or {}
+        self._staged = None
+        try:
+            self._stage(staged, named_tensors)
+        except BadRequest as refusal:
+            self._refusal = str(refusal)
+            raise
+        self._staged = staged
+        return len(staged)
+
+    def _stage(self, staged: dict[str, Tensor], named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in named_tensors:
             if name not in self.tensors:
                 raise BadRequest(
@@ -98,8 +112,6 @@ class ServedModel:
             if not bool(tensor.isfinite().all()):
                 raise BadRequest(f"tensor {name!r} has values that are not finite; the weights are unchanged")
             staged[name] = tensor
-        self._staged = staged
-        return len(staged)
 
     def end_update(self) -> str:
         """Copy all staged tensors to the model; return a message with their number."""

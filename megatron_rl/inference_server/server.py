@@ -14,6 +14,7 @@ from typing import TypeVar, cast, get_args
 from aiohttp import web
 
 from megatron_rl.fleet.protocol import Endpoint
+from megatron_rl.fleet.weight_stream import results_to_json
 from megatron_rl.inference_server.access import AccessRules, Refused, read_body
 from megatron_rl.inference_server.engine import Engine, EngineStopped, PauseMode
 from megatron_rl.inference_server.requests import ActiveSequence, BadRequest, Request, parse_request, validated
@@ -21,6 +22,7 @@ from megatron_rl.inference_server.responses import response_json
 from megatron_rl.inference_server.shared_buffers import SharedBufferReader, UpdateFromHandleBody
 from megatron_rl.inference_server.tensor_payload import read_tensors
 from megatron_rl.inference_server.weight_groups import WeightGroups
+from megatron_rl.inference_server.weight_streams import received_bucket
 from megatron_rl.weights.checksum import SHA256, SUM64
 from megatron_rl.weights.shared_memory import MemoryLocation
 
@@ -66,6 +68,7 @@ class EmbeddedServer:
             Endpoint.UPDATE_FROM_DISTRIBUTED: self.update_from_distributed,
             Endpoint.LEAVE_GROUP: self.leave_group,
             Endpoint.UPDATE_FROM_HANDLE: self.update_from_handle,
+            Endpoint.UPDATE_FROM_STREAM: self.update_from_stream,
             Endpoint.END_UPDATE: self.end_update,
             Endpoint.UPDATE_FROM_DISK: self.update_from_disk,
             Endpoint.UPDATE_VERSION: self.update_version,
@@ -101,6 +104,7 @@ class EmbeddedServer:
                 "weight_version": self.model.version,
                 "version": "embedded",
                 "memory_location": asdict(MemoryLocation.current()),
+                "weight_streams": True,
             }
         )
 
@@ -223,7 +227,7 @@ class EmbeddedServer:
     async def update_from_distributed(self, request: web.Request) -> web.Response:
         """Stage one bucket of tensors that is broadcast in a group."""
         known = {"names", "dtypes", "shapes", "group_name", "flush_cache", "abort_all_requests", "weight_version"}
-        body = await _body(request, known)
+        body = await _body(request, known | {"load_format"})
         await self._engine(self.model.require_update)
         tensors = await self.groups.receive(body)
         staged = await self._engine(lambda: self.model.stage(tensors))
@@ -245,6 +249,16 @@ class EmbeddedServer:
         staged = await self._engine(lambda: self.model.stage(self.shared.read(body.slices)))
         self._next_version = body.weight_version
         return _done(f"{staged} tensors staged")
+
+    async def update_from_stream(self, request: web.Request) -> web.Response:
+        """Stage one bucket of tensors that is streamed, and pass it on."""
+        async with received_bucket(request.content) as (bucket, chain):
+            error = None
+            try:
+                await self._engine(lambda: self.model.stage(bucket.tensors()))
+            except BadRequest as refusal:
+                error = str(refusal)
+            return web.json_response({"error": error, "chain": results_to_json(await chain)})
 
     async def end_update(self, request: web.Request) -> web.Response:
         """Apply the staged tensors."""

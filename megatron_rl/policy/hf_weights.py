@@ -162,7 +162,7 @@ def load_weights(chunks: Sequence[DistributedDataParallel], family: Family, mesh
 class WeightExport:
     """Exports the model tensor by tensor under Hugging Face names.
 
-    Iteration and ``owned_tensors`` are collective: every rank must exhaust the same one of them.
+    Iteration, ``owned_tensors`` and ``stage_tensors`` are collective: every rank must exhaust the same one of them.
 
     Attributes:
         shards: this rank's parameters.
@@ -185,19 +185,28 @@ class WeightExport:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, CPU tensor) of every tensor on rank 0, to which owners send theirs; nothing on other ranks."""
-        mesh = self.mesh
-        for owner in range(mesh.world.size):
+        yield from self._collected(range(self.mesh.world.size))
+
+    def stage_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, CPU tensor) of a pipeline stage's tensors on its first rank; nothing on its other ranks."""
+        yield from self._collected(self.mesh.stage_ranks)
+
+    def _collected(self, owners: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of these ranks on the first of them, to which the others send theirs."""
+        mesh, part_bytes = self.mesh, self.bucket_bytes // PUSH_BUFFERS
+        first = owners[0]
+        for owner in owners:
             for merged in self._merged(owner):
-                if owner == 0:
+                if owner == first:
                     yield from merged
                     continue
-                for message in _messages(merged, self.bucket_bytes // PUSH_BUFFERS):
-                    _send(message, mesh, self.bucket_bytes // PUSH_BUFFERS)
+                for message in _messages(merged, part_bytes):
+                    _send(message, mesh, part_bytes, first)
                     message.clear()
-            if mesh.world.rank == owner != 0:
-                _send({}, mesh, 0)
-            elif mesh.world.rank == 0 != owner:
-                yield from _receive(owner, mesh, self.bucket_bytes // PUSH_BUFFERS)
+            if mesh.world.rank == owner != first:
+                _send({}, mesh, 0, first)
+            elif mesh.world.rank == first != owner:
+                yield from _receive(owner, mesh, part_bytes)
 
     @torch.no_grad()
     def _merged(self, owner: int) -> Iterator[Iterator[tuple[str, Tensor]]]:
@@ -299,17 +308,17 @@ def _messages(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterato
         yield message
 
 
-def _send(tensors: Mapping[str, Tensor], mesh: Mesh, part_bytes: int) -> None:
-    """Send tensors to rank 0 in parts of at most ``part_bytes`` bytes."""
+def _send(tensors: Mapping[str, Tensor], mesh: Mesh, part_bytes: int, receiver: int) -> None:
+    """Send tensors to a rank in parts of at most ``part_bytes`` bytes."""
     device = mesh.world.device
     header = json.dumps([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
     text = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8).to(device)
-    dist.send(torch.tensor([len(text)], device=device), dst=0)
-    dist.send(text, dst=0)
+    dist.send(torch.tensor([len(text)], device=device), dst=receiver)
+    dist.send(text, dst=receiver)
     flats = [t.flatten().view(torch.uint8) for t in tensors.values()]
     flat = flats[0] if len(flats) == 1 else torch.cat(flats) if flats else text[:0]
     for part in flat.split(part_bytes) if flats else ():
-        dist.send(part.to(device), dst=0)
+        dist.send(part.to(device), dst=receiver)
 
 
 def _receive(owner: int, mesh: Mesh, part_bytes: int) -> Iterator[tuple[str, Tensor]]:

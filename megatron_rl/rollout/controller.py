@@ -15,7 +15,7 @@ from megatron_rl.rollout.buffer_state import Json
 from megatron_rl.rollout.controller_client import ControllerClient
 from megatron_rl.rollout.distribution import Schema, TokenDistribution
 from megatron_rl.rollout.evaluation import evaluation_due
-from megatron_rl.rollout.fleet_setup import PolicyWeights, push_weights
+from megatron_rl.rollout.fleet_setup import PolicyWeights, push_weights, stage_rank
 from megatron_rl.rollout.gauges import Gauge
 from megatron_rl.rollout.service import SampledStep
 from megatron_rl.rollout.stop import StopSignal
@@ -34,6 +34,10 @@ class CountedWeights:
     def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that this rank owns."""
         yield from self._counted(self._weights.owned_tensors())
+
+    def stage_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of this rank's pipeline stage on its first rank."""
+        yield from self._counted(self._weights.stage_tensors())
 
     def _counted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for tensor in tensors:
@@ -59,6 +63,7 @@ class RolloutController:
         self, run: Run, mesh: Mesh, route_layers: Sequence[int], client: ControllerClient | None, stop: StopSignal
     ) -> None:
         self._run, self._world, self._client, self._stop = run, mesh.world, client, stop
+        self._stage = None if client else stage_rank(run, mesh)
         self._distribution = TokenDistribution(mesh, route_layers)
         self._schema: Schema | None = None
         self.samples = StepSamples()
@@ -99,10 +104,16 @@ class RolloutController:
         """Give all servers these weights; with a lag, also request the groups that they may sample ahead."""
         counted = CountedWeights(weights)
         with main_rank().waits_for(f"the push of weights version {version}", lambda: counted.count):
-            push_weights(self._run, self._world, counted, version, self._client.push if self._client else None)
+            push = self._client.push if self._client else None
+            push_weights(self._run, self._world, counted, version, push, self._stage)
         idle = self._run.rollout.max_lag == 0 or evaluation_due(self._run, version) or self._stop.requested
         if self._client and not idle:
             self._client.request_groups(version)
+
+    def close(self) -> None:
+        """Close the connections of this rank to the servers; those of the main rank are its client's."""
+        if self._stage is not None:
+            self._stage.close()
 
     def gauges(self) -> Iterable[Gauge]:
         """Return the current state of the queue and the servers; nothing on the other ranks. Callable in any thread."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_rl.config.schema import PUSH_BUFFERS, Run
 from megatron_rl.data.types import Response
-from megatron_rl.distributed.collectives import gather_json
-from megatron_rl.distributed.mesh import World
+from megatron_rl.distributed.collectives import gather_json, group_rank
+from megatron_rl.distributed.mesh import Mesh, World
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.fleet.members import Timeouts
@@ -23,6 +23,7 @@ from megatron_rl.fleet.servers import servers_of
 from megatron_rl.fleet.turns import MultiTurn
 from megatron_rl.fleet.vllm import VllmClient
 from megatron_rl.models.served_weights import ServedWeights
+from megatron_rl.rollout.stage_push import StageRank, stage_transport
 from megatron_rl.tasks.environments import find_environment
 from megatron_rl.tasks.response_text import ResponseText
 from megatron_rl.tasks.reward import reads_tags
@@ -31,6 +32,7 @@ from megatron_rl.weights.disk import DiskTransport, write_rank_files
 from megatron_rl.weights.distributed import DistributedTransport
 from megatron_rl.weights.ipc import IpcTransport
 from megatron_rl.weights.shared_memory import can_share_memory
+from megatron_rl.weights.stages import IN_FLIGHT, StageTransport
 from megatron_rl.weights.tensor import TensorTransport
 from megatron_rl.weights.transport import WeightTransport
 
@@ -55,6 +57,10 @@ class PolicyWeights(Protocol):
 
     def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that this rank owns; the union over ranks is the full model without duplicates."""
+        ...
+
+    def stage_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of this rank's pipeline stage on its first rank, none on the others."""
         ...
 
 
@@ -84,7 +90,7 @@ def open_fleet(
     router = None
     if rollout.router is not None and len(servers) > 1:
         router = router_process(rollout.router, Path(run.log.path) / "servers" / "router.log")
-    return Fleet.open(
+    fleet = Fleet.open(
         servers,
         transport,
         Timeouts(
@@ -102,6 +108,8 @@ def open_fleet(
         registry=Registry(Path(rollout.registry)) if rollout.registry else None,
         judge=form_judge(run) if pushes else None,
     )
+    fleet.sync.pause_at = run.weights.pause
+    return fleet
 
 
 def form_judge(run: Run) -> FormJudge:
@@ -129,7 +137,7 @@ def client_class(run: Run) -> type[Client]:
     return VllmClient if run.rollout.engine == "vllm" else Client
 
 
-def transport_name(run: Run, *, on_gpus: bool) -> Literal["tensor", "disk", "distributed", "ipc"]:
+def transport_name(run: Run, *, on_gpus: bool) -> Literal["stages", "tensor", "disk", "distributed", "ipc"]:
     """Return the configured weight transport; ``auto`` depends on the engine and the trainer's device."""
     if run.weights.carrier != "auto":
         return run.weights.carrier
@@ -150,12 +158,22 @@ def bucket_bytes(run: Run) -> int:
     return run.weights.bucket_bytes // PUSH_BUFFERS
 
 
-def push_weights(run: Run, world: World, weights: PolicyWeights, version: int, push: Push | None) -> None:
-    """Push the policy's weights to the fleet; collective. Only the main rank has ``push``."""
-    every_rank_writes = transport_name(run, on_gpus=world.device.type == "cuda") == "disk"
+def push_weights(
+    run: Run,
+    world: World,
+    weights: PolicyWeights,
+    version: int,
+    push: Push | None,
+    stage: StageRank | None = None,
+) -> None:
+    """Push the policy's weights to the fleet; collective. Only the main rank has ``push``, only others ``stage``."""
+    name = transport_name(run, on_gpus=world.device.type == "cuda")
     if push is not None:
-        push(weights.owned_tensors() if every_rank_writes else weights, version)
-    elif every_rank_writes:
+        sent = {"disk": weights.owned_tensors, "stages": weights.stage_tensors}.get(name, weights.__iter__)
+        push(sent(), version)
+    elif stage is not None:
+        stage.push(weights.stage_tensors())
+    elif name == "disk":
         gather = partial(gather_json, device=world.device)
         buckets = make_transport(run, world).buckets(weights.owned_tensors())
         write_rank_files(weights_folder(run), version, world.rank, buckets, gather)
@@ -190,8 +208,18 @@ def keeps_weights(transport: WeightTransport, world: World) -> bool:
     )
 
 
-def make_transport(run: Run, world: World) -> WeightTransport:
-    """Return the transport of the process that has the weights."""
+def stage_rank(run: Run, mesh: Mesh) -> StageRank | None:
+    """Return the part of a rank other than the main one in pushes by stages; None with other transports."""
+    world = mesh.world
+    if transport_name(run, on_gpus=world.device.type == "cuda") != "stages":
+        return None
+    transport = make_transport(run, world, stage=group_rank(mesh.pipeline))
+    assert isinstance(transport, StageTransport)
+    return StageRank(world, transport, is_sender=world.rank == mesh.stage_ranks[0])
+
+
+def make_transport(run: Run, world: World, stage: int = 0) -> WeightTransport:
+    """Return the transport of a process that has the weights of this pipeline stage, or all."""
     on_gpus, size = world.device.type == "cuda", bucket_bytes(run)
     name = transport_name(run, on_gpus=on_gpus)
     transport: WeightTransport
@@ -203,6 +231,11 @@ def make_transport(run: Run, world: World) -> WeightTransport:
         transport = DistributedTransport(size, "nccl" if on_gpus else "gloo", world.device, timeout)
     elif name == "ipc":
         transport = IpcTransport(size, world.device)
+    elif name == "stages":
+        # Of the fifth that is for tensors to send, each bucket in flight needs its part, and one is copied meanwhile.
+        part, timeout = size // (IN_FLIGHT + 1), run.rollout.control_timeout_seconds
+        stages = run.parallel.pipeline if world.size > 1 else 1  # an evaluation has one process
+        transport = stage_transport(world, part, client_class(run), timeout, stage, stages)
     else:
         transport = TensorTransport(size)
     if run.rollout.dtype is not None:

@@ -21,7 +21,15 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.fleet.background import LoopThread
 from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.peer import Buffer, CallHandler, PeerReply, error_from_json, error_to_json
-from megatron_rl.weights.transport import NamedTensors, UpdateReport, WeightServer, WeightTransport, WeightUpdate
+from megatron_rl.weights.transport import (
+    NamedTensors,
+    UpdateReport,
+    WeightServer,
+    WeightTransport,
+    WeightUpdate,
+    bucket_sender,
+    send_buckets,
+)
 
 Json = Mapping[str, Any]
 
@@ -79,11 +87,8 @@ class WeightSender:
             update = self._update
             assert update is not None, "begin_push opens it"
             self.transport.open()
-            for bucket in self.transport.buckets(named_tensors):
-                loop.call(update.send(bucket))
-                if self._keep_weights:
-                    self._sent.append([(name, tensor.clone()) for name, tensor in bucket])
-                bucket.clear()
+            send = bucket_sender(update, self._sent if self._keep_weights else None)
+            send_buckets(loop.start, send, self.transport.buckets(named_tensors), self.transport.in_flight)
             self.transport.join(update)
             control.call("end_push", {"version": version})
         finally:
@@ -91,6 +96,7 @@ class WeightSender:
 
     async def close(self) -> None:
         """Close the connections to the servers."""
+        await self.transport.close()
         for client in self._clients.values():
             await client.close()
 

@@ -71,6 +71,7 @@ def run_rank(loaded: Loaded[Run]) -> int:
                 stack.enter_context(closing(client))
                 client.open(run, state)
             rollouts = RolloutController(run, policy.mesh, policy.route_layers, client, stop)
+            stack.enter_context(closing(rollouts))
             evaluation = Evaluation(run, client)
             recorder.register_gauges(rollouts.gauges)
             recorder.add_clock("fleet", rollouts.fleet_seconds)

@@ -3,6 +3,8 @@
 ``transport.py`` defines the interface: a ``WeightTransport`` opens a ``WeightUpdate`` to some servers, which sends
 buckets of tensors, verifies checksums and names the new version. The implementations are
 
+* ``stages.py``: from one rank per pipeline stage at the same time (``stage_sender.py``): streams that embedded servers
+  pass on, or a kept torch.distributed group (``kept_group.py``).
 * ``tensor.py``: tensors in HTTP bodies; any machines. The default for servers that are not this process's children.
 * ``disk.py``: a folder that trainer and servers share; the only transport for vLLM.
 * ``distributed.py``: torch.distributed broadcasts in the groups of ``weight_group.py``; for SGLang on GPUs.

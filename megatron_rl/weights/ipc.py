@@ -19,7 +19,14 @@ from torch import Tensor
 from megatron_rl.errors import RolloutError
 from megatron_rl.weights.checksum import SUM64, sums64
 from megatron_rl.weights.shared_memory import Handle, MemoryLocation, SharedBuffer, TensorSlice, common_device
-from megatron_rl.weights.transport import Checksums, NamedTensors, WeightServer, WeightTransport, WeightUpdate
+from megatron_rl.weights.transport import (
+    Checksums,
+    NamedTensors,
+    WeightServer,
+    WeightTransport,
+    WeightUpdate,
+    converted,
+)
 
 _ALIGN_BYTES = 64
 
@@ -51,8 +58,7 @@ class IpcTransport(WeightTransport):
         return self.gpu_buffer
 
     def _converted(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(dtype).contiguous()
+        return converted(tensor, self.dtype)
 
 
 @dataclass

@@ -10,7 +10,9 @@ passes its clients in.
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from megatron_rl.errors import RolloutError
 from megatron_rl.weights.checksum import SHA256, SHORT_SHA256, SHORT_SHA256_DIGITS, padded_sha256
+from megatron_rl.weights.flat_bucket import FlatBucket, TensorHeader
 from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
 
 NamedTensors = Sequence[tuple[str, Tensor]]
@@ -27,13 +30,24 @@ Checksums = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class TensorHeader:
-    """Metadata of a tensor, sent before its data."""
+class WeightReceiver:
+    """How a server receives weights."""
 
-    name: str
-    dtype: str
-    """Name of the torch type, such as ``bfloat16``."""
-    shape: tuple[int, ...]
+    url: str
+    ranks: int
+    """Number of ranks that share the server's model."""
+    is_streamed: bool
+    """Whether it receives streams, passes them on to other servers, and applies no tensor before the update ends."""
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """What became of a streamed bucket on one server."""
+
+    error: RolloutError | None = None
+    """Why the server does not have it; None if it has it, or if it is not known to have failed."""
+    is_missed: bool = False
+    """Whether the bucket did not get that far."""
 
 
 class WeightServer(Protocol):
@@ -54,11 +68,29 @@ class WeightServer(Protocol):
         """Return the number of ranks that share the server's model."""
         ...
 
-    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
-        """Make the server join a group of ``size`` ranks as ranks 1 and up; the sender is rank 0 and has the store."""
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str, rank: int = 1) -> None:
+        """Make the server join a group of ``size`` ranks as ranks ``rank`` and up; the sender is rank 0."""
 
-    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
-        """Make the server receive one bucket, broadcast in the group in this order."""
+    async def update_from_distributed(
+        self, tensors: Sequence[TensorHeader], group: str, *, is_flat: bool = False
+    ) -> None:
+        """Make the server receive one bucket, broadcast in the group in this order, or as one array of bytes."""
+
+    async def receiver(self) -> WeightReceiver:
+        """Return how the server receives weights."""
+        ...
+
+    async def version(self) -> str:
+        """Return the version of the server's weights."""
+        ...
+
+    async def update_from_stream(self, bucket: FlatBucket, chain: Sequence[str]) -> Mapping[str, StreamResult]:
+        """Stream a bucket to the server, which passes it on to the next server of the chain while it receives.
+
+        Returns:
+            The result of this server and of each of the chain, by url.
+        """
+        ...
 
     async def leave_group(self, name: str) -> None:
         """Make the server leave the group."""
@@ -111,7 +143,7 @@ class WeightUpdate(ABC):
     """Checksum algorithm of this sender."""
 
     async def send(self, bucket: NamedTensors) -> None:
-        """Send one bucket of tensors, under checkpoint names, to every server."""
+        """Send one bucket of tensors, under checkpoint names, to every server; may empty a list."""
         self.sums |= await asyncio.to_thread(self._checksums, bucket)
         self.num_bytes += sum(tensor.nbytes for _, tensor in bucket)
         await self._send(bucket)
@@ -183,6 +215,8 @@ class WeightTransport(ABC):
     """A way to bring weights to servers."""
 
     bucket_bytes: int
+    in_flight: int = 1
+    """Maximum number of buckets that are gathered or sent at a time; each is sent before the next is gathered if 1."""
     dtype: torch.dtype | None = None
     """Type in which floating-point tensors are sent; None sends each in its type."""
 
@@ -202,14 +236,20 @@ class WeightTransport(ABC):
         """Bring the newest version to more servers; None if its tensors would have to be sent again."""
         return None
 
+    async def close(self) -> None:
+        """Give up what is kept from push to push."""
+        return
+
     async def push(
         self, servers: Sequence[WeightServer], named_tensors: Iterable[tuple[str, Tensor]], version: int
     ) -> UpdateReport:
         """Run a whole update."""
         update = await self.begin(servers, version)
+        self.open()
         for bucket in self.buckets(named_tensors):
             await update.send(bucket)
             bucket.clear()
+        self.join(update)
         return await update.finish()
 
     def buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
@@ -232,8 +272,55 @@ class WeightTransport(ABC):
             yield bucket
 
     def _converted(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to("cpu", dtype).contiguous()
+        return converted(tensor, self.dtype).cpu()
+
+
+def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a contiguous tensor, of this type if it is a floating-point one."""
+    return tensor.detach().to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+Bucket = list[tuple[str, Tensor]]
+SendBucket = Callable[[Bucket], Coroutine[object, object, None]]
+
+
+def bucket_sender(update: WeightUpdate, copy: list[NamedTensors] | None) -> SendBucket:
+    """Return a function that sends a bucket of the update and empties it; ``copy`` gets a copy of the tensors first."""
+
+    async def send(bucket: Bucket) -> None:
+        if copy is not None:
+            copy.append([(name, tensor.clone()) for name, tensor in bucket])
+        await update.send(bucket)
+        bucket.clear()
+
+    return send
+
+
+def send_buckets(
+    start: Callable[[Coroutine[object, object, None]], "Future[None]"],
+    send: SendBucket,
+    buckets: Iterable[Bucket],
+    in_flight: int,
+) -> None:
+    """Send buckets in another thread's event loop, while the next ones are gathered in this thread.
+
+    Args:
+        start: starts a coroutine in the event loop.
+        send: sends a bucket and empties it.
+        buckets: the buckets; may use collectives.
+        in_flight: see ``WeightTransport.in_flight``.
+    """
+    pending: deque[Future[None]] = deque()
+    try:
+        for bucket in buckets:
+            pending.append(start(send(bucket)))
+            while len(pending) >= in_flight:
+                pending.popleft().result()
+        while pending:
+            pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def bucket_checksums(bucket: NamedTensors) -> Checksums:

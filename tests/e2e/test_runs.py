@@ -94,7 +94,7 @@ def test_the_engines_experts_are_taken_in_training(tmp_path, straight):
     assert lines[0]["reward_mean"] == metrics_of(straight)[0]["reward_mean"]
 
 
-@pytest.mark.parametrize("carrier", ["disk", "distributed", "ipc"])
+@pytest.mark.parametrize("carrier", ["disk", "distributed", "ipc", "stages"])
 def test_every_carrier_brings_the_same_weights(tmp_path, straight, carrier):
     with Job(tmp_path / "run", f"weights.carrier={carrier}", "weights.bucket_bytes=196608", "train.steps=3") as job:
         assert job.end() == 0, job.output()
@@ -103,6 +103,16 @@ def test_every_carrier_brings_the_same_weights(tmp_path, straight, carrier):
         folder = tmp_path / "run" / "weights" / "version-3"
         writers = {path.name.split("-")[1] for path in folder.glob("model-*.safetensors")}
         assert writers == {"00000", "00001"}
+
+
+def test_stages_that_send_at_the_same_time_bring_the_same_weights(tmp_path):
+    stages = ["parallel.tensor=1", "parallel.expert=1", "parallel.pipeline=3", "rollout.servers=2", "train.steps=3"]
+    metrics = []
+    for carrier in ("tensor", "stages"):
+        with Job(tmp_path / carrier, *stages, f"weights.carrier={carrier}", "weights.bucket_bytes=196608") as job:
+            assert job.end() == 0, job.output()
+            metrics.append(job.metrics())
+    assert metrics[0] == metrics[1]
 
 
 def test_exports_on_the_way_are_models_to_serve(tmp_path):

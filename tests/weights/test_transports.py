@@ -11,9 +11,10 @@ from megatron_rl.errors import RolloutError
 from megatron_rl.inference_server.tensor_payload import read_tensors
 from megatron_rl.weights.checksum import SHA256, SHORT_SHA256, padded_sha256, sha256
 from megatron_rl.weights.disk import DiskTransport
+from megatron_rl.weights.flat_bucket import FlatBucket, TensorHeader
 from megatron_rl.weights.shared_memory import Handle, MemoryLocation, TensorSlice
 from megatron_rl.weights.tensor import TensorTransport
-from megatron_rl.weights.transport import TensorHeader, WeightTransport
+from megatron_rl.weights.transport import StreamResult, WeightReceiver, WeightTransport
 
 TENSORS = [(f"t{i}", torch.randn(10, 10)) for i in range(7)]
 
@@ -25,6 +26,7 @@ class Recorder:
         self.url, self.fails_at, self.algorithm, self.damages = url, fails_at, algorithm, damages
         self.calls: list[str] = []
         self.tensors: dict[str, Tensor] = {}
+        self.newest = "default"
 
     async def _called(self, name: str) -> None:
         await asyncio.sleep(0)
@@ -42,11 +44,24 @@ class Recorder:
     async def tensor_parallel(self) -> int:
         return 1
 
-    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str, rank: int = 1) -> None:
         await self._called("join")
 
-    async def update_from_distributed(self, tensors: Sequence[TensorHeader], group: str) -> None:
+    async def update_from_distributed(
+        self, tensors: Sequence[TensorHeader], group: str, *, is_flat: bool = False
+    ) -> None:
         await self._called("bucket")
+
+    async def receiver(self) -> WeightReceiver:
+        return WeightReceiver(self.url, ranks=1, is_streamed=True)
+
+    async def version(self) -> str:
+        return self.newest
+
+    async def update_from_stream(self, bucket: FlatBucket, chain: Sequence[str]) -> Mapping[str, StreamResult]:
+        await self._called("bucket")
+        self.tensors |= dict(bucket.tensors())
+        return {self.url: StreamResult()}
 
     async def leave_group(self, name: str) -> None:
         await self._called("leave")
@@ -61,6 +76,7 @@ class Recorder:
 
     async def set_version(self, version: str) -> None:
         await self._called(f"version {version}")
+        self.newest = version
 
     async def memory_location(self) -> MemoryLocation | None:
         return None

@@ -157,6 +157,10 @@ def _push(run: Run, estimate: RunEstimate, gb_per_second: float) -> str:
     size, servers = estimate.cost.weight_bytes, _servers(run)
     if run.weights.carrier == "disk" or (run.weights.carrier == "auto" and run.rollout.engine == "vllm"):
         return f"{format_gib(size)} GiB written by all ranks in parallel and read by each server, at disk speed"
+    if run.weights.carrier == "stages":
+        seconds = size / 1e9 / gb_per_second
+        stages = f"{run.parallel.pipeline} stage(s) at the same time to {servers} server(s)"
+        return f"{format_gib(size)} GiB from {stages}: {seconds:,.1f} s at {gb_per_second:g} GB/s of a server's link"
     seconds = size * (1 + servers) / 1e9 / gb_per_second
     speed = f"cluster.network_gb_per_second = {gb_per_second:g}"
     return f"{format_gib(size)} GiB to the main rank, then to {servers} server(s): {seconds:,.1f} s at {speed}"
