@@ -68,6 +68,8 @@ class Fleet:
     router: Router | None
     registry: Registry | None
     membership: Membership
+    vocabulary: int = field(default=1 << 31, init=False)
+    """Number of tokens of the trainer's model; an answer with another token is a server's failure."""
     _numbers: "count[int]" = field(default_factory=count, init=False)
     _loop: LoopThread = field(default_factory=lambda: LoopThread("rollout fleet"), init=False)
 
@@ -216,7 +218,7 @@ class Fleet:
         """
         params = sampling_params(sampling)
         batches = plan_requests(
-            prompts, group_size, params, seed, self.sequences_per_request, routes, sampling.keep_mask
+            prompts, group_size, params, seed, self.sequences_per_request, routes, sampling.keep_mask, self.vocabulary
         )
         starts = accumulate((len(batch.prompts) for batch in batches), initial=0)
         return [

@@ -90,6 +90,8 @@ class GenerationRequest:
     """Whether the server should return the ids that top-k and top-p left to sample each token from."""
     routes_start: int = 0
     """Number of first tokens whose routes are not returned, because an earlier answer has them."""
+    vocabulary: int = 1 << 31
+    """Number of tokens of the trainer's model: an answer with another token cannot be trained."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -219,7 +221,7 @@ class _ResultParser:
         meta = self.field(entry, "meta_info", dict)
         if self.field(meta, "id", str) != request.rid:
             raise BadAnswer(f"{self.where}: the answer is for {meta['id']!r}")
-        output_ids = self.ids(self.field(entry, "output_ids", list))
+        output_ids = self.ids(self.field(entry, "output_ids", list), request.vocabulary)
         finish_reason = self.finish(meta, output_ids, request)
         logprobs = (
             self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if len(output_ids) else _NONE
@@ -296,15 +298,15 @@ class _ResultParser:
             )
         return kind
 
-    def ids(self, values: Sequence[object]) -> np.ndarray:
-        """Return token ids as int32."""
+    def ids(self, values: Sequence[object], vocabulary: int) -> np.ndarray:
+        """Return token ids of the vocabulary as int32."""
         # numpy alone would accept true for 1; a set of types is made without a Python loop.
         try:
             ids = np.array(values if set(map(type, values)) <= {int} else None, np.int64)
         except (OverflowError, TypeError):
             ids = np.array([-1])
-        if len(values) and not 0 <= ids.min() <= ids.max() < 1 << 31:
-            raise BadAnswer(f"{self.where}: output_ids are not all token ids")
+        if len(values) and not 0 <= ids.min() <= ids.max() < vocabulary:
+            raise BadAnswer(f"{self.where}: output_ids are not all token ids of the model, below {vocabulary}")
         return ids.astype(np.int32)
 
     def logprobs(self, entries: Sequence[object], ids: np.ndarray, stand_in: int | None = None) -> np.ndarray:

@@ -56,6 +56,7 @@ def plan_requests(
     sequences_per_request: int,
     routes: RouteShape | None = None,
     keep_mask: bool = False,
+    vocabulary: int = 1 << 31,
 ) -> list[RequestBatch]:
     """Return the requests for ``group_size`` responses to each prompt.
 
@@ -74,7 +75,7 @@ def plan_requests(
             repeat = repeats[prompt.id]
             repeats[prompt.id] += 1
             group = [_request(prompt, repeat, index, params, seeds) for index in range(group_size)]
-            sequences += [replace(request, routes=routes, keep_mask=keep_mask) for request in group]
+            sequences += [replace(r, routes=routes, keep_mask=keep_mask, vocabulary=vocabulary) for r in group]
         repeated = tuple(prompt for prompt in part for _ in range(group_size))
         request = HttpRequest(repeated, (*range(group_size),) * len(part), tuple(sequences))
         requests = request.split() if sequences_per_request == 1 else [request]

@@ -30,8 +30,9 @@ T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Json = dict[str, object]
 log = logging.getLogger(__name__)
-_STREAM_SECONDS = 0.02
-"""Interval between two events of a stream."""
+STREAM_SECONDS, STREAMS_PER_INTERVAL = 0.02, 8
+"""Interval between two events of a stream, with so many streams; with more it grows, so that events cost a small part
+of the model thread's time."""
 
 
 class EmbeddedServer:
@@ -47,6 +48,7 @@ class EmbeddedServer:
         self.shared = SharedBufferReader(self.model.device, max_elements)
         self.access = access
         self._next_version: str | None = None
+        self._streams = 0
 
     def application(self) -> web.Application:
         """Return the aiohttp application."""
@@ -150,17 +152,21 @@ class EmbeddedServer:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         sequence, sent, finished = parsed.sequences[0], 0, False
+        done = asyncio.wrap_future(parsed.done)
+        self._streams += 1
         try:
             while not finished:
-                await asyncio.wait([asyncio.wrap_future(parsed.done)], timeout=_STREAM_SECONDS)
-                finished = parsed.done.done()
-                await self._engine(lambda: self.engine.update_output(sequence))
+                await asyncio.wait([done], timeout=STREAM_SECONDS * max(1, self._streams / STREAMS_PER_INTERVAL))
+                finished = done.done()
+                if not finished:
+                    await self._engine(lambda: self.engine.update_output(sequence))
                 if finished or len(sequence.output_ids) > sent:
                     sent = len(sequence.output_ids)
                     data = json.dumps(response_json(sequence, self.model, time.perf_counter() - begin))
                     await response.write(f"data: {data}\n\n".encode())
             await response.write(b"data: [DONE]\n\n")
         finally:
+            self._streams -= 1
             self.engine.call(lambda: self.engine.abort_sequences(parsed.sequences))
         return response
 

@@ -22,6 +22,7 @@ from megatron_rl.fleet.router import router_process
 from megatron_rl.fleet.servers import servers_of
 from megatron_rl.fleet.turns import MultiTurn
 from megatron_rl.fleet.vllm import VllmClient
+from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.served_weights import ServedWeights
 from megatron_rl.rollout.stage_push import StageRank, stage_transport
 from megatron_rl.tasks.environments import find_environment
@@ -109,6 +110,7 @@ def open_fleet(
         judge=form_judge(run) if pushes else None,
     )
     fleet.sync.pause_at = run.weights.pause
+    fleet.vocabulary = family_of(read_hf_config(Path(run.model.path))).vocab_size
     return fleet
 
 

@@ -107,6 +107,12 @@ def too_long(answers: list[dict[str, Any]]) -> object:
     return '{"error": {"message": "the prompt is too long"}}'
 
 
+def foreign_token(answers: list[dict[str, Any]]) -> object:
+    """Answer with a token that a model of 97 tokens lacks."""
+    answers[0]["output_ids"][0] = answers[0]["meta_info"]["output_token_logprobs"][0][1] = 97
+    return None
+
+
 def too_few_tokens(answers: list[dict[str, Any]]) -> object:
     answers[0]["output_ids"].pop()
     return None

@@ -23,6 +23,7 @@ from tests.fleet.fake import (
     FakeServer,
     Trick,
     aborted,
+    foreign_token,
     garbage,
     nan_logprobs,
     once,
@@ -112,11 +113,14 @@ def test_the_same_prompt_twice_has_different_samples() -> None:
     assert twice[0].responses[0].output_ids.tolist() != twice[1].responses[0].output_ids.tolist()
 
 
-@pytest.mark.parametrize("trick", [garbage, too_few_tokens, nan_logprobs, wrong_version, too_few_answers])
+@pytest.mark.parametrize(
+    "trick", [garbage, too_few_tokens, foreign_token, nan_logprobs, wrong_version, too_few_answers]
+)
 def test_a_server_that_answers_wrongly_is_left_out(trick: Trick, caplog: pytest.LogCaptureFixture) -> None:
     liar, good = FakeServer(), FakeServer()
     liar.trick = trick
     with serving(liar, good), fleet_of([liar, good], replace(TIMEOUTS, probe_seconds=1.0)) as fleet:
+        fleet.vocabulary = 97
         with caplog.at_level(logging.WARNING):
             assert sampled(fleet) == expected()
         assert fleet.urls == [good.url]

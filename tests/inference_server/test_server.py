@@ -122,3 +122,28 @@ def test_seeds_of_any_64_bits_are_taken(moe_folder: Path) -> None:
             assert ask(f"{url}/generate", body)[0] == 200
         body["sampling_params"]["sampling_seed"] = 1 << 63
         assert ask(f"{url}/generate", body)[0] == 400
+
+
+def test_many_streams_cost_less_than_twice_the_work_of_plain_answers(moe_folder: Path) -> None:
+    async def cpu_seconds(url: str, stream: bool) -> float:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+
+            async def one(number: int) -> None:
+                params = {"max_new_tokens": 16, "ignore_eos": True}
+                body = {"input_ids": [1 + number % 40, 2], "sampling_params": params, "stream": stream}
+                async with session.post(f"{url}/generate", json=body) as answer:
+                    assert answer.status == 200
+                    assert (b"[DONE]" in await answer.read()) == stream
+
+            begin = time.process_time()  # of server and clients: other programs do not change it
+            await asyncio.gather(*(one(number) for number in range(500)))
+            return time.process_time() - begin
+
+    with served(moe_folder) as (engine, url):
+        engine.batching = "continuous"
+        asyncio.run(cpu_seconds(url, stream=False))  # the first requests are slower
+        ratios = [
+            asyncio.run(cpu_seconds(url, stream=True)) / asyncio.run(cpu_seconds(url, stream=False)) for _ in range(3)
+        ]
+    assert min(ratios) < 2, ratios
