@@ -15,6 +15,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Run
 from megatron_rl.data.loss_inputs import LossInputs
 from megatron_rl.data.types import Batch
+from megatron_rl.launch.planning.run_plan import make_plan
 from megatron_rl.models.hf_mapping.rules import Family
 from tests.oracle.objectives import Row, framed, weight
 from tests.policy.families import COMMON
@@ -55,7 +56,7 @@ def test_links_lead_somewhere(page):
 @by_page
 def test_paths_exist(page):
     folders = "benchmarks|configs|docs|examples|launch|locks|megatron_rl|studies|tests|tools"
-    paths = re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", page.read_text())
+    paths = re.findall(rf"(?<![\w./-])(?:{folders})/[\w./+-]*\w", page.read_text())
     written_by_the_reader = {"mine", "mine.py", "mistral.py", "chunk.py", "chunk.toml"}
     missing = {path for path in paths if not (ROOT / path).exists() and not (ROOT / "megatron_rl" / path).exists()}
     assert {path for path in missing if Path(path).name not in written_by_the_reader} == set()
@@ -104,6 +105,27 @@ def test_the_configs_of_a_page_have_only_settings_that_exist(page, tmp_path):
         load(
             Run, [DOCS.parent / "configs" / "demo.toml", tmp_path / "a.toml"], ["rollout.sampling.max_new_tokens=2048"]
         )
+
+
+RECIPES = [
+    words.split()
+    for words in re.findall(r"`([^`]+)`", (DOCS / "practice-2026.md").read_text())
+    if words.startswith("configs/") or "=" in words.split()[0]
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=" ".join)
+def test_lines_of_the_practice_page_can_start_and_need_no_warning(recipe):
+    overlays = [ROOT / word for word in recipe if "=" not in word]
+    demo, settings = ROOT / "configs" / "demo.toml", [word for word in recipe if "=" in word]
+    assert load(Run, [demo, *overlays], settings).run != load(Run, [demo]).run
+    assert make_plan(load(Run, [demo, *overlays], settings), None, on_gloo=True).warnings == ()
+
+
+def test_each_row_of_the_practice_page_has_a_line():
+    rows = re.findall(r"^\| .* \|$", (DOCS / "practice-2026.md").read_text(), re.MULTILINE)
+    assert [row for row in rows if not re.search(r"`[^`]+`", row) and "settings" not in row] == []
+    assert len(RECIPES) >= len(rows) - 2
 
 
 def test_the_objective_of_the_guide_loads_from_a_file(tmp_path):
