@@ -5,6 +5,7 @@ Modules are imported when a verb runs, so that ``--help`` does not wait for torc
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,8 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     words = resuming(options.config)
+    if sys.stderr.isatty() and "RANK" not in os.environ:  # importing torch takes seconds
+        sys.stderr.write(f"megatron-rl train: checking {' '.join(word for word in words if '=' not in word)}\n")
     loaded = _load(words)
     from megatron_rl.launch.local import main as run_local
 
@@ -153,11 +156,17 @@ def _debug_nonfinite(options: argparse.Namespace) -> int:
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder (log.path of a run)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page to write (default: report.html)")
+    parser.add_argument("--serve", action="store_true", help="serve the page on this machine, updated while runs write")
+    parser.add_argument("--port", type=int, default=8265, help="port of --serve; 0: a free one (default: %(default)s)")
 
 
 def _report(options: argparse.Namespace) -> int:
-    from megatron_rl.report.main import report
+    from megatron_rl.report.main import report, serve_report
 
+    if options.serve and options.output:
+        raise ConfigError("--serve writes no file; leave --output out, or --serve")
+    if options.serve:
+        return serve_report(options.run_folders, options.port)
     return report(options.run_folders, options.output)
 
 
@@ -323,8 +332,8 @@ _ALL = (
     Verb(
         name="report",
         group=_LOOK,
-        help="write an HTML page about one or more runs",
-        examples=("runs/gspo", "runs/gspo runs/espo --output compare.html"),
+        help="write an HTML page about runs, or serve one that follows them",
+        examples=("runs/gspo", "runs/gspo runs/espo --output compare.html", "runs/gspo --serve"),
         add_arguments=_add_report_arguments,
         run=_report,
     ),

@@ -16,6 +16,7 @@ from megatron_rl.launch.planning.fit import describe_misfit, memory_fit
 from megatron_rl.launch.planning.run_plan import RunPlan, make_plan
 from megatron_rl.launch.quiet import quiet_upstream
 from megatron_rl.launch.ranks import PREPARED, LocalRanks
+from megatron_rl.launch.startup_lines import startup_lines
 from megatron_rl.launch.versions import found_versions
 from megatron_rl.observability.run_folder import prepare_folder
 from megatron_rl.observability.run_lock import locked
@@ -61,13 +62,15 @@ def _run_rank(loaded: Loaded[Run], rank: int, size: int) -> int:
 
 
 def _prepare(loaded: Loaded[Run], plan: RunPlan, resumed: str) -> None:
-    """Create the run folder, and log warnings, where the run begins, and the settings that changed."""
+    """Create the run folder, and log warnings, what the run is, where it begins, and the settings that changed."""
     estimate = estimate_run(loaded, plan.layout.ranks)
     fit = None if estimate is None else memory_fit(loaded, estimate)
     misfit = [] if fit is None or fit.fits else [describe_misfit(fit)]  # a plan, not a measurement: the run may try
     for warning in (*misfit, *plan.warnings):
         log.warning(warning)
-    changes = prepare_folder(loaded.run, found_versions(), resumed_step(loaded.run))
+    versions = found_versions()
+    changes = prepare_folder(loaded.run, versions, resumed_step(loaded.run))
+    log.info("\n  ".join(startup_lines(loaded.run, plan.layout, versions)))
     if resumed:
         log.info(resumed)
     if changes:

@@ -58,8 +58,8 @@ class RunReport:
             "times": times | ({"phases": phases} if phases else {}),
         }
 
-    def html(self) -> str:
-        """Return the page."""
+    def html(self, *, is_live: bool = False) -> str:
+        """Return the page; a live one fetches itself again when its server says so."""
         plots = self.plots()
         has_bands = any(len(group.runs) > 1 for group in self.groups)
         bands = " Lines are means over seeds; bands reach from the lowest to the highest seed." if has_bands else ""
@@ -67,7 +67,7 @@ class RunReport:
             "<h1>megatron-rl report</h1>",
             '<nav><a href="#runs">Runs</a><a href="#differences">Settings</a><a href="#curves">Curves</a>'
             '<a href="#tokens-section">Tokens and segments</a><a href="#clips">Clips</a>'
-            '<a href="#mismatch">Mismatch</a><a href="#times">Times</a></nav>',
+            '<a href="#mismatch">Mismatch</a><a href="#times">Times</a><span id="live" class="quiet"></span></nav>',
             _section("runs", "Runs", self._runs()),
             _section("differences", "Settings that differ", self._differences()),
             _section("curves", "Curves", _plots(plots["curves"], f"One color per group of runs.{bands}")),
@@ -76,7 +76,7 @@ class RunReport:
             _section("mismatch", "Rollout and trainer", [*_plots(plots["mismatch"], MISMATCH_TEXT), *self._worst()]),
             _section("times", "Times", _plots(plots["times"], TIMES_TEXT)),
         ]
-        return _page("".join(body), _for_script(self._data()))
+        return _page("".join(body), _for_script(self._data()), is_live=is_live)
 
     def _runs(self) -> Iterable[str]:
         heads = ("group", "run", "objective", "seed", "steps", "accuracy first / last", "reward first / last", "time")
@@ -195,16 +195,21 @@ def _for_script(data: Line) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _page(body: str, data: str) -> str:
-    """Return the document. Its content security policy allows only this script and no requests."""
-    style, script = _read_resource("page.css"), _read_resource("viewer.js")
-    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'"
+def _page(body: str, data: str, *, is_live: bool) -> str:
+    """Return the document. Its content security policy allows only its scripts and, if it is live, its server."""
+    style = _read_resource("page.css")
+    scripts = [_read_resource(name) for name in ("viewer.js", *(["live.js"] if is_live else []))]
+    sources = " ".join(f"'{_hash(script)}'" for script in scripts)
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src {sources}; base-uri 'none'"
+    policy += "; connect-src 'self'" if is_live else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width"><title>megatron-rl report</title>'
         f"<style>{style}</style></head><body>{body}"
-        f'<script type="application/json" id="data">{data}</script><script>{script}</script></body></html>\n'
+        f'<script type="application/json" id="data">{data}</script>'
+        + "".join(f"<script>{script}</script>" for script in scripts)
+        + "</body></html>\n"
     )
 
 

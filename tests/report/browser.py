@@ -70,7 +70,7 @@ class Page:
 
 
 @contextlib.asynccontextmanager
-async def _opened(file: Path) -> AsyncIterator[Page]:
+async def _opened(file: Path | str) -> AsyncIterator[Page]:
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         sandbox = ["--no-sandbox"] if os.getuid() == 0 else []  # which root cannot have
@@ -86,7 +86,7 @@ async def _opened(file: Path) -> AsyncIterator[Page]:
                     page = Page(socket)
                     for domain in ("Runtime", "Log", "Network", "Page"):
                         await page.call(f"{domain}.enable")
-                    await page.call("Page.navigate", url=file.resolve().as_uri())
+                    await page.call("Page.navigate", url=file if isinstance(file, str) else file.resolve().as_uri())
                     deadline = time.monotonic() + PATIENCE_SECONDS
                     while not await page.run("document.readyState == 'complete' && location.href != 'about:blank'"):
                         assert time.monotonic() < deadline, "the page does not load"
@@ -109,8 +109,8 @@ async def _port(file: Path, process: psutil.Popen) -> int:
     return int(file.read_text().splitlines()[0])
 
 
-def with_page(file: Path, use: Callable[[Page], Awaitable[Result]]) -> Result:
-    """Open a page, use it, close the browser; return what the use returned."""
+def with_page(file: Path | str, use: Callable[[Page], Awaitable[Result]]) -> Result:
+    """Open a file or a URL, use it, close the browser; return what the use returned."""
 
     async def whole() -> Result:
         async with _opened(file) as page:
