@@ -301,6 +301,36 @@ function draw() {
 function update(changes) {
   Object.assign(state, changes);
   draw();
+  history.replaceState(null, "", `#view=${state.run},${line().step},${state.sample},${state.color}`);
+}
+
+// A link to a response: #view=RUN,STEP,RESPONSE,COLOR. A step that is not shown becomes the next one that is.
+function follow() {
+  const [, place] = location.hash.match(/^#view=(.*)$/) || [];
+  if (!place) return;
+  const [runs, step, response, color] = place.split(",");
+  state.run = Math.max(0, Math.min(DATA.runs.length - 1, Math.trunc(+runs) || 0));
+  const found = run().steps.findIndex((entry) => entry.step >= +step);
+  state.step = found < 0 ? run().steps.length - 1 : found;
+  state.sample = Math.max(0, Math.trunc(+response) || 0);
+  if (Object.hasOwn(COLORINGS, color)) state.color = color;
+  byId("run").value = state.run;
+  byId("color").value = state.color;
+  draw();
+  byId("viewer").scrollIntoView();
+}
+
+function press(event) {
+  if (event.ctrlKey || event.altKey || event.metaKey || ["INPUT", "SELECT"].includes(event.target.tagName)) return;
+  const changes = {
+    ArrowLeft: { step: state.step - 1 },
+    ArrowRight: { step: state.step + 1 },
+    "[": { sample: state.sample - 1 },
+    "]": { sample: state.sample + 1 },
+  }[event.key];
+  if (!changes) return;
+  event.preventDefault();
+  update(changes);
 }
 
 function point(event) {
@@ -322,5 +352,8 @@ if (DATA.runs.length) {
   });
   byId("tokens").addEventListener("mouseover", point);
   byId("tracks").addEventListener("mouseover", point);
+  document.addEventListener("keydown", press);
+  window.addEventListener("hashchange", follow);
   draw();
+  follow();
 }

@@ -167,6 +167,51 @@ def test_the_viewer_steps_through_responses_and_fetches_nothing(page):
 
 @needs_chromium
 @pytest.mark.processes
+def test_keys_change_what_is_shown_and_the_address_is_a_link_to_it(page):
+    async def press(browser: Page, key: str, selector: str = "body") -> None:
+        event = f"new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}})"
+        await browser.run(f"document.querySelector('{selector}').dispatchEvent({event})")
+
+    async def use(browser: Page) -> None:
+        for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "]"):
+            await press(browser, key)
+        assert await browser.text("#where") == "step 1 (2 of 3 shown)"
+        assert await browser.text("#responses [aria-pressed=true]") == "2 \u25bc"
+        assert await browser.run("location.hash") == "#view=0,1,1,entropy"
+        await press(browser, "ArrowRight", "#color")  # a control keeps its keys
+        assert await browser.text("#where") == "step 1 (2 of 3 shown)"
+        await browser.run("location.hash = '#view=1,2,0,gap'")
+        await browser.run("new Promise((done) => setTimeout(done, 100))")
+        assert "sspo-2-0" in await browser.text("#facts")
+        assert await browser.run("document.getElementById('color').value") == "gap"
+        for broken in ("#view=9,9,9,nothing", "#view=", "#view=-1,x,-1,__proto__"):
+            await browser.run(f"location.hash = '{broken}'")
+            await browser.run("new Promise((done) => setTimeout(done, 100))")
+        assert browser.complaints == []
+
+    with_page(page, use)
+
+
+@needs_chromium
+@pytest.mark.processes
+@pytest.mark.parametrize("width", [390, 800, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_every_width_in_both_themes(page, width, scheme):
+    async def use(browser: Page) -> None:
+        await browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        await browser.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 640
+        )
+        assert await browser.run("document.documentElement.scrollWidth") <= width
+        filters = await browser.run("getComputedStyle(document.documentElement).filter")
+        assert (filters == "none") == (scheme == "light")
+        assert browser.complaints == []
+
+    with_page(page, use)
+
+
+@needs_chromium
+@pytest.mark.processes
 def test_the_content_security_policy_blocks_injected_scripts(page):
     html = page.read_text().replace("<h1>", "<script>document.title='owned'</script><h1>")
     page.write_text(html)
