@@ -17,7 +17,7 @@ from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
 from megatron_rl.config.load import Loaded, load, split_words
 from megatron_rl.config.rollout import Rollout
-from megatron_rl.config.section import InputPath, Section
+from megatron_rl.config.section import InputPath, OutputPath, Section
 from megatron_rl.config.tasks import AnyTask, ChainedArithmeticTask, EnvironmentConfig, Reward
 
 MegatronValue = bool | int | float | str | list[bool | int | float | str]
@@ -235,7 +235,7 @@ class Weights(Section):
 class Log(Section):
     """Outputs of a run."""
 
-    path: str = "runs/latest"
+    path: OutputPath = "runs/latest"
     """The run folder, relative to the working directory."""
     rollouts: bool = True
     """Write every response to ``rollouts.jsonl``."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import expanduser
 from typing import Annotated, ClassVar
 
 from annotated_types import Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 MAX_INTEGER = (1 << 40) - 1
 """Bound of integers without a bound of their own: above every count of tokens, steps or bytes of a run."""
@@ -47,6 +48,9 @@ class ReadFrom:
 InputPath = Annotated[str, ReadFrom()]
 """A file or folder to read. A relative path is relative to the folder of the TOML file that sets it; in ``key=value``,
 and in ``log.path``, to the working directory."""
+
+OutputPath = Annotated[str, AfterValidator(expanduser)]
+"""A file or folder to write. ``~`` is the home folder; a relative path is relative to the working directory."""
 
 PathToFunction = Annotated[str, ReadFrom(when=".py")]
 """A name, or ``path/to/file.py:function`` with a path like ``InputPath``."""

@@ -61,3 +61,9 @@ def test_sizes_that_follow_from_the_parallel_section(sizes, expected):
     p = Parallel(**sizes)
     multiples = (p.sequence_multiple, p.row_multiple, p.microbatch_multiple)
     assert (p.expert_tensor_size, p.sequence_parallel, p.min_ranks, *multiples) == expected
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(Run, [], ["model.path=~/m", "log.path=~/run"]).run.log.path == f"{tmp_path}/run"
+    assert load(Run, [], ["model.path=~/m", "log.path=run"]).run.log.path == "run"
