@@ -1,7 +1,7 @@
 """Losses of parts of a mini-batch, segment ids of padded tensors, and the policy losses of verl.
 
-verl is not a dependency: ``tests/verl_stub.py`` has its registry, its aggregation transcribed from its documentation,
-and the fields of its actor's settings that are read.
+verl is not a dependency: a stand-in has its registry and the fields of its actor's settings that are read.
+``tests/peers/test_verl.py`` runs the real one.
 """
 
 import importlib

@@ -7,8 +7,8 @@ global counts of the mini-batch are the denominators, ``rollout_is_weights`` are
 and the like are not read: options are those of ``megatron_rl.policy_loss``.
 
 verl's interface has neither entropies nor token ids nor the engine's log-probs. Objectives that need them get them from
-``worker_columns``, and raise a ConfigError without it. With ``rollout_correction.bypass_mode`` verl's old log-probs are
-those of the engine.
+``worker_columns``, and raise a ConfigError without it; bapo, which needs a sum over all ranks, always does. With
+``rollout_correction.bypass_mode`` verl's old log-probs are those of the engine.
 
 Legend: B responses of a micro-batch, S padded length.
 """

@@ -181,6 +181,20 @@ MISTAKES = (
         (DIRECTION,),
     ),
     Mistake(
+        "verl-averages-ranks-that-were-not-scaled",
+        "integrations.verl",
+        'return result.loss * (batch_info.get("dp_size") or 1), metrics',
+        "return result.loss, metrics",
+        ("tests/test_integrations.py::test_micro_batches_of_data_parallel_ranks_average_to_the_loss",),
+    ),
+    Mistake(
+        "gate-on-the-engines-ratio-to-the-trainer",
+        "algorithms.gates",
+        "            values_R = policy - rollout_R\n",
+        "            values_R = rollout_R - policy\n",
+        ("tests/peers/test_losses.py::test_gradients_are_those_of_the_peers",),
+    ),
+    Mistake(
         "setting-rounded-to-float32",
         "algorithms.objectives.sspo",
         "reference = self.entropy_reference or tokens.mean(entropies_R)",
