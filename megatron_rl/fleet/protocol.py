@@ -4,7 +4,6 @@
 a prompt is tokenized once, by the task.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,10 +15,12 @@ from pydantic_core import from_json
 from megatron_rl.data.arrays import ArrayEquality
 from megatron_rl.data.routes import RouteShape
 from megatron_rl.errors import RolloutError
+from megatron_rl.fleet.answer_columns import NO_COLUMNS, Column, LogprobRows, cut_columns
 
 _NONE = np.empty(0, np.float32)
 _LEAST_LOGPROB = float(np.finfo(np.float32).min)
 T = TypeVar("T")
+C = TypeVar("C", np.ndarray, LogprobRows)
 Json = Mapping[str, object]
 MaskIds = tuple[tuple[int, ...], ...]
 """For each output token, the ids that it was sampled from."""
@@ -157,28 +158,8 @@ def parse_answer(
     raw: bytes, requests: Sequence[GenerationRequest], source: str, version: str | Collection[str] | None = None
 ) -> list[GenerationResult]:
     """Return one validated result per request from the bytes of an answer; see ``parse_results``."""
-    if not any(request.routes for request in requests):
-        return parse_results(parse_json(raw, source), requests, source, version)
-    rest, records = cut_records(raw)
-    return parse_results(parse_json(rest, source), requests, source, version, records)
-
-
-_RECORD = re.compile(rb'"routed_experts":\s*"')
-
-
-def cut_records(raw: bytes) -> tuple[bytes, list[memoryview]]:
-    """Take the records of routes, most of the bytes of an answer, out of it.
-
-    In their place the answer has ``@`` and the record's index, which is not base64.
-    """
-    view, position = memoryview(raw), 0
-    rest: list[bytes | memoryview] = []
-    records: list[memoryview] = []
-    while (match := _RECORD.search(raw, position)) is not None and (end := raw.find(b'"', match.end())) >= 0:
-        rest += [view[position : match.end()], b"@%d" % len(records)]
-        records.append(view[match.end() : end])
-        position = end
-    return b"".join([*rest, view[position:]]), records
+    rest, columns = cut_columns(raw, with_routes=any(request.routes for request in requests))
+    return parse_results(parse_json(rest, source), requests, source, version, columns)
 
 
 def parse_results(
@@ -186,7 +167,7 @@ def parse_results(
     requests: Sequence[GenerationRequest],
     source: str,
     version: str | Collection[str] | None = None,
-    records: Sequence[memoryview] = (),
+    columns: Mapping[str, Column] = NO_COLUMNS,
 ) -> list[GenerationResult]:
     """Return one validated result per request, in order.
 
@@ -195,7 +176,7 @@ def parse_results(
         requests: the requests that were sent.
         source: the server's name, for error messages.
         version: the weight version, or the allowed versions, of every token; None allows any.
-        records: the records that ``cut_records`` took out of the answer.
+        columns: the columns that ``cut_columns`` took out of the answer.
 
     Raises:
         BadAnswer: the answer is incomplete or inconsistent.
@@ -206,7 +187,7 @@ def parse_results(
         got = f"{len(answer)} answers" if isinstance(answer, list) else f"a {type(answer).__name__}"
         raise BadAnswer(f"{source} answered {got} to {len(requests)} sequences")
     return [
-        _ResultParser(f"{source}, sequence {request.rid!r}", records).result(entry, request, allowed)
+        _ResultParser(f"{source}, sequence {request.rid!r}", columns).result(entry, request, allowed)
         for entry, request in zip(answer, requests, strict=True)
     ]
 
@@ -214,18 +195,18 @@ def parse_results(
 class _ResultParser:
     """Validates one answer; every error names the server and the sequence."""
 
-    def __init__(self, where: str, records: Sequence[memoryview]) -> None:
-        self.where, self.records = where, records
+    def __init__(self, where: str, columns: Mapping[str, Column]) -> None:
+        self.where, self.columns = where, columns
 
     def result(self, entry: object, request: GenerationRequest, allowed: Collection[str] | None) -> GenerationResult:
         meta = self.field(entry, "meta_info", dict)
         if self.field(meta, "id", str) != request.rid:
             raise BadAnswer(f"{self.where}: the answer is for {meta['id']!r}")
-        output_ids = self.ids(self.field(entry, "output_ids", list), request.vocabulary)
+        output_ids = self.ids(self.numbers(entry, "output_ids", np.ndarray), request.vocabulary)
         finish_reason = self.finish(meta, output_ids, request)
-        logprobs = (
-            self.logprobs(self.field(meta, "output_token_logprobs", list), output_ids) if len(output_ids) else _NONE
-        )
+        logprobs = _NONE
+        if len(output_ids):
+            logprobs = self.logprobs(self.numbers(meta, "output_token_logprobs", LogprobRows), output_ids)
         mask_ids = self.mask_ids(meta, request, output_ids.tolist())
         if mask_ids:
             values = self.field(meta, "output_token_sampling_logprobs", list)
@@ -267,7 +248,8 @@ class _ResultParser:
             return None
         text = self.field(meta, "routed_experts", str)
         try:
-            return request.routes.decode(self.records[int(text[1:])] if text.startswith("@") else text, tokens)
+            record = self.columns.get(text)
+            return request.routes.decode(record if isinstance(record, memoryview) else text, tokens)
         except ValueError as error:
             raise BadAnswer(f"{self.where}: routed_experts of {tokens} tokens: {error}") from error
 
@@ -276,6 +258,12 @@ class _ResultParser:
         if not isinstance(value, kind):
             raise BadAnswer(f"{self.where}: {name} is {str(value)[:60]!r}, expected a {kind.__name__}")
         return value
+
+    def numbers(self, holder: object, name: str, kind: type[C]) -> C | list[object]:
+        """Return a column of numbers; a list if it was not taken out of the answer."""
+        value = holder.get(name) if isinstance(holder, dict) else None
+        column = self.columns.get(value) if isinstance(value, str) else None
+        return column if isinstance(column, kind) else self.field(holder, name, list)
 
     def finish(self, meta: Json, output_ids: np.ndarray, request: GenerationRequest) -> str:
         finish = self.field(meta, "finish_reason", dict)
@@ -298,18 +286,23 @@ class _ResultParser:
             )
         return kind
 
-    def ids(self, values: Sequence[object], vocabulary: int) -> np.ndarray:
+    def ids(self, values: np.ndarray | Sequence[object], vocabulary: int) -> np.ndarray:
         """Return token ids of the vocabulary as int32."""
-        # numpy alone would accept true for 1; a set of types is made without a Python loop.
-        try:
-            ids = np.array(values if set(map(type, values)) <= {int} else None, np.int64)
-        except (OverflowError, TypeError):
-            ids = np.array([-1])
+        if isinstance(values, np.ndarray):
+            ids = values
+        else:
+            # numpy alone would accept true for 1; a set of types is made without a Python loop.
+            try:
+                ids = np.array(values if set(map(type, values)) <= {int} else None, np.int64)
+            except (OverflowError, TypeError):
+                ids = np.array([-1])
         if len(values) and not 0 <= ids.min() <= ids.max() < vocabulary:
             raise BadAnswer(f"{self.where}: output_ids are not all token ids of the model, below {vocabulary}")
         return ids.astype(np.int32)
 
-    def logprobs(self, entries: Sequence[object], ids: np.ndarray, stand_in: int | None = None) -> np.ndarray:
+    def logprobs(
+        self, entries: LogprobRows | Sequence[object], ids: np.ndarray, stand_in: int | None = None
+    ) -> np.ndarray:
         """Return the log-probs as float32; an entry may have ``stand_in`` instead of the token's id.
 
         SGLang writes 0 for the id of the vocabulary's last token in an input.
@@ -318,6 +311,10 @@ class _ResultParser:
             raise BadAnswer(f"{self.where}: {len(entries)} log-probs for {len(ids)} tokens")
         if not len(ids):
             return _NONE
+        if isinstance(entries, LogprobRows):
+            if (found := _valid_logprobs(entries.logprobs, entries.ids, ids, stand_in)) is not None:
+                return found
+            entries = entries.to_list()
         if (found := _logprob_column(entries, ids, stand_in)) is not None:
             return found
         position = next(
@@ -351,6 +348,17 @@ def _logprob_column(entries: Sequence[object], ids: np.ndarray, stand_in: int | 
         logprobs, found = np.array(values, np.float64), np.array(tokens, np.int64)
     except OverflowError:
         return None
+    return _valid_logprobs(logprobs, found, ids, stand_in)
+
+
+def _valid_logprobs(
+    logprobs: np.ndarray, found: np.ndarray, ids: np.ndarray, stand_in: int | None
+) -> np.ndarray | None:
+    """Return float64 log-probs as float32; None if one is no log-prob, or is for another token."""
     # Values slightly above 0 are rounding error; anything larger is rejected. The comparisons reject nan too.
-    is_valid = (logprobs >= _LEAST_LOGPROB) & (logprobs <= 1e-3) & ((found == ids) | (found == stand_in))
-    return logprobs.astype(np.float32) if len(is_valid) == len(ids) and is_valid.all() else None
+    if len(logprobs) != len(ids) or not (logprobs.min() >= _LEAST_LOGPROB and logprobs.max() <= 1e-3):
+        return None
+    is_same = found == ids
+    if stand_in is not None:
+        is_same |= found == stand_in
+    return logprobs.astype(np.float32) if is_same.all() else None
