@@ -1,10 +1,12 @@
 """Messages between two processes over a Unix socket: JSON, and the bytes of columns.
 
 Few bytes travel in the message. Many are written to memory without a name, whose descriptor the message carries: the
-other process maps it, nothing is copied, and nothing is left behind however the processes end. There is no pickle.
+other process maps it, nothing is copied, and nothing is left behind however the processes end. If there is no shared
+memory left, they travel in the message too, which is slower. There is no pickle.
 """
 
 import asyncio
+import logging
 import mmap
 import os
 import socket
@@ -15,6 +17,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 OnMessage = Callable[[Message, bytearray | mmap.mmap], None]
 MAX_INLINE_BYTES = 1 << 16
@@ -39,14 +42,15 @@ class Channel:
         self._descriptors: deque[int] = deque()
         self._output: deque[tuple[memoryview, int | None]] = deque()
         self.is_open = True
+        self._is_memory_full = False
         connection.setblocking(False)
         self._loop.add_reader(connection, self._read)
 
     def send(self, message: Message, columns: Sequence[memoryview] = ()) -> None:
         """Queue a message with the bytes of these columns, one after the other."""
         text, size = to_json(message), sum(column.nbytes for column in columns)
-        is_shared = size > MAX_INLINE_BYTES
-        descriptor = _memory(columns) if is_shared else None
+        descriptor = self._shared(columns, size) if size > MAX_INLINE_BYTES else None
+        is_shared = descriptor is not None
         frame = b"".join([_HEADER.pack(len(text), size, is_shared), text, *([] if is_shared else columns)])
         self._output.append((memoryview(frame), descriptor))
         self._write()
@@ -62,6 +66,21 @@ class Channel:
         for descriptor in [*self._descriptors, *(d for _, d in self._output if d is not None)]:
             os.close(descriptor)
         self._on_close()
+
+    def _shared(self, columns: Sequence[memoryview], size: int) -> int | None:
+        """Return the descriptor of memory with these columns; None if the kernel gives no more."""
+        try:
+            return _memory(columns)
+        except OSError as error:
+            if not self._is_memory_full:
+                log.warning(
+                    "No shared memory for %.1f MB (%s): columns are sent over a socket instead, which is slower;"
+                    " nothing is lost. Give this host, or its container, more memory or open files",
+                    size / 1e6,
+                    error.strerror,
+                )
+            self._is_memory_full = True
+            return None
 
     def _write(self) -> None:
         while self.is_open and self._output:
@@ -116,9 +135,13 @@ class Channel:
 def _memory(columns: Sequence[memoryview]) -> int:
     """Return the descriptor of new memory with these columns."""
     descriptor = os.memfd_create("columns", os.MFD_CLOEXEC)
-    with open(descriptor, "wb", closefd=False) as file:
-        for column in columns:
-            file.write(column)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            for column in columns:
+                file.write(column)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -125,7 +126,8 @@ def result(tokens: int, *, routes: bool) -> GenerationResult:
     )
 
 
-def test_results_and_requests_travel_unchanged_however_large() -> None:
+def exchanged() -> tuple[list[GenerationResult], list[list[GenerationResult]]]:
+    """Return results, and those of 20 messages with the first 0 to 3 of them."""
     results = [result(5, routes=True), result(0, routes=False), result(MAX_INLINE_BYTES, routes=True)]
     request = GenerationRequest("r", (1, 2), {"max_new_tokens": 3}, RouteShape((1, 2), 3, 8, 2), routes_start=1)
 
@@ -150,12 +152,30 @@ def test_results_and_requests_travel_unchanged_however_large() -> None:
         receiver.close()
         return received
 
-    for number, found in enumerate(asyncio.run(exchange())):
+    return results, asyncio.run(exchange())
+
+
+def test_results_and_requests_travel_unchanged_however_large() -> None:
+    results, received = exchanged()
+    for number, found in enumerate(received):
         assert found == results[: number % 4]
         for one, other in zip(found, results, strict=False):
             assert (one.routes is None) == (other.routes is None)
             assert one.routes is None or np.array_equal(one.routes, np.asarray(other.routes))
             one.output_ids[:1] = 7  # may be written to
+
+
+def test_full_shared_memory_is_one_message_and_loses_no_result(caplog: pytest.LogCaptureFixture) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))  # the kernel refuses to write more to memory too
+    try:
+        results, received = exchanged()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [found == results[: number % 4] for number, found in enumerate(received)] == [True] * 20
+    [message] = [record.getMessage() for record in caplog.records if record.name == "megatron_rl.fleet.channel"]
+    assert message.startswith("No shared memory for ")
+    assert "nothing is lost" in message
 
 
 def test_a_receiver_does_not_need_torch() -> None:
