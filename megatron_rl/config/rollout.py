@@ -51,6 +51,9 @@ class Rollout(Section):
     """Inference engine; ``embedded`` needs no GPU and no other package."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the engine's weights; default: ``model.dtype``."""
+    model_path: InputPath | None = None
+    """Folder of the checkpoint that the servers load, such as a quantized one; default: ``model.path``. The first
+    weights are pushed at the start."""
     servers: Annotated[int, Field(ge=0, le=65536)] = 1
     """Servers to start on this machine, or to wait for in ``registry``; unused with ``urls``."""
     urls: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from megatron_rl.algorithms.entropy import EntropyBonus
 from megatron_rl.algorithms.kl import ReferenceKL
 from megatron_rl.algorithms.objectives import GRPO, AnyObjective
 from megatron_rl.config.cluster import Cluster, Slurm
+from megatron_rl.config.encodings import EncodingName
 from megatron_rl.config.load import Loaded, load, split_words
 from megatron_rl.config.rollout import Rollout
 from megatron_rl.config.section import InputPath, OutputPath, Section
@@ -225,6 +226,11 @@ class Weights(Section):
     memory with embedded servers of this machine.
     ``auto``: ``disk`` for vLLM, ``distributed`` for SGLang if the trainer has GPUs, ``ipc`` for embedded servers that
     a trainer without GPUs starts, else ``tensor``."""
+    encoding: Literal["auto", "none"] | EncodingName = "auto"
+    """Quantization of the pushed tensors, which must be that of the servers. ``auto``: as ``quantization_config`` of
+    the folder that they load says; ``none``: none; ``fp8``: blocks of 128 x 128 with float32 scales; ``fp8_ue8m0``:
+    with powers of two as scales; ``fp8_channel``: per output channel; ``int4``: groups of 32; ``mxfp4``: experts in one
+    tensor. Modules that the folder's configuration excludes are not quantized."""
     bucket_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 28
     """Maximum bytes of buffers per rank during a push; a fifth of it is sent at once."""
     pause: Literal["begin", "end"] = "begin"

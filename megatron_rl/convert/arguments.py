@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rl.config.encodings import ENCODINGS
+
 TO_MEGATRON, TO_HF, VERIFY, INSPECT = "hf-to-megatron", "megatron-to-hf", "verify", "inspect"
 
 
@@ -22,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf = action(TO_HF, "write the weights of a run, a training checkpoint or torch_dist as a Hugging Face folder")
     _add_folders(to_hf, source="run folder, training checkpoint or torch_dist checkpoint", target="folder to write")
     to_hf.add_argument("--step", type=int, metavar="N", help="training checkpoint of a run folder (default: newest)")
-    to_hf.add_argument("--fp8", action="store_true", help="quantize matrices to FP8 in blocks of 128 x 128")
+    to_hf.add_argument("--encoding", choices=ENCODINGS, help="quantize all matrices that it can hold")
+    to_hf.add_argument(
+        "--fp8",
+        action="store_true",
+        help="quantize what was FP8 in the original, with its scales where they fit",
+    )
     to_hf.add_argument(
         "--split-experts", action="store_true", help="write one tensor per expert, even if the source had them fused"
     )

@@ -9,6 +9,7 @@ from megatron_rl.convert import to_hf, to_megatron
 from megatron_rl.convert.arguments import INSPECT, TO_HF, TO_MEGATRON, VERIFY
 from megatron_rl.convert.inspect import describe
 from megatron_rl.convert.verify import compare
+from megatron_rl.errors import ConfigError
 from megatron_rl.models.run_weights import find_training_checkpoint
 
 MAX_LINES = 20
@@ -32,7 +33,9 @@ def _to_megatron(args: argparse.Namespace, console: Console) -> int:
 
 def _to_hf(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
-    output_format = to_hf.OutputFormat(fp8=args.fp8, split_experts=args.split_experts)
+    if args.encoding and (args.fp8 or args.split_experts):
+        raise ConfigError("--encoding cannot be combined with --fp8 or --split-experts; leave these out")
+    output_format = to_hf.OutputFormat(fp8=args.fp8, split_experts=args.split_experts, encoding=args.encoding)
     source = find_training_checkpoint(args.source, args.step)
     manifest, unchanged = to_hf.convert(source, args.target, output_format, max(args.threads, 1), console)
     seconds = time.perf_counter() - began

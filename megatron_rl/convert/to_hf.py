@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from megatron_rl.config.encodings import EncodingName
 from megatron_rl.convert.jobs import FileJob, ProgressFn, StagingFolder, check_disk_space, run_jobs
 from megatron_rl.convert.manifest import (
     FileRecord,
@@ -36,13 +37,15 @@ from megatron_rl.models.checkpoint_folders import (
     write_hf_config,
 )
 from megatron_rl.models.checkpoint_reader import CheckpointReader
-from megatron_rl.models.encodings import QUANTIZATION_CONFIG
+from megatron_rl.models.encodings import QUANTIZATION_CONFIG, WeightEncoding
 from megatron_rl.models.fp8 import SCALE_SUFFIX, quantize, scales_shape
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.hf_mapping.rules import Family, HFConfig
 from megatron_rl.models.hf_reader import INDEX
 from megatron_rl.models.int4 import INT4Format
 from megatron_rl.models.mxfp4 import SCALES_SUFFIX, MXFP4Format
+from megatron_rl.models.quantization_settings import named_encoding
+from megatron_rl.models.quantized_format import QuantizedFormat
 from megatron_rl.models.torch_dist import METADATA, is_torch_dist
 from megatron_rl.models.training_checkpoint import META
 
@@ -62,7 +65,8 @@ class OutputTensor:
         dtype: dtype in the file.
         shape: shape in the file.
         parts: tensors of the source whose concatenated bytes are its content.
-        block: FP8 block size, of a quantized matrix or of its scales; None if the tensor is not quantized.
+        block: FP8 block size, of a quantized matrix or of its scales as in the original; None for other tensors.
+        encoding: format, and suffix of this tensor in it; None if the tensor is not encoded.
     """
 
     name: str
@@ -71,6 +75,7 @@ class OutputTensor:
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     block: tuple[int, int] | None = None
+    encoding: tuple[QuantizedFormat, str] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -79,6 +84,11 @@ class OutputTensor:
 
     def read_parts(self, source: CheckpointReader) -> Iterator[Tensor]:
         """Yield the consecutive parts of the tensor."""
+        if self.encoding is not None:
+            quantized, suffix = self.encoding
+            weights = [source.read(part) for part in self.parts]
+            yield quantized.encode(weights[0] if len(weights) == 1 else torch.stack(weights))[suffix]
+            return
         if self.block is None:
             yield from (source.read(part) for part in self.parts)
             return
@@ -91,12 +101,14 @@ class OutputFormat:
     """Options of the files to write.
 
     Attributes:
-        fp8: quantize matrices to FP8.
+        fp8: quantize matrices to FP8 that were FP8 in the original, with its scales where they fit.
+        encoding: name of the encoding of all tensors that it can hold; None: none.
         split_experts: write one tensor per expert, even if the original checkpoint had them fused.
     """
 
     fp8: bool = False
     split_experts: bool = False
+    encoding: EncodingName | None = None
 
 
 def convert(
@@ -122,7 +134,13 @@ def convert(
     source = open_checkpoint(source_folder, family)
     source.check(family)
     original = read_manifest(source_folder)
-    tensors = _output_tensors(source, family, original, output_format)
+    settings: HFConfig = {}
+    if output_format.encoding:
+        encoding = named_encoding(output_format.encoding, hf, family)
+        settings = {QUANTIZATION_CONFIG: encoding.settings}
+        tensors = _assign_files(list(_encoded(source, family, encoding.encoding)))
+    else:
+        tensors = _output_tensors(source, family, original, output_format)
     files: dict[str, list[OutputTensor]] = {}
     for tensor in tensors:
         files.setdefault(tensor.file, []).append(tensor)
@@ -132,7 +150,7 @@ def convert(
     ]
     plan = {
         "to": "hf",
-        "wanted": [output_format.fp8, output_format.split_experts],
+        "wanted": [output_format.fp8, output_format.split_experts, output_format.encoding],
         "source": stamp,
     }
     staging = StagingFolder(target, plan)
@@ -140,7 +158,7 @@ def convert(
     records = run_jobs(staging, jobs, threads, console)
     copy_companions(source_folder, staging.folder)
     block = next((tensor.block for tensor in tensors if tensor.block), None)
-    _write_json_files(staging.folder, tensors, {**hf, **_quantization(block)})
+    _write_json_files(staging.folder, tensors, {**hf, **settings, **_quantization(block)})
     entries = [entry for record in records for entry in record.rows]
     manifest = write_manifest(staging.folder, hf, entries, "megatron-to-hf", fp8_block=block)
     staging.publish()
@@ -197,6 +215,17 @@ def _output_tensors(
         for part in _in_fp8(tensor, FP8_BLOCK if tensor.name in matrices else None)
     ]
     return _assign_files(quantized)
+
+
+def _encoded(source: CheckpointReader, family: Family, encoding: WeightEncoding) -> Iterator[OutputTensor]:
+    """Yield one tensor per name of the model family, and instead of a quantized one its values and scales."""
+    for tensor in _unfused(source, family):
+        if tensor.name not in encoding.names:
+            yield tensor
+            continue
+        for suffix, (shape, dtype) in (encoding.format.layout(tensor.shape) or {}).items():
+            name, part = tensor.name + suffix, (encoding.format, suffix)
+            yield replace(tensor, name=name, shape=shape, dtype=dtype, encoding=part)
 
 
 def _unfused(source: CheckpointReader, family: Family) -> Iterator[OutputTensor]:

@@ -13,6 +13,7 @@ from megatron_rl.distributed.mesh import World
 from megatron_rl.fleet.fleet import Fleet
 from megatron_rl.models.checkpoint_folders import holds_hf_files, open_checkpoint
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
+from megatron_rl.models.served_weights import ServedWeights
 from megatron_rl.rollout.fleet_setup import FleetTokenizer, make_transport, open_fleet, weights_folder
 from megatron_rl.train.export import write_hf
 
@@ -30,9 +31,11 @@ def serving(run: Run, tokenizer: FleetTokenizer, scratch: Path) -> Iterator[Flee
         scratch: folder for logs and temporary copies of the weights.
     """
     log = run.log.model_copy(update={"path": str(scratch)})
-    rollout = run.rollout.model_copy(update={"max_lag": 0})  # without lag, embedded servers are deterministic
-    run = run.model_copy(update={"log": log, "rollout": rollout})
     starts_servers = not run.rollout.urls and not run.rollout.registry
+    # Without lag, embedded servers are deterministic. Servers that are started load the weights from their folder.
+    folder = None if starts_servers else run.rollout.model_path
+    rollout = run.rollout.model_copy(update={"max_lag": 0, "model_path": folder})
+    run = run.model_copy(update={"log": log, "rollout": rollout})
     copied = scratch / "model"
     if starts_servers and run.rollout.engine != "embedded" and not holds_hf_files(Path(run.model.path)):
         write_hf(weights_of(run), Path(run.model.path), copied)
@@ -41,7 +44,7 @@ def serving(run: Run, tokenizer: FleetTokenizer, scratch: Path) -> Iterator[Flee
         transport = make_transport(run, World(0, 1, torch.device("cpu")))
         with open_fleet(run, tokenizer, transport, pushes=not starts_servers) as fleet:
             if not starts_servers:
-                fleet.update(weights_of(run), VERSION)
+                fleet.update(ServedWeights.of(run).encoded(weights_of(run)), VERSION)
             yield fleet
     finally:
         for folder in (copied, weights_folder(run)):

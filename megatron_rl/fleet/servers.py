@@ -32,15 +32,16 @@ def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
         ConfigError: the run cannot start servers of this engine.
     """
     rollout, dtype = run.rollout, run.rollout.dtype or run.model.dtype
+    folder = rollout.model_path or run.model.path
     log = Path(run.log.path) / "servers" / f"server_{number}.log"
     routes = {"enable_return_routed_experts": True} if rollout.routing_replay in ("report", "r3") else {}
     code = {"trust_remote_code": True} if run.model.trust_code else {}
     if rollout.engine == "sglang" and rollout.sglang_python:
         options = {"dtype": dtype, **routes, **code, **rollout.sglang}
-        return sglang_server(rollout.sglang_python, run.model.path, log, options, rollout.environment, host)
+        return sglang_server(rollout.sglang_python, folder, log, options, rollout.environment, host)
     if rollout.engine == "vllm" and rollout.vllm_python:
         options = {"dtype": dtype, **routes, **code, **rollout.vllm}
-        return vllm_server(rollout.vllm_python, run.model.path, log, options, rollout.environment, host)
+        return vllm_server(rollout.vllm_python, folder, log, options, rollout.environment, host)
     if rollout.engine != "embedded":
         raise ConfigError(
             f"rollout.engine = {rollout.engine!r} without rollout.urls: start the servers yourself, in their own "
@@ -49,5 +50,6 @@ def server_of(run: Run, number: int, host: str = "127.0.0.1") -> ServerProcess:
     # With a lag the requests of several steps overlap, and a run is not bitwise repeatable in any case.
     batching = "continuous" if rollout.max_lag else "request"
     options = ["--dtype", dtype, "--weight-version", "0", "--batching", batching]
+    options += ["--dequantize"] if run.weights.encoding == "none" else []
     options += ["--trust-code"] if run.model.trust_code else []
-    return embedded_server(run.model.path, log, options, host, environment=rollout.environment)
+    return embedded_server(folder, log, options, host, environment=rollout.environment)

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_rl.errors import DataError
 from megatron_rl.fleet.process import require_model
 from megatron_rl.inference_server.masks import has_sliding_layers
+from megatron_rl.inference_server.quantized_weights import QuantizedWeights
 from megatron_rl.inference_server.requests import BadRequest
 from megatron_rl.inference_server.route_recorder import RouteRecorder
 from megatron_rl.models.checkpoint_folders import has_weights, holds_hf_files, open_checkpoint
@@ -24,23 +25,31 @@ from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
 from megatron_rl.models.tokenizers import has_tokenizer, open_tokenizer, stop_tokens
 from megatron_rl.weights.checksum import SHA256, sha256, sums64
-
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Types of weights that an update may send."""
+from megatron_rl.weights.dtypes import PLAIN
 
 
 class ServedModel:
     """The model, its weights by checkpoint name, and their version."""
 
     def __init__(
-        self, path: str, dtype: str, version: str, device: torch.device | None = None, *, trust_code: bool = False
+        self,
+        path: str,
+        dtype: str,
+        version: str,
+        device: torch.device | None = None,
+        *,
+        trust_code: bool = False,
+        dequantize: bool = False,
     ) -> None:
+        """Load a checkpoint; with ``dequantize`` a quantized one is held, and updated, as if it were not."""
         require_model(path)
         self.path = path
         self.model = _read(Path(path), getattr(torch, dtype)).eval().to(device or torch.device("cpu"))
         self.model.requires_grad_(False)
         self.version = version
         self.tensors = checkpoint_views(self.model)
+        """The model's weights by checkpoint name."""
+        self.quantized = None if dequantize else QuantizedWeights.read(Path(path), self.device)
         folder = Path(path)
         self.tokenizer = open_tokenizer(folder, trust_code=trust_code) if has_tokenizer(folder) else None
         self.eos_ids = stop_tokens(folder, self.tokenizer)
@@ -97,29 +106,49 @@ class ServedModel:
 
     def _stage(self, staged: dict[str, Tensor], named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in named_tensors:
-            if name not in self.tensors:
-                raise BadRequest(
-                    f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}"
-                )
-            if tensor.shape != self.tensors[name].shape:
-                expected = list(self.tensors[name].shape)
-                raise BadRequest(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {expected}")
-            if tensor.dtype not in WEIGHT_DTYPES:
-                accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-                raise BadRequest(
-                    f"tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}; send one of {accepted}"
-                )
-            if not bool(tensor.isfinite().all()):
-                raise BadRequest(f"tensor {name!r} has values that are not finite; the weights are unchanged")
+            self._require_fit(name, tensor)
             staged[name] = tensor
+
+    def _require_fit(self, name: str, tensor: Tensor) -> None:
+        """Check that a tensor of an update fits the model.
+
+        Raises:
+            BadRequest: it does not.
+        """
+        specs = self.quantized.specs if self.quantized else {}
+        if name in specs:
+            shape, accepted = specs[name][0], [specs[name][1]]
+        elif self.quantized and name in self.quantized.encoding.names:
+            label = self.quantized.encoding.format.label
+            raise BadRequest(f"tensor {name!r} is not quantized, but this server holds it as {label}")
+        elif name in self.tensors:
+            shape, accepted = tuple(self.tensors[name].shape), list(PLAIN)
+        else:
+            raise BadRequest(
+                f"unknown tensor {name!r}: this model has {len(self.tensors)}, like {_first(self.tensors)!r}"
+            )
+        if tensor.shape != shape:
+            raise BadRequest(f"tensor {name!r} has shape {list(tensor.shape)}, this model's is {list(shape)}")
+        if tensor.dtype not in accepted:
+            raise BadRequest(
+                f"tensor {name!r} is {dtype_name(tensor.dtype)}; send one of {', '.join(map(dtype_name, accepted))}"
+            )
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch tests no float8
+        if not bool(values.isfinite().all()):
+            raise BadRequest(f"tensor {name!r} has values that are not finite; the weights are unchanged")
 
     def end_update(self) -> str:
         """Copy all staged tensors to the model; return a message with their number."""
         if self._staged is None:
             raise BadRequest("end_weight_update without begin_weight_update, or after a tensor that was refused")
         staged, self._staged = self._staged, None
+        specs = self.quantized.specs if self.quantized else {}
         for name, tensor in staged.items():
-            self.tensors[name].copy_(tensor)
+            if name not in specs:
+                self.tensors[name].copy_(tensor)
+        if self.quantized is not None:
+            self.quantized.install({name: tensor for name, tensor in staged.items() if name in specs}, self.tensors)
+            return f"{len(staged)} tensors updated, {len(specs)} of the model's are quantized"
         return f"{len(staged)} of {len(self.tensors)} tensors updated"
 
     def load(self, path: str) -> str:
@@ -144,10 +173,15 @@ class ServedModel:
         return self.end_update()
 
     def checksums(self, algorithm: str = SHA256) -> dict[str, str]:
-        """Return the checksum of each tensor, in the type it is served in: SHA-256, or ``sum64`` on the device."""
+        """Return the checksum of each tensor, in the type it is held in: SHA-256, or ``sum64`` on the device."""
+        held: Mapping[str, Tensor] = self.tensors
+        if self.quantized is not None:
+            weights = self.quantized.encoding.names
+            plain = {name: tensor for name, tensor in self.tensors.items() if name not in weights}
+            held = plain | self.quantized.tensors
         if algorithm == SHA256:
-            return {name: sha256(tensor) for name, tensor in self.tensors.items()}
-        return sums64({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+            return {name: sha256(tensor) for name, tensor in held.items()}
+        return sums64({name: tensor.contiguous() for name, tensor in held.items()})
 
 
 def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -180,6 +214,11 @@ def _read(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a torch type."""
+    return str(dtype).removeprefix("torch.")
 
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, Tensor]:

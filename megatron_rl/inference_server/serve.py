@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-code", action="store_true", help="run Python files of MODEL_DIR that its tokenizer names"
     )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="hold the weights of a quantized MODEL_DIR without quantization; updates must then not be quantized",
+    )
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
 
 
@@ -61,7 +66,14 @@ def serve(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     device = torch.device("cuda", 0) if on_cuda() else torch.device("cpu")
-    model = ServedModel(args.model, args.dtype, args.weight_version, device, trust_code=args.trust_code)
+    model = ServedModel(
+        args.model,
+        args.dtype,
+        args.weight_version,
+        device,
+        trust_code=args.trust_code,
+        dequantize=args.dequantize,
+    )
     engine = Engine(model, args.batching, args.max_rows, args.seed)
     engine.start()
     try:

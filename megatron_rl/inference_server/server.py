@@ -98,7 +98,7 @@ class EmbeddedServer:
             {
                 "model_path": self.model.path,
                 "dtype": str(self.model.model.dtype).removeprefix("torch."),
-                "quantization_config": None,  # a quantized checkpoint is dequantized when it is loaded
+                "quantization_config": self.model.quantized.settings if self.model.quantized else None,
                 "context_length": self.model.context_length,
                 "max_running_requests": self.engine.max_sequences,
                 "batching": self.engine.batching,

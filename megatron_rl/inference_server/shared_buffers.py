@@ -10,10 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.weights.dtypes import DTYPES
 from megatron_rl.weights.shared_memory import CannotShare, Handle, TensorSlice, open_shared, synchronize
-
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16)}
-_DTYPES["float16"] = torch.float16
 
 
 class UpdateFromHandleBody(BaseModel):
@@ -86,14 +84,14 @@ class SharedBufferReader:
         return None
 
     def _empty(self, entry: TensorSlice) -> Tensor:
-        if entry.dtype not in _DTYPES or any(size < 0 for size in entry.shape):
-            raise BadRequest(f"{entry.name} is {entry.dtype} {list(entry.shape)}; send one of {', '.join(_DTYPES)}")
-        num_bytes = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+        if entry.dtype not in DTYPES or any(size < 0 for size in entry.shape):
+            raise BadRequest(f"{entry.name} is {entry.dtype} {list(entry.shape)}; send one of {', '.join(DTYPES)}")
+        num_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
         if num_bytes > self.max_tensor_bytes:
             raise BadRequest(
                 f"{entry.name} is {list(entry.shape)}, {num_bytes} bytes; no tensor of this model is as large"
             )
-        return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=self.device)
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=self.device)
 
     def close(self) -> None:
         """Close the buffer; closing it again has no effect."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.weights.dtypes import DTYPES
 
 
 def _load_storage(raw: bytes) -> object:
@@ -20,6 +21,8 @@ def _load_storage(raw: bytes) -> object:
 _ALLOWED = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): torch._utils._rebuild_tensor_v3,
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
     ("torch.storage", "_load_from_bytes"): _load_storage,
 }
 

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from megatron_rl.inference_server.requests import BadRequest, validated
+from megatron_rl.weights.dtypes import DTYPES
 from megatron_rl.weights.flat_bucket import FlatBucket, TensorHeader
 from megatron_rl.weights.weight_group import Rendezvous, WeightGroup, empty_tensor, run_in_thread
 
@@ -31,13 +32,19 @@ class JoinGroupBody(BaseModel):
     backend: Literal["gloo"]
 
 
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"the type is {name!r}; send one of {', '.join(DTYPES)}")
+    return name
+
+
 class UpdateFromDistributedBody(BaseModel):
     """The body of ``POST /update_weights_from_distributed``."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     names: list[str]
-    dtypes: list[Literal["float64", "float32", "bfloat16", "float16"]]
+    dtypes: list[Annotated[str, AfterValidator(_known_dtype)]]
     shapes: list[list[Annotated[int, Field(ge=0)]]]
     group_name: str
     load_format: Literal["flattened_bucket"] | None = None

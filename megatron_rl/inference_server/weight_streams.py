@@ -12,12 +12,12 @@ from megatron_rl.fleet.client import Client
 from megatron_rl.fleet.weight_stream import LENGTH_BYTES, GrowingBytes, StreamHeader, stream_bucket
 from megatron_rl.inference_server.access import MAX_BODY_BYTES
 from megatron_rl.inference_server.requests import BadRequest
+from megatron_rl.weights.dtypes import DTYPES
 from megatron_rl.weights.flat_bucket import FlatBucket
 from megatron_rl.weights.transport import StreamResult
 
 _HEADER = TypeAdapter(StreamHeader)
 _MAX_HEADER_BYTES = 64 << 20
-_DTYPES = {"float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "uint8", "int8", "int32"}
 ChainResults = Mapping[str, StreamResult]
 
 
@@ -52,7 +52,7 @@ async def _read_header(content: StreamReader) -> StreamHeader:
     except ValidationError as error:
         raise BadRequest(f"the header is invalid: {str(error)[:200]}") from error
     for tensor in header.tensors:
-        if tensor.dtype not in _DTYPES or min(tensor.shape, default=0) < 0:
+        if tensor.dtype not in DTYPES or min(tensor.shape, default=0) < 0:
             raise BadRequest(f"{tensor.name[:200]} has type {tensor.dtype} and shape {list(tensor.shape)}")
     size = sum(tensor.num_bytes for tensor in header.tensors)
     if size > MAX_BODY_BYTES:

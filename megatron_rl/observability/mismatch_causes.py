@@ -8,6 +8,7 @@ tokens of this replica.
                      within rounding
     sampling         top_p or top_k truncate the engine's distribution; the trainer models only the temperature, so the
                      engine's log-probs are larger
+    quantization     the engine's weights are quantized, and the gap is within the error of that
     routing          engine and trainer chose different experts; known only if the engine returns its choice
     numerics         the gap is within the rounding of the two types
     unexplained      none of these: the engine may have other weights or another model than it reports
@@ -57,6 +58,28 @@ class RoutingDifferences:
     layers: float
 
 
+TYPICAL_LOGIT = 10.0
+"""Size of the logits that decide between tokens; an error of the weights changes them by this fraction."""
+
+
+@dataclass(frozen=True)
+class EngineQuantization:
+    """The quantization of the engine's weights.
+
+    Attributes:
+        label: the format in words.
+        relative_error: norm of the error of a matrix of normal numbers, relative to the norm of the matrix.
+    """
+
+    label: str
+    relative_error: float
+
+    @property
+    def mean_bound(self) -> float:
+        """The mean absolute difference of log-probs, in nats, that this error explains."""
+        return TYPICAL_LOGIT * self.relative_error
+
+
 @dataclass(frozen=True)
 class MismatchSettings:
     """The settings of engine and trainer that explain differences."""
@@ -64,12 +87,15 @@ class MismatchSettings:
     engine_dtype: str
     trainer_dtype: str
     sampling: Sampling
+    quantization: EngineQuantization | None = None
 
     @classmethod
-    def of(cls, run: Run) -> "MismatchSettings":
+    def of(cls, run: Run, quantization: EngineQuantization | None = None) -> "MismatchSettings":
         """Return the settings of a run; without a setting for its type the engine has that of the model."""
         engine = str(run.rollout.sglang.get("dtype", run.rollout.dtype or "auto"))
-        return cls(engine if engine in ROUNDING else run.model.dtype, run.model.dtype, run.rollout.sampling)
+        return cls(
+            engine if engine in ROUNDING else run.model.dtype, run.model.dtype, run.rollout.sampling, quantization
+        )
 
     @property
     def rounding(self) -> float:
@@ -164,6 +190,7 @@ def diagnose(
         "not_finite": {"tokens": not_finite},
         "stale_weights": _stale(gaps, fresh_R, version, fresh),
         "sampling": {"settings": settings.truncations, "engine_higher": higher / max(fresh_count, 1)},
+        "quantization": _describe_quantization(settings.quantization),
         "routing": None if routing is None else {"tokens": routing.tokens, "layers": routing.layers},
         "numerics": {
             "engine": settings.engine_dtype,
@@ -194,6 +221,17 @@ def _describe_stale(stale: object) -> str:
     return f"older weights sampled some tokens ({versions}; scored by {stale['scored_by']}), the others agree"
 
 
+def _describe_quantization(quantization: EngineQuantization | None) -> dict[str, object] | None:
+    if quantization is None:
+        return None
+    return {**vars(quantization), "mean_bound": quantization.mean_bound, "p99_bound": TAIL * quantization.mean_bound}
+
+
+def _is_quantization(found: Mapping[str, float], settings: MismatchSettings) -> bool:
+    bound = settings.quantization.mean_bound if settings.quantization else 0.0
+    return found["abs_mean"] <= bound and found["abs_p99"] <= TAIL * bound
+
+
 def _is_rounding(found: Mapping[str, float], settings: MismatchSettings) -> bool:
     return found["abs_mean"] <= settings.rounding and found["abs_p99"] <= TAIL * settings.rounding
 
@@ -212,6 +250,8 @@ def _cause(
         return "stale weights"
     if settings.truncations:
         return "sampling"
+    if _is_quantization(fresh, settings):
+        return "quantization"
     routing = causes["routing"]
     return "routing" if isinstance(routing, dict) and routing["tokens"] > 0 else "unexplained"
 
@@ -225,7 +265,17 @@ def _verdict(cause: str, whole: Mapping[str, float], causes: Mapping[str, object
         "numerics": f"only rounding ({types}: {bound})",
         "stale weights": _describe_stale(causes["stale_weights"]),
         "sampling": f"{', '.join(settings.truncations)} truncate the engine's distribution, but not the trainer's",
+        "quantization": _quantization_verdict(settings.quantization),
         "routing": f"engine and trainer choose different experts: {causes['routing']}",
         "unexplained": f"UNEXPLAINED ({types}: {bound}); the engine may have other weights or settings than it reports",
     }
     return f"mismatch of rollout and trainer: {size}: {explanations[cause]}"
+
+
+def _quantization_verdict(quantization: EngineQuantization | None) -> str:
+    if quantization is None:
+        return ""
+    error, bound = f"{quantization.relative_error:.1%}", f"{quantization.mean_bound:.1g}"
+    return (
+        f"the engine's weights are {quantization.label}; their error of {error} explains a mean of up to {bound} nats"
+    )

@@ -21,6 +21,7 @@ from megatron_rl.errors import TrainingError
 from megatron_rl.observability.file_names import MISMATCH
 from megatron_rl.observability.mismatch_causes import (
     Diagnosis,
+    EngineQuantization,
     LogprobGaps,
     MismatchSettings,
     diagnose,
@@ -56,8 +57,8 @@ class TextTokenizer(Protocol):
 class MismatchReport:
     """Compares the log-probs of engine and trainer at every step. The first rank of each replica has one."""
 
-    def __init__(self, run: Run, tokenizer: TextTokenizer) -> None:
-        self.settings, self.tokenizer = MismatchSettings.of(run), tokenizer
+    def __init__(self, run: Run, tokenizer: TextTokenizer, quantization: EngineQuantization | None = None) -> None:
+        self.settings, self.tokenizer = MismatchSettings.of(run, quantization), tokenizer
         self.file = Path(run.log.path) / MISMATCH
         self.limit = run.train.mismatch_limit
         self._cause: str | None = None

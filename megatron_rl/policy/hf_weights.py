@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from megatron_rl.models.checkpoint_folders import open_checkpoint
 from megatron_rl.models.hf_mapping.rules import Family, ParamMapping
 from megatron_rl.models.hf_mapping.transformer_engine_names import to_local_name
 from megatron_rl.policy.upstream import decoder_layers
+
+Encode = Callable[[Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]]
+"""Maps named tensors to those that are exported in their place."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,18 @@ class WeightExport:
         bucket_bytes: memory limit per rank in addition to its shards, if the caller releases each tensor before the
             next. A single larger tensor exceeds it, and so does a stacked tensor of experts, in host memory.
         pick: maps a parameter to the exported tensor, such as its gradient.
+        encode: maps merged tensors to the exported ones, such as quantized values and scales.
     """
 
     shards: Sequence[LocalParam]
     mesh: Mesh
     bucket_bytes: int
     pick: Callable[[Tensor], Tensor] = Tensor.detach
+    encode: Encode = iter
+
+    def encoded(self, encode: Encode) -> "WeightExport":
+        """Return an export of the tensors that ``encode`` makes of the merged ones, on the rank that owns them."""
+        return replace(self, encode=encode)
 
     def owned_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, CPU tensor) of the tensors this rank owns; the union over ranks is the model."""
@@ -224,7 +233,11 @@ class WeightExport:
             for bucket in _buckets(part, share):
                 gathered = _gather(bucket, group, self.pick)
                 if self.mesh.world.rank == owner:
-                    yield stacks.merge(bucket, gathered) if part is stacked else _merge(bucket, gathered)
+                    yield (
+                        self.encode(stacks.merge(bucket, gathered))
+                        if part is stacked
+                        else _merge(bucket, gathered, self.encode)
+                    )
                 del gathered  # before the next one comes
 
 
@@ -259,10 +272,10 @@ def _pieces(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[Lo
         offset += count
 
 
-def _merge(bucket: Sequence[LocalParam], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the merged tensors of a bucket, copied so that the bucket can be freed."""
+def _merge(bucket: Sequence[LocalParam], gathered: Tensor, encode: Encode) -> Iterator[tuple[str, Tensor]]:
+    """Yield the merged and encoded tensors of a bucket, copied so that the bucket can be freed."""
     for shard, pieces in _pieces(bucket, gathered):
-        for name, part in zip(shard.hf_names, shard.name.rule.merge(pieces), strict=True):
+        for name, part in encode(zip(shard.hf_names, shard.name.rule.merge(pieces), strict=True)):
             whole = part.contiguous().cpu()
             shares = whole.untyped_storage().data_ptr() == gathered.untyped_storage().data_ptr()
             yield name, whole.clone() if shares else whole

@@ -11,11 +11,12 @@ from megatron_rl.data.types import Batch
 from megatron_rl.distributed.collectives import broadcast_tensors
 from megatron_rl.distributed.main_rank import main_rank
 from megatron_rl.distributed.mesh import Mesh
+from megatron_rl.models.served_weights import ServedWeights
 from megatron_rl.rollout.buffer_state import Json
 from megatron_rl.rollout.controller_client import ControllerClient
 from megatron_rl.rollout.distribution import Schema, TokenDistribution
 from megatron_rl.rollout.evaluation import evaluation_due
-from megatron_rl.rollout.fleet_setup import PolicyWeights, push_weights, stage_rank
+from megatron_rl.rollout.fleet_setup import EncodableWeights, PolicyWeights, push_weights, stage_rank
 from megatron_rl.rollout.gauges import Gauge
 from megatron_rl.rollout.service import SampledStep
 from megatron_rl.rollout.stop import StopSignal
@@ -64,6 +65,7 @@ class RolloutController:
     ) -> None:
         self._run, self._world, self._client, self._stop = run, mesh.world, client, stop
         self._stage = None if client else stage_rank(run, mesh)
+        self._served = ServedWeights.of(run)
         self._distribution = TokenDistribution(mesh, route_layers)
         self._schema: Schema | None = None
         self.samples = StepSamples()
@@ -100,9 +102,10 @@ class RolloutController:
         main_rank().release()
         return sampled
 
-    def push_weights(self, weights: PolicyWeights, version: int) -> None:
+    def push_weights(self, weights: EncodableWeights, version: int) -> None:
         """Give all servers these weights; with a lag, also request the groups that they may sample ahead."""
-        counted = CountedWeights(weights)
+        is_plain = self._served.encoding is None
+        counted = CountedWeights(weights if is_plain else weights.encoded(self._served.encoded))
         with main_rank().waits_for(f"the push of weights version {version}", lambda: counted.count):
             push = self._client.push if self._client else None
             push_weights(self._run, self._world, counted, version, push, self._stage)

@@ -23,7 +23,7 @@ from megatron_rl.fleet.servers import servers_of
 from megatron_rl.fleet.turns import MultiTurn
 from megatron_rl.fleet.vllm import VllmClient
 from megatron_rl.models.hf_mapping import family_of, read_hf_config
-from megatron_rl.models.served_weights import ServedWeights
+from megatron_rl.models.served_weights import ServedWeights, served_folder
 from megatron_rl.rollout.stage_push import StageRank, stage_transport
 from megatron_rl.tasks.environments import find_environment
 from megatron_rl.tasks.response_text import ResponseText
@@ -62,6 +62,14 @@ class PolicyWeights(Protocol):
 
     def stage_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of this rank's pipeline stage on its first rank, none on the others."""
+        ...
+
+
+class EncodableWeights(PolicyWeights, Protocol):
+    """Weights that can be encoded where they are."""
+
+    def encoded(self, encode: Callable[[Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]]) -> PolicyWeights:
+        """Return the tensors that ``encode`` makes of these, on the rank that owns them."""
         ...
 
 
@@ -123,9 +131,10 @@ def form_judge(run: Run) -> FormJudge:
 def starts_with_push(run: Run) -> bool:
     """Return whether the servers may have other weights than the policy before the first step.
 
-    They may if the run resumes from a checkpoint, or if it did not start the servers.
+    They may if the run resumes from a checkpoint, if it did not start the servers, or if these load another folder.
     """
-    return run.train.resume or bool(run.rollout.urls or run.rollout.registry)
+    rollout = run.rollout
+    return run.train.resume or bool(rollout.urls or rollout.registry or rollout.model_path)
 
 
 def sequences_per_request(run: Run) -> int:
@@ -227,7 +236,7 @@ def make_transport(run: Run, world: World, stage: int = 0) -> WeightTransport:
     transport: WeightTransport
     if name == "disk":
         gather = partial(gather_json, device=world.device)
-        transport = DiskTransport(size, weights_folder(run), Path(run.model.path), gather=gather)
+        transport = DiskTransport(size, weights_folder(run), served_folder(run), gather=gather)
     elif name == "distributed":
         timeout = run.rollout.control_timeout_seconds
         transport = DistributedTransport(size, "nccl" if on_gpus else "gloo", world.device, timeout)
@@ -240,6 +249,6 @@ def make_transport(run: Run, world: World, stage: int = 0) -> WeightTransport:
         transport = stage_transport(world, part, client_class(run), timeout, stage, stages)
     else:
         transport = TensorTransport(size)
-    if run.rollout.dtype is not None:
+    if run.rollout.dtype is not None and ServedWeights.of(run).encoding is None:  # which has the type of other tensors
         transport.dtype = getattr(torch, run.rollout.dtype)
     return transport

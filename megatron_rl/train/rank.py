@@ -12,10 +12,12 @@ from megatron_rl.config.load import Loaded, settings
 from megatron_rl.config.schema import Run
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.distributed.mesh import World, start_world
+from megatron_rl.models.served_weights import ServedWeights
 from megatron_rl.models.tokenizers import open_tokenizer, with_stop_tokens
 from megatron_rl.observability.disk import disk_errors
 from megatron_rl.observability.hang_watchdog import Watchdog
 from megatron_rl.observability.learning_watch import LearningWatch
+from megatron_rl.observability.mismatch_causes import EngineQuantization
 from megatron_rl.observability.mismatch_report import MismatchReport
 from megatron_rl.observability.profile import Traces
 from megatron_rl.observability.recorder import RunRecorder
@@ -107,12 +109,17 @@ def _open_recorder(run: Run, policy: Policy, tokenizer: FleetTokenizer, start: i
         start,
         replicas=mesh.replicas,
         route_layers=len(policy.family.route_shape.layers),
-        mismatch=MismatchReport(run, tokenizer),
+        mismatch=MismatchReport(run, tokenizer, _quantization(run)),
         tokens=TokenRecord(run.log.tokens, tokenizer, run.objective.clipped_word, mesh.replicas),
         watch=LearningWatch(run),
         sinks=open_sinks(run.log, shown) if mesh.world.is_main else (),
         traces=traces,
     )
+
+
+def _quantization(run: Run) -> EngineQuantization | None:
+    served = ServedWeights.of(run)
+    return EngineQuantization(served.label, served.relative_error) if served.encoding else None
 
 
 def _start_controller(run: Run, world: World, stop: StopSignal) -> ControllerClient:

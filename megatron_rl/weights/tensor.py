@@ -67,7 +67,11 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         storage, start = self._storages[id(value)]
         strides = torch.empty(value.shape, device="meta").stride()
-        return torch._utils._rebuild_tensor_v2, (storage, start, tuple(value.shape), strides, False, OrderedDict())
+        hooks: OrderedDict[str, object] = OrderedDict()
+        if _is_byte_float(value):
+            parts = storage, start, tuple(value.shape), strides, False, hooks, value.dtype
+            return torch._utils._rebuild_tensor_v3, parts
+        return torch._utils._rebuild_tensor_v2, (storage, start, tuple(value.shape), strides, False, hooks)
 
 
 def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -84,7 +88,13 @@ def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _merged(run: Sequence[Tensor]) -> Iterator[tuple[Tensor, torch.TypedStorage, int]]:
     """Copy a run into one storage; yield each tensor with the storage and its start there."""
-    storage, start = torch.cat([tensor.flatten() for tensor in run])._typed_storage(), 0
+    flat, start = torch.cat([tensor.flatten() for tensor in run]), 0
+    storage = (flat.view(torch.uint8) if _is_byte_float(flat) else flat)._typed_storage()
     for tensor in run:
         yield tensor, storage, start
         start += tensor.numel()
+
+
+def _is_byte_float(tensor: Tensor) -> bool:
+    """Return whether a tensor has floats of one byte, of which torch can write no storage."""
+    return tensor.dtype.itemsize == 1 and tensor.is_floating_point()

@@ -59,7 +59,7 @@ class WeightGroup:
         """Start to broadcast the tensors from rank 0, one after the other, in place."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        return [self._group.broadcast([tensor], options) for tensor in tensors]
+        return [self._group.broadcast([_sendable(tensor)], options) for tensor in tensors]
 
     def close(self) -> None:
         """Leave the group without waiting; pending operations fail on both sides, at once or at their timeout."""
@@ -67,6 +67,11 @@ class WeightGroup:
         parts = [self._group, self._store]
         del self._group, self._store
         threading.Thread(target=parts.clear, name="weights group", daemon=True).start()
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """Return a view of a type that every backend sends: one-byte floats, which gloo does not know, as bytes."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 @dataclass(frozen=True)

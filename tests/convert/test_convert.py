@@ -43,8 +43,8 @@ def to_core(source: Path, target: Path):
     return to_megatron.convert(source, target, 2, CONSOLE)
 
 
-def to_hugging_face(source: Path, target: Path, **output_format: bool):
-    return to_hf.convert(source, target, OutputFormat(**output_format), 2, CONSOLE)
+def to_hugging_face(source: Path, target: Path, *, fp8: bool = False, split_experts: bool = False):
+    return to_hf.convert(source, target, OutputFormat(fp8=fp8, split_experts=split_experts), 2, CONSOLE)
 
 
 @pytest.fixture(scope="module")

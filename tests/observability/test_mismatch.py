@@ -15,6 +15,7 @@ from megatron_rl.distributed.replicas import Replicas
 from megatron_rl.errors import TrainingError
 from megatron_rl.observability.mismatch_causes import (
     Diagnosis,
+    EngineQuantization,
     LogprobGaps,
     MismatchSettings,
     RoutingDifferences,
@@ -120,6 +121,22 @@ def test_settings_that_the_trainer_does_not_model_are_named(groups):
     assert "top_p = 0.9, top_k = 5" in found.verdict
     assert found.causes["sampling"] == {"settings": ["top_p = 0.9", "top_k = 5"], "engine_higher": pytest.approx(1 / 7)}
     assert diagnosed(scored(groups), 3, cut).cause == "numerics"
+
+
+def test_a_gap_within_the_error_of_quantized_weights_is_explained(groups):
+    fp8 = MismatchSettings("float32", "float32", Sampling(), EngineQuantization("FP8", 0.026))
+    found = diagnosed(scored(groups, {3: 0.5}), 3, fp8)  # a mean of 0.07 nats, of 0.26
+    assert found.cause == "quantization"
+    assert found.verdict.endswith("the engine's weights are FP8; their error of 2.6% explains a mean of up to 0.3 nats")
+    assert found.causes["quantization"] == {
+        "label": "FP8",
+        "relative_error": 0.026,
+        "mean_bound": pytest.approx(0.26),
+        "p99_bound": pytest.approx(2.6),
+    }
+    assert diagnosed(scored(groups, {3: 3.0}), 3, fp8).cause == "unexplained"
+    assert diagnosed(scored(groups, {3: 1e-5}), 3, fp8).cause == "numerics"
+    assert diagnosed(scored(groups), 3, EXACT).causes["quantization"] is None
 
 
 def test_routing_is_told_only_where_the_engine_returns_it(groups):

@@ -7,7 +7,6 @@ from megatron_rl.config.load import Loaded
 from megatron_rl.config.schema import Run
 from megatron_rl.errors import ConfigError
 from megatron_rl.fleet.sglang import NEVER_TIED, wrong_options
-from megatron_rl.models.encodings import QUANTIZATION_CONFIG
 from megatron_rl.models.hf_mapping.rules import HFConfig
 from megatron_rl.models.torch_dist import is_torch_dist
 
@@ -46,18 +45,6 @@ def check_tied_head(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
             f"{loaded.describe('model.path')} ties its output head to the"
             f" embedding, which SGLang does not support for {hf['model_type']}: its head would have no weights;"
             " store the embedding as lm_head.weight too, and set tie_word_embeddings = false in config.json"
-        )
-
-
-def check_quantization(loaded: Loaded[Run], hf: HFConfig) -> Iterator[str]:
-    """Yield whether the engine would serve quantized weights, which pushes do not replace."""
-    rollout, settings = loaded.run.rollout, hf.get(QUANTIZATION_CONFIG)
-    if rollout.engine != "embedded" and not (rollout.urls or rollout.registry) and settings:
-        yield (
-            f"{loaded.describe('model.path')} is quantized"
-            f" ({settings.get('quant_method')}): {rollout.engine} would serve quantized weights, but weight pushes are"
-            " not quantized; convert it with megatron-rl convert hf-to-megatron, then megatron-to-hf, and"
-            " use that folder"
         )
 
 

@@ -12,10 +12,10 @@ from megatron_rl.config.sources import raise_problems
 from megatron_rl.config.tasks import ChainedArithmeticTask, JsonlTask
 from megatron_rl.distributed.mesh import on_cuda
 from megatron_rl.errors import MegatronRLError
+from megatron_rl.launch.planning.encoding import check_encoding
 from megatron_rl.launch.planning.fleet_checks import (
     check_checkpoint_format,
     check_fleet,
-    check_quantization,
     check_tied_head,
 )
 from megatron_rl.launch.planning.inspection import Inspection, inspect_inputs
@@ -148,7 +148,7 @@ def examine(
     sizes = None
     try:
         hf = read_hf_config(Path(run.model.path))
-        problems += [*check_tied_head(loaded, hf), *check_quantization(loaded, hf)]
+        problems += [*check_tied_head(loaded, hf), *check_encoding(loaded)]
         family = family_of(hf)
         sizes = model_sizes(family)
         problems += check_family_fields(loaded, family.fields)

@@ -9,6 +9,7 @@ from megatron_rl.launch.planning.activations import Recompute, exchanged_bytes
 from megatron_rl.launch.planning.estimate import RunEstimate
 from megatron_rl.launch.planning.memory import GIB, RankMemory, fullest
 from megatron_rl.launch.planning.parameters import active_parameters, total_parameters
+from megatron_rl.launch.planning.reshard import describe_direct_push
 from megatron_rl.launch.planning.step_cost import pipeline_bubble
 from megatron_rl.launch.planning.suggest import LayoutSuggestion
 
@@ -118,6 +119,15 @@ def step_rows(run: Run, estimate: RunEstimate) -> list[tuple[str, str]]:
         rows.append(("log-probs, training", f"{speed} {assumed}"))
     if cluster.network_gb_per_second is not None:
         rows.append(("weight push", _push(run, estimate, cluster.network_gb_per_second)))
+        direct = describe_direct_push(
+            run,
+            estimate.family,
+            estimate.layout,
+            dtype_bytes=4 if run.model.dtype == "float32" else 2,
+            servers=_servers(run),
+            gb_per_second=cluster.network_gb_per_second,
+        )
+        rows += [("", direct)] if direct else []
     return rows
 
 
