@@ -59,7 +59,9 @@ def _tokens_per_second(row: StepRow) -> str:
 
 
 def _phases(row: StepRow) -> str:
-    return ", ".join(f"{name} {value:.1f}" for name, value in row.seconds.items() if name not in NOT_PHASES)
+    """Return the seconds of each phase that took 0.05 or more."""
+    phases = {name: value for name, value in row.seconds.items() if name not in NOT_PHASES and value >= 0.05}
+    return ", ".join(f"{name} {value:.1f}" for name, value in phases.items())
 
 
 COLUMNS = (

@@ -76,7 +76,7 @@ def test_a_list_of_phases_that_is_too_long_is_cut_off_on_the_terminal_only(capsy
 
 
 def test_cells_have_a_dash_for_missing_values():
-    row = StepRow(4, 30, {"tokens": 1000}, {"rollout": 1.0, "train": 3.0, "total": 4.0}, 65.0)
+    row = StepRow(4, 30, {"tokens": 1000}, {"rollout": 1.0, "fetch": 0.01, "train": 3.0, "total": 4.0}, 65.0)
     cells = {column.header: column.cell(row) for column in COLUMNS}
     assert (cells["step"], cells["reward"], cells["tokens/s"], cells["left"]) == ("4/30", "-", "250", "1:05")
     assert (cells["seconds"], cells["seconds by phase"]) == ("4.0", "rollout 1.0, train 3.0")
@@ -86,7 +86,7 @@ def test_cells_have_a_dash_for_missing_values():
 def test_the_time_left_follows_the_latest_steps_and_not_the_start(capsys):
     table = ConsoleTable(10)
     table.add_row(0, {}, {"start": 30.0, "total": 34.0})
-    table.add_row(1, {}, {"start": 0.0, "total": 2.0})
+    table.add_row(1, {}, {"rollout": 2.0, "total": 2.0})
     assert [text.split()[-3] for text in capsys.readouterr().out.splitlines()[1:]] == ["0:36", "0:24"]
 
 
