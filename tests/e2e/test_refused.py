@@ -61,6 +61,16 @@ def test_a_checkpoint_that_was_cut_off(tmp_path, refusal):
     assert f"{file} is not a readable safetensors file" in said
 
 
+def test_a_prompt_that_cannot_be_tokenized(tmp_path, refusal):
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "1+2=", "answer": "3"}\n{"prompt": "cut \\ud83d", "answer": "5"}\n')
+    words = ["task.name=jsonl", f"task.path={file}", "task.max_prompt_tokens=12", "task.heldout_fraction=0"]
+    said = refusal(*train(tmp_path / "run", *words))
+    assert f"{file}:2" in said
+    assert "half of a surrogate pair" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_a_run(straight, refusal):
     said = refusal(*train(straight))
     assert "holds a run already" in said
