@@ -14,6 +14,7 @@ import megatron_rl
 from megatron_rl.cli import main
 from megatron_rl.cli.command import parse
 from megatron_rl.cli.verbs import VERBS
+from megatron_rl.inference_server.serve import model_folder
 from megatron_rl.launch.quiet import UPSTREAM_MESSAGES, quiet_upstream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +116,19 @@ def test_a_folder_without_weights_cannot_be_served(tmp_path, capsys):
     shutil.copy(ROOT / "configs" / "demo-model" / "config.json", tmp_path)
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert capsys.readouterr().err.startswith(f"megatron-rl serve: no weights in {tmp_path}: ")
+
+
+def test_a_run_folder_is_served_from_the_weights_of_a_step(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model": {}, "task": {}, "train": {"steps": 4}}')
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+    assert f"{tmp_path} has no weights yet" in capsys.readouterr().err
+    for step in (2, 4):
+        (tmp_path / "exports" / f"step_{step:08}").mkdir(parents=True)
+    assert model_folder(str(tmp_path), None) == str(tmp_path / "exports" / "step_00000004")
+    assert model_folder(str(tmp_path), 2) == str(tmp_path / "exports" / "step_00000002")
+    assert model_folder(str(ROOT), None) == str(ROOT)
+    assert main(["serve", str(ROOT), "--step", "2"]) == 2
+    assert "--step 2 chooses a checkpoint of a run folder" in capsys.readouterr().err
 
 
 def test_a_file_that_no_run_saved_cannot_be_debugged(tmp_path, capsys):

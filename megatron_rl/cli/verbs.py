@@ -358,7 +358,7 @@ _ALL = (
         name="serve",
         group=_LOOK,
         help="run the embedded inference server",
-        examples=("runs/gspo/export --port 30000",),
+        examples=("Qwen3-30B-A3B --port 30000", "runs/gspo --step 40"),
         add_arguments=_add_serve_arguments,
         run=_serve,
     ),

@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_rl.config.saved_run import is_run
 from megatron_rl.errors import MegatronRLError
 from megatron_rl.fleet.process import require_model
 from megatron_rl.fleet.protocol import API_KEY
@@ -21,7 +23,8 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("model", metavar="MODEL_DIR|RUN", help="checkpoint of any format, or run folder")
+    parser.add_argument("--step", type=int, metavar="N", help="serve these weights of a run folder, not the newest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=30000, help="port; 0 chooses a free one (default: %(default)s)")
     parser.add_argument(
@@ -52,8 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-version", default="default", help="version of the weights in the folder")
 
 
+def model_folder(model: str, step: int | None) -> str:
+    """Return the folder of weights to serve: of a run folder those of a step, by default the newest.
+
+    Raises:
+        ConfigError: there is a step, but the folder is not a run folder.
+        DataError: the run has no weights, or none of this step.
+    """
+    if step is None and not is_run(Path(model)):
+        return model
+    from megatron_rl.models.run_weights import find_weights  # imports torch
+
+    return str(find_weights(Path(model), step).weights)
+
+
 def serve(args: argparse.Namespace) -> int:
     """Load the model and serve it until SIGTERM or SIGINT; return the exit code."""
+    args.model = model_folder(args.model, args.step)
     require_model(args.model)
     if args.port:
         check_port(args.host, args.port)
