@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.algorithms.advantage_modifiers import arm, confidence, drop_probabilities, pruned_weights
 from megatron_rl.algorithms.advantages import (
     advantages,
     dr,
@@ -18,6 +17,8 @@ from megatron_rl.algorithms.advantages import (
     zero_variance,
     zscore,
 )
+from megatron_rl.algorithms.arm import arm, arm_alphas, confidence
+from megatron_rl.algorithms.pruning import drop_probabilities, pruned_weights
 
 REWARDS = st.sampled_from([0.0, 0.1, 0.5, 1.0, -1.0])
 
@@ -159,10 +160,16 @@ def test_known_advantages_of_arm():
     sure_B = confidence(logprobs, responses, 3)
     assert sure_B.tolist() == pytest.approx([0.135335283237, 0.223130160148, 0.082084998624], abs=5.1e-13)
     base_B, groups_B = torch.tensor([1, -1, 0.5], dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-    changed = arm(base_B, groups_B, torch.full((3,), 0.2), sure_B).tolist()
+    alphas_B = arm_alphas(base_B, groups_B, torch.ones(3, dtype=torch.bool), 0.3)
+    changed = arm(base_B, alphas_B, torch.full((3,), 0.2), sure_B).tolist()
     # The prompt's .2 went through float32.
     assert changed == pytest.approx([1.019399415029, -1.006939048045, 0.535374500413], abs=1e-9)
-    assert arm(torch.zeros(3), groups_B, torch.full((3,), 0.2), sure_B).tolist() == [0, 0, 0]
+
+
+def test_arm_leaves_uniform_groups_and_unverified_responses():
+    base_B, groups_B = torch.tensor([1.0, -1, 0, 0, 0, 0.5]), torch.tensor([4, 4, 4, 7, 7, 9])
+    verified_B = torch.tensor([True, True, False, True, True, True])
+    assert arm_alphas(base_B, groups_B, verified_B, 0.3).tolist() == [0.3, 0.3, 0, 0, 0, 0.3]
 
 
 def test_known_weights_of_unbiased_pruning():

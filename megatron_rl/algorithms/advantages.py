@@ -7,10 +7,10 @@ All functions take ``rewards_B`` and ``group_ids_B``, int64 [B], the prompt grou
 counted in means and standard deviations. All computation and all results are in float64.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_rl.config.section import Section
@@ -31,6 +31,12 @@ class Advantage(Section):
     best minus second best for the best response, ``maxrl`` (R - mean) / mean."""
     whiten_over: Literal["responses", "tokens"] = "responses"
     """Whether ``gdpo`` whitens over responses or, as verl, over their trained tokens."""
+    arm_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """ARM (arXiv 2602.05281, which takes 0.3): add arm_alpha (c(q) - c(o)) to the advantages of groups with a signal,
+    c being how sure the old policy is of the prompt and of the response; 0: off. It costs a forward pass per step."""
+    pruning: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Unbiased pruning (arXiv 2603.04135): probability to drop a response with advantage 0 before training, falling to
+    0 at the largest |A| of the step; 0: off. The terms of the other responses are reweighted."""
 
     @model_validator(mode="after")
     def _whitening_is_of_gdpo(self) -> Self:

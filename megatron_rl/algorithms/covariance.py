@@ -44,7 +44,7 @@ class Covariance(Section):
         """Return which tokens are chosen, bool [R]: the same for any order and division of the mini-batch."""
         old_R, advantages_R = tokens["old_logprobs_T"].double(), tokens.advantages_R.double()
         covariance_R = (advantages_R - tokens.mean(advantages_R)) * (old_R - tokens.mean(old_R))
-        count = max(int(self.fraction * tokens.num_tokens), 1)
+        count = max(int(self.fraction * tokens.num_present), 1)
         if self.kind == "kl":
             return tokens.largest(covariance_R, count)
         inside_R = (covariance_R >= self.low) & (covariance_R <= self.high)

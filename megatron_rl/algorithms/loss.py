@@ -43,7 +43,7 @@ def prepare(
     These are the columns of ``objective.prepare``, those of ``Correction.columns``,
     ``entropy_coefficients_T`` if there is an entropy bonus, for the correction kind ``bypass`` ``old_logprobs_T`` with
     the values of ``rollout_logprobs_T``, and every column of log-probs that has a probability of 0, with
-    ``SMALLEST_LOGPROB`` in place of -inf.
+    ``SMALLEST_LOGPROB`` in place of -inf. Token weights are multiplied by ``pruning_weights_B`` of the batch, if any.
 
     Args:
         batch: whole responses: the mini-batch, or the part of it that this rank owns. It has ``old_logprobs_T`` (for
@@ -78,7 +78,11 @@ def prepare(
     batch = batch.add(replaced)
     batch = batch.add(prepared := objective.prepare(batch, vocabulary, segment_ids_T, total, state))
     tokens = Tokens.of(batch, state=state)
-    return {**replaced, **prepared, **correction.columns(tokens), **entropy.columns(tokens)}
+    columns = {**replaced, **prepared, **correction.columns(tokens), **entropy.columns(tokens)}
+    if "pruning_weights_B" in batch:
+        weights_R = columns["weights_T"][tokens.positions_R].double()
+        columns["weights_T"] = tokens.spread(weights_R * batch["pruning_weights_B"][tokens.responses_R])
+    return columns
 
 
 def reads_current_logprobs(objective: Objective, correction: Correction) -> bool:

@@ -35,8 +35,10 @@ class Tokens:
         positions_R: int64, positions of the trained tokens among all tokens of the batch.
         responses_R: int64, index of the response that each trained token belongs to.
         counts_R: int64, number of trained tokens of that response (N_i of the equations).
-        num_responses: number of responses of the mini-batch with a trained token (B of the equations).
-        num_tokens: number of trained tokens of the mini-batch (the sum of N_i).
+        num_responses: number of responses of the mini-batch with a trained token, pruned ones included (B of the
+            equations).
+        num_tokens: number of trained tokens of the mini-batch, pruned ones included (the sum of N_i).
+        num_present: number of trained tokens of the mini-batch without those of pruned responses.
         total: adds a tensor over all parts of the mini-batch.
         state: numbers that the loss adapts once per optimizer step, by name (see ``LossState``).
     """
@@ -47,6 +49,7 @@ class Tokens:
     counts_R: Tensor
     num_responses: int
     num_tokens: int
+    num_present: int
     total: Total = only_part
     state: Mapping[str, float] = field(default_factory=dict)
 
@@ -55,8 +58,12 @@ class Tokens:
         """Return the trained tokens of ``batch``, with the counts of its mini-batch; collective if ``total`` is."""
         counts_B, positions_R = batch.trainable_counts_B, batch.trained_R
         responses_R = batch.response_ids_T[positions_R]
-        responses, tokens = total(torch.stack([(counts_B > 0).sum(), counts_B.sum()])).tolist()
-        return cls(batch, positions_R, responses_R, counts_B[responses_R], responses, tokens, total, state or {})
+        counts = [(counts_B > 0).sum(), counts_B.sum()]
+        if "unpruned_tokens_B" in batch:
+            counts += [batch["unpruned_responses_B"].sum(), batch["unpruned_tokens_B"].sum()]
+        sums = total(torch.stack(counts)).tolist()
+        counts_R = counts_B[responses_R]
+        return cls(batch, positions_R, responses_R, counts_R, sums[-2], sums[-1], sums[1], total, state or {})
 
     def __len__(self) -> int:
         return len(self.positions_R)
@@ -88,7 +95,7 @@ class Tokens:
 
     def mean(self, values_R: Tensor) -> Tensor:
         """Return the mean of the values over all trained tokens of the mini-batch, float64 scalar; NaN without any."""
-        return self.total(values_R.double().sum()) / self.num_tokens
+        return self.total(values_R.double().sum()) / self.num_present
 
     def largest(self, values_R: Tensor, count: int) -> Tensor:
         """Return which tokens have one of the ``count`` largest values of the mini-batch, bool [R], with ties.

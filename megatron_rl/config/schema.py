@@ -304,6 +304,11 @@ class Run(Section):
             raise ValueError(
                 'kl.placement = "reward" changes one reward, and advantage.kind = "gdpo" has several; write "loss"'
             )
+        if self.advantage.pruning and self.kl.in_reward:
+            raise ValueError(
+                f'advantage.pruning = {self.advantage.pruning} with kl.placement = "reward", which compares the'
+                ' responses of a group after some are dropped; write pruning = 0 or placement = "loss"'
+            )
         if self.advantage.kind == "gdpo" and len(self.reward.names) == 1:
             raise ValueError(
                 'advantage.kind = "gdpo" needs several rewards, and only "task" is configured; add one under [reward],'

@@ -157,6 +157,35 @@ COLUMNS: Mapping[str, ColumnSpec] = {
             "advantage of the response",
             "rollouts write it; policy_loss takes it as advantages",
         ),
+        ColumnSpec(
+            "arm_alphas_B",
+            FLOAT,
+            "rollout.collect",
+            ("algorithms.arm",),
+            "advantage.arm_alpha where ARM changes the advantage: verified responses of groups with a signal; else 0",
+        ),
+        ColumnSpec(
+            "pruning_weights_B",
+            FLOAT,
+            "rollout.collect",
+            ("algorithms.pruning", "algorithms.loss", "observability.step_metrics"),
+            "factor of the response's term in the loss; 0 where advantage.pruning drops the response",
+        ),
+        # Written by ``drop_pruned``, on the first response that it leaves of a mini-batch; 0 on the others.
+        ColumnSpec(
+            "unpruned_responses_B",
+            INTEGER,
+            "algorithms.pruning",
+            ("algorithms.tokens",),
+            "responses of the mini-batch with a trained token, pruned ones included",
+        ),
+        ColumnSpec(
+            "unpruned_tokens_B",
+            INTEGER,
+            "algorithms.pruning",
+            ("algorithms.tokens",),
+            "trained tokens of the mini-batch, those of pruned responses included",
+        ),
         # Written by ``Batch.outline``, from the per-token columns.
         ColumnSpec(
             "trained_tokens_B",

@@ -21,6 +21,7 @@ METRIC_KEYS: Mapping[str, str] = {
     "response_tokens_mean": "sampled tokens per response, stop token included",
     "truncated_fraction": "fraction of responses that reached rollout.sampling.max_new_tokens",
     "zero_variance_fraction": "fraction of prompts whose responses all have the same reward and give no signal",
+    "pruned_fraction": "fraction of responses that advantage.pruning dropped before training",
     "loss": "the minimized loss, mean over the step's updates",
     "entropy_mean": "entropy of the policy at the start of the step, nats per trained token",
     "ratio_mean": "mean importance ratio over trained tokens",

@@ -76,6 +76,7 @@ class StepMetrics:
             "truncated_fraction": _mean(batch["truncated_B"]),
             "zero_variance_fraction": _mean(zero_variance(batch["rewards_B"], batch["group_ids_B"], verified_B)),
             "tokens": int(batch.lengths_B.sum()),
+            **({"pruned_fraction": _mean(batch["pruning_weights_B"] == 0)} if "pruning_weights_B" in batch else {}),
             **_lags(step, batch),
             **counts,
         }

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import advantages, gdpo
+from megatron_rl.algorithms.arm import arm_alphas
+from megatron_rl.algorithms.pruning import drop_probabilities, pruned_weights
 from megatron_rl.config.schema import Run
-from megatron_rl.data.types import Batch, Columns, Group, Prompt, Response
+from megatron_rl.data.types import Batch, Columns, Group, Prompt, Response, fold_seed
 from megatron_rl.rollout.routes import requested_routes, route_columns
 from megatron_rl.rollout.sampling_masks import mask_columns
 from megatron_rl.tasks.base import Verdict
+
+PRUNING_DRAW = 7
+"""Distinguishes the random numbers of pruning from others with the same seed and step."""
 
 
 def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run: Run) -> Batch:
@@ -23,7 +28,7 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
     Columns: those of ``token_columns``; ``sample_index_B``, the index of the response among all responses of the step,
     as in ``rollouts.jsonl``; ``rewards_B``; ``verified_B``; ``truncated_B``; ``group_ids_B``, the index of the group;
     ``advantages_B``. If the engine returns the experts it chose, also the columns of ``route_columns``;
-    with ``rollout.sampling.keep_mask``, ``mask_ids_T``.
+    with ``rollout.sampling.keep_mask``, ``mask_ids_T``; with ``advantage.arm_alpha``, ``arm_alphas_B``.
     """
     samples = [(group.prompt, response) for group in groups for response in group.responses]
     responses = [response for _, response in samples]
@@ -41,12 +46,24 @@ def collect(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], run:
         "group_ids_B": group_ids_B,
         "advantages_B": _advantages(run, flat, rewards_B, group_ids_B, verified_B, _sampled_tokens(responses)),
     }
+    if alpha := run.advantage.arm_alpha:
+        columns["arm_alphas_B"] = arm_alphas(columns["advantages_B"], group_ids_B, verified_B, alpha)
     if (shape := requested_routes(run)) is not None:
         columns |= route_columns(responses, lengths, shape)
     if run.rollout.sampling.keep_mask:
         columns |= mask_columns(responses, lengths)
     batch = Batch(torch.tensor(lengths), columns)
     return drop_zero_advantage_groups(batch) if run.train.filter_zero_variance else batch
+
+
+def add_pruning(batch: Batch, run: Run, step: int) -> Batch:
+    """Return the batch with ``pruning_weights_B``, drawn from the seed and the step; unchanged without pruning."""
+    if not run.advantage.pruning:
+        return batch
+    generator = torch.Generator().manual_seed(fold_seed((run.train.seed, step, PRUNING_DRAW)))
+    drawn_B = torch.rand(len(batch), generator=generator, dtype=torch.float64)
+    probabilities_B = drop_probabilities(batch["advantages_B"], run.advantage.pruning)
+    return batch.add({"pruning_weights_B": pruned_weights(probabilities_B, drawn_B >= probabilities_B)})
 
 
 def token_columns(samples: Sequence[tuple[Prompt, Response]], lengths: Sequence[int]) -> Columns:

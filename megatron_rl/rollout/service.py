@@ -17,7 +17,7 @@ from megatron_rl.data.step import RecordedSample, StepSamples
 from megatron_rl.data.types import Batch, Columns
 from megatron_rl.rollout.backend import RolloutBackend
 from megatron_rl.rollout.buffer_state import Json
-from megatron_rl.rollout.collect import collect
+from megatron_rl.rollout.collect import add_pruning, collect
 from megatron_rl.rollout.distribution import ReadColumns, Schema, columns_of, schema_of
 from megatron_rl.rollout.evaluation import evaluation_request, heldout_prompts
 from megatron_rl.rollout.records import step_samples, unverified_message
@@ -73,6 +73,7 @@ class RolloutService:
         except StopRequested:
             return None
         batch = collect([group.group for group in taken.used], [group.verdicts for group in taken.used], self._run)
+        batch = add_pruning(batch, self._run, step)
         self._read, self._samples = columns_of(batch), step_samples(step, taken, batch, self._run)
         if (message := unverified_message(step, taken.verdicts)) is not None:
             log.warning(message)

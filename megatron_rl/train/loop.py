@@ -10,7 +10,9 @@
 Every rank runs this file. The modules it calls know which rank does what, and how batches are packed.
 """
 
+from megatron_rl.algorithms.arm import add_arm, prompts_as_trained
 from megatron_rl.algorithms.loss import make_loss, prepare, reads_current_logprobs
+from megatron_rl.algorithms.pruning import drop_pruned
 from megatron_rl.algorithms.reward_kl import penalize_rewards
 from megatron_rl.algorithms.state import LossState
 from megatron_rl.config.schema import Run
@@ -52,7 +54,7 @@ def train(
 
         with recorder.phase("fetch"):
             parts = outline.split(run.train.updates_per_step, seed=(run.train.seed, step))
-            minibatches = rollouts.fetch([policy.plan(part) for part in parts])
+            minibatches = rollouts.fetch([policy.plan(drop_pruned(part)) for part in parts])
 
         with recorder.phase("score"):
             minibatches = [m.add(policy.compute_logprobs(m).as_old()) for m in minibatches]
@@ -60,6 +62,9 @@ def train(
                 with policy.reference_weights():
                     minibatches = [m.add(policy.compute_logprobs(m).as_reference()) for m in minibatches]
                 minibatches = penalize_rewards(minibatches, kl, run.advantage.kind, total)
+            if run.advantage.arm_alpha:
+                prompts = [policy.compute_logprobs(prompts_as_trained(m)).logprobs_T for m in minibatches]
+                minibatches = [add_arm(m, prompt_T) for m, prompt_T in zip(minibatches, prompts, strict=True)]
         recorder.logprobs(step, minibatches)
 
         with recorder.phase("train"):

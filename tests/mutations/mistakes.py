@@ -42,6 +42,7 @@ RESAMPLING = f"{STREAM}::test_dynamic_sampling_fills_the_batch_with_groups_that_
 EXPERT_BIAS = "tests/policy/test_experts.py::test_ranks_that_share_an_expert_train_its_bias_alike"
 
 CONFIG = "tests/config/test_load.py"
+PRUNING = "tests/test_pruning.py"
 ESTIMATE = "tests/launch/planning/test_estimate.py"
 
 MISTAKES = (
@@ -474,9 +475,51 @@ MISTAKES = (
     Mistake(
         "denominators-of-one-replica",
         "algorithms.tokens",
-        "responses, tokens = total(torch.stack([(counts_B > 0).sum(), counts_B.sum()])).tolist()",
-        "responses, tokens = torch.stack([(counts_B > 0).sum(), counts_B.sum()]).tolist()",
+        "sums = total(torch.stack(counts)).tolist()",
+        "sums = torch.stack(counts).tolist()",
         ("tests/test_loss.py::test_parts_of_a_minibatch_are_prepared_as_in_the_whole",),
+    ),
+    Mistake(
+        "denominators-without-pruned-responses",
+        "algorithms.tokens",
+        "counts_R, sums[-2], sums[-1], sums[1], total",
+        "counts_R, sums[0], sums[1], sums[1], total",
+        (f"{PRUNING}::test_the_weights_are_those_before_pruning_times_the_factor_of_the_response",),
+    ),
+    Mistake(
+        "means-over-tokens-divided-by-pruned-ones-too",
+        "algorithms.tokens",
+        "values_R.double().sum()) / self.num_present",
+        "values_R.double().sum()) / self.num_tokens",
+        (f"{PRUNING}::test_means_over_tokens_are_over_those_that_are_left",),
+    ),
+    Mistake(
+        "pruned-terms-without-their-factor",
+        "algorithms.loss",
+        'weights_R * batch["pruning_weights_B"][tokens.responses_R]',
+        "weights_R",
+        (f"{PRUNING}::test_the_weights_are_those_before_pruning_times_the_factor_of_the_response",),
+    ),
+    Mistake(
+        "pruning-drawn-alike-in-every-step",
+        "rollout.collect",
+        "fold_seed((run.train.seed, step, PRUNING_DRAW))",
+        "fold_seed((run.train.seed, PRUNING_DRAW))",
+        (f"{PRUNING}::test_the_draw_is_of_the_seed_and_the_step",),
+    ),
+    Mistake(
+        "arm-on-uniform-groups",
+        "algorithms.arm",
+        "return alpha * ((signals[groups_B] > 0) & verified_B).double()",
+        "return alpha * verified_B.double()",
+        ("tests/test_advantages.py::test_arm_leaves_uniform_groups_and_unverified_responses",),
+    ),
+    Mistake(
+        "confidence-of-the-prompt-with-its-gaps-of-the-response",
+        "algorithms.arm",
+        "prompt_T = seen_T == before_B[minibatch.response_ids_T]",
+        'prompt_T = ~minibatch["loss_mask_T"]',
+        (f"{PRUNING}::test_tokens_of_prompts_are_those_before_the_first_trained_one_that_something_predicts",),
     ),
     Mistake(
         "rows-of-the-next-replica",

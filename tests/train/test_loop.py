@@ -32,8 +32,9 @@ def test_the_loop_fits_on_one_screen():
 def test_the_loop_uses_the_verbs_of_the_algorithm():
     steps, _ = loop()
     verbs = ["plan", "compute_logprobs", "reference_weights", "compute_logprobs"]
-    # The third one is for objectives that read the log-probs that an update starts from.
-    verbs += ["compute_logprobs", "forward_backward", "optim_step", "weights"]
+    # The third one is for ARM, which reads the log-probs of prompts; the fourth one is for objectives that read the
+    # log-probs that an update starts from.
+    verbs += ["compute_logprobs", "compute_logprobs", "forward_backward", "optim_step", "weights"]
     assert called(steps, "policy") == verbs
     assert called(steps, "rollouts") == ["next_batch", "state", "fetch", "push_weights", "state"]
 

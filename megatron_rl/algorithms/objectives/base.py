@@ -278,7 +278,7 @@ class FixedWindow(Clipped, Aggregated):
         """
         share = Fraction(str(self.top_entropy_fraction))
         if self.top_entropy_scope == "batch":
-            return tokens.largest(tokens.entropies_R, math.ceil(share * tokens.num_tokens)).double()
+            return tokens.largest(tokens.entropies_R, math.ceil(share * tokens.num_present)).double()
         return entropy_groups(tokens.entropies_R, tokens.responses_R, upper_shares=[share]).double()
 
     def segments(self, tokens: Tokens, vocabulary: Vocabulary | None) -> Tensor | None:
