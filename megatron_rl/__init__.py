@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_rl.api import PolicyLoss, Totals, policy_loss, vocab_logprobs_entropies
+    from megatron_rl.api import PolicyLoss, Totals, next_state, policy_loss, vocab_logprobs_entropies
 
     __version__: str
 
-__all__ = ["PolicyLoss", "Totals", "__version__", "policy_loss", "vocab_logprobs_entropies"]
+__all__ = ["PolicyLoss", "Totals", "__version__", "next_state", "policy_loss", "vocab_logprobs_entropies"]
 
 
 def __getattr__(name: str) -> object:

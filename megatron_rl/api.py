@@ -22,12 +22,12 @@ from megatron_rl.config.explain import explain
 from megatron_rl.config.load import leaves
 from megatron_rl.config.section import Section
 from megatron_rl.data.loss_inputs import LossInputs
-from megatron_rl.data.types import Batch, Columns, Loss
+from megatron_rl.data.types import Batch, Columns, Loss, Metrics
 from megatron_rl.data.vocabulary import Vocabulary
 from megatron_rl.errors import ConfigError
 from megatron_rl.ops.vocab import vocab_logprobs_entropies
 
-__all__ = ["Option", "PolicyLoss", "Totals", "policy_loss", "vocab_logprobs_entropies"]
+__all__ = ["Option", "PolicyLoss", "Totals", "next_state", "policy_loss", "vocab_logprobs_entropies"]
 
 Option = bool | int | float | str | None | list[float] | tuple[float, ...] | Mapping[str, object]
 
@@ -41,11 +41,13 @@ class PolicyLoss:
         metrics: metrics of the mini-batch by name, with the keys of ``megatron_rl.algorithms.loss.summary`` and
             ``megatron_rl.algorithms.correction.mismatch``; ``entropy_mean`` only if entropies are passed.
         state: numbers that the loss adapts once per optimizer step, to pass to the next call; empty for most losses.
+        sums: sums over the trained tokens of the rows, for ``next_state``: the sums of several parts may be added.
     """
 
     loss: Tensor
     metrics: dict[str, float]
     state: dict[str, float]
+    sums: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Totals:
     """Counts of a whole mini-batch, for a caller that computes the loss of one part of it at a time.
 
     With them the losses and gradients of all micro-batches and data-parallel ranks add up to those of the mini-batch.
-    Metrics are those of the part, and ``PolicyLoss.state`` is not adapted.
+    Metrics are those of the part. ``PolicyLoss.state`` is not adapted: ``next_state`` does it after the last part.
 
     Attributes:
         responses: responses of the mini-batch that have a trained token.
@@ -150,7 +152,8 @@ def policy_loss(
         current_entropies: [B, S], entropies under the current weights in nats, with gradient; required by ``entropy``.
         state: ``PolicyLoss.state`` of the previous optimizer step; None: the numbers at the start of a run.
         totals: if the rows are a part of a mini-batch, its counts, or a function that adds a tensor over all parts; the
-            losses of all parts then add up to that of the mini-batch.
+            losses of all parts then add up to that of the mini-batch. ``PolicyLoss.state`` is adapted with the
+            function, from sums over all parts, and not with the counts.
         factors: [B, S], factors of the tokens' costs without gradient, such as importance weights of the caller.
 
     Raises:
@@ -171,7 +174,33 @@ def policy_loss(
     batch = _batch(loss_mask, {name: column for name, column in columns.items() if column is not None}, logprobs.dtype)
     adapted = LossState(options.objective, options.entropy, saved=state or {})
     batch = batch.add(options.prepare(batch, vocab_size, _segments(segment_ids, loss_mask), adapted, totals))
-    return _evaluate(options, batch, adapted, logprobs, current_entropies, adapts=totals is None)
+    total = None if isinstance(totals, Totals) else totals or only_part
+    return _evaluate(options, batch, adapted, logprobs, current_entropies, total)
+
+
+def next_state(
+    objective: str | Mapping[str, Option], *, sums: Mapping[str, float], state: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return the numbers that a loss adapts after an optimizer step on a mini-batch that was evaluated in parts.
+
+    Up to rounding they are those that ``policy_loss`` returns for the whole mini-batch.
+
+    Args:
+        objective: as for ``policy_loss``.
+        sums: ``PolicyLoss.sums``, added over all micro-batches and data-parallel ranks of the mini-batch.
+        state: the numbers that were passed to ``policy_loss`` for the parts; None: those at the start of a run.
+
+    Raises:
+        ConfigError: an option is invalid, or a sum is missing.
+    """
+    options = _options(objective)
+    adapted = LossState(options.objective, options.entropy, saved=state or {})
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+    try:
+        adapted.advance(Metrics(values))
+    except KeyError as error:
+        raise ConfigError(f"next_state needs the sum {error}: pass PolicyLoss.sums of the same objective") from None
+    return adapted.values
 
 
 def _evaluate(
@@ -180,16 +209,16 @@ def _evaluate(
     adapted: LossState,
     logprobs: Tensor,
     current_entropies: Tensor | None,
-    *,
-    adapts: bool,
+    total: Total | None,
 ) -> PolicyLoss:
-    """Return the loss and its metrics; adapt the state if ``adapts``."""
+    """Return the loss and its metrics; adapt the state from sums over all parts, unless ``total`` is None."""
     mask_BS = batch["loss_mask_T"].view(logprobs.shape).to(logprobs.device)
     inputs = LossInputs.gather(batch).map(lambda tensor: tensor.to(logprobs.device))
     entropies_R = _entropies(current_entropies, mask_BS, inputs)
     loss = make_loss(options.objective, options.kl)(logprobs[mask_BS], entropies_R, inputs)
-    if adapted.values and adapts:
-        adapted.advance(loss.metrics)
+    if adapted.values and total is not None:
+        sums = total(torch.stack([value.cpu() for value in loss.metrics.sums.values()]))
+        adapted.advance(Metrics(dict(zip(loss.metrics.sums, sums, strict=True))))
     return _result(loss, batch, adapted, has_entropies="old_entropies_T" in batch or current_entropies is not None)
 
 
@@ -197,7 +226,8 @@ def _result(loss: Loss, batch: Batch, adapted: LossState, *, has_entropies: bool
     metrics = summary(loss.metrics) | mismatch(batch)
     if not has_entropies:
         del metrics["entropy_mean"]
-    return PolicyLoss(loss.value, metrics, adapted.values)
+    sums = {name: float(value) for name, value in loss.metrics.sums.items()}
+    return PolicyLoss(loss.value, metrics, adapted.values, sums)
 
 
 def _entropies(current_entropies: Tensor | None, loss_mask: Tensor, inputs: LossInputs) -> Tensor:

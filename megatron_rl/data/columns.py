@@ -173,18 +173,10 @@ COLUMNS: Mapping[str, ColumnSpec] = {
         ),
         # Written by ``drop_pruned``, on the first response that it leaves of a mini-batch; 0 on the others.
         ColumnSpec(
-            "unpruned_responses_B",
-            INTEGER,
-            "algorithms.pruning",
-            ("algorithms.tokens",),
-            "responses of the mini-batch with a trained token, pruned ones included",
+            "unpruned_responses_B", INTEGER, "algorithms.pruning", ("algorithms.tokens",), "responses before pruning"
         ),
         ColumnSpec(
-            "unpruned_tokens_B",
-            INTEGER,
-            "algorithms.pruning",
-            ("algorithms.tokens",),
-            "trained tokens of the mini-batch, those of pruned responses included",
+            "unpruned_tokens_B", INTEGER, "algorithms.pruning", ("algorithms.tokens",), "trained tokens before pruning"
         ),
         # Written by ``Batch.outline``, from the per-token columns.
         ColumnSpec(
