@@ -60,7 +60,8 @@ def test_added_sums_adapt_the_numbers_as_the_whole_mini_batch(name: str, split: 
         inputs = tensors(step)
         expected = loss_of(options, inputs, list(range(ROWS)), None, whole)
         parts = [loss_of(options, inputs, rows, megatron_rl.Totals(ROWS, 27), state) for rows in split]
-        assert sum(float(part.loss) for part in parts) == pytest.approx(float(expected.loss), abs=1e-14)
+        assert sum(part.loss.item() for part in parts) == pytest.approx(expected.loss.item(), abs=1e-14)
+        assert len({tuple(part.state.items()) for part in parts}) == 1  # the counts of a mini-batch adapt nothing
         sums = Counter[str]()
         for part in parts:
             sums.update(part.sums)

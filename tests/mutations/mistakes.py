@@ -43,6 +43,7 @@ EXPERT_BIAS = "tests/policy/test_experts.py::test_ranks_that_share_an_expert_tra
 
 CONFIG = "tests/config/test_load.py"
 PRUNING = "tests/test_pruning.py"
+ADAPTED = "tests/policy/test_adapted_numbers.py"
 ESTIMATE = "tests/launch/planning/test_estimate.py"
 
 MISTAKES = (
@@ -520,6 +521,27 @@ MISTAKES = (
         "prompt_T = seen_T == before_B[minibatch.response_ids_T]",
         'prompt_T = ~minibatch["loss_mask_T"]',
         (f"{PRUNING}::test_tokens_of_prompts_are_those_before_the_first_trained_one_that_something_predicts",),
+    ),
+    Mistake(
+        "numbers-adapted-from-one-part",
+        "api",
+        "sums = total(torch.stack([value.cpu() for value in loss.metrics.sums.values()]))",
+        "sums = torch.stack([value.cpu() for value in loss.metrics.sums.values()])",
+        ("tests/test_state_of_parts.py::test_a_function_that_adds_over_parts_adapts_every_part_alike",),
+    ),
+    Mistake(
+        "counts-of-a-part-adapt-its-numbers",
+        "api",
+        "total = None if isinstance(totals, Totals) else totals or only_part",
+        "total = only_part if totals is None or isinstance(totals, Totals) else totals",
+        ("tests/test_state_of_parts.py::test_added_sums_adapt_the_numbers_as_the_whole_mini_batch",),
+    ),
+    Mistake(
+        "numbers-adapted-from-sums-of-one-replica",
+        "policy.engine",
+        "totals, largest = sum_over(world, local_sums).cpu(), max_over(world, local_maxima).cpu()",
+        "totals, largest = sum_over(self.mesh.replica, local_sums).cpu(), max_over(world, local_maxima).cpu()",
+        (f"{ADAPTED}::test_adapted_numbers_are_equal_on_all_ranks_and_those_of_one_rank",),
     ),
     Mistake(
         "rows-of-the-next-replica",
