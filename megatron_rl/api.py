@@ -152,8 +152,7 @@ def policy_loss(
         current_entropies: [B, S], entropies under the current weights in nats, with gradient; required by ``entropy``.
         state: ``PolicyLoss.state`` of the previous optimizer step; None: the numbers at the start of a run.
         totals: if the rows are a part of a mini-batch, its counts, or a function that adds a tensor over all parts; the
-            losses of all parts then add up to that of the mini-batch. ``PolicyLoss.state`` is adapted with the
-            function, from sums over all parts, and not with the counts.
+            losses of all parts add up to that of the mini-batch. Counts do not adapt ``PolicyLoss.state``.
         factors: [B, S], factors of the tokens' costs without gradient, such as importance weights of the caller.
 
     Raises:
@@ -174,8 +173,7 @@ def policy_loss(
     batch = _batch(loss_mask, {name: column for name, column in columns.items() if column is not None}, logprobs.dtype)
     adapted = LossState(options.objective, options.entropy, saved=state or {})
     batch = batch.add(options.prepare(batch, vocab_size, _segments(segment_ids, loss_mask), adapted, totals))
-    total = None if isinstance(totals, Totals) else totals or only_part
-    return _evaluate(options, batch, adapted, logprobs, current_entropies, total)
+    return _evaluate(options, batch, adapted, logprobs, current_entropies, totals)
 
 
 def next_state(
@@ -209,14 +207,15 @@ def _evaluate(
     adapted: LossState,
     logprobs: Tensor,
     current_entropies: Tensor | None,
-    total: Total | None,
+    totals: Totals | Total | None,
 ) -> PolicyLoss:
-    """Return the loss and its metrics; adapt the state from sums over all parts, unless ``total`` is None."""
+    """Return the loss and its metrics; adapt the state from sums over all parts, if ``totals`` can add them."""
     mask_BS = batch["loss_mask_T"].view(logprobs.shape).to(logprobs.device)
     inputs = LossInputs.gather(batch).map(lambda tensor: tensor.to(logprobs.device))
     entropies_R = _entropies(current_entropies, mask_BS, inputs)
     loss = make_loss(options.objective, options.kl)(logprobs[mask_BS], entropies_R, inputs)
-    if adapted.values and total is not None:
+    if adapted.values and not isinstance(totals, Totals):
+        total = totals or only_part
         sums = total(torch.stack([value.cpu() for value in loss.metrics.sums.values()]))
         adapted.advance(Metrics(dict(zip(loss.metrics.sums, sums, strict=True))))
     return _result(loss, batch, adapted, has_entropies="old_entropies_T" in batch or current_entropies is not None)

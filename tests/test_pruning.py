@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.arm import add_arm, prompts_as_trained
+from megatron_rl.algorithms.arm import add_arm, prompts_of
 from megatron_rl.algorithms.loss import make_loss, prepare
 from megatron_rl.algorithms.objectives import ESPO, GMPO, GRPO, SSPO, Objective
 from megatron_rl.algorithms.pruning import drop_pruned
@@ -130,7 +130,7 @@ def test_pruning_before_a_penalty_in_the_rewards_is_refused():
 
 
 def test_tokens_of_prompts_are_those_before_the_first_trained_one_that_something_predicts():
-    found = prompts_as_trained(alone(step_batch()))["loss_mask_T"]
+    found = prompts_of(alone(step_batch()))["loss_mask_T"]
     # The gap of the second response is no prompt; the last response has no trained token.
     assert found.nonzero().flatten().tolist() == [1, 5, 11, 14, 15, 16, 17]
 

@@ -42,7 +42,7 @@ def arm(advantages_B: Tensor, alphas_B: Tensor, prompt_confidence_B: Tensor, con
     return advantages_B.double() + alphas_B * (prompt_confidence_B.double() - confidence_B.double())
 
 
-def prompts_as_trained(minibatch: Minibatch) -> Minibatch:
+def prompts_of(minibatch: Minibatch) -> Minibatch:
     """Return the mini-batch with the tokens of its prompts as the trained ones, to compute their log-probs.
 
     These are the tokens before the first trained one of a response, except the first, which nothing predicts.
@@ -60,9 +60,9 @@ def add_arm(minibatch: Minibatch, prompt_logprobs_T: Tensor) -> Minibatch:
 
     Args:
         minibatch: with old log-probs, ``advantages_B`` and ``arm_alphas_B``.
-        prompt_logprobs_T: log-probs of the old policy at the trained tokens of ``prompts_as_trained``.
+        prompt_logprobs_T: log-probs of the old policy at the trained tokens of ``prompts_of``.
     """
-    prompts, tokens = prompts_as_trained(minibatch), Tokens.of(minibatch)
+    prompts, tokens = prompts_of(minibatch), Tokens.of(minibatch)
     prompt_ids_R = prompts.response_ids_T[prompts.trained_R]
     prompt_B = confidence(prompt_logprobs_T[prompts.trained_R], prompt_ids_R, len(minibatch), fraction=1)
     response_B = confidence(tokens["old_logprobs_T"], tokens.responses_R, len(minibatch))

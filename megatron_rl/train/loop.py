@@ -10,7 +10,7 @@
 Every rank runs this file. The modules it calls know which rank does what, and how batches are packed.
 """
 
-from megatron_rl.algorithms.arm import add_arm, prompts_as_trained
+from megatron_rl.algorithms.arm import add_arm, prompts_of
 from megatron_rl.algorithms.loss import make_loss, prepare, reads_current_logprobs
 from megatron_rl.algorithms.pruning import drop_pruned
 from megatron_rl.algorithms.reward_kl import penalize_rewards
@@ -36,7 +36,7 @@ def train(
     start: int,
 ) -> int:
     """Train from step ``start``; return the number of finished steps, below ``train.steps`` after a stop request."""
-    objective, correction, kl, entropy = run.objective, run.correction, run.kl, run.entropy
+    objective, correction, kl, bonus = run.objective, run.correction, run.kl, run.entropy
     reads_current, total = reads_current_logprobs(objective, correction), policy.total
     loss_fn = make_loss(objective, kl, keep_tokens=run.log.tokens > 0)
 
@@ -63,18 +63,15 @@ def train(
                     minibatches = [m.add(policy.compute_logprobs(m).as_reference()) for m in minibatches]
                 minibatches = penalize_rewards(minibatches, kl, run.advantage.kind, total)
             if run.advantage.arm_alpha:
-                prompts = [policy.compute_logprobs(prompts_as_trained(m)).logprobs_T for m in minibatches]
-                minibatches = [add_arm(m, prompt_T) for m, prompt_T in zip(minibatches, prompts, strict=True)]
+                minibatches = [add_arm(m, policy.compute_logprobs(prompts_of(m)).logprobs_T) for m in minibatches]
         recorder.logprobs(step, minibatches)
 
         with recorder.phase("train"):
-            for update, minibatch in enumerate(minibatches):
+            for update, m in enumerate(minibatches):
                 if update and reads_current:
-                    minibatch = minibatch.add(policy.compute_logprobs(minibatch).as_current())
-                columns = prepare(
-                    minibatch, objective, correction, vocabulary, total=total, entropy=entropy, state=state.values
-                )
-                prepared = minibatch.add(columns)
+                    m = m.add(policy.compute_logprobs(m).as_current())
+                columns = prepare(m, objective, correction, vocabulary, total=total, entropy=bonus, state=state.values)
+                prepared = m.add(columns)
                 metrics = policy.forward_backward(prepared, loss_fn)
                 recorder.update(prepared, metrics, policy.optim_step())
                 state.advance(metrics)

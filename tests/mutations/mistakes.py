@@ -532,8 +532,8 @@ MISTAKES = (
     Mistake(
         "counts-of-a-part-adapt-its-numbers",
         "api",
-        "total = None if isinstance(totals, Totals) else totals or only_part",
-        "total = only_part if totals is None or isinstance(totals, Totals) else totals",
+        "if adapted.values and not isinstance(totals, Totals):\n        total = totals or only_part",
+        "if adapted.values:\n        total = only_part if totals is None or isinstance(totals, Totals) else totals",
         ("tests/test_state_of_parts.py::test_added_sums_adapt_the_numbers_as_the_whole_mini_batch",),
     ),
     Mistake(
