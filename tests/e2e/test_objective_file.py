@@ -73,7 +73,8 @@ def test_a_run_trains_resumes_and_is_reported(overlay: Path, tmp_path: Path) -> 
     page = tmp_path / "report.html"
     assert main(["report", str(folder), "--output", str(page)]) == 0
     html = page.read_text()
-    assert 'class="note"' not in html
+    (note,) = re.findall(r'class="note">(.*?)</p>', html)
+    assert "changed at step 2: train.steps 2 -&gt; 3" in note
     assert "<td>mine.py:Mine</td>" in html
 
 
