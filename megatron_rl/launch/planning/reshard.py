@@ -9,6 +9,8 @@ from megatron_rl.models.reshard.plan import reshard_plan
 
 _TENSOR_OPTIONS = ("tp_size", "tensor_parallel_size", "tp")
 _EXPERT_OPTIONS = ("ep_size", "expert_parallel_size", "ep")
+_MAX_TENSORS = 20_000
+"""Larger models are not planned here: it would take more than a few seconds."""
 
 
 def trainer_layout(layout: ParallelLayout, layers: int) -> TrainerLayout:
@@ -46,7 +48,7 @@ def describe_direct_push(
 ) -> str | None:
     """Return the bytes per link, and the time, of pushes from shard to shard; None if these cannot be planned."""
     engine = engine_layout(run)
-    if engine is None or not servers:
+    if engine is None or not servers or len(family.hf_shapes()) > _MAX_TENSORS:
         return None
     try:
         plan = reshard_plan(family, trainer_layout(layout, family.num_layers), engine)
