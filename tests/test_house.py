@@ -24,7 +24,7 @@ PACKAGE = ROOT / "megatron_rl"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_LOOP_LINES = 120
-MAX_CONFIG_FIELDS = 224
+MAX_CONFIG_FIELDS = 226
 VERBS = [
     "check",
     "completion",

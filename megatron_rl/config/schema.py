@@ -140,6 +140,9 @@ class Train(Section):
     """Tokens per packed row, over all context-parallel ranks."""
     packing: bool = True
     """Pack several sequences into a row."""
+    balance: Literal["tokens", "flops"] = "tokens"
+    """What data-parallel ranks have evenly: ``tokens``, or also the cost of attention, which grows with the square of a
+    sequence's length; for responses with a long tail."""
     deterministic: bool | None = None
     """Use only deterministic algorithms: equal bits in every run; default: on CPUs, not on GPUs."""
     resume: bool = False

@@ -156,7 +156,10 @@ class Reward(Section):
     """Length of DAPO's ``overlong`` penalty, which falls linearly from 0 to -1 over the last so many of
     ``max_new_tokens``; 0: none."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Verifier processes."""
+    """Verifier processes, per verifier host with ``registry``."""
+    registry: InputPath | None = None
+    """Addresses of verifier hosts: a folder where ``megatron_rl.tasks.verifier_host`` registers, or a file with one
+    ``host:port`` per line. Unset: verify on the controller's host."""
     seconds: Annotated[float, Field(gt=0)] = 10.0
     """Time limit per verification; the response is then unverified and the process is restarted."""
     http_batch: Annotated[int, Field(ge=1, le=4096)] = 1

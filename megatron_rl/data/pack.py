@@ -29,6 +29,8 @@ class RowRules:
         row_multiple: each row is padded to a multiple of this (sequence parallelism).
         count_multiple: the number of rows is padded to a multiple of this (data and pipeline parallelism).
         one_sequence_per_row: put one sequence in each row instead of packing.
+        balanced_replicas: distribute rows so that this many data-parallel replicas have even costs of attention; 1: in
+            the order of packing.
     """
 
     tokens: int
@@ -36,6 +38,7 @@ class RowRules:
     row_multiple: int = 1
     count_multiple: int = 1
     one_sequence_per_row: bool = False
+    balanced_replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def pack(lengths_B: Tensor, rules: RowRules) -> Packing:
     bins = [[index] for index in range(len(padded))] if rules.one_sequence_per_row else _even_bins(padded, rules)
     while len(bins) % rules.count_multiple or not bins:
         bins.append([])
+    if rules.balanced_replicas > 1:
+        bins = _balanced(bins, padded, rules.balanced_replicas)
     length = max(sum(padded[index] for index in b) for b in bins)
     length = int(_round_up(torch.tensor(max(length, 1)), rules.row_multiple))
     return Packing(lengths_B, padded_B, tuple(map(tuple, bins)), length)
@@ -176,6 +181,25 @@ def _fill(lengths: Sequence[int], order: Sequence[int], count: int, most: int) -
         bins[number].append(index)
         heapq.heapreplace(heap, (load + lengths[index], number))
     return bins
+
+
+def _balanced(bins: Sequence[list[int]], lengths: Sequence[int], replicas: int) -> list[list[int]]:
+    """Return the rows in another order: rows at the same place of all replicas cost alike, and so do whole replicas.
+
+    All rows have equal length, so that their linear layers cost the same. Attention costs the square of each sequence's
+    length. The costliest rows come first; of the rows at one place the costliest goes to the replica with the least.
+    """
+    costs = [sum(lengths[index] ** 2 for index in b) for b in bins]
+    order = sorted(range(len(bins)), key=lambda number: (-costs[number], number))
+    loads = [0] * replicas
+    balanced: list[list[int]] = []
+    for start in range(0, len(order), replicas):
+        places = sorted(range(replicas), key=lambda replica: (loads[replica], replica))
+        row_of = dict(zip(places, order[start : start + replicas], strict=True))
+        for replica in range(replicas):
+            loads[replica] += costs[row_of[replica]]
+            balanced.append(list(bins[row_of[replica]]))
+    return balanced
 
 
 def _round_up(values: Tensor, multiple: int) -> Tensor:

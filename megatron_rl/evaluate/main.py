@@ -22,7 +22,7 @@ from megatron_rl.rollout.evaluation import evaluation_request, heldout_prompts
 from megatron_rl.rollout.routes import requested_routes
 from megatron_rl.rollout.stream import verify_groups
 from megatron_rl.tasks import make_task
-from megatron_rl.tasks.pool import open_verifier
+from megatron_rl.tasks.open_verifier import open_verifier
 from megatron_rl.util.atomic import replace_text
 from megatron_rl.util.console import make_console
 

@@ -131,6 +131,7 @@ class Policy:
             row_multiple=parallel.row_multiple,
             count_multiple=group_size(self.mesh.data) * parallel.microbatch_multiple,
             one_sequence_per_row=not train.packing,
+            balanced_replicas=group_size(self.mesh.data) if train.balance == "flops" else 1,
         )
 
     @property

@@ -37,7 +37,7 @@ from megatron_rl.rollout.gauges import gauges
 from megatron_rl.rollout.remote_weights import RemoteTransport
 from megatron_rl.rollout.service import RolloutService
 from megatron_rl.tasks import make_task
-from megatron_rl.tasks.pool import open_verifier
+from megatron_rl.tasks.open_verifier import open_verifier
 from megatron_rl.util.garbage import freeze_startup_objects
 from megatron_rl.util.logs import logging_to
 from megatron_rl.weights.transport import WeightUpdate

@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
@@ -20,7 +20,6 @@ from megatron_rl.config.schema import Run
 from megatron_rl.data.types import Group, Prompt, Response
 from megatron_rl.tasks import wire
 from megatron_rl.tasks.base import Verdict, unverified
-from megatron_rl.tasks.reward import RewardFunction, runs_inline
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -29,6 +28,15 @@ MAX_RESTARTS = 3
 """How often a job is asked again after the processes ended; a job that ends them each time stays unverified."""
 
 Verdicts = tuple[Verdict, ...]
+
+
+def worker_setup(run: Run) -> Mapping[str, object]:
+    """Return the first message to ``tasks.worker``: what it needs of the configuration."""
+    return {
+        "task": run.task.model_dump(mode="json"),
+        "reward": run.reward.model_dump(mode="json"),
+        "max_new_tokens": run.rollout.sampling.max_new_tokens,
+    }
 
 
 class Verifier(Protocol):
@@ -41,13 +49,6 @@ class Verifier(Protocol):
     def close(self) -> None:
         """End the verifying processes, if there are any."""
         ...
-
-
-def open_verifier(run: Run) -> Verifier:
-    """Return the verifier of a run; the caller closes it."""
-    if runs_inline(run.task, run.reward):
-        return InlineVerifier(RewardFunction(run.task, run.reward, run.rollout.sampling.max_new_tokens).verify)
-    return VerifierPool(run)
 
 
 class InlineVerifier:
@@ -80,11 +81,7 @@ class VerifierPool:
     """Verifies in the processes of ``tasks.worker``. If they end, they are restarted and get the open jobs again."""
 
     def __init__(self, run: Run) -> None:
-        self._setup = {
-            "task": run.task.model_dump(mode="json"),
-            "reward": run.reward.model_dump(mode="json"),
-            "max_new_tokens": run.rollout.sampling.max_new_tokens,
-        }
+        self._setup = worker_setup(run)
         self._state, self._writing = threading.Lock(), threading.Lock()
         self._numbers = count()
         self._pending: dict[int, PendingJob] = {}

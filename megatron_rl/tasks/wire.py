@@ -22,6 +22,13 @@ def encode_job(number: int, prompt: Prompt, response: Response) -> bytes:
     return encode_line({"job": number, **message})
 
 
+def renumber_job(job: bytes, number: int) -> bytes:
+    """Return the line of a job with another number."""
+    start, rest = job.split(b",", 1)
+    assert start.startswith(b'{"job": '), f"begins with {start!r}"
+    return b'{"job": %d,' % number + rest
+
+
 def decode_job(message: Json) -> tuple[Prompt, Response]:
     """Return the prompt (without tokens) and the response (without log-probs) of a message of ``encode_job``."""
     return Prompt(input_ids=(), **message["prompt"]), Response.from_json(message["response"])

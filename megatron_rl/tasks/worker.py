@@ -6,6 +6,7 @@
 This process runs no verifier itself, so it always answers. It ends at the end of stdin, and its workers with it.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -196,7 +197,8 @@ def main() -> None:
             return
         received += chunk
     reward_fn, seconds = load_reward_function(json.loads(received))
-    WorkerPool(reward_fn, reward_fn.reward.workers, seconds).run()
+    with contextlib.suppress(ConnectionError, TimeoutError):  # stdin may be a connection to another host
+        WorkerPool(reward_fn, reward_fn.reward.workers, seconds).run()
 
 
 def load_reward_function(setup: Mapping[str, Any]) -> tuple[RewardFunction, float]:

@@ -112,3 +112,33 @@ def test_zigzag_pairs_an_early_chunk_with_a_late_one() -> None:
 def test_a_sequence_that_fits_no_row_names_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"train\.tokens_per_microbatch to at least 50"):
         pack(torch.tensor([50]), RowRules(tokens=40))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), RULES, st.integers(2, 4))
+def test_balanced_rows_are_the_same_rows_in_another_order_and_no_place_costs_more_than_the_one_before(
+    lengths: list[int], rules: RowRules, replicas: int
+) -> None:
+    lengths_B = torch.tensor(lengths)
+    rules = replace(rules, count_multiple=rules.count_multiple * replicas)
+    plain, balanced = pack(lengths_B, rules), pack(lengths_B, replace(rules, balanced_replicas=replicas))
+    assert sorted(balanced.bins) == sorted(plain.bins)
+    assert balanced.length == plain.length
+    costs = torch.tensor([int((balanced.padded_B[list(b)] ** 2).sum()) for b in balanced.bins]).view(-1, replicas)
+    assert bool((costs[:-1].amin(1) >= costs[1:].amax(1)).all())
+    # Each place adds at most the difference between its rows to the difference between the replicas.
+    totals = costs.sum(0)
+    assert int(totals.max() - totals.min()) <= int((costs.amax(1) - costs.amin(1)).max())
+
+
+def test_balanced_replicas_have_even_costs_of_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths_B = torch.exp(7 + torch.randn(2048, generator=generator)).clamp(1, 16_384).long()
+
+    def excess(balanced_replicas: int) -> float:
+        """Return how much more attention than on average the costliest of 16 replicas has."""
+        packing = pack(lengths_B, RowRules(16_384, count_multiple=16, balanced_replicas=balanced_replicas))
+        costs = torch.tensor([float((packing.padded_B[list(b)] ** 2).sum()) for b in packing.bins]).view(-1, 16)
+        return float(costs.sum(0).max() / costs.sum(0).mean()) - 1
+
+    assert excess(16) < 0.02 < 0.05 < excess(1)

@@ -10,14 +10,27 @@ import pytest
 
 from megatron_rl.errors import TrainingError
 from megatron_rl.launch.ranks import LocalRanks
+from megatron_rl.tasks.verifier_host import KEY
 from megatron_rl.util.exit_codes import HUNG
 from tests.e2e.job import ONE_RANK, Job, same_result
+from tests.tasks.test_verifier_hosts import Host
 
 
 def test_a_killed_server_costs_time_and_nothing_else(tmp_path, straight):
     with Job(tmp_path / "run") as job:
         job.until_steps(1).server().kill()
         assert job.end() == 0, job.output()
+    same_result(tmp_path / "run", straight)
+
+
+def test_a_verifier_host_killed_in_a_run_changes_nothing(tmp_path, straight, monkeypatch):
+    monkeypatch.setenv(KEY, "secret")
+    registry = tmp_path / "hosts"
+    with Host(registry) as first, Host(registry), Job(tmp_path / "run", f"reward.registry={registry}") as job:
+        job.until_steps(1)
+        first.process.kill()
+        assert job.end() == 0, job.output()
+        assert "lost the verifier host" in job.output()
     same_result(tmp_path / "run", straight)
 
 

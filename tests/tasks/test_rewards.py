@@ -25,7 +25,8 @@ from megatron_rl.rollout.collect import collect
 from megatron_rl.rollout.records import failure_counts, reward_means, unverified_message
 from megatron_rl.tasks import check_task
 from megatron_rl.tasks.base import Verdict
-from megatron_rl.tasks.pool import InlineVerifier, VerifierPool, open_verifier
+from megatron_rl.tasks.open_verifier import open_verifier
+from megatron_rl.tasks.pool import InlineVerifier, VerifierPool
 from megatron_rl.tasks.reward import RewardFunction, runs_inline
 
 PROMPT = Prompt("p", (1, 2), "q", "7")
