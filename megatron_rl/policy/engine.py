@@ -124,14 +124,13 @@ class Policy:
     @property
     def row_rules(self) -> RowRules:
         """Constraints on packed rows from the layout."""
-        parallel, train = self._parallel, self._train
         return RowRules(
-            tokens=train.tokens_per_microbatch,
-            sequence_multiple=parallel.sequence_multiple,
-            row_multiple=parallel.row_multiple,
-            count_multiple=group_size(self.mesh.data) * parallel.microbatch_multiple,
-            one_sequence_per_row=not train.packing,
-            balanced_replicas=group_size(self.mesh.data) if train.balance == "flops" else 1,
+            tokens=self._train.tokens_per_microbatch,
+            sequence_multiple=self._parallel.sequence_multiple,
+            row_multiple=self._parallel.row_multiple,
+            count_multiple=group_size(self.mesh.data) * self._parallel.microbatch_multiple,
+            one_sequence_per_row=not self._train.packing,
+            balanced_replicas=group_size(self.mesh.data) if self._train.balance == "flops" else 1,
         )
 
     @property
