@@ -153,8 +153,8 @@ class VerifierHosts:
         host.close()
         for job in open_jobs:
             job.restarts += 1
-        given_up = [job for job in open_jobs if self._closing.is_set() or job.restarts > MAX_RESTARTS]
-        self._settle_lost(given_up, "its verifier host was lost")
+        unanswered = [job for job in open_jobs if self._closing.is_set() or job.restarts > MAX_RESTARTS]
+        self._settle_lost(unanswered, "its verifier host was lost")
         again = [job for job in open_jobs if not job.verdict.done()]
         if not self._closing.is_set():
             name = "{}:{}".format(*host.address)
