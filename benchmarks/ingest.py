@@ -11,6 +11,7 @@ import base64
 import heapq
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import socket
@@ -24,9 +25,11 @@ import numpy as np
 from aiohttp import web
 
 from megatron_rl.data.routes import RouteShape, encode_routes
+from megatron_rl.fleet.channel import Channel, Message
 from megatron_rl.fleet.http import HttpClient
 from megatron_rl.fleet.protocol import GenerationRequest, parse_answer
-from megatron_rl.fleet.receivers import MALLOC_VARIABLES, Receiver
+from megatron_rl.fleet.receivers import MALLOC_VARIABLES
+from megatron_rl.fleet.result_columns import encode_results
 from megatron_rl.util.garbage import freeze_startup_objects
 
 LAYERS, EXPERTS, PER_TOKEN = 60, 256, 8
@@ -131,16 +134,20 @@ def together(processes: int, *, routes: bool) -> float:
 
 
 def longest_stall(work: Callable[[], object]) -> float:
-    """Return the longest time, in seconds, that another thread could not run while ``work`` did."""
+    """Return the longest time, in seconds, that another thread could not run while ``work`` did.
+
+    The time in which that thread waited for a processor, because of other load on the machine, is left out.
+    """
     finished, gaps = threading.Event(), [0.0]
 
     def tick() -> None:
-        last = time.perf_counter()
+        waits = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        last, last_wait = time.perf_counter(), float(waits.read_text().split()[1])
         while not finished.is_set():
             time.sleep(0.0005)
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
+            now, wait = time.perf_counter(), float(waits.read_text().split()[1])
+            gaps.append(now - last - (wait - last_wait) / 1e9)
+            last, last_wait = now, wait
 
     thread = threading.Thread(target=tick)
     thread.start()
@@ -166,8 +173,36 @@ def serve(path: str, ready: object) -> None:
     web.run_app(app, sock=listener, print=None)
 
 
+def control(connection: socket.socket, url: str, request: GenerationRequest) -> None:
+    """Sample like the controller: receive an answer, and send its columns over the connection."""
+
+    async def receive() -> None:
+        closed = asyncio.Event()
+        channel = Channel(connection, lambda message, data: None, closed.set)
+        client = HttpClient(url)
+        entries, columns = encode_results(await client.generate([request]))
+        channel.send({"results": entries}, columns)
+        await client.close()
+        await closed.wait()
+
+    asyncio.run(receive())
+
+
+async def receive_columns(connection: socket.socket) -> None:
+    """Receive the columns of an answer like the main rank."""
+    received = asyncio.Event()
+
+    def keep(message: Message, data: bytearray | mmap.mmap) -> None:
+        assert np.frombuffer(data, np.uint8)[::4096].any()  # reads every page
+        received.set()
+
+    channel = Channel(connection, keep, lambda: None)
+    await received.wait()
+    channel.close()
+
+
 def stalls() -> tuple[float, float, float, int]:
-    """Return the longest stalls in seconds: parsing 200 MB here, a receiver doing so, doing nothing; and the bytes."""
+    """Return the longest stalls in seconds (200 MB parsed here, by a controller, nothing done) and the bytes."""
     raw, request = body(STALL_TOKENS, routes=False)
     context = multiprocessing.get_context("spawn")
     with TemporaryDirectory() as folder:
@@ -177,19 +212,18 @@ def stalls() -> tuple[float, float, float, int]:
         server = context.Process(target=serve, args=(str(path), ready))
         server.start()
         url = f"http://127.0.0.1:{ready.get()}"
-
-        async def receive() -> None:
-            receiver = Receiver()
-            try:
-                [result] = await receiver.generate(HttpClient(url), [request], None)
-                assert len(result.output_ids) == STALL_TOKENS
-            finally:
-                receiver.close()
-
-        received = longest_stall(lambda: asyncio.run(receive()))
+        received: list[float] = []
+        for _ in range(3):
+            ours, theirs = socket.socketpair()
+            controller = context.Process(target=control, args=(theirs, url, request))
+            controller.start()
+            theirs.close()
+            received.append(longest_stall(lambda ours=ours: asyncio.run(receive_columns(ours))))
+            controller.join()
         server.terminate()
         server.join()
-    return longest_stall(lambda: json.loads(raw)), received, longest_stall(lambda: time.sleep(5)), len(raw)
+    at_rest = min(longest_stall(lambda: time.sleep(5)) for _ in range(3))
+    return longest_stall(lambda: json.loads(raw)), min(received), at_rest, len(raw)
 
 
 def sampling_time(lengths: np.ndarray, servers: int, slots: int, per_request: int, requests_per_server: int) -> float:
@@ -218,12 +252,15 @@ def main() -> None:
         name = f"with routes of {LAYERS} x {PER_TOKEN}" if routes else "without routes"
         print(f"{name}: {new:,.0f} tokens/s, {old:,.0f} before: x{new / old:.1f}; 2 processes: x{two / one:.2f} of one")
     before, now, idle, size = stalls()
-    print(f"stall by {size / 1e6:.0f} MB: {before:.2f} s before, {now * 1e3:.0f} ms; at rest {idle * 1e3:.0f} ms")
+    print(f"stall by {size / 1e6:.0f} MB: {before:.2f} s before, {now * 1e3:.1f} ms; at rest {idle * 1e3:.1f} ms")
+    # Sequences start in order, as soon as a slot is free: with equal servers that is what the fleet does.
     lengths = np.minimum(np.random.default_rng(0).lognormal(8.0, 1.0, 16_384), 32_768)
     best = max(lengths.sum() / (16 * 512), lengths.max())
     for name, per_request, requests in (("256 per request, 2 requests", 256, 2), ("one per request", 1, 512)):
         used = sampling_time(lengths, 16, 512, per_request, requests)
         print(f"16,384 responses, 16 servers of 512 slots, {name}: {used / best:.2f} of the lower bound")
+    longest_first = sampling_time(np.sort(lengths)[::-1], 16, 512, 1, 512)
+    print(f"the same, longest first, if lengths were known: {longest_first / best:.2f} of the lower bound")
 
 
 if __name__ == "__main__":
