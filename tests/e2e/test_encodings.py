@@ -22,7 +22,9 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "fp8"
 
 
-@pytest.mark.parametrize("carrier", ["auto", "disk", "stages"])
+@pytest.mark.parametrize(
+    "carrier", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("disk", "stages"))]
+)
 def test_servers_with_fp8_weights_are_pushed_fp8_and_the_run_resumes(carrier: str, encoded: Path, tmp_path: Path):
     settings = (f"rollout.model_path={encoded}", "correction.kind=tis", f"weights.carrier={carrier}")
     with Job(tmp_path / "run", *settings, "train.steps=2", "checkpoint.every=1") as job:

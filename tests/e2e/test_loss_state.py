@@ -21,7 +21,7 @@ ADAPTED = {
     ("name", "settings"),
     [
         ("r2vpo, arm, pruning", ("objective.name=r2vpo", *ADVANTAGES, *DATA, "train.filter_zero_variance=false")),
-        ("bapo", ("objective.name=bapo",)),
+        pytest.param("bapo", ("objective.name=bapo",), marks=pytest.mark.slow),
     ],
     ids=list(ADAPTED),
 )
