@@ -252,7 +252,7 @@ def test_quantized_weights_are_refused_for_an_engine_that_would_serve_them(tmp_p
     folder = families.save("gpt_oss", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    words = [f"model.path={folder}", "parallel.tensor=1", "parallel.expert=1"]
-    with pytest.raises(ConfigError, match=r"is quantized \(mxfp4\): sglang .* megatron-to-hf"):
+    words = [f"model.path={folder}", "parallel.tensor=1", "parallel.expert=1", "weights.encoding=none"]
+    with pytest.raises(ConfigError, match=r"sglang would start .* quantized weights \(MXFP4\).* weights\.encoding"):
         make_plan(load(Run, [DEMO], [*words, "rollout.engine=sglang"]))
     make_plan(load(Run, [DEMO], words))
