@@ -165,6 +165,7 @@ def test_results_and_requests_travel_unchanged_however_large() -> None:
             one.output_ids[:1] = 7  # may be written to
 
 
+@pytest.mark.timeout(60)  # an answer that is lost is waited for without end
 def test_full_shared_memory_is_one_message_and_loses_no_result(caplog: pytest.LogCaptureFixture) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))  # the kernel refuses to write more to memory too
