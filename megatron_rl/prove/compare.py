@@ -31,7 +31,8 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "float64": Tolerance(scores=1e-6, loss=1e-6, gradient=1e-5, norm=1e-6, ratio=1e-6),
     # float32 has spacing 1.2e-7: logits of size 10 after a few layers have errors near 1e-6, gradients ten times that.
     # A trained model gives random tokens log-probs near -30 from logits near 40 (spacing 4e-6, summed over layers).
-    "float32": Tolerance(scores=5e-5, loss=1e-5, gradient=5e-4, norm=1e-4, ratio=1e-4),
+    # Such errors add up over a response in the weight of VESPO: its loss then differs by 1.3e-5, its ratio by 1.3e-4.
+    "float32": Tolerance(scores=5e-5, loss=2e-5, gradient=5e-4, norm=1e-4, ratio=2e-4),
     # bfloat16 has 8 bits: spacing 4e-3 at 1, and routing may change. Only gross errors exceed rounding.
     "bfloat16": Tolerance(scores=1.0, loss=0.1, gradient=0.5, norm=0.2, ratio=0.5),
 }
